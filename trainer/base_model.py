@@ -1,0 +1,117 @@
+"""Finds a base model and checks, before anything is loaded, that it is what it says.
+
+Only names, JSON and tensor headers are read here; nothing of a model folder is ever executed.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from trainer.config import EMBEDDED, Base
+from trainer.errors import ModelError
+from trainer.safetensors_header import TensorInfo, read_header
+
+EMBEDDED_FOLDER = Path(__file__).resolve().parent / "embedded" / "base"
+
+# What a model_index.json may name: (library, class) by component. Diffusers would import anything else it finds there.
+PARTS: dict[str, set[tuple[str, str]]] = {
+    "unet": {("diffusers", "UNet2DConditionModel")},
+    "vae": {("diffusers", "AutoencoderKL")},
+    "text_encoder": {("transformers", "CLIPTextModel")},
+    "tokenizer": {("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")},
+}
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+CODE_KEYS = ("auto_map", "_attn_implementation_internal", "attn_implementation", "_attn_implementation", "custom_pipelines")
+
+
+@dataclass(frozen=True)
+class BaseFolder:
+    """A model folder in diffusers' layout that passed the checks."""
+
+    path: Path
+    configs: dict[str, dict[str, Any]]
+    """config.json of each component."""
+    tensors: dict[str, dict[str, TensorInfo]]
+    """Tensor name -> type and shape, by component."""
+    variant: str | None
+    """"fp16" where the weights are named *.fp16.safetensors."""
+
+
+def locate(base: Base) -> Path | None:
+    """The folder of a base model on this machine; None for a Hugging Face model that is not downloaded yet."""
+    if base.model == EMBEDDED:
+        return EMBEDDED_FOLDER
+    path = Path(base.model).expanduser()
+    if path.exists() or not _is_hub_id(base.model):
+        return path
+    cached = try_to_load_from_cache(base.model, "model_index.json", revision=base.revision or None)
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _is_hub_id(model: str) -> bool:
+    owner, slash, name = model.partition("/")
+    return bool(slash and owner and name) and "/" not in name and not model.startswith((".", "~", "/")) and "\\" not in model
+
+
+def inspect(folder: Path) -> BaseFolder:
+    """Checks a model folder by names and headers. Raises ModelError that names what was found instead."""
+    if folder.is_file():
+        raise ModelError(f"{folder.name} is a single file; give the folder of a model in diffusers' layout (it has a model_index.json).")
+    if not folder.is_dir():
+        raise ModelError(f"There is no base model at {folder}.")
+    index = _read_json(folder / "model_index.json")
+    if index.get("_class_name") != "StableDiffusionPipeline":
+        raise ModelError(f"{folder.name} is a {str(index.get('_class_name'))[:80]}; adapters are trained on Stable Diffusion 1.x (StableDiffusionPipeline) for now.")
+    configs, tensors, variants = {}, {}, set()
+    for part, allowed in PARTS.items():
+        entry = index.get(part)
+        if not isinstance(entry, list) or tuple(entry) not in allowed:
+            wanted = " or ".join(name for _, name in sorted(allowed))
+            raise ModelError(f"{folder.name}/model_index.json names {str(entry)[:80]} as {part}; it must be {wanted}. The file is damaged or not to be trusted.")
+        if part in WEIGHTS:
+            configs[part] = _read_json(folder / part / "config.json")
+            tensors[part], variant = _read_weights(folder / part, WEIGHTS[part])
+            variants.add(variant)
+        else:
+            _check_tokenizer(folder / part)
+    channels = configs["unet"].get("in_channels")
+    if channels != 4:
+        raise ModelError(f"{folder.name} has a UNet with {channels} input channels (an inpainting or depth model); train on the ordinary model of the same family.")
+    return BaseFolder(folder, configs, tensors, variants.pop() if len(variants) == 1 else None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelError(f"{path.parent.name}/{path.name} is missing; the model folder is incomplete. Download it again.")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise ModelError(f"{path.parent.name}/{path.name} is not valid JSON; the model folder is damaged. Download it again.") from None
+    if not isinstance(data, dict):
+        raise ModelError(f"{path.parent.name}/{path.name} is not a table of settings; the model folder is damaged.")
+    code = [key for key in CODE_KEYS if data.get(key)]
+    if code:
+        raise ModelError(f"{path.parent.name}/{path.name} asks to run code of its own ({code[0]}), which is never done. Use a model without it.")
+    return data
+
+
+def _read_weights(folder: Path, stem: str) -> tuple[dict[str, TensorInfo], str | None]:
+    for variant in (None, "fp16"):
+        name = f"{stem}.safetensors" if variant is None else f"{stem}.{variant}.safetensors"
+        if (folder / name).is_file():
+            return read_header(folder / name).tensors, variant
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".ckpt", ".pt"))
+    if others:
+        raise ModelError(f"{folder.name} has only {others[0]}, a pickle file, which can run code when opened; convert the model to .safetensors first.")
+    raise ModelError(f"The weights {folder.name}/{stem}.safetensors are missing; the model folder is incomplete. Download it again.")
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not (folder / "tokenizer.json").is_file() and not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
+        raise ModelError("The tokenizer has no vocabulary (vocab.json and merges.txt, or tokenizer.json); every caption would be read as empty. Download the model again.")
+    for name in ("tokenizer_config.json", "tokenizer.json", "vocab.json"):
+        if (folder / name).is_file():
+            _read_json(folder / name)

@@ -1,0 +1,262 @@
+"""Every knob of a run, each declared once: type, bounds, default and help in one field.
+
+The form on the page, `--set` on the command line, the presets, the docs and the metadata of the
+finished file are generated from here. The docstring under a field is its help everywhere.
+A config holds no derived value, no code path and no tensor; `load(save(config)) == config`.
+"""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import tomlkit
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from trainer.errors import ConfigError
+
+EMBEDDED = "embedded"  # the name under which the base model that ships with the program is chosen
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Base(Section):
+    """The model the adapter is trained on."""
+
+    model: str = EMBEDDED
+    """"embedded" for the small model that ships with the program, the path of a diffusers folder, or a Hugging Face id such as stable-diffusion-v1-5/stable-diffusion-v1-5."""
+    revision: str = ""
+    """Branch, tag or commit of a Hugging Face model. Empty: the main one."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of the frozen base. auto: bf16 where the GPU has it, else fp16 on a GPU and fp32 on a CPU. The adapter itself is always trained in float32."""
+
+
+class Dataset(Section):
+    """The pictures, and how they are read."""
+
+    folder: str = ""
+    """Folder with the pictures and, beside each, its caption in a .txt file."""
+    trigger: str = ""
+    """A word the model does not know yet. It is put in front of every caption that lacks it, and calls the subject in a prompt later. Leave it empty for a style."""
+    resolution: Annotated[int, Field(ge=32, le=4096, multiple_of=8)] = 512
+    """Pictures are resized to about this many pixels squared, keeping their shape. Use the size the base was made for: 512 for Stable Diffusion 1.5."""
+    bucket_step: Annotated[int, Field(ge=8, le=256, multiple_of=8)] = 64
+    """Sides of the resized pictures are multiples of this. Smaller cuts less off, but makes more different shapes, which batch less well."""
+    max_aspect: Annotated[float, Field(ge=1, le=8)] = 2.0
+    """Pictures longer than this (long side / short side) are cropped to it."""
+    allow_upscale: bool = False
+    """Enlarge pictures that are smaller than the resolution. Off: they are trained at their own size, which avoids teaching blur."""
+    caption_dropout: Share = 0.05
+    """Share of training steps that see no caption. A little keeps guidance working; much weakens the trigger."""
+    hold_out: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Share of the pictures kept out of training to measure whether the adapter learns or memorises. With fewer than 10 pictures none is kept out and the training pictures are measured instead."""
+
+
+class Adapter(Section):
+    """The LoRA itself: W' = W + (alpha / rank) B A, with W frozen."""
+
+    rank: Annotated[int, Field(ge=1, le=512)] = 16
+    """Capacity of the adapter. 8 to 16 suits a subject, 16 to 64 a style with many details; the file grows with it."""
+    alpha: Annotated[float, Field(gt=0, le=4096)] = 16.0
+    """Strength of the adapter relative to its rank (scale = alpha / rank). Changing it acts like changing the learning rate."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs left out at random in each step. 0.1 slows memorising of small datasets."""
+
+
+class Training(Section):
+    """How long and how hard."""
+
+    steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Number of optimiser steps. 0: computed from the number of pictures and the views per picture."""
+    views_per_picture: PositiveInt = 80
+    """How often each picture is seen, where steps is 0. More learns more closely, and memorises sooner."""
+    batch_size: Annotated[int, Field(ge=1, le=256)] = 1
+    """Pictures per forward pass. Larger is steadier and uses more memory."""
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Forward passes per optimiser step: the effect of a larger batch without its memory."""
+    learning_rate: Annotated[float, Field(ge=0, le=1)] = 1e-4
+    """Size of the steps of the adapter in the UNet. 0 leaves the UNet as it is. Too high burns the pictures, too low learns nothing."""
+    text_encoder_learning_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The same for the text encoder. 0 leaves it frozen and out of the file; it then needs no memory either."""
+    lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """How the learning rate moves after the warm-up: stays, or falls to zero along a cosine or a line."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps in which the learning rate rises from zero."""
+    optimizer: Literal["adamw"] = "adamw"
+    """The rule that turns gradients into steps."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """How strongly AdamW pulls the adapter back to zero (times the learning rate)."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients longer than this are shortened to it. 0 switches that off."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: far less memory, about a third slower."""
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
+    """The same seed, settings and pictures give the same adapter."""
+
+
+class Objective(Section):
+    """What the adapter is asked to predict, and how errors are weighed."""
+
+    min_snr_gamma: Annotated[float, Field(ge=0)] = 5.0
+    """Caps the weight of steps with little noise, so that training converges sooner (Hang et al. 2023, arXiv:2303.09556). 0 switches it off."""
+    noise_offset: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Shifts the noise of a whole picture a little, so that the adapter can learn very dark or bright pictures. 0.03 to 0.1; 0 switches it off."""
+
+
+class Sampling(Section):
+    """The pictures made at every save, beside those of the base."""
+
+    prompts: Annotated[tuple[str, ...], Field(max_length=16)] = ()
+    """One prompt a line. Empty: the trigger word and the caption of the first picture."""
+    negative_prompt: str = ""
+    """What should not be in the samples."""
+    inference_steps: Annotated[int, Field(ge=1, le=150)] = 20
+    """Denoising steps per sample."""
+    guidance_scale: Annotated[float, Field(ge=1, le=30)] = 7.0
+    """How closely a sample follows its prompt."""
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1
+    """Seed of the first sample; the second takes the next one, and so on. It stays the same through the run, so that only the adapter changes."""
+
+
+class Saving(Section):
+    """What is kept."""
+
+    saves: Annotated[int, Field(ge=1, le=100)] = 5
+    """The run is cut into this many equal parts. At the end of each the adapter is saved, measured and sampled."""
+    state_every: PositiveInt = 100
+    """Steps between two states. At most these steps are lost when the machine stops."""
+    precision: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Number format of the finished file. fp16 is read everywhere."""
+    include_captions: bool = False
+    """Write the frequencies of caption words and the name of the dataset folder into the file. Off keeps them private."""
+
+
+class RunConfig(Section):
+    """All settings of one run."""
+
+    name: Annotated[str, Field(min_length=1, max_length=80)] = "my-lora"
+    """Name of the adapter, and of its file."""
+    preset: str = ""
+    """The recipe this started from."""
+    base: Base = Base()
+    dataset: Dataset = Dataset()
+    adapter: Adapter = Adapter()
+    training: Training = Training()
+    objective: Objective = Objective()
+    sampling: Sampling = Sampling()
+    saving: Saving = Saving()
+
+    @model_validator(mode="after")
+    def _contradictions(self) -> "RunConfig":
+        training = self.training
+        if training.learning_rate == 0 and training.text_encoder_learning_rate == 0:
+            raise ValueError("training.learning_rate and training.text_encoder_learning_rate are both 0, so nothing would be trained; set one of them")
+        if self.dataset.bucket_step > self.dataset.resolution:
+            raise ValueError(f"dataset.bucket_step ({self.dataset.bucket_step}) is larger than dataset.resolution ({self.dataset.resolution}); make it smaller")
+        return self
+
+
+def fields() -> Iterator[tuple[str, FieldInfo]]:
+    """Every knob as (dotted path, field), in the order of declaration: ("training.learning_rate", FieldInfo)."""
+    for name, field in RunConfig.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            for inner, inner_field in field.annotation.model_fields.items():
+                yield f"{name}.{inner}", inner_field
+        else:
+            yield name, field
+
+
+def choices(field: FieldInfo) -> tuple[str, ...]:
+    """The allowed words of a field that has only some, else ()."""
+    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+
+
+def get(config: RunConfig, path: str) -> Any:
+    """The value at a dotted path such as "training.learning_rate"."""
+    value: Any = config
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def replace(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """A config with some values changed, by dotted path. Raises ConfigError naming every fault at once."""
+    data = config.model_dump()
+    unknown = [path for path in changes if path not in dict(fields())]
+    if unknown:
+        raise ConfigError("There is no setting named " + ", ".join(unknown) + ". `python -m trainer train --help` lists them all.")
+    for path, value in changes.items():
+        *section, name = path.split(".")
+        (data[section[0]] if section else data)[name] = value
+    return from_dict(data)
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """"training.steps=300" -> ("training.steps", 300). The value is read as TOML, and as plain text where it is none."""
+    path, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set takes key=value, for example training.steps=300; got {text!r}.")
+    try:
+        return path.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return path.strip(), value
+
+
+def from_dict(data: Mapping[str, Any], source: str = "settings") -> RunConfig:
+    """Checks plain data. Raises ConfigError that names every fault by its dotted path, with what is allowed."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        faults = "\n".join("- " + _fault(e) for e in error.errors())
+        raise ConfigError(f"The {source} cannot be used:\n{faults}") from None
+
+
+def _fault(error: Mapping[str, Any]) -> str:
+    path = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"{path}: there is no such setting"
+    given = "" if not path or error["type"] == "missing" else f" (got {error['input']!r:.80})"
+    return f"{path}: {error['msg']}{given}" if path else error["msg"].removeprefix("Value error, ")
+
+
+def load(path: Path) -> RunConfig:
+    """Reads a run.toml or a preset. Raises ConfigError with the file's name and every fault in it."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not a TOML file: {error}.") from None
+    data.pop("about", None)  # a preset's own description
+    return from_dict(data, source=f"settings in {path}")
+
+
+def to_toml(config: RunConfig) -> str:
+    """The config as TOML, each value under its help."""
+    document = tomlkit.document()
+    container: Any = document
+    section = ""
+    for path, field in fields():
+        head, _, name = path.rpartition(".")
+        if head != section:
+            container = document.setdefault(head, tomlkit.table())
+            section = head
+        container.add(tomlkit.comment((field.description or "").replace("\n", " ")))
+        value = get(config, path)
+        container.add(name, list(value) if isinstance(value, tuple) else value)
+    return tomlkit.dumps(document)
+
+
+def fingerprint(config: RunConfig) -> str:
+    """Sha256 of everything that alters the numbers: the same for two runs that must give the same adapter."""
+    data = config.model_dump(mode="json", exclude={"name": True, "preset": True, "sampling": True, "dataset": {"folder"},
+                                                    "saving": {"precision", "include_captions", "state_every"}})
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

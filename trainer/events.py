@@ -1,0 +1,167 @@
+"""What happened in a run, one JSON line each. The page, the terminal and the tests read only this.
+
+Lines are only ever appended, each with a single write, so that a reader sees whole lines or none.
+A reader skips what it does not know: logs of other versions stay readable.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Event:
+    time: float = field(default_factory=time.time, kw_only=True)
+    """Seconds since 1970. For showing only: durations are measured by the trainer's monotonic clock."""
+
+
+@dataclass(frozen=True)
+class Launched(Event):
+    """A trainer process took the run. A resumed run has several of these."""
+
+    pid: int
+    version: str
+
+
+@dataclass(frozen=True)
+class Progress(Event):
+    """How far a phase other than the steps has come: "loading", "caching" or "sampling"."""
+
+    phase: str
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class Started(Event):
+    """All is loaded and checked; steps follow."""
+
+    step: int
+    total_steps: int
+    pictures: int
+    held_out: int
+    trainable_parameters: int
+    device: str
+    precision: str
+    attention: str
+    family: str
+
+
+@dataclass(frozen=True)
+class StepDone(Event):
+    step: int
+    loss: float
+    learning_rate: float
+    seconds: float
+    """Duration of the step alone, without saving or sampling."""
+
+
+@dataclass(frozen=True)
+class Validated(Event):
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class SampleSaved(Event):
+    step: int
+    prompt: str
+    seed: int
+    file: str
+    """Relative to the run folder. Step 0 is the base without an adapter."""
+
+
+@dataclass(frozen=True)
+class AdapterSaved(Event):
+    step: int
+    file: str
+    validation_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class StateSaved(Event):
+    step: int
+
+
+@dataclass(frozen=True)
+class Warned(Event):
+    message: str
+
+
+@dataclass(frozen=True)
+class Paused(Event):
+    step: int
+
+
+@dataclass(frozen=True)
+class Continued(Event):
+    step: int
+
+
+@dataclass(frozen=True)
+class Stopped(Event):
+    """The person asked the run to end early; it can be resumed."""
+
+    step: int
+    file: str
+
+
+@dataclass(frozen=True)
+class Failed(Event):
+    message: str
+
+
+@dataclass(frozen=True)
+class Finished(Event):
+    step: int
+    file: str
+    best_step: int
+    seconds: float
+
+
+KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclasses__()}
+
+
+class EventLog:
+    """Appends events to a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            self._write(b"\n")  # a line cut by a power loss must not swallow the first one after it
+
+    def append(self, event: Event) -> None:
+        line = json.dumps({"event": type(event).__name__, **asdict(event)}, ensure_ascii=True) + "\n"
+        self._write(line.encode("ascii"))
+
+    def _write(self, line: bytes) -> None:
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            os.write(descriptor, line)
+        finally:
+            os.close(descriptor)
+
+
+def parse_event(line: str | bytes) -> Event | None:
+    """One line as an event; None for a cut line or an event of another version."""
+    try:
+        data = json.loads(line)
+        kind = KINDS[data.pop("event")]
+        known = {f.name for f in fields(kind)}
+        return kind(**{key: value for key, value in data.items() if key in known})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def read_events(path: Path) -> Iterator[Event]:
+    """All events of a run, oldest first; none where the file is not there yet."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            event = parse_event(line)
+            if event is not None:
+                yield event

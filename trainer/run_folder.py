@@ -1,0 +1,238 @@
+"""The run folder: the only thing that the page and the trainer share.
+
+    outputs/runs/2026-11-22-maya/
+      run.toml                 the settings exactly as trained
+      events.jsonl             what happened, one event a line
+      log.txt                  output of the trainer process
+      state/                   what resuming needs
+      samples/000500-2.webp    step 500, prompt 2
+      maya-000500.safetensors  adapters as exported
+      maya.safetensors         the chosen one
+      queued | stop | pause    requests: their presence is the message
+
+A run is alive while its trainer holds the lock; the system lets go of it however the process ends.
+"""
+
+import os
+import re
+import statistics
+import time
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from trainer import config, events
+from trainer.errors import StateError
+from trainer.files import atomic_write
+
+SAMPLE_SUFFIX = ".webp"
+
+
+def outputs_folder() -> Path:
+    """Where runs, datasets and caches live: $ATELIER_OUTPUTS, else `outputs` below the working directory."""
+    return Path(os.environ.get("ATELIER_OUTPUTS", "outputs")).resolve()
+
+
+def runs_folder() -> Path:
+    return outputs_folder() / "runs"
+
+
+def slug(name: str) -> str:
+    """A file name from any text: letters of any script, digits, `-` and `_`; at most 100 bytes; never empty."""
+    text = re.sub(r"[^\w-]+", "-", unicodedata.normalize("NFC", name), flags=re.UNICODE).strip("-_")
+    text = text.encode("utf-8", "ignore")[:100].decode("utf-8", "ignore").strip("-_")
+    return text or "lora"
+
+
+def create(run: config.RunConfig, parent: Path | None = None) -> Path:
+    """Makes a new run folder with its run.toml. A name used before gets a number: nothing is ever overwritten."""
+    parent = parent or runs_folder()
+    stem = f"{date.today().isoformat()}-{slug(run.name)}"
+    for number in range(1, 10_000):
+        folder = parent / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise StateError(f"The run folder {folder} cannot be made: {error.strerror}. Choose a place that can be written to.") from None
+        atomic_write(folder / "run.toml", config.to_toml(run))
+        return folder
+    raise StateError(f"There are too many runs named {stem}; choose another name.")
+
+
+def lock(folder: Path) -> FileLock:
+    """Held by the trainer for its whole life."""
+    return FileLock(folder / ".lock", mode=0o644)
+
+
+def acquire(folder: Path) -> FileLock:
+    """Takes the run for this process. Raises StateError when another trainer has it."""
+    taken = lock(folder)
+    try:
+        taken.acquire(timeout=1)  # the page tries the lock for a moment to see whether the run is alive
+    except Timeout:
+        owner = next((e.pid for e in reversed(list(events.read_events(folder / "events.jsonl"))) if isinstance(e, events.Launched)), "?")
+        raise StateError(f"The run {folder.name} is already being trained by process {owner}; wait for it or stop it first.") from None
+    except OSError as error:
+        raise StateError(f"The run folder {folder} cannot be written to: {error.strerror}.") from None
+    return taken
+
+
+def is_alive(folder: Path) -> bool:
+    """Whether a trainer process holds the run now."""
+    if not (folder / ".lock").exists():
+        return False
+    probe = lock(folder)
+    try:
+        probe.acquire(timeout=0)
+    except Timeout:
+        return True
+    probe.release()
+    return False
+
+
+def request(folder: Path, what: str) -> None:
+    """Asks the trainer for "stop", "pause" or (of the page) "queued"."""
+    atomic_write(folder / what, f"{time.time_ns()}\n")
+
+
+def withdraw(folder: Path, what: str) -> None:
+    (folder / what).unlink(missing_ok=True)
+
+
+def requested(folder: Path, what: str) -> bool:
+    return (folder / what).exists()
+
+
+@dataclass
+class RunStatus:
+    """All that a page shows of a run, worked out from its folder alone."""
+
+    name: str
+    state: str = "new"
+    """new, queued, loading, caching, sampling, training, paused, stopping, stopped, finished, failed or interrupted."""
+    phase_done: int = 0
+    phase_total: int = 0
+    step: int = 0
+    total_steps: int = 0
+    started: events.Started | None = None
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    learning_rates: list[tuple[int, float]] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    samples: list[events.SampleSaved] = field(default_factory=list)
+    adapters: list[events.AdapterSaved] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    message: str = ""
+    """Why it failed, in a sentence."""
+    finished: events.Finished | None = None
+    launched_at: float = 0.0
+
+    @property
+    def is_active(self) -> bool:
+        return self.state in ("loading", "caching", "sampling", "training", "paused", "stopping")
+
+    @property
+    def can_resume(self) -> bool:
+        return self.state in ("stopped", "failed", "interrupted")
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Median of the last steps: one slow step (a first one, a busy machine) does not move it."""
+        return statistics.median(self.step_seconds[-50:]) if self.step_seconds else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        speed = self.seconds_per_step
+        return None if speed is None else speed * (self.total_steps - self.step)
+
+    @property
+    def best_step(self) -> int | None:
+        """The save with the lowest validation loss."""
+        measured = [(a.validation_loss, a.step) for a in self.adapters if a.validation_loss is not None]
+        return min(measured)[1] if measured else None
+
+
+def status(folder: Path) -> RunStatus:
+    """Replays a run's events. Cheap enough to be called once a second."""
+    result = RunStatus(name=folder.name)
+    for event in events.read_events(folder / "events.jsonl"):
+        _apply(result, event)
+    alive = is_alive(folder)
+    if requested(folder, "queued") and not alive:
+        result.state = "queued"
+    elif not alive and result.is_active:
+        result.state = "interrupted"
+        result.message = "The trainer ended without a word: it was killed (often for memory) or the machine went down. The last state is kept; press Resume."
+    elif alive and requested(folder, "stop") and result.is_active:
+        result.state = "stopping"
+    return result
+
+
+def _apply(result: RunStatus, event: events.Event) -> None:
+    match event:
+        case events.Launched():
+            result.state, result.message, result.launched_at, result.finished = "loading", "", event.time, None
+        case events.Progress():
+            result.state, result.phase_done, result.phase_total = event.phase, event.done, event.total
+        case events.Started():
+            result.started, result.total_steps = event, event.total_steps
+            _forget_after(result, event.step)
+            result.state = "training"
+        case events.StepDone():
+            result.state, result.step = "training", event.step
+            result.losses.append((event.step, event.loss))
+            result.learning_rates.append((event.step, event.learning_rate))
+            result.step_seconds.append(event.seconds)
+        case events.Validated():
+            result.validation.append((event.step, event.loss))
+        case events.SampleSaved():
+            result.samples.append(event)
+        case events.AdapterSaved():
+            result.adapters.append(event)
+        case events.Warned():
+            result.warnings.append(event.message)
+        case events.Paused():
+            result.state = "paused"
+        case events.Continued():
+            result.state = "training"
+        case events.Stopped():
+            result.state, result.step = "stopped", event.step
+        case events.Failed():
+            result.state, result.message = "failed", event.message
+        case events.Finished():
+            result.state, result.finished, result.step = "finished", event, event.step
+
+
+def _forget_after(result: RunStatus, step: int) -> None:
+    """A resumed run repeats the steps after its last state: what the first try wrote about them is superseded."""
+    result.step = step
+    for name in ("losses", "validation", "learning_rates"):
+        setattr(result, name, [point for point in getattr(result, name) if point[0] <= step])
+    for name in ("samples", "adapters"):
+        setattr(result, name, [saved for saved in getattr(result, name) if saved.step <= step])
+
+
+def list_runs(parent: Path | None = None) -> list[Path]:
+    """Run folders, newest first (by the date in their name, then by their number)."""
+    parent = parent or runs_folder()
+    if not parent.is_dir():
+        return []
+    found = [folder for folder in parent.iterdir() if (folder / "run.toml").is_file()]
+    return sorted(found, key=lambda folder: (_created(folder), folder.name), reverse=True)
+
+
+def _created(folder: Path) -> float:
+    first = next(events.read_events(folder / "events.jsonl"), None)
+    return first.time if first else (folder / "run.toml").stat().st_mtime
+
+
+def queue(parent: Path | None = None) -> Sequence[Path]:
+    """Runs that wait for the device, in the order in which they were asked for."""
+    waiting = [folder for folder in list_runs(parent) if requested(folder, "queued")]
+    return sorted(waiting, key=lambda folder: (folder / "queued").read_text().strip())
