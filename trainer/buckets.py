@@ -1,0 +1,90 @@
+"""Which size each picture is trained at and which part of it is seen: pure functions of its width and height.
+
+No picture is ever left out: each gets a crop. Nothing is enlarged unless asked, except a side shorter than one step.
+"""
+
+import math
+from dataclasses import dataclass
+
+from PIL import Image
+
+MAX_ASPECT = 2.0
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The picture is resized to `scaled`, then `bucket` is cut out at (`left`, `top`). All (width, height), in pixels."""
+
+    bucket: tuple[int, int]
+    """Size of the pixels fed to the VAE."""
+    scaled: tuple[int, int]
+    """Size of the whole picture after resizing; at least `bucket` on both sides."""
+    left: int
+    top: int
+
+
+def make_buckets(resolution: int, step: int, max_aspect: float = MAX_ASPECT) -> list[tuple[int, int]]:
+    """Sorted (width, height) pairs, sides multiples of `step`, area at most `resolution` squared, ratio at most `max_aspect`.
+
+    The square, `resolution` rounded down to `step`, is always among them. Needs `resolution` >= `step` and `max_aspect` >= 1.
+    """
+    assert 0 < step <= resolution and max_aspect >= 1
+    area, square = resolution**2, resolution // step * step
+    buckets = {(square, square)}
+    for short in range(step, square + 1, step):
+        long = area // short // step * step
+        wider_fits = (short + step) * long <= area  # then `short` wastes pixels for no other ratio
+        if long <= short * max_aspect and not wider_fits:
+            buckets |= {(short, long), (long, short)}
+    return sorted(buckets)
+
+
+def choose_crop(
+    width: int,
+    height: int,
+    resolution: int,
+    step: int,
+    max_aspect: float = MAX_ASPECT,
+    allow_upscale: bool = False,
+) -> Crop:
+    """The centred crop in the bucket whose aspect ratio is nearest to that of a `width` x `height` picture.
+
+    Where that bucket is larger than the picture and `allow_upscale` is off, the largest size in multiples of `step` that fits
+    the picture (same limits on area and ratio) takes its place. A side shorter than `step` is enlarged to one step.
+    """
+    assert width > 0 and height > 0
+    ratio = math.log(width / height)
+
+    def distance(size: tuple[int, int]) -> float:
+        return abs(math.log(size[0] / size[1]) - ratio)
+
+    bucket = min(make_buckets(resolution, step, max_aspect), key=lambda size: (distance(size), -size[0] * size[1], size))
+    if not allow_upscale and (bucket[0] > width or bucket[1] > height):
+        fitting = _sizes_within(width, height, resolution, step, max_aspect)
+        bucket = min(fitting, key=lambda size: (-size[0] * size[1], distance(size), size))
+    scale = max(bucket[0] / width, bucket[1] / height)
+    scaled = max(bucket[0], round(width * scale)), max(bucket[1], round(height * scale))
+    return Crop(bucket, scaled, (scaled[0] - bucket[0]) // 2, (scaled[1] - bucket[1]) // 2)
+
+
+def _sizes_within(width: int, height: int, resolution: int, step: int, max_aspect: float) -> list[tuple[int, int]]:
+    """For each allowed width the tallest size that fits; a side shorter than `step` counts as one step."""
+    sizes = []
+    for w in range(step, min(max(width, step), resolution**2 // step) + 1, step):
+        h = int(min(max(height, step), w * max_aspect, resolution**2 // w)) // step * step
+        if h >= step and w <= h * max_aspect:
+            sizes.append((w, h))
+    return sizes
+
+
+def apply_crop(image: Image.Image, crop: Crop) -> Image.Image:
+    """The pixels of `crop`, resampled with LANCZOS. Only the part that is seen is resized, so a 1 x 9000 strip costs nothing."""
+    horizontal, vertical = image.width / crop.scaled[0], image.height / crop.scaled[1]
+    right, bottom = crop.left + crop.bucket[0], crop.top + crop.bucket[1]
+    box = (
+        crop.left * horizontal,
+        crop.top * vertical,
+        min(right * horizontal, image.width),  # rounding may step over the edge by a hair, which Pillow refuses
+        min(bottom * vertical, image.height),
+    )
+    return image.resize(crop.bucket, Image.Resampling.LANCZOS, box=box)
