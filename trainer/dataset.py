@@ -20,7 +20,8 @@ from typing import Literal
 
 from .buckets import MAX_ASPECT
 from .errors import DatasetError
-from .pictures import PICTURE_SUFFIXES, SMALLEST_SIDE, decode_picture, read_picture, shown, write_atomically
+from .files import atomic_write
+from .pictures import PICTURE_SUFFIXES, SMALLEST_SIDE, decode_picture, read_picture, shown
 
 CAPTION_SUFFIXES = (".txt", ".TXT", ".caption", ".CAPTION")  # in this order; an edit is saved as .txt, so it wins
 METADATA_NAME = "metadata.jsonl"  # one JSON object a line, as in a Hugging Face "imagefolder"
@@ -138,7 +139,7 @@ def write_caption(picture: Path, text: str) -> None:
         raise DatasetError(f"{shown(target.name)} is a link, which is not followed: delete it, then save the caption again.")
     if target.is_dir():
         raise DatasetError(f"{shown(target.name)} is a folder where the caption should be: rename it, then save again.")
-    write_atomically(target, text.encode("utf-8", "replace"))
+    atomic_write(target, text.encode("utf-8", "replace"))
 
 
 def read_caption(picture: Path) -> tuple[str, list[Finding]]:

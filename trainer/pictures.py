@@ -11,7 +11,6 @@ import re
 import stat
 import struct
 import unicodedata
-import uuid
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from .errors import DatasetError
+from .files import atomic_write
 
 # Pillow recognises files by content whatever their name, so the allow-list is what keeps EPS (runs Ghostscript), PSD, FITS and
 # JPEG 2000 parsers away from a file called x.png. Never set ImageFile.LOAD_TRUNCATED_IMAGES: grey halves would be trained on.
@@ -100,20 +100,7 @@ def save_thumbnail(path: Path, target: Path, side: int = 320) -> None:
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     encoded = io.BytesIO()
     image.save(encoded, "WEBP", quality=80)
-    write_atomically(target, encoded.getvalue())
-
-
-def write_atomically(target: Path, data: bytes) -> None:
-    """Write `target` so that it holds the old or the new bytes, never a part; a link there is replaced, not followed."""
-    temp = target.parent / f".{uuid.uuid4().hex}.tmp"  # short: `target.name` may already have all 255 bytes
-    try:
-        with open(temp, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temp, target)
-    finally:
-        temp.unlink(missing_ok=True)
+    atomic_write(target, encoded.getvalue())
 
 
 def read_picture(path: Path) -> bytes:

@@ -1,0 +1,400 @@
+"""Dropped files, folders and zips become part of a dataset folder: copied, never altered, never overwriting.
+
+Nothing is written outside that folder, no name is taken as it came, and nothing but readable pictures and captions is kept.
+"""
+
+import hashlib
+import lzma
+import os
+import re
+import shutil
+import stat
+import struct
+import tempfile
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .dataset import (
+    JUNK_NAMES,
+    MAX_CAPTION_BYTES,
+    METADATA_NAME,
+    Finding,
+    caption_path,
+    is_junk,
+    read_metadata,
+    suffix_of,
+)
+from .errors import DatasetError
+from .files import atomic_write
+from .pictures import MAX_FILE_BYTES, PICTURE_SUFFIXES, decode_picture, read_picture, shown
+
+MAX_ENTRIES = 20_000  # files in one zip
+MAX_TOTAL_BYTES = 20 * 2**30  # of one zip, unpacked
+MAX_DEPTH = 16  # folders within folders
+MAX_NAME_BYTES = 120  # leaves room for a suffix where 255 bytes are the limit, and for deep folders on Windows
+
+_CAPTION_ENDS = (".txt", ".caption")
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices on Windows, whatever the extension
+_ZIP_ERRORS = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError, struct.error, LookupError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Dropped:
+    """A file to import: where it lies now, and the folders and name it came under."""
+
+    path: Path
+    folders: tuple[str, ...]
+    name: str
+
+    @property
+    def shown(self) -> str:
+        return shown("/".join((*self.folders, self.name)))
+
+
+def import_files(
+    sources: Iterable[Path], dataset_dir: Path, names: Mapping[Path, str] | None = None
+) -> list[Finding]:
+    """Copy pictures and captions out of files, folders and zips into `dataset_dir`; say what was left out or renamed.
+
+    A dropped folder keeps its name and structure, a zip its structure. `names` gives a source the name the person knows it by.
+    Captions in a `metadata.jsonl` are saved as `<picture>.txt`. A bad zip is one finding and none of it is imported.
+    Raises `DatasetError` when `dataset_dir` cannot be written.
+    """
+    dataset_dir, names = Path(dataset_dir), names or {}
+    findings: list[Finding] = []
+    try:
+        dataset_dir.mkdir(parents=True, exist_ok=True)
+        # Hidden, so that a scan passes over what a killed import leaves; inside, as nothing outside is ours to write.
+        with tempfile.TemporaryDirectory(prefix=".importing-", dir=dataset_dir) as work:
+            dropped = []
+            for number, source in enumerate(map(Path, sources)):
+                name = names.get(source, source.name)
+                dropped += _collect(source, name.replace("\\", "/").rpartition("/")[2], Path(work, str(number)), findings)
+            _Import(dataset_dir, findings).place(dropped)
+    except OSError as error:
+        raise DatasetError(
+            f"{shown(dataset_dir)} cannot be written ({error.strerror}): make room or choose another folder."
+        ) from error
+    return findings
+
+
+def _kind(name: str) -> str:
+    """ "picture", "caption", "metadata", "junk" or "other", told by the name alone."""
+    if is_junk(name):
+        return "junk"
+    if name == METADATA_NAME:
+        return "metadata"
+    if suffix_of(name) in PICTURE_SUFFIXES:
+        return "picture"
+    return "caption" if suffix_of(name) in _CAPTION_ENDS else "other"
+
+
+def _why_not_kept(name: str) -> str:
+    if suffix_of(name) == ".zip":
+        return "Is a zip inside what was dropped: it was not unpacked; drop it by itself."
+    return f"Is neither a picture nor a caption ({suffix_of(name) or 'no extension'}): it was not kept."
+
+
+# Collecting
+
+
+def _collect(source: Path, name: str, work: Path, findings: list[Finding]) -> list[_Dropped]:
+    try:
+        if source.is_symlink():
+            message = "Is a link, which is not followed: drop the file or folder itself."
+            findings.append(Finding(shown(name), "warning", message))
+        elif source.is_dir():
+            return list(_walk(source, name, findings))
+        elif suffix_of(name) == ".zip":
+            return _unpack(source, name, work, findings)
+        elif not source.exists():
+            findings.append(Finding(shown(name), "error", "Is no longer there: drop it again."))
+        else:
+            return [_Dropped(source, (), name)]
+    except DatasetError as error:
+        findings.append(Finding(shown(name), "error", str(error)))
+    return []
+
+
+def _walk(source: Path, name: str, findings: list[Finding]) -> Iterator[_Dropped]:
+    waiting: list[tuple[Path, tuple[str, ...]]] = [(source, (name,))]
+    while waiting:
+        parent, folders = waiting.pop()
+        try:
+            entries = sorted(os.scandir(parent), key=lambda entry: entry.name)
+        except OSError as error:
+            findings.append(Finding(shown("/".join(folders)), "error", f"The folder cannot be read: {error.strerror}."))
+            continue
+        for entry in entries:
+            label = shown("/".join((*folders, entry.name)))
+            if is_junk(entry.name):
+                continue
+            if entry.is_symlink():
+                findings.append(Finding(label, "warning", "Is a link, which is not followed: copy the file itself."))
+            elif entry.is_dir() and entry.name.startswith("."):
+                findings.append(Finding(label, "note", "Is a hidden folder: it was not imported."))
+            elif entry.is_dir() and len(folders) >= MAX_DEPTH:
+                findings.append(Finding(label, "warning", f"Lies deeper than {MAX_DEPTH} folders: it was not imported."))
+            elif entry.is_dir():
+                waiting.append((parent / entry.name, (*folders, entry.name)))
+            else:
+                yield _Dropped(parent / entry.name, folders, entry.name)
+
+
+def _unpack(source: Path, name: str, work: Path, findings: list[Finding]) -> list[_Dropped]:
+    """Unpack what is wanted into `work` under numbers for names. Raises `DatasetError` when the zip as a whole is refused."""
+    about: list[Finding] = []
+    dropped: list[_Dropped] = []
+    work.mkdir()
+    try:
+        with zipfile.ZipFile(source) as archive:
+            _refuse_bad_zip(archive)
+            total = 0
+            for number, info in enumerate(info for info in archive.infolist() if not info.is_dir()):
+                *folders, entry_name = [part for part in _entry_name(info).split("/") if part not in ("", ".")]
+                entry = _Dropped(work / str(number), tuple(folders), entry_name)
+                kind = "junk" if JUNK_NAMES.intersection(map(str.lower, folders)) else _kind(entry_name)
+                if len(folders) > MAX_DEPTH:
+                    kind = "deep"
+                    label = f"{shown('/'.join(folders[:3]))}/.../{shown(entry_name)}"
+                    about.append(Finding(label, "warning", f"Lies deeper than {MAX_DEPTH} folders: it was not imported."))
+                elif kind == "other":
+                    about.append(Finding(entry.shown, "warning", _why_not_kept(entry_name)))
+                wanted = kind in ("picture", "caption", "metadata")
+                total += _unpack_entry(archive, info, entry.path if wanted else None, MAX_TOTAL_BYTES - total)
+                if wanted:
+                    dropped.append(entry)
+    except (*_ZIP_ERRORS, DatasetError) as error:
+        shutil.rmtree(work)
+        if isinstance(error, OSError) and error.errno:  # ours: the disk is full or the zip cannot be read
+            raise
+        reason = str(error) if isinstance(error, DatasetError) else f"is damaged ({shown(str(error))[:160]}): make it anew"
+        raise DatasetError(f"{shown(name)} {reason}. Nothing of it was imported.") from error
+    findings += about
+    return dropped
+
+
+def _unpack_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path | None, room: int) -> int:
+    """The number of bytes that really came out. Unwanted entries are read too: it is how zipfile finds lies and damage."""
+    size = 0
+    with archive.open(info) as packed, open(target or os.devnull, "wb") as unpacked:
+        while chunk := packed.read(2**20):
+            size += len(chunk)
+            if size > min(MAX_FILE_BYTES, room):
+                raise DatasetError(f"is too large when unpacked ({shown(info.filename)}): drop the pictures themselves")
+            unpacked.write(chunk)
+    if size != info.file_size:
+        raise DatasetError(f"is damaged: {shown(info.filename)} has not the size it claims")
+    return size
+
+
+def _entry_name(info: zipfile.ZipInfo) -> str:
+    """The name as it was meant: some programs write UTF-8 without saying so, which zipfile reads as code page 437."""
+    if info.flag_bits & 0x800:
+        return info.orig_filename
+    try:
+        return info.orig_filename.encode("cp437").decode("utf-8")
+    except UnicodeError:
+        return info.orig_filename
+
+
+def _refuse_bad_zip(archive: zipfile.ZipFile) -> None:
+    """What zipfile would rewrite, follow or unpack without a word: names that leave the folder, links, overlaps, bombs."""
+    infos = archive.infolist()
+    if len(infos) > MAX_ENTRIES:
+        raise DatasetError(f"holds {len(infos)} files, the limit is {MAX_ENTRIES}: split it")
+    if sum(info.file_size for info in infos) > MAX_TOTAL_BYTES or any(info.file_size > MAX_FILE_BYTES for info in infos):
+        limits = f"{MAX_FILE_BYTES >> 20} MB a file and {MAX_TOTAL_BYTES >> 30} GB in all"
+        raise DatasetError(f"is too large when unpacked (the limit is {limits}): drop the pictures themselves")
+    end = archive.start_dir
+    for info in sorted(infos, key=lambda info: info.header_offset, reverse=True):
+        smallest = 30 + len(info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437", "replace"))
+        if info.header_offset + smallest + info.compress_size > end:
+            raise DatasetError("is not an honest zip: its files overlap; make it anew")
+        end = info.header_offset
+    files, folders = set(), set()
+    for info in infos:
+        name = _entry_name(info)
+        parts = name.split("/")
+        if "\\" in name or "\0" in name or name.startswith("/") or ".." in parts or re.match(r"[A-Za-z]:", name):
+            raise DatasetError(f"holds a name that leads out of its folder ({shown(name)[:80]}): make it anew")
+        if info.flag_bits & 0x1:
+            raise DatasetError("is encrypted: make it anew without a password")
+        if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise DatasetError(f"holds a link or a device ({shown(name)[:80]}): make it anew with the files themselves")
+        (folders if info.is_dir() else files).add(name.rstrip("/"))
+        folders.update("/".join(parts[:depth]) for depth in range(1, min(len(parts), MAX_DEPTH + 2)))
+    if clash := sorted(files & folders):
+        raise DatasetError(f"holds {shown(clash[0])} both as a file and as a folder: make it anew")
+
+
+# Placing
+
+
+def safe_name(stem: str, room: int = MAX_NAME_BYTES) -> str:
+    """`stem` as a name every file system, shell and page takes: visible, no `<>:"/\\|?*`, at most `room` bytes of UTF-8."""
+    visible = unicodedata.normalize("NFC", stem)
+    visible = "".join("_" if unicodedata.category(c) in ("Cs", "Cn") or c in '<>:"/\\|?*' else c for c in visible)
+    visible = "".join(c for c in visible if unicodedata.category(c) not in ("Cc", "Cf", "Zl", "Zp") or c == "\u200d")
+    visible = visible.strip(". ")
+    if visible.startswith(("-", "~")) or _RESERVED.fullmatch(visible):
+        visible = f"_{visible}"
+    return visible.encode()[:room].decode("utf-8", "ignore").rstrip(". ") or "picture"
+
+
+def _split(name: str) -> tuple[str, str]:
+    """(stem, ending) such that a picture and its captions, `a.txt` or `a.png.txt`, have the same stem."""
+    ending = suffix_of(name)
+    stem = name[: len(name) - len(ending)]
+    if ending in _CAPTION_ENDS and suffix_of(stem) in PICTURE_SUFFIXES:
+        inner = suffix_of(stem)
+        return stem[: len(stem) - len(inner)], inner + ending
+    return stem, ending
+
+
+def _key(path: Path) -> str:
+    """Equal for names that are one file on a disk that ignores capitals or the composition of accents."""
+    return unicodedata.normalize("NFC", path.as_posix()).casefold()
+
+
+class _Import:
+    """One import into one folder: what is there, what has been taken, what is said."""
+
+    def __init__(self, dataset_dir: Path, findings: list[Finding]):
+        self.dataset_dir, self.findings = dataset_dir, findings
+        self.taken: set[str] = set()
+        self.already: dict[str, Path] = {}  # sha256 of each picture that was there before
+        for parent, folders, files in os.walk(dataset_dir):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for path in (Path(parent, name) for name in (*files, *folders)):
+                self.taken.add(_key(path))
+                if suffix_of(path.name) in PICTURE_SUFFIXES and path.is_file():
+                    self.already[_sha256(path)] = path
+
+    def say(self, file: str, level: str, message: str) -> None:
+        self.findings.append(Finding(file, level, message))
+
+    def place(self, dropped: list[_Dropped]) -> None:
+        saved: dict[tuple[tuple[str, ...], str], Path] = {}
+        for group in self._groups(dropped):
+            self._place_group(group, saved)
+        for entry in dropped:
+            if _kind(entry.name) == "metadata":
+                self._place_metadata(entry, saved)
+
+    def _groups(self, dropped: list[_Dropped]) -> list[dict[str, _Dropped]]:
+        """Pictures with their captions, ending -> file. A name that comes a second time begins a group of its own."""
+        groups: dict[tuple[tuple[str, ...], str], list[dict[str, _Dropped]]] = {}
+        for entry in dropped:
+            if _kind(entry.name) == "other":
+                self.say(entry.shown, "warning", _why_not_kept(entry.name))
+            if _kind(entry.name) not in ("picture", "caption"):
+                continue
+            stem, ending = _split(entry.name)
+            same_stem = groups.setdefault((entry.folders, stem), [])
+            free = next((group for group in same_stem if ending not in group), None)
+            if free is None:
+                same_stem.append(free := {})
+            free[ending] = entry
+        return [group for same_stem in groups.values() for group in same_stem]
+
+    def _place_group(self, group: dict[str, _Dropped], saved: dict[tuple[tuple[str, ...], str], Path]) -> None:
+        pictures = {ending: entry for ending, entry in group.items() if ending in PICTURE_SUFFIXES}
+        contents: dict[str, bytes] = {}
+        stem = None
+        for ending, entry in pictures.items():
+            try:
+                data = read_picture(entry.path)
+                decode_picture(data, Path(entry.name))
+            except DatasetError as error:
+                self.say(entry.shown, "error", f"{error} It was not imported.")
+                continue
+            if twin := self.already.get(hashlib.sha256(data).hexdigest()):
+                self.say(entry.shown, "note", f"Is already there as {shown(twin.name)}: it was not copied again.")
+                stem = caption_path(twin).with_suffix("")
+                saved.setdefault((entry.folders, entry.name), twin)
+            else:
+                contents[ending] = data
+        captions = {ending: entry for ending, entry in group.items() if ending not in PICTURE_SUFFIXES}
+        if pictures and not contents and stem is None:
+            for entry in captions.values():
+                self.say(entry.shown, "warning", "Its picture cannot be used: the caption was not imported.")
+            return
+        for ending, entry in captions.items():
+            if (data := self._caption_bytes(entry)) is not None:
+                contents[ending] = data
+        if not contents:
+            return
+        wanted = self._wanted(next(iter(group.values())))
+        stem = self._free_stem(wanted, list(contents)) if stem is None or pictures.keys() & contents.keys() else stem
+        if not pictures:  # captions dropped after their pictures: another name would part them
+            stem = wanted
+        self._save_all(group, contents, stem, saved)
+
+    def _save_all(self, group: dict[str, _Dropped], contents: dict[str, bytes], stem: Path, saved: dict) -> None:
+        for ending, data in contents.items():
+            entry, target = group[ending], stem.with_name(stem.name + ending)
+            if _key(target) in self.taken:
+                if not target.is_file() or target.read_bytes() != data:
+                    message = "There is another caption of that name already: it was kept, this one was not."
+                    self.say(entry.shown, "warning", message)
+                continue
+            if not target.parent.resolve().is_relative_to(self.dataset_dir.resolve()):
+                self.say(entry.shown, "warning", "Its folder is a link that leaves the dataset: it was not imported.")
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(target, data)
+            self.taken.add(_key(target))
+            saved.setdefault((entry.folders, entry.name), target)
+            if stem.relative_to(self.dataset_dir).as_posix() != "/".join((*entry.folders, _split(entry.name)[0])):
+                self.say(entry.shown, "note", f"Was saved as {shown(target.relative_to(self.dataset_dir).as_posix())}.")
+
+    def _caption_bytes(self, entry: _Dropped) -> bytes | None:
+        try:
+            data = read_picture(entry.path)
+        except DatasetError as error:
+            self.say(entry.shown, "warning", f"{error} The caption was not imported.")
+            return None
+        if len(data) > MAX_CAPTION_BYTES:
+            self.say(entry.shown, "warning", f"The caption is larger than {MAX_CAPTION_BYTES >> 20} MB: it was not imported.")
+            return None
+        return data
+
+    def _wanted(self, entry: _Dropped) -> Path:
+        folder = self.dataset_dir.joinpath(*(safe_name(part) for part in entry.folders))
+        return folder / safe_name(_split(entry.name)[0], MAX_NAME_BYTES - 20)  # room for "-123" and ".jpeg.caption"
+
+    def _free_stem(self, wanted: Path, endings: list[str]) -> Path:
+        number, stem = 1, wanted
+        while any(_key(stem.with_name(stem.name + ending)) in self.taken for ending in (*endings, ".txt")):
+            number += 1
+            stem = wanted.with_name(f"{wanted.name}-{number}")
+        return stem
+
+    def _place_metadata(self, entry: _Dropped, saved: dict[tuple[tuple[str, ...], str], Path]) -> None:
+        captions, bad = read_metadata(entry.path)
+        if bad:
+            self.say(entry.shown, "warning", bad)
+        written = 0
+        for name, caption in captions.items():
+            *folders, file_name = name.split("/")
+            picture = saved.get(((*entry.folders, *folders), file_name))
+            if picture is None or not caption.strip():
+                continue
+            target = caption_path(picture)
+            if _key(target) not in self.taken:
+                atomic_write(target, caption.encode("utf-8", "replace"))
+                self.taken.add(_key(target))
+                written += 1
+        self.say(entry.shown, "note", f"{written} of its {len(captions)} captions were saved as .txt files beside the pictures.")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
