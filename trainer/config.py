@@ -257,6 +257,5 @@ def to_toml(config: RunConfig) -> str:
 
 def fingerprint(config: RunConfig) -> str:
     """Sha256 of everything that alters the numbers: the same for two runs that must give the same adapter."""
-    data = config.model_dump(mode="json", exclude={"name": True, "preset": True, "sampling": True, "dataset": {"folder"},
-                                                    "saving": {"precision", "include_captions", "state_every"}})
+    data = config.model_dump(mode="json", exclude={"name": True, "preset": True, "sampling": True, "saving": True, "dataset": {"folder"}})
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

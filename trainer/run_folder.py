@@ -5,7 +5,7 @@
       events.jsonl             what happened, one event a line
       log.txt                  output of the trainer process
       state/                   what resuming needs
-      samples/000500-2.webp    step 500, prompt 2
+      samples/000500-2.png     step 500, prompt 2
       maya-000500.safetensors  adapters as exported
       maya.safetensors         the chosen one
       queued | stop | pause    requests: their presence is the message
@@ -29,7 +29,7 @@ from trainer import config, events
 from trainer.errors import StateError
 from trainer.files import atomic_write
 
-SAMPLE_SUFFIX = ".webp"
+SAMPLE_SUFFIX = ".png"
 
 
 def outputs_folder() -> Path:
@@ -190,11 +190,11 @@ def _apply(result: RunStatus, event: events.Event) -> None:
             result.learning_rates.append((event.step, event.learning_rate))
             result.step_seconds.append(event.seconds)
         case events.Validated():
-            result.validation.append((event.step, event.loss))
+            result.validation = [point for point in result.validation if point[0] != event.step] + [(event.step, event.loss)]
         case events.SampleSaved():
-            result.samples.append(event)
+            result.samples = [saved for saved in result.samples if saved.file != event.file] + [event]
         case events.AdapterSaved():
-            result.adapters.append(event)
+            result.adapters = [saved for saved in result.adapters if saved.file != event.file] + [event]
         case events.Warned():
             result.warnings.append(event.message)
         case events.Paused():

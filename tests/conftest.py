@@ -1,0 +1,63 @@
+"""What many tests stand on: a tiny base, a small dataset, a short run. Nothing here reaches the network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+from collections.abc import Callable  # noqa: E402  (the switches above must stand before any library is read)
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+from trainer import config, run_folder  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny import save_tiny_base
+
+    return save_tiny_base(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny import make_dataset
+
+    return make_dataset(tmp_path_factory.mktemp("tiny") / "dataset", count=4, sizes=((16, 16), (24, 16)))
+
+
+@pytest.fixture
+def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An outputs folder of its own."""
+    monkeypatch.setenv("ATELIER_OUTPUTS", str(tmp_path / "outputs"))
+    return tmp_path / "outputs"
+
+
+@pytest.fixture
+def tiny_run(tiny_base: Path, tiny_dataset: Path, outputs: Path) -> Callable[..., config.RunConfig]:
+    """Settings of a run of six short steps, with changes by dotted path: tiny_run({"adapter.rank": 2})."""
+
+    def make(changes: dict | None = None) -> config.RunConfig:
+        settings = {
+            "name": "tiny", "base.model": str(tiny_base), "dataset.folder": str(tiny_dataset), "dataset.resolution": 32, "dataset.bucket_step": 8,
+            "training.steps": 6, "training.batch_size": 2, "training.learning_rate": 1e-2, "training.warmup": 0.0, "adapter.rank": 2, "adapter.alpha": 4.0,
+            "saving.saves": 2, "saving.state_every": 2, "sampling.inference_steps": 2, "sampling.prompts": ["picture number 0"],
+        }
+        return config.replace(config.RunConfig(), settings | (changes or {}))
+
+    return make
+
+
+@pytest.fixture
+def train_tiny(tiny_run: Callable[..., config.RunConfig]) -> Callable[..., Path]:
+    """Trains a tiny run in this process and returns its folder."""
+
+    def run(changes: dict | None = None) -> Path:
+        from trainer.__main__ import run_in
+
+        folder = run_folder.create(tiny_run(changes))
+        assert run_in(folder) == 0, run_folder.status(folder).message
+        return folder
+
+    return run

@@ -1,0 +1,199 @@
+"""The command line: `python -m trainer COMMAND`. The only place that turns an error into a message.
+
+Exit code 0: done (or stopped on request, with everything saved). 1: failed, with a sentence. 2: wrong usage.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer import __version__, config, presets, run_folder
+from trainer.errors import ConfigError, OutOfMemory, StateError, TrainerError
+from trainer.events import EventLog, Failed, Launched
+from trainer.terminal import TerminalLog
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.command(options) or 0
+    except TrainerError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m trainer", description="Trains LoRA adapters for Stable Diffusion.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train an adapter", formatter_class=argparse.RawDescriptionHelpFormatter,
+                                description="Trains an adapter from a run.toml or a preset.", epilog=_settings_help())
+    train.add_argument("recipe", metavar="RUN.toml|PRESET", help=f"a file, or one of: {', '.join(presets.load_presets())}")
+    train.add_argument("--dataset", type=Path, metavar="DIR", help="folder with pictures and captions")
+    train.add_argument("--name", help="name of the adapter")
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="any setting below, as often as wanted")
+    train.set_defaults(command=train_command)
+
+    resume = commands.add_parser("resume", help="start or continue the run in a folder")
+    resume.add_argument("folder", type=Path, metavar="RUN_DIR")
+    resume.set_defaults(command=lambda o: run_in(o.folder))
+
+    sample = commands.add_parser("sample", help="make a picture, with adapters at any strength")
+    sample.add_argument("--prompt", default="")
+    sample.add_argument("--adapter", action="append", default=[], metavar="FILE[:STRENGTH]", help="a .safetensors adapter, as often as wanted")
+    sample.add_argument("--base", default=config.EMBEDDED, help="base model: embedded, a folder or a Hugging Face id")
+    sample.add_argument("--negative-prompt", default="")
+    sample.add_argument("--seed", type=int, default=1)
+    sample.add_argument("--steps", type=int, default=20)
+    sample.add_argument("--guidance", type=float, default=7.0)
+    sample.add_argument("--size", default="0x0", metavar="WxH", help="the base's own size by default")
+    sample.add_argument("--output", type=Path, default=Path("sample.png"))
+    sample.add_argument("--serve", action="store_true", help="answer JSON requests on standard input instead (what the page uses)")
+    sample.set_defaults(command=sample_command)
+
+    check = commands.add_parser("check", help="say what a dataset is worth before training on it")
+    check.add_argument("dataset", type=Path)
+    check.add_argument("--resolution", type=int, default=512)
+    check.add_argument("--trigger", default="")
+    check.add_argument("--json", action="store_true")
+    check.set_defaults(command=check_command)
+
+    info = commands.add_parser("info", help="say what an adapter file holds")
+    info.add_argument("file", type=Path)
+    info.add_argument("--json", action="store_true")
+    info.set_defaults(command=info_command)
+
+    demo = commands.add_parser("demo", help="train the example subject on the embedded base and report what it learned")
+    demo.add_argument("--output", type=Path, help="where the run folder goes (outputs/runs)")
+    demo.set_defaults(command=demo_command)
+    return parser
+
+
+def _settings_help() -> str:
+    lines = ["settings for --set (their defaults are those of the recipe):"]
+    for path, field in config.fields():
+        words = f" one of {', '.join(config.choices(field))}." if config.choices(field) else ""
+        lines.append(f"  {path}\n      {field.description}{words}")
+    return "\n".join(lines).replace("%", "%%")
+
+
+def train_command(options: argparse.Namespace) -> int:
+    path = Path(options.recipe)
+    run = config.load(path) if path.suffix == ".toml" or path.is_file() else presets.load_preset(options.recipe).config
+    changes = dict(config.parse_setting(text) for text in options.settings)
+    if options.dataset:
+        changes["dataset.folder"] = str(options.dataset.resolve())
+    if options.name:
+        changes["name"] = options.name
+    run = config.replace(run, changes)
+    if not run.dataset.folder:
+        raise ConfigError("Which pictures? Give --dataset DIR, or dataset.folder in the file.")
+    return run_in(run_folder.create(run))
+
+
+def run_in(folder: Path) -> int:
+    """Starts or continues the run of a folder in this process, which holds its lock for life."""
+    if not (folder / "run.toml").is_file():
+        raise StateError(f"{folder} is no run folder: it has no run.toml.")
+    folder = folder.resolve()
+    run = config.load(folder / "run.toml")
+    lock = run_folder.acquire(folder)
+    log = TerminalLog(folder / "events.jsonl")
+    for message in ("queued", "stop", "pause"):
+        run_folder.withdraw(folder, message)
+    log.append(Launched(os.getpid(), __version__))
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: run_folder.request(folder, "stop"))
+    try:
+        return _train(run, folder, log)
+    finally:
+        log.close()
+        lock.release()
+
+
+def _train(run: config.RunConfig, folder: Path, log: EventLog) -> int:
+    import torch  # a second or more, which wrong usage need not wait for
+
+    from trainer.train import train
+
+    try:
+        chosen = train(run, folder, log)
+    except (TrainerError, torch.OutOfMemoryError, MemoryError) as error:
+        sentence = str(error if isinstance(error, TrainerError) else out_of_memory(run))
+        log.append(Failed(sentence))
+        print(f"\n{sentence}", file=sys.stderr)
+        return 1
+    except Exception as error:  # a bug: the traceback goes to the log, a plain line to the page
+        traceback.print_exc()
+        log.append(Failed(f"Something went wrong inside the trainer ({type(error).__name__}: {str(error)[:200]}). The log has the details; the last state is kept."))
+        return 1
+    print(f"\n{chosen}")
+    return 0
+
+
+def out_of_memory(run: config.RunConfig) -> OutOfMemory:
+    advice = [f"training.batch_size to {max(1, run.training.batch_size // 2)}"] if run.training.batch_size > 1 else []
+    advice += [] if run.training.gradient_checkpointing else ["training.gradient_checkpointing to true"]
+    advice += [f"dataset.resolution to {run.dataset.resolution * 3 // 4 // 64 * 64 or run.dataset.resolution // 2}"]
+    return OutOfMemory(f"The device ran out of memory. Set {', or '.join(advice)}, and press Resume or start again; the last state is kept.")
+
+
+def sample_command(options: argparse.Namespace) -> int:
+    from trainer.sample import Sampler, parse_request, serve
+
+    if options.serve:
+        serve()
+        return 0
+    width, _, height = options.size.partition("x")
+    stack = [{"file": file, "strength": float(strength or 1)} for file, _, strength in map(_split_strength, options.adapter)]
+    request = parse_request({"prompt": options.prompt, "negative_prompt": options.negative_prompt, "seed": options.seed, "inference_steps": options.steps,
+                             "guidance_scale": options.guidance, "width": int(width), "height": int(height or width), "adapters": stack,
+                             "base": {"model": options.base}, "target": str(options.output)})
+    print(Sampler().render(request))
+    return 0
+
+
+def _split_strength(text: str) -> tuple[str, str, str]:
+    """"a.safetensors:0.8" -> its parts; a colon inside the path (C:\\\\...) is no strength."""
+    file, colon, strength = text.rpartition(":")
+    return (file, colon, strength) if colon and file.endswith(".safetensors") else (text, "", "")
+
+
+def check_command(options: argparse.Namespace) -> int:
+    from trainer.dataset import scan_dataset, verdict
+
+    items, findings = scan_dataset(options.dataset, resolution=options.resolution, trigger=options.trigger)
+    if options.json:
+        print(json.dumps({"verdict": verdict(items, findings), "pictures": len(items), "findings": [vars(f) for f in findings]}, indent=1))
+        return 0
+    for finding in findings:
+        print(f"{finding.level:8} {finding.file}: {finding.message}")
+    print(verdict(items, findings))
+    return 0
+
+
+def info_command(options: argparse.Namespace) -> int:
+    from trainer.info import describe
+
+    facts = describe(options.file)
+    print(json.dumps(facts, indent=1, ensure_ascii=False) if options.json else "\n".join(f"{key + ':':22}{value}" for key, value in facts.items()))
+    return 0
+
+
+def demo_command(options: argparse.Namespace) -> int:
+    from trainer.demo import demo
+
+    return demo(options.output or run_folder.runs_folder(), run_in)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Which device and number format a run uses, and what that device is called."""
+
+import platform
+
+import torch
+from accelerate import Accelerator
+
+from trainer.errors import ConfigError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device() -> torch.device:
+    """The device accelerate finds: CUDA, else Apple's, else the CPU. What `accelerate config` left on the machine is not read."""
+    return Accelerator(mixed_precision="no").device
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GB"
+    return {"mps": "Apple GPU"}.get(device.type, f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)")
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """"fp32", "bf16" or "fp16". Raises ConfigError for one the device cannot do."""
+    if wanted == "auto":
+        if device.type != "cuda":
+            return "fp32"
+        return "bf16" if _has_bf16(device) else "fp32" if _is_gtx16(device) else "fp16"
+    if wanted == "bf16" and device.type == "cuda" and not _has_bf16(device):
+        raise ConfigError(f"base.precision = bf16 does not work on {device_name(device)}; use auto or fp16.")
+    if wanted == "fp16" and device.type == "cuda" and _is_gtx16(device):
+        raise ConfigError(f"base.precision = fp16 gives wrong numbers on {device_name(device)}; use auto or fp32.")
+    return wanted
+
+
+def _has_bf16(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)  # older cards say yes, and emulate it slowly
+
+
+def _is_gtx16(device: torch.device) -> bool:
+    return "GTX 16" in torch.cuda.get_device_name(device)  # fp16 gives NaN there (pytorch issues 58123, 77955)

@@ -1,0 +1,80 @@
+"""The model families, one file each, and the loading that is the same for all."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from torch import nn
+
+from trainer import base_model
+from trainer.config import Base
+from trainer.errors import ModelError
+from trainer.families.base import ModelFamily
+from trainer.families.sd1 import StableDiffusion1
+
+FAMILIES: dict[str, ModelFamily] = {"StableDiffusionPipeline": StableDiffusion1()}
+
+HUB_FILES = ["model_index.json", "*/*.json", "*/merges.txt", "*/*.safetensors"]
+HUB_FILES_LEFT = ["safety_checker/*", "feature_extractor/*", "*.fp16.safetensors", "*.non_ema.safetensors"]
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base model on the CPU, frozen, checked to be complete and finite."""
+
+    family: ModelFamily
+    pipe: Any
+    folder: base_model.BaseFolder
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.family.denoiser(self.pipe)
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels of a picture per cell of its latents, along one side."""
+        return self.pipe.vae_scale_factor
+
+
+def load_base(base: Base, dtype: torch.dtype) -> LoadedBase:
+    """Loads a base model. Raises ModelError in a sentence when it is missing, incomplete or not what it says.
+
+    The VAE stays in float32 whatever the dtype: in fp16 it can overflow to black pictures.
+    """
+    folder = base_model.inspect(base_model.locate(base) or _download(base))
+    family = FAMILIES["StableDiffusionPipeline"]
+    pipe = family.pipeline_class.from_pretrained(
+        folder.path, torch_dtype={"vae": torch.float32, "default": dtype}, use_safetensors=True, variant=folder.variant,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    for part, expected in folder.tensors.items():
+        module = getattr(pipe, part)
+        _check_complete(folder.path, part, module, set(expected))
+        module.requires_grad_(False).eval()
+    if len(pipe.tokenizer) < 300:
+        raise ModelError(f"The tokenizer of {folder.path.name} knows only {len(pipe.tokenizer)} words; its vocabulary is damaged. Download the model again.")
+    return LoadedBase(family, pipe, folder)
+
+
+def _download(base: Base) -> Path:
+    try:
+        return Path(snapshot_download(base.model, revision=base.revision or None, allow_patterns=HUB_FILES, ignore_patterns=HUB_FILES_LEFT))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise ModelError(f"The base model {base.model} is not on this machine and could not be downloaded ({reason}). "
+                         "Check its name and the network, or give the path of a model folder.") from None
+
+
+def _check_complete(folder: Path, part: str, module: nn.Module, stored: set[str]) -> None:
+    """Loaders fill what a file lacks with random numbers, or leave it out, and say so only in a log."""
+    stored = {name.removeprefix("text_model.") for name in stored}
+    state = module.state_dict()
+    missing = [name for name in state if name.removeprefix("text_model.") not in stored and not name.endswith("position_ids")]
+    if missing:
+        raise ModelError(f"{folder.name}/{part} lacks {len(missing)} of {len(state)} tensors (such as {missing[0]}); the file is incomplete. Download it again.")
+    for name, tensor in state.items():
+        if tensor.is_meta or not torch.isfinite(tensor).all():
+            raise ModelError(f"{folder.name}/{part} holds numbers that are not finite (in {name}); the file is damaged. Download it again.")

@@ -1,0 +1,60 @@
+"""What the trainer asks of a model family. Nothing outside this folder knows which family it has."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from trainer.objective import DiffusionObjective, Noised
+
+Conditioning = dict[str, Tensor]
+"""What the denoiser is told about the pictures, by name, each with the batch first: {"prompt_embeds": [B, 77, D]}."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass."""
+
+    latents: Tensor
+    """[B, C, h, w], float32, scaled as the denoiser wants them."""
+    conditioning: Conditioning
+
+
+class ModelFamily(Protocol):
+    """Stateless: everything it needs is handed over."""
+
+    name: str
+    pipeline_class: Any
+    """The diffusers pipeline that loads and samples this family."""
+    base_model_version: str
+    """`ss_base_model_version` in the file, by which A1111 and Forge recognise the family."""
+    architecture: str
+    """`modelspec.architecture` in the file."""
+    denoiser_targets: Sequence[str]
+    """Ends of the names of the projections that get an adapter in the denoiser."""
+    text_encoder_targets: Sequence[str]
+
+    def denoiser(self, pipe: Any) -> nn.Module: ...
+
+    def text_encoders(self, pipe: Any) -> dict[str, nn.Module]:
+        """The text encoders by the name of their component: {"text_encoder": ...}."""
+        ...
+
+    def objective(self, pipe: Any) -> DiffusionObjective: ...
+
+    def encode_prompts(self, pipe: Any, prompts: Sequence[str]) -> Conditioning:
+        """With gradients where a text encoder is trained. Prompts longer than the encoder reads are cut."""
+        ...
+
+    def token_counts(self, pipe: Any, prompts: Sequence[str]) -> tuple[list[int], int]:
+        """Tokens of each prompt without its start and end marks, and how many the encoder reads."""
+        ...
+
+    def predict(self, denoiser: nn.Module, noised: Noised, conditioning: Conditioning) -> Tensor:
+        """The denoiser's output, in the shape of the target."""
+        ...
+
+    def export_key(self, component: str, module: str) -> str:
+        """Where a module stands in a kohya file: ("unet", "mid_block...to_q") -> "lora_unet_mid_block_..._to_q"."""
+        ...

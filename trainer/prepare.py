@@ -1,0 +1,216 @@
+"""Everything before the first step: settings and pictures in, a `Session` out."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer import adapters, cache, estimate
+from trainer.attention import choose_attention, use_attention
+from trainer.batches import generator_for
+from trainer.buckets import choose_crop
+from trainer.config import RunConfig
+from trainer.dataset import DatasetItem, scan_dataset
+from trainer.device import DTYPES, choose_device, choose_precision
+from trainer.errors import DatasetError
+from trainer.events import Event, EventLog, Progress, Warned
+from trainer.families import LoadedBase, load_base
+from trainer.families.base import Conditioning
+from trainer.objective import DiffusionObjective
+from trainer.optimizers import build_optimizer
+
+MEASURED_WITHOUT_HOLD_OUT = 8  # training pictures that are measured where too few are there to keep some out
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture ready for training."""
+
+    name: str
+    """Path relative to the dataset."""
+    caption: str
+    """With the trigger word."""
+    mean: Tensor
+    """Of its latents, [C, h, w], unscaled."""
+    std: Tensor
+    conditioning: Conditioning | None
+    """None where the text encoder is trained: it is then encoded in every step."""
+    repeats: int
+    fingerprint: str
+    """Changes when the picture, its crop or its caption does."""
+
+
+@dataclass
+class Session:
+    """A training in memory."""
+
+    run: RunConfig
+    folder: Path
+    log: EventLog
+    device: torch.device
+    precision: str
+    attention: str
+    base: LoadedBase
+    objective: DiffusionObjective
+    components: dict[str, nn.Module]
+    """The adapted parts of the base: {"unet": ..., "text_encoder": ...}."""
+    optimizer: torch.optim.Optimizer
+    examples: list[Example]
+    held_out: list[Example]
+    no_caption: Conditioning | None
+    total_steps: int
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        return {f"{part}.{name}": p for part, module in self.components.items() for name, p in adapters.trainable(module).items()}
+
+    @property
+    def buckets(self) -> list[list[int]]:
+        """Indices of the examples of each shape, each as often as it is repeated."""
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for index, example in enumerate(self.examples):
+            shapes.setdefault(tuple(example.mean.shape), []).extend([index] * example.repeats)
+        return [shapes[shape] for shape in sorted(shapes)]
+
+    def encode(self, captions: Sequence[str]) -> Conditioning:
+        """With gradients where the caller has them on."""
+        return to_device(self.base.family.encode_prompts(self.base.pipe, captions), self.device)
+
+    def dataset_fingerprints(self) -> dict[str, str]:
+        return {example.name: example.fingerprint for example in [*self.examples, *self.held_out]}
+
+
+def to_device(conditioning: Conditioning, device: torch.device) -> Conditioning:
+    return {name: tensor.to(device) for name, tensor in conditioning.items()}
+
+
+def prepare(run: RunConfig, folder: Path, log: EventLog) -> Session:
+    """Loads, checks, caches and injects. Raises TrainerError in a sentence for whatever cannot work."""
+    log.append(Progress("loading"))
+    items, findings = scan_dataset(Path(run.dataset.folder), resolution=run.dataset.resolution, trigger=run.dataset.trigger)
+    for finding in findings:
+        if finding.level == "error":
+            log.append(Warned(f"{finding.file} is left out: {finding.message}"))
+    device = choose_device()
+    precision = choose_precision(run.base.precision, device)
+    base = load_base(run.base, DTYPES[precision])
+    attention, why = choose_attention(device, DTYPES[precision])
+    use_attention(base.denoiser, attention)
+    examples, no_caption = _make_examples(run, base, items, device, log)
+    examples, held_out = _hold_out(run, examples)
+    components = _inject(run, base, device)
+    views = sum(example.repeats for example in examples)
+    session = Session(
+        run=run, folder=folder, log=log, device=device, precision=precision, attention=why, base=base,
+        objective=base.family.objective(base.pipe).to(device), components=components, optimizer=_optimizer(run, components),
+        examples=examples, held_out=held_out, no_caption=no_caption, total_steps=estimate.total_steps(run, views))
+    return session
+
+
+def _make_examples(run: RunConfig, base: LoadedBase, items: Sequence[DatasetItem], device: torch.device,
+                   log: EventLog) -> tuple[list[Example], Conditioning | None]:
+    """Crops and encodes every picture and caption, or finds them in the cache. Also the empty caption."""
+    pipe, root = base.pipe, Path(run.dataset.folder)
+    vae_hash, encoder_hash = (cache.file_hash(path) for path in weight_files(base, "vae", "text_encoder"))
+    frozen_text = run.training.text_encoder_learning_rate == 0
+    captions = [with_trigger(item.caption, run.dataset.trigger) for item in items]
+    _warn_of_long_captions(base, items, captions, log)
+    for part in (pipe.vae, pipe.text_encoder):
+        part.to(device)
+    report = _throttled(log.append)
+    examples = []
+    for done, (item, caption) in enumerate(zip(items, captions, strict=True)):
+        report(Progress("caching", done, len(items)))
+        crop = choose_crop(item.width, item.height, run.dataset.resolution, run.dataset.bucket_step, run.dataset.max_aspect, run.dataset.allow_upscale)
+        key = cache.latents_key(item.sha256, crop, vae_hash)
+        latents = cache.cached(key, lambda: cache.encode_picture(pipe.vae, cache.to_pixels(item.path, crop)))
+        name = item.path.relative_to(root).as_posix()
+        if not all(torch.isfinite(tensor).all() for tensor in latents.values()):
+            log.append(Warned(f"{name} is left out: the base turns it into numbers that are not finite. Save the picture anew, or leave it out."))
+            continue
+        conditioning = _conditioning(base, caption, encoder_hash) if frozen_text else None
+        examples.append(Example(name, caption, latents["mean"], latents["std"], conditioning, item.repeats, f"{key}:{caption}"))
+    log.append(Progress("caching", len(items), len(items)))
+    if not examples:
+        raise DatasetError("No picture of the dataset can be trained on; the warnings name each and say why.")
+    no_caption = _conditioning(base, "", encoder_hash) if frozen_text else None
+    pipe.vae.to("cpu")
+    if frozen_text:
+        pipe.text_encoder.to("cpu")
+    return examples, no_caption
+
+
+def weight_files(base: LoadedBase, *parts: str) -> list[Path]:
+    suffix = f".{base.folder.variant}.safetensors" if base.folder.variant else ".safetensors"
+    return [next(path for path in sorted((base.folder.path / part).glob(f"*{suffix}"))) for part in parts]
+
+
+def _conditioning(base: LoadedBase, caption: str, encoder_hash: str) -> Conditioning:
+    @torch.no_grad()
+    def make() -> Conditioning:
+        return {name: tensor[0] for name, tensor in base.family.encode_prompts(base.pipe, [caption]).items()}
+
+    return cache.cached(cache.conditioning_key(caption, encoder_hash), make)
+
+
+def with_trigger(caption: str, trigger: str) -> str:
+    """The trigger word in front, unless the caption has it already."""
+    if not trigger or trigger.lower() in caption.lower():
+        return caption
+    return f"{trigger}, {caption}" if caption else trigger
+
+
+def _warn_of_long_captions(base: LoadedBase, items: Sequence[DatasetItem], captions: Sequence[str], log: EventLog) -> None:
+    counts, limit = base.family.token_counts(base.pipe, captions)
+    too_long = [item.path.name for item, count in zip(items, counts, strict=True) if count > limit]
+    if too_long:
+        log.append(Warned(f"{len(too_long)} captions are longer than the {limit} tokens that the text encoder reads, such as that of {too_long[0]}; their ends are not seen."))
+
+
+def _hold_out(run: RunConfig, examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    """The pictures to train on, and those to measure with: kept out where there are enough, else some of the same."""
+    count = estimate.held_out_count(run, len(examples))
+    order = torch.randperm(len(examples), generator=generator_for(run.training.seed, "hold out")).tolist()
+    if count == 0:
+        return examples, [examples[i] for i in sorted(order[:MEASURED_WITHOUT_HOLD_OUT])]
+    kept = set(order[:count])
+    return [e for i, e in enumerate(examples) if i not in kept], [e for i, e in enumerate(examples) if i in kept]
+
+
+def _inject(run: RunConfig, base: LoadedBase, device: torch.device) -> dict[str, nn.Module]:
+    family, training = base.family, run.training
+    components: dict[str, nn.Module] = {}
+    if training.learning_rate > 0:
+        components["unet"] = base.denoiser
+        adapters.inject(base.denoiser, run.adapter, family.denoiser_targets, training.seed)
+    if training.text_encoder_learning_rate > 0:
+        for name, encoder in family.text_encoders(base.pipe).items():
+            components[name] = encoder
+            adapters.inject(encoder, run.adapter, family.text_encoder_targets, training.seed)
+    if training.gradient_checkpointing:
+        base.denoiser.enable_gradient_checkpointing()
+    base.denoiser.to(device)
+    return components
+
+
+def _optimizer(run: RunConfig, components: dict[str, nn.Module]) -> torch.optim.Optimizer:
+    rates = {"unet": run.training.learning_rate}
+    groups = [(list(adapters.trainable(module).values()), rates.get(name, run.training.text_encoder_learning_rate)) for name, module in components.items()]
+    return build_optimizer(groups, run)
+
+
+def _throttled(append: Callable[[Event], Any], seconds: float = 0.5) -> Callable[[Event], None]:
+    last = 0.0
+
+    def report(event: Event) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            append(event)
+
+    return report

@@ -1,0 +1,155 @@
+"""Seeded prompts to pictures, with adapters at any strength. The same request gives the same picture."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from pydantic import TypeAdapter, ValidationError
+
+from trainer.config import Base
+from trainer.device import DTYPES, choose_device, choose_precision
+from trainer.errors import ModelError, TrainerError
+from trainer.export import read_adapter
+from trainer.families import LoadedBase, load_base
+from trainer.files import atomic_write
+
+SAMPLER = "DPM++ 2M"  # as A1111 calls it
+
+
+@dataclass(frozen=True)
+class StackedAdapter:
+    file: str
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One picture. A width or height of 0 is the base's own."""
+
+    prompt: str
+    target: str
+    base: Base = Base()
+    adapters: list[StackedAdapter] = field(default_factory=list)
+    negative_prompt: str = ""
+    seed: int = 1
+    inference_steps: int = 20
+    guidance_scale: float = 7.0
+    width: int = 0
+    height: int = 0
+
+
+@torch.no_grad()
+def generate(pipe: Any, *, prompt: str, negative_prompt: str, seed: int, inference_steps: int, guidance_scale: float, width: int = 0, height: int = 0) -> Image.Image:
+    """One picture from a pipeline on its device. The noise is drawn on the CPU, so that a seed means the same everywhere."""
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)  # fresh: schedulers keep state
+    latents = pipe(prompt, negative_prompt=negative_prompt or None, width=width or None, height=height or None, num_inference_steps=inference_steps,
+                   guidance_scale=guidance_scale, generator=torch.Generator("cpu").manual_seed(seed), output_type="latent").images
+    # Decoded here, since the VAE stays in float32 while the denoiser may not.
+    decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    return pipe.image_processor.postprocess(decoded, output_type="pil", do_denormalize=[True])[0]
+
+
+def save_sample(path: Path, image: Image.Image, *, prompt: str, negative_prompt: str, seed: int, inference_steps: int, guidance_scale: float, note: str) -> None:
+    """A PNG with its settings in A1111's text, so that the picture can be repeated there."""
+    info = PngInfo()
+    negative = f"Negative prompt: {negative_prompt}\n" if negative_prompt else ""
+    info.add_itxt("parameters", f"{prompt}\n{negative}Steps: {inference_steps}, Sampler: {SAMPLER}, CFG scale: {guidance_scale:g}, Seed: {seed}, "
+                                f"Size: {image.width}x{image.height}, RNG: CPU, {note}")
+    buffer = BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, buffer.getvalue())
+
+
+class Sampler:
+    """Keeps the base and the adapters it has read, so that only the denoising is left to do for the next picture."""
+
+    def __init__(self) -> None:
+        self._base: Base | None = None
+        self._loaded: LoadedBase | None = None
+        self._names: dict[tuple[str, int], str] = {}
+        """Name inside the pipeline of each adapter file, by path and time of its last change."""
+
+    def render(self, request: SampleRequest) -> Path:
+        """Makes the picture and writes it to its target. Raises TrainerError."""
+        base = self._load(request.base)
+        self._apply(base, request.adapters)
+        settings = {name: getattr(request, name) for name in ("prompt", "negative_prompt", "seed", "inference_steps", "guidance_scale")}
+        image = generate(base.pipe, **settings, width=request.width, height=request.height)
+        names = ", ".join(f"{Path(a.file).stem}: {a.strength:g}" for a in request.adapters)
+        save_sample(Path(request.target), image, **settings, note=f"Model: {Path(request.base.model).name}" + (f", Lora: {names}" if names else ""))
+        return Path(request.target)
+
+    def _load(self, base: Base) -> LoadedBase:
+        if self._loaded is None or self._base != base:
+            self._loaded, self._names = None, {}  # the old one goes before the new one comes
+            device = choose_device()
+            loaded = load_base(base, DTYPES[choose_precision(base.precision, device)])
+            loaded.pipe.to(device)
+            self._base, self._loaded = base, loaded
+        return self._loaded
+
+    def _apply(self, base: LoadedBase, adapters: list[StackedAdapter]) -> None:
+        """A strength of 0 is left out altogether, so that it gives the base to the bit."""
+        active = [a for a in adapters if a.strength != 0]
+        names = [self._name(base, a) for a in active]
+        if names:
+            base.pipe.enable_lora()
+            base.pipe.set_adapters(names, [a.strength for a in active])
+        elif self._names:
+            base.pipe.disable_lora()
+
+    def _name(self, base: LoadedBase, adapter: StackedAdapter) -> str:
+        path = Path(adapter.file)
+        if not path.is_file():
+            raise ModelError(f"There is no adapter file {path.name}.")
+        key = (str(path.resolve()), path.stat().st_mtime_ns)
+        if key not in self._names:
+            name = f"adapter{len(self._names)}"
+            load_adapter(base, path, name)
+            self._names[key] = name
+        return self._names[key]
+
+
+def load_adapter(base: LoadedBase, path: Path, name: str) -> None:
+    """Puts an adapter file on a pipeline. Raises ModelError when it does not fit the base."""
+    tensors = read_adapter(path)
+    try:
+        base.pipe.load_lora_weights(tensors, adapter_name=name)
+    except (RuntimeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{path.name} does not fit the base model {base.folder.path.name}: it was trained on another one ({reason[:150]}).") from None
+
+
+def parse_request(data: Any) -> SampleRequest:
+    """Raises ModelError naming what is wrong with a request."""
+    try:
+        return TypeAdapter(SampleRequest).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ModelError(f"The sample cannot be made: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
+
+
+def serve(requests: TextIO = sys.stdin, replies: TextIO = sys.stdout) -> None:
+    """Answers one JSON request a line with one JSON reply a line, until the input ends."""
+    sampler = Sampler()
+    for line in requests:
+        started = time.monotonic()
+        try:
+            reply = {"file": str(sampler.render(parse_request(json.loads(line)))), "seconds": round(time.monotonic() - started, 2)}
+        except TrainerError as error:
+            reply = {"error": str(error)}
+        except torch.OutOfMemoryError:
+            reply = {"error": "The device has too little free memory for this picture. Choose a smaller size, or wait until the training is done."}
+        except (ValueError, RuntimeError, OSError) as error:
+            print(f"preview failed: {error!r}", file=sys.stderr, flush=True)
+            reply = {"error": f"The picture could not be made: {(str(error).splitlines() or ['unknown error'])[0][:200]}"}
+        print(json.dumps(reply), file=replies, flush=True)

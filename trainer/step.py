@@ -1,0 +1,70 @@
+"""One forward pass to a loss, for every family. All random draws come from (seed, position)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trainer.batches import batch_at, generator_for, seed_for
+from trainer.objective import offset_noise
+from trainer.prepare import Example, Session
+from trainer.families.base import Batch, Conditioning
+
+VALIDATION_TIMESTEPS = 8
+
+
+def spread_timesteps(count: int, total: int, generator: torch.Generator) -> Tensor:
+    """Timesteps in 0..total-1, [count], each uniform, spread evenly over the range within one batch.
+
+    Fewer draws of the same noise level in a batch make its loss less noisy (Kingma et al. 2021, arXiv:2107.00630, appendix I.1).
+    """
+    places = (torch.rand(1, generator=generator) + torch.arange(count) / count) % 1
+    return (places * total).long().clamp(max=total - 1)
+
+
+def microbatch_loss(session: Session, buckets: Sequence[Sequence[int]], microbatch: int) -> Tensor:
+    """The loss of the microbatch with this number since the start of the training; a float32 scalar with gradients."""
+    training, seed = session.run.training, session.run.training.seed
+    examples = [session.examples[i] for i in batch_at(buckets, training.batch_size, seed, microbatch)]
+    draws = generator_for(seed, "draws", microbatch)
+    latents = torch.stack([e.mean + e.std * torch.randn(e.mean.shape, generator=draws) for e in examples])
+    noise = offset_noise(torch.randn(latents.shape, generator=draws), session.run.objective.noise_offset, draws)
+    timesteps = spread_timesteps(len(examples), session.objective.train_timesteps, draws)
+    dropped = torch.rand(len(examples), generator=draws) < session.run.dataset.caption_dropout
+    torch.manual_seed(seed_for(seed, "dropout", microbatch))  # the adapter's dropout draws from the global generator
+    batch = Batch(_scaled(session, latents), _conditioning(session, examples, dropped.tolist()))
+    return _loss(session, batch, noise, timesteps).mean()
+
+
+def _conditioning(session: Session, examples: Sequence[Example], dropped: Sequence[bool]) -> Conditioning:
+    if session.no_caption is None:
+        return session.encode(["" if drop else e.caption for e, drop in zip(examples, dropped, strict=True)])
+    chosen = [session.no_caption if drop else e.conditioning for e, drop in zip(examples, dropped, strict=True)]
+    return {name: torch.stack([c[name] for c in chosen]).to(session.device) for name in session.no_caption}
+
+
+def _scaled(session: Session, latents: Tensor) -> Tensor:
+    return (latents * session.base.pipe.vae.config.scaling_factor).to(session.device)
+
+
+def _loss(session: Session, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
+    noised = session.objective.noised(batch.latents, noise.to(session.device), timesteps.to(session.device))
+    model_pred = session.base.family.predict(session.base.denoiser, noised, batch.conditioning)
+    return session.objective.loss(model_pred, noised, session.run.objective.min_snr_gamma)
+
+
+@torch.no_grad()
+def validation_loss(session: Session) -> float:
+    """Mean loss over the held-out pictures at fixed noise and timesteps: the same weights always give the same number.
+
+    The loss of a step depends mostly on its random timestep; only this one shows progress.
+    """
+    total = session.objective.train_timesteps
+    timesteps = ((torch.arange(VALIDATION_TIMESTEPS) + 0.5) / VALIDATION_TIMESTEPS * total).long()
+    losses = []
+    for index, example in enumerate(session.held_out):
+        noise = torch.randn(VALIDATION_TIMESTEPS, *example.mean.shape, generator=generator_for(session.run.training.seed, "validation", index))
+        conditioning = _conditioning(session, [example], [False])
+        batch = Batch(_scaled(session, example.mean.expand_as(noise)), {name: t.expand(VALIDATION_TIMESTEPS, *t.shape[1:]) for name, t in conditioning.items()})
+        losses.append(_loss(session, batch, noise, timesteps).mean())
+    return float(torch.stack(losses).mean())

@@ -1,0 +1,44 @@
+"""A run's events as lines and a progress bar in the terminal."""
+
+import sys
+
+from tqdm import tqdm
+
+from trainer import events
+from trainer.events import Event, EventLog
+
+
+class TerminalLog(EventLog):
+    """Writes events to the run folder, and shows them."""
+
+    bar: tqdm | None = None
+
+    def append(self, event: Event) -> None:
+        super().append(event)
+        match event:
+            case events.Started():
+                self._say(f"{event.family} on {event.device}, {event.precision}, {event.attention}; {event.pictures} pictures, "
+                          f"{event.held_out} more held out, {event.trainable_parameters:,} parameters to train")
+                self.bar = tqdm(total=event.total_steps, initial=event.step, unit="step", file=sys.stdout, dynamic_ncols=True)
+            case events.Progress(phase="caching"):
+                self._say(f"Caching pictures and captions: {event.done}/{event.total}")
+            case events.StepDone() if self.bar is not None:
+                self.bar.set_postfix(loss=f"{event.loss:.4f}", refresh=False)
+                self.bar.update()
+            case events.AdapterSaved():
+                self._say(f"Step {event.step}: saved {event.file}" + ("" if event.validation_loss is None else f", validation loss {event.validation_loss:.4f}"))
+            case events.Warned():
+                self._say(f"Warning: {event.message}")
+            case events.Paused():
+                self._say(f"Paused after step {event.step}")
+            case events.Stopped():
+                self._say(f"Stopped after step {event.step}; everything is saved, and `resume` goes on from here")
+            case events.Finished():
+                self._say(f"Finished {event.step} steps in {event.seconds:.0f} s; lowest validation loss at step {event.best_step}")
+
+    def _say(self, line: str) -> None:
+        tqdm.write(line.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8"), file=sys.stdout)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

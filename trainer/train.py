@@ -1,0 +1,222 @@
+"""The training: one visible loop, and what it does at each of its stations."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from trainer import adapters, cache, estimate, export, run_folder
+from trainer.config import RunConfig, fingerprint
+from trainer.device import device_name
+from trainer.errors import ModelError, NotLearning
+from trainer.events import (AdapterSaved, Continued, EventLog, Finished, Paused, Progress, SampleSaved, Started, StateSaved,
+                            StepDone, Stopped, Validated, Warned)
+from trainer.optimizers import lr_factor, set_learning_rate
+from trainer.prepare import Session, prepare, weight_files
+from trainer.sample import generate, load_adapter, save_sample
+from trainer.state import State, check_unchanged, load_state, optimizer_tensors, restore_optimizer, restore_parameters, save_state
+from trainer.step import microbatch_loss, validation_loss
+
+BAD_STEPS_IN_A_ROW = 3
+FILE_ERROR_LIMIT = 0.02  # of a module's delta W; rounding to fp16 or bf16 stays well below
+
+
+def train(run: RunConfig, folder: Path, log: EventLog) -> Path:
+    """Trains, or goes on from the last state; returns the chosen adapter file. Raises TrainerError."""
+    session = prepare(run, folder, log)
+    facts, step = restore(session)
+    clock = time.monotonic() - facts["elapsed"]
+    log.append(started_event(session, step))
+    saves, buckets, bad_steps, first_step = estimate.save_steps(session.total_steps, run.saving.saves), session.buckets, 0, step
+    scaler = torch.amp.GradScaler(session.device.type, enabled=session.precision == "fp16", init_scale=facts["loss_scale"])
+    if step == 0:
+        measure(session, 0)
+        sample(session, 0)
+    while True:
+        # Keep what the last step left.
+        ending = step == session.total_steps or run_folder.requested(folder, "stop")
+        if step in saves or ending or step % run.saving.state_every == 0:
+            facts |= {"elapsed": time.monotonic() - clock, "loss_scale": scaler.get_scale() or 1.0}
+            keep_state(session, step, facts)
+        if step and (step in saves or ending):
+            keep_adapter(session, step, facts)
+            sample(session, step)
+        if ending:
+            break
+        wait_while_paused(session, step)
+
+        # One step.
+        step += 1
+        begin = time.monotonic()
+        learning_rate = set_learning_rate(session.optimizer, lr_factor(run, step, session.total_steps))
+        loss = forward_backward(session, buckets, step, scaler)
+        if finite_gradients(session, scaler) and torch.isfinite(loss):
+            if step == first_step + 1:
+                check_gradients_arrive(session)
+            scaler.step(session.optimizer)
+            bad_steps = 0
+        elif not (scaler.is_enabled() and torch.isfinite(loss)):  # the scaler meets its limit by overflowing now and then
+            bad_steps = skip_bad_step(session, step, bad_steps)
+        scaler.update()
+        session.optimizer.zero_grad(set_to_none=True)
+        if not bad_steps:
+            log.append(StepDone(step, float(loss), learning_rate, time.monotonic() - begin))
+    return finish(session, step, clock)
+
+
+def restore(session: Session) -> tuple[dict, int]:
+    """Puts the last state into the session. Returns what is stored along with it, and its step."""
+    facts = {"config": fingerprint(session.run), "dataset": session.dataset_fingerprints(), "started": time.time(), "elapsed": 0.0, "loss_scale": 2.0**16}
+    state, passed_over = load_state(session.folder)
+    for sentence in passed_over:
+        session.log.append(Warned(sentence))
+    if state is None:
+        return facts, 0
+    check_unchanged(state.facts, facts)
+    restore_parameters(session.parameters, state.adapter)
+    restore_optimizer(session.optimizer, state.optimizer)
+    return state.facts, state.step
+
+
+def started_event(session: Session, step: int) -> Started:
+    return Started(step=step, total_steps=session.total_steps, pictures=len(session.examples), held_out=estimate.held_out_count(session.run, len(session.dataset_fingerprints())),
+                   trainable_parameters=sum(p.numel() for p in session.parameters.values()), device=device_name(session.device),
+                   precision=session.precision, attention=session.attention, family=session.base.family.name)
+
+
+def forward_backward(session: Session, buckets: list[list[int]], step: int, scaler: torch.amp.GradScaler) -> torch.Tensor:
+    """Sums the gradients of all microbatches of a step. Returns their mean loss, without gradients."""
+    count = session.run.training.gradient_accumulation_steps
+    for module in session.components.values():
+        module.train()
+    total = torch.zeros((), device=session.device)
+    for part in range(count):
+        loss = microbatch_loss(session, buckets, (step - 1) * count + part) / count
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    for module in session.components.values():
+        module.eval()
+    return total
+
+
+def finite_gradients(session: Session, scaler: torch.amp.GradScaler) -> bool:
+    """Unscales and clips the gradients; whether they are numbers."""
+    scaler.unscale_(session.optimizer)
+    limit = session.run.training.max_grad_norm or float("inf")
+    return bool(torch.isfinite(torch.nn.utils.clip_grad_norm_(session.parameters.values(), limit)))
+
+
+def check_gradients_arrive(session: Session) -> None:
+    """In the first step only B has a gradient (B is zero, so A has none); a broken attention backward gives none at all."""
+    for part, module in session.components.items():
+        gradients = [p.grad for name, p in adapters.trainable(module).items()]
+        if not any(g is not None and bool(g.any()) for g in gradients):
+            raise NotLearning(f"No gradient reached the adapter in the {part}, so nothing can be learned. The attention in use ({session.attention}) gives a wrong backward pass, or the settings freeze everything.")
+
+
+def skip_bad_step(session: Session, step: int, bad_steps: int) -> int:
+    """The weights stay as they were. Raises NotLearning after some such steps in a row."""
+    bad_steps += 1
+    if bad_steps >= BAD_STEPS_IN_A_ROW:
+        raise NotLearning(f"The loss or its gradients were not finite in {bad_steps} steps in a row, up to step {step}. The last state is kept. "
+                          f"Lower the learning rate (now {session.run.training.learning_rate:g}), or use base.precision = fp32.")
+    session.log.append(Warned(f"Step {step} was skipped: its loss or gradients were not finite."))
+    return bad_steps
+
+
+def wait_while_paused(session: Session, step: int) -> None:
+    if not run_folder.requested(session.folder, "pause"):
+        return
+    session.log.append(Paused(step))
+    while run_folder.requested(session.folder, "pause") and not run_folder.requested(session.folder, "stop"):
+        time.sleep(0.2)
+    session.log.append(Continued(step))
+
+
+def keep_state(session: Session, step: int, facts: dict) -> None:
+    adapter = {name: parameter.detach().cpu().contiguous() for name, parameter in session.parameters.items()}
+    save_state(session.folder, State(step, adapter, optimizer_tensors(session.optimizer), facts))
+    session.log.append(StateSaved(step))
+
+
+def measure(session: Session, step: int) -> float:
+    loss = validation_loss(session)
+    session.log.append(Validated(step, loss))
+    return loss
+
+
+def keep_adapter(session: Session, step: int, facts: dict) -> None:
+    """The adapter as a file, and its loss on the held-out pictures."""
+    run, base = session.run, session.base
+    metadata = export.metadata_for(
+        run, base.family, step=step, total_steps=session.total_steps, pictures=len(session.examples), captions=[e.caption for e in session.examples],
+        base_hash=cache.legacy_model_hash(weight_files(base, "unet")[0]), prediction_type=session.objective.prediction_type, started=facts["started"], finished=time.time())
+    tensors = export.to_kohya(adapters.adapted_modules(session.components), base.family, run.adapter.alpha, export.DTYPES[run.saving.precision])
+    name = adapter_name(run, step)
+    export.write_adapter(session.folder / name, tensors, metadata)
+    session.log.append(AdapterSaved(step, name, measure(session, step)))
+
+
+def adapter_name(run: RunConfig, step: int | None = None) -> str:
+    return f"{run_folder.slug(run.name)}{'' if step is None else f'-{step:06d}'}.safetensors"
+
+
+def sample_prompts(session: Session) -> list[str]:
+    """The chosen prompts, else the captions of two pictures."""
+    return list(session.run.sampling.prompts) or [e.caption for e in session.examples[:2]]
+
+
+def sample(session: Session, step: int) -> None:
+    """One picture a prompt. A failure here is a warning: the training itself is fine."""
+    chosen, pipe, side = session.run.sampling, session.base.pipe, session.run.dataset.resolution
+    side -= side % session.base.vae_scale_factor
+    homes = {part: part.device for part in (pipe.vae, pipe.text_encoder)}
+    prompts = sample_prompts(session)
+    try:
+        for part in homes:
+            part.to(session.device)
+        for index, prompt in enumerate(prompts):
+            session.log.append(Progress("sampling", index, len(prompts)))
+            settings = {"prompt": prompt, "negative_prompt": chosen.negative_prompt, "seed": chosen.seed + index,
+                        "inference_steps": chosen.inference_steps, "guidance_scale": chosen.guidance_scale}
+            image = generate(pipe, **settings, width=side, height=side)
+            file = f"samples/{step:06d}-{index}{run_folder.SAMPLE_SUFFIX}"
+            save_sample(session.folder / file, image, **settings, note=f"Step: {step}")
+            session.log.append(SampleSaved(step, prompt, settings["seed"], file))
+    except (RuntimeError, OSError) as error:
+        session.log.append(Warned(f"The samples of step {step} could not be made ({str(error)[:200]}); the training goes on."))
+    finally:
+        for part, home in homes.items():
+            part.to(home)
+
+
+def finish(session: Session, step: int, clock: float) -> Path:
+    """Gives the last save the adapter's plain name, after its file was read back and compared."""
+    status = run_folder.status(session.folder)
+    chosen = session.folder / adapter_name(session.run)
+    export.copy_adapter(session.folder / adapter_name(session.run, step), chosen)
+    if step < session.total_steps:
+        run_folder.withdraw(session.folder, "stop")
+        session.log.append(Stopped(step, chosen.name))
+        return chosen
+    verify_file(session, chosen)
+    session.log.append(Finished(step, chosen.name, status.best_step or step, time.monotonic() - clock))
+    return chosen
+
+
+def verify_file(session: Session, path: Path) -> None:
+    """Loads the saved file the way its user will, and compares each delta W with what was trained. Ends the session's adapter."""
+    trained = {(m.component, m.name): m for m in adapters.adapted_modules(session.components)}
+    if not any(m.up.any() for m in trained.values()):
+        raise NotLearning("The adapter changes nothing: it was trained too short or with too low a learning rate.")
+    pipe = session.base.pipe
+    pipe.unload_lora_weights()
+    load_adapter(session.base, path, "reloaded")
+    reloaded = {(m.component, m.name): m for m in adapters.adapted_modules(session.components, "reloaded")}
+    pipe.unload_lora_weights()
+    if trained.keys() != reloaded.keys():
+        raise ModelError(f"The saved file {path.name} reaches {len(reloaded)} modules instead of {len(trained)}. The state is kept; please report this.")
+    for key, module in trained.items():
+        error = float((reloaded[key].delta - module.delta).norm() / module.delta.norm().clamp(min=1e-12))
+        if not error <= FILE_ERROR_LIMIT:
+            raise ModelError(f"The saved file {path.name} does not do what was trained (off by {error:.1%} in {'.'.join(key)}). The state is kept; please report this.")
