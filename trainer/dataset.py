@@ -30,6 +30,26 @@ MAX_CAPTION_BYTES = 2**20
 MAX_METADATA_BYTES = 64 * 2**20
 LONG_CAPTION = 75  # tokens that the text encoders of Stable Diffusion read at once
 MAX_REPEATS = 200  # `2024_holiday` is a date
+OTHER_PICTURE_SUFFIXES = frozenset(
+    (
+        ".jp2",
+        ".j2k",
+        ".jxl",
+        ".psd",
+        ".xcf",
+        ".svg",
+        ".eps",
+        ".pdf",
+        ".ico",
+        ".tga",
+        ".exr",
+        ".hdr",
+        ".ppm",
+        ".pcx",
+        ".dds",
+    )
+    + (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2")
+)
 JUNK_NAMES = frozenset(("thumbs.db", "desktop.ini", ".ds_store", "__macosx", "ehthumbs.db", "icon\r"))
 UNCAPTIONED = "has no caption"
 
@@ -96,18 +116,26 @@ def scan_dataset(
         if isinstance(checked, DatasetError):
             findings.append(Finding(file, "error", f"{checked} It was left out."))
         else:
-            width, height, sha256, notes = checked
+            width, height, notes, sha256 = checked
             findings += [Finding(file, "note", f"The picture {note}.") for note in notes]
+            if any("\udc80" <= c <= "\udcff" for c in path.name):
+                findings.append(Finding(file, "note", "Its name is not UTF-8 and is shown with escapes: rename it."))
             findings += _about_size(file, width, height, resolution)
             if first_with.setdefault(sha256, file) != file:
                 twin = first_with[sha256]
-                findings.append(Finding(file, "warning", f"Is the same picture as {twin}: it counts twice; remove one."))
+                findings.append(
+                    Finding(file, "warning", f"Is the same picture as {twin}: it counts twice; remove one.")
+                )
             caption, about_caption = _read_caption(path, folder, metadata)
             findings += about_caption
             if not caption:
                 use = f"the trigger word “{trigger}” is used alone" if trigger else "it is trained without words"
-                findings.append(Finding(file, "warning", f"The picture {UNCAPTIONED}: {use}; write one to say what it shows."))
-            items.append(DatasetItem(path, _with_trigger(caption, trigger), width, height, _repeats(path, folder), sha256))
+                findings.append(
+                    Finding(file, "warning", f"The picture {UNCAPTIONED}: {use}; write one to say what it shows.")
+                )
+            items.append(
+                DatasetItem(path, _with_trigger(caption, trigger), width, height, _repeats(path, folder), sha256)
+            )
         if progress:
             progress(done, len(pictures))
     findings += _about_repeats(folder, pictures)
@@ -136,7 +164,9 @@ def write_caption(picture: Path, text: str) -> None:
     """
     target = caption_path(picture)
     if target.is_symlink():
-        raise DatasetError(f"{shown(target.name)} is a link, which is not followed: delete it, then save the caption again.")
+        raise DatasetError(
+            f"{shown(target.name)} is a link, which is not followed: delete it, then save the caption again."
+        )
     if target.is_dir():
         raise DatasetError(f"{shown(target.name)} is a folder where the caption should be: rename it, then save again.")
     atomic_write(target, text.encode("utf-8", "replace"))
@@ -217,14 +247,21 @@ def _about_other_files(folder: Path, files: list[Path], pictures: set[Path], met
         if suffix in (".txt", ".caption"):
             message = "Is a caption, but no picture has its name: rename one of the two."
             findings.append(Finding(_relative(path, folder), "warning", message))
+        elif suffix in OTHER_PICTURE_SUFFIXES:
+            message = f"Is a picture of a kind that cannot be used ({suffix}): it was left out; save it as JPEG or PNG."
+            findings.append(Finding(_relative(path, folder), "error", message))
         elif _looks_like_picture(path):
-            message = "Looks like a picture, but its name does not end in .jpg, .png or the like: it was left out; rename it."
+            message = (
+                "Looks like a picture, but its name does not end in .jpg, .png or the like: it was left out; rename it."
+            )
             findings.append(Finding(_relative(path, folder), "error", message))
         else:
             strange.setdefault(suffix, []).append(path)
     for suffix, paths in strange.items():
         more = f" (and {len(paths) - 1} more {suffix or 'without extension'})" if len(paths) > 1 else ""
-        findings.append(Finding(_relative(paths[0], folder), "note", f"Is neither a picture nor a caption{more}: not used."))
+        findings.append(
+            Finding(_relative(paths[0], folder), "note", f"Is neither a picture nor a caption{more}: not used.")
+        )
     return findings + metadata.about_missing_pictures(pictures)
 
 
@@ -236,7 +273,11 @@ def _looks_like_picture(path: Path) -> bool:
             head = file.read(16)
     except OSError:
         return False
-    return head.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*")) or head[8:12] in (b"WEBP", b"avif", b"heic")
+    return head.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*")) or head[8:12] in (
+        b"WEBP",
+        b"avif",
+        b"heic",
+    )
 
 
 def _about_case_twins(folder: Path, pictures: list[Path]) -> list[Finding]:
@@ -253,19 +294,24 @@ def _about_case_twins(folder: Path, pictures: list[Path]) -> list[Finding]:
 # Pictures
 
 
-def _check(path: Path) -> tuple[int, int, str, tuple[str, ...]] | DatasetError:
+def check_picture(data: bytes, path: Path) -> tuple[int, int, tuple[str, ...]]:
+    """(width, height, notes) of a picture that can be trained on. Raises `DatasetError` for one that cannot."""
+    image, notes = decode_picture(data, path)
+    if min(image.size) < SMALLEST_SIDE:
+        size = f"{image.width} x {image.height}"
+        raise DatasetError(f"{shown(path.name)} has {size} pixels, too few to train on: use a larger one.")
+    return *image.size, notes
+
+
+def _check(path: Path) -> tuple[int, int, tuple[str, ...], str] | DatasetError:
     try:
         data = read_picture(path)
-        image, notes = decode_picture(data, path)
-        if min(image.size) < SMALLEST_SIDE:
-            size = f"{image.width} x {image.height}"
-            return DatasetError(f"{shown(path.name)} has {size} pixels, too few to train on: use a larger one.")
-        return *image.size, hashlib.sha256(data).hexdigest(), notes
+        return *check_picture(data, path), hashlib.sha256(data).hexdigest()
     except DatasetError as error:
         return error
 
 
-def _check_all(pictures: list[Path]) -> Iterator[tuple[int, int, str, tuple[str, ...]] | DatasetError]:
+def _check_all(pictures: list[Path]) -> Iterator[tuple[int, int, tuple[str, ...], str] | DatasetError]:
     if len(pictures) <= 50:
         yield from map(_check, pictures)
         return
@@ -301,7 +347,11 @@ def _repeats(path: Path, folder: Path) -> int:
 
 def _about_repeats(folder: Path, pictures: list[Path]) -> list[Finding]:
     return [
-        Finding(_relative(parent, folder), "note", f"The folder's name asks for {repeats} repeats of each picture in it: done.")
+        Finding(
+            _relative(parent, folder),
+            "note",
+            f"The folder's name asks for {repeats} repeats of each picture in it: done.",
+        )
         for parent in dict.fromkeys(path.parent for path in pictures)
         if parent != folder and (repeats := _repeats_of_folder(parent)) > 1
     ]
@@ -335,7 +385,9 @@ def _read_caption(picture: Path, folder: Path, metadata: "_Metadata") -> tuple[s
     present = [path for path in _caption_candidates(picture) if os.path.lexists(path)]
     if not present:
         text, notes = clean_caption(metadata.caption_of(picture))
-        return text, [Finding(_relative(picture, folder), "note", f"Its caption in {METADATA_NAME} {note}.") for note in notes]
+        return text, [
+            Finding(_relative(picture, folder), "note", f"Its caption in {METADATA_NAME} {note}.") for note in notes
+        ]
     text, findings = "", []
     for used, ignored in itertools.pairwise(present):
         message = f"The picture has several captions: {shown(used.name)} is used before this one."
@@ -387,7 +439,9 @@ def decode_text(data: bytes) -> tuple[str, list[str]]:
     if encoding == "utf-8":
         text = data.decode("utf-8", "replace").replace("\ufffd", "")
         return text, ["is not valid UTF-8: the broken characters were removed; check it and save it as UTF-8"]
-    return data.decode(encoding, "replace"), [f"is not UTF-8 and was read as {encoding.upper()}: check it and save it as UTF-8"]
+    return data.decode(encoding, "replace"), [
+        f"is not UTF-8 and was read as {encoding.upper()}: check it and save it as UTF-8"
+    ]
 
 
 def _wide_without_mark(data: bytes) -> str:
@@ -411,7 +465,9 @@ def _guess_encoding(data: bytes) -> str:
         except UnicodeDecodeError:
             continue
         # The 3755 commonest Chinese characters lead with B0 to D7; Russian small letters would be the rare ones above.
-        common = encoding == "cp932" or sum(0xB0 <= character.encode("gb2312")[0] <= 0xD7 for character in text) > high / 4
+        common = (
+            encoding == "cp932" or sum(0xB0 <= character.encode("gb2312")[0] <= 0xD7 for character in text) > high / 4
+        )
         if common and len(re.findall(usual, text)) > high / 8:
             return "gbk" if encoding == "gb2312" else encoding
     in_runs = sum(map(len, _HIGH_RUN.findall(data)))
@@ -434,7 +490,9 @@ def clean_caption(text: str, notes: list[str] | None = None) -> tuple[str, list[
     if visible != joined:
         notes.append("held control characters: they were removed")
     if len(visible) > 20 * LONG_CAPTION or len(re.findall(r"\w+|[^\w\s]", visible)) > LONG_CAPTION:
-        notes.append(f"is longer than the {LONG_CAPTION} tokens Stable Diffusion reads at once: its end may not be seen")
+        notes.append(
+            f"is longer than the {LONG_CAPTION} tokens Stable Diffusion reads at once: its end may not be seen"
+        )
     return visible, notes
 
 

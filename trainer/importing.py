@@ -24,13 +24,14 @@ from .dataset import (
     METADATA_NAME,
     Finding,
     caption_path,
+    check_picture,
     is_junk,
     read_metadata,
     suffix_of,
 )
 from .errors import DatasetError
 from .files import atomic_write
-from .pictures import MAX_FILE_BYTES, PICTURE_SUFFIXES, decode_picture, read_picture, shown
+from .pictures import MAX_FILE_BYTES, PICTURE_SUFFIXES, read_picture, shown
 
 MAX_ENTRIES = 20_000  # files in one zip
 MAX_TOTAL_BYTES = 20 * 2**30  # of one zip, unpacked
@@ -38,7 +39,9 @@ MAX_DEPTH = 16  # folders within folders
 MAX_NAME_BYTES = 120  # leaves room for a suffix where 255 bytes are the limit, and for deep folders on Windows
 
 _CAPTION_ENDS = (".txt", ".caption")
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices on Windows, whatever the extension
+_RESERVED = re.compile(
+    r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE
+)  # devices on Windows, whatever the extension
 _ZIP_ERRORS = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError, struct.error, LookupError,
 )  # fmt: skip
@@ -57,12 +60,11 @@ class _Dropped:
         return shown("/".join((*self.folders, self.name)))
 
 
-def import_files(
-    sources: Iterable[Path], dataset_dir: Path, names: Mapping[Path, str] | None = None
-) -> list[Finding]:
+def import_files(sources: Iterable[Path], dataset_dir: Path, names: Mapping[Path, str] | None = None) -> list[Finding]:
     """Copy pictures and captions out of files, folders and zips into `dataset_dir`; say what was left out or renamed.
 
-    A dropped folder keeps its name and structure, a zip its structure. `names` gives a source the name the person knows it by.
+    A dropped folder keeps its name and structure, a zip its structure. `names` gives a source the name, or relative path,
+    the person knows it by.
     Captions in a `metadata.jsonl` are saved as `<picture>.txt`. A bad zip is one finding and none of it is imported.
     Raises `DatasetError` when `dataset_dir` cannot be written.
     """
@@ -75,7 +77,7 @@ def import_files(
             dropped = []
             for number, source in enumerate(map(Path, sources)):
                 name = names.get(source, source.name)
-                dropped += _collect(source, name.replace("\\", "/").rpartition("/")[2], Path(work, str(number)), findings)
+                dropped += _collect(source, name, Path(work, str(number)), findings)
             _Import(dataset_dir, findings).place(dropped)
     except OSError as error:
         raise DatasetError(
@@ -110,13 +112,14 @@ def _collect(source: Path, name: str, work: Path, findings: list[Finding]) -> li
             message = "Is a link, which is not followed: drop the file or folder itself."
             findings.append(Finding(shown(name), "warning", message))
         elif source.is_dir():
-            return list(_walk(source, name, findings))
+            return list(_walk(source, name.rstrip("/").rpartition("/")[2], findings))
         elif suffix_of(name) == ".zip":
             return _unpack(source, name, work, findings)
         elif not source.exists():
             findings.append(Finding(shown(name), "error", "Is no longer there: drop it again."))
         else:
-            return [_Dropped(source, (), name)]
+            *folders, file_name = [part for part in name.split("/") if part not in ("", ".", "..")] or ["picture"]
+            return [_Dropped(source, tuple(folders[:MAX_DEPTH]), file_name)]
     except DatasetError as error:
         findings.append(Finding(shown(name), "error", str(error)))
     return []
@@ -140,7 +143,9 @@ def _walk(source: Path, name: str, findings: list[Finding]) -> Iterator[_Dropped
             elif entry.is_dir() and entry.name.startswith("."):
                 findings.append(Finding(label, "note", "Is a hidden folder: it was not imported."))
             elif entry.is_dir() and len(folders) >= MAX_DEPTH:
-                findings.append(Finding(label, "warning", f"Lies deeper than {MAX_DEPTH} folders: it was not imported."))
+                findings.append(
+                    Finding(label, "warning", f"Lies deeper than {MAX_DEPTH} folders: it was not imported.")
+                )
             elif entry.is_dir():
                 waiting.append((parent / entry.name, (*folders, entry.name)))
             else:
@@ -163,7 +168,9 @@ def _unpack(source: Path, name: str, work: Path, findings: list[Finding]) -> lis
                 if len(folders) > MAX_DEPTH:
                     kind = "deep"
                     label = f"{shown('/'.join(folders[:3]))}/.../{shown(entry_name)}"
-                    about.append(Finding(label, "warning", f"Lies deeper than {MAX_DEPTH} folders: it was not imported."))
+                    about.append(
+                        Finding(label, "warning", f"Lies deeper than {MAX_DEPTH} folders: it was not imported.")
+                    )
                 elif kind == "other":
                     about.append(Finding(entry.shown, "warning", _why_not_kept(entry_name)))
                 wanted = kind in ("picture", "caption", "metadata")
@@ -174,7 +181,9 @@ def _unpack(source: Path, name: str, work: Path, findings: list[Finding]) -> lis
         shutil.rmtree(work)
         if isinstance(error, OSError) and error.errno:  # ours: the disk is full or the zip cannot be read
             raise
-        reason = str(error) if isinstance(error, DatasetError) else f"is damaged ({shown(str(error))[:160]}): make it anew"
+        reason = (
+            str(error) if isinstance(error, DatasetError) else f"is damaged ({shown(str(error))[:160]}): make it anew"
+        )
         raise DatasetError(f"{shown(name)} {reason}. Nothing of it was imported.") from error
     findings += about
     return dropped
@@ -209,7 +218,9 @@ def _refuse_bad_zip(archive: zipfile.ZipFile) -> None:
     infos = archive.infolist()
     if len(infos) > MAX_ENTRIES:
         raise DatasetError(f"holds {len(infos)} files, the limit is {MAX_ENTRIES}: split it")
-    if sum(info.file_size for info in infos) > MAX_TOTAL_BYTES or any(info.file_size > MAX_FILE_BYTES for info in infos):
+    if sum(info.file_size for info in infos) > MAX_TOTAL_BYTES or any(
+        info.file_size > MAX_FILE_BYTES for info in infos
+    ):
         limits = f"{MAX_FILE_BYTES >> 20} MB a file and {MAX_TOTAL_BYTES >> 30} GB in all"
         raise DatasetError(f"is too large when unpacked (the limit is {limits}): drop the pictures themselves")
     end = archive.start_dir
@@ -311,7 +322,7 @@ class _Import:
         for ending, entry in pictures.items():
             try:
                 data = read_picture(entry.path)
-                decode_picture(data, Path(entry.name))
+                check_picture(data, Path(entry.name))
             except DatasetError as error:
                 self.say(entry.shown, "error", f"{error} It was not imported.")
                 continue
@@ -362,7 +373,9 @@ class _Import:
             self.say(entry.shown, "warning", f"{error} The caption was not imported.")
             return None
         if len(data) > MAX_CAPTION_BYTES:
-            self.say(entry.shown, "warning", f"The caption is larger than {MAX_CAPTION_BYTES >> 20} MB: it was not imported.")
+            self.say(
+                entry.shown, "warning", f"The caption is larger than {MAX_CAPTION_BYTES >> 20} MB: it was not imported."
+            )
             return None
         return data
 
@@ -392,7 +405,11 @@ class _Import:
                 atomic_write(target, caption.encode("utf-8", "replace"))
                 self.taken.add(_key(target))
                 written += 1
-        self.say(entry.shown, "note", f"{written} of its {len(captions)} captions were saved as .txt files beside the pictures.")
+        self.say(
+            entry.shown,
+            "note",
+            f"{written} of its {len(captions)} captions were saved as .txt files beside the pictures.",
+        )
 
 
 def _sha256(path: Path) -> str:
