@@ -1,1 +1,1 @@
-"""The web page: reads run folders, writes config files, starts processes. It holds no tensor and imports no torch."""
+"""The web page: reads run folders, writes settings, starts processes. Holds no tensor and imports no torch."""

@@ -1,0 +1,31 @@
+"""Views that the browser draws: Python sends plain data, a script in `static/` turns it into elements.
+
+User text only ever becomes a text node. (Gradio evaluates what an `html_template` renders as a JavaScript
+template literal, so a caption put there would run as code; the templates here are therefore constant.)
+"""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+STATIC = Path(__file__).parent / "static"
+
+
+@cache
+def read_static(name: str) -> str:
+    return (STATIC / name).read_text(encoding="utf-8")
+
+
+def drawn(script: str, data: Any = None, *, elem_id: str, server_functions: list[Callable] | None = None) -> gr.HTML:
+    """A view drawn by `static/<script>.js` from JSON-like data."""
+    return gr.HTML(
+        data,
+        html_template='<div class="atelier"></div>',
+        apply_default_css=False,
+        elem_id=elem_id,
+        js_on_load=read_static("common.js") + read_static(f"{script}.js"),
+        server_functions=server_functions,
+    )

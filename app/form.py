@@ -1,0 +1,122 @@
+"""The fields of `RunConfig` as widgets, and back. Label, help, bounds, choices and default all come from the field."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import gradio as gr
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from trainer import config
+from trainer.config import RunConfig
+from trainer.errors import ConfigError
+
+WORDS = {"lr": "LR", "snr": "SNR"}
+
+
+@cache
+def all_fields() -> dict[str, FieldInfo]:
+    return dict(config.fields())
+
+
+def label(path: str) -> str:
+    """ "training.lr_schedule" -> "LR schedule"."""
+    words = [WORDS.get(word, word) for word in path.rpartition(".")[2].split("_")]
+    return " ".join([words[0][0].upper() + words[0][1:], *words[1:]])
+
+
+def help_text(path: str) -> str:
+    """The field's docstring, and its bounds where it has any."""
+    field = all_fields()[path]
+    return " ".join(filter(None, [field.description, _bounds(field)]))
+
+
+def _bounds(field: FieldInfo) -> str:
+    limits = {
+        name: getattr(constraint, name) for constraint in field.metadata for name in ("ge", "gt", "le", "lt") if hasattr(constraint, name)
+    }
+    low = f"from {limits['ge']:g}" if "ge" in limits else f"above {limits['gt']:g}" if "gt" in limits else ""
+    high = f"to {_plain(limits['le'])}" if "le" in limits else f"below {limits['lt']:g}" if "lt" in limits else ""
+    both = f"{low} {high}".strip() if low != "from 0" or high else ""
+    return f"({both[0].upper()}{both[1:]}.)" if both and high else ""
+
+
+def _plain(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+def widget(path: str, **look: Any) -> gr.components.Component:
+    """The component for one field; `look` overrides its label, help, lines and so on."""
+    field = all_fields()[path]
+    default = to_widget(config.get(RunConfig(), path))
+    common = {
+        "value": default,
+        "label": label(path),
+        "info": help_text(path),
+        "elem_id": "field-" + path.replace(".", "-"),
+        "interactive": True,
+        **look,
+    }
+    if choices := config.choices(field):
+        return gr.Dropdown(list(choices), filterable=False, **common)
+    if field.annotation is bool:
+        return gr.Checkbox(**common)
+    if field.annotation in (int, float):
+        # Bounds are checked by `faults`, which names the field: the component's own check answers with a toast that does not.
+        return gr.Number(precision=0 if field.annotation is int else None, step=1 if field.annotation is int else 0.01, **common)
+    if field.annotation is str:
+        return gr.Textbox(**common)
+    return gr.Textbox(**{"lines": 2, **common})  # several texts, one a line
+
+
+def to_widget(value: Any) -> Any:
+    return "\n".join(value) if isinstance(value, tuple) else value
+
+
+def from_widget(path: str, value: Any) -> Any:
+    """What the browser sent as what the field expects; left as it is where it does not fit, so that the check can name it."""
+    field = all_fields()[path]
+    if field.annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if field.annotation in (int, float, bool) or config.choices(field):
+        return value
+    if field.annotation is str:
+        return value.strip() if isinstance(value, str) else ""
+    return tuple(line.strip() for line in str(value or "").splitlines() if line.strip())
+
+
+def write(paths: Sequence[str], run: RunConfig) -> list[Any]:
+    """The values of widgets that show this config."""
+    return [to_widget(config.get(run, path)) for path in paths]
+
+
+def read(values: Mapping[str, Any]) -> RunConfig:
+    """Widget values by path as a config. Raises ConfigError naming every fault."""
+    return config.replace(RunConfig(), {path: from_widget(path, value) for path, value in values.items()})
+
+
+def faults(values: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong with each field by itself, by path; contradictions between fields under ""."""
+    found = {path: text for path, value in values.items() if (text := _fault(path, from_widget(path, value)))}
+    if not found:
+        try:
+            read(values)
+        except ConfigError as error:
+            found[""] = str(error).partition("\n- ")[2] or str(error)
+    return found
+
+
+def _fault(path: str, value: Any) -> str:
+    if value is None:
+        return "Please give a value."
+    try:
+        _checker(path).validate_python(value)
+    except ValidationError as error:
+        return error.errors()[0]["msg"].removeprefix("Input ").capitalize() + "."
+    return ""
+
+
+@cache
+def _checker(path: str) -> TypeAdapter:
+    return TypeAdapter(all_fields()[path].rebuild_annotation())

@@ -1,0 +1,48 @@
+"""What the tabs share: the live views, the preview engine, and how the page is told to follow the runs."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import gradio as gr
+
+from app.previews import PreviewEngine
+
+
+@dataclass(frozen=True)
+class Live:
+    """A component that follows the run folders: `data()` is asked each second, and sent only when it changed."""
+
+    component: gr.components.Component
+    data: Callable[[], Any]
+    to_update: Callable[[Any], Any] = lambda data: data
+
+
+@dataclass
+class Page:
+    tabs: gr.Tabs
+    engine: PreviewEngine
+    device: str
+    live: list[Live] = field(default_factory=list)
+    loads: list[tuple[Callable[[], list], list]] = field(default_factory=list)
+
+    def follow(
+        self, component: gr.components.Component, data: Callable[[], Any], to_update: Callable[[Any], Any] = lambda data: data
+    ) -> None:
+        self.live.append(Live(component, data, to_update))
+
+    def on_load(self, handler: Callable[[], list], outputs: list) -> None:
+        """Fills components when a browser opens the page."""
+        self.loads.append((handler, outputs))
+
+    def tick(self, sent: dict[int, str]) -> list[Any]:
+        """New data for the views that changed since this browser's last tick; the rest is skipped."""
+        now = dict(sent)
+        updates = []
+        for number, live in enumerate(self.live):
+            data = live.data()
+            text = json.dumps(data, sort_keys=True)
+            updates.append(gr.skip() if sent.get(number) == text else live.to_update(data))
+            now[number] = text
+        return [gr.skip() if now == sent else now, *updates]

@@ -1,0 +1,112 @@
+"""Pictures on demand: one `python -m trainer sample --serve` child that keeps the model loaded between them.
+
+It starts with the first picture, is started once more if it dies, and ends with the page. Finished pictures
+are kept under the hash of everything that makes them, so that asking twice costs nothing.
+"""
+
+import hashlib
+import json
+import subprocess
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from app import runs
+from trainer import run_folder
+from trainer.errors import TrainerError
+
+
+class PreviewError(TrainerError):
+    """A picture could not be drawn."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    file: str
+    strength: float
+
+
+@dataclass(frozen=True)
+class PreviewRequest:
+    """Everything that decides a picture; the engine's request but for the file to write."""
+
+    base: dict[str, str]
+    prompt: str
+    adapters: list[Adapter] = field(default_factory=list)
+    negative_prompt: str = ""
+    seed: int = 1
+    inference_steps: int = 20
+    guidance_scale: float = 7.0
+    width: int = 0
+    height: int = 0
+
+    def key(self) -> str:
+        files = [(Path(adapter.file).stat().st_size, Path(adapter.file).stat().st_mtime_ns) for adapter in self.adapters]
+        return hashlib.sha256(json.dumps([asdict(self), files], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def folder() -> Path:
+    return run_folder.outputs_folder() / "cache" / "previews"
+
+
+class PreviewEngine:
+    def __init__(self, launch: Callable[[list[str], Path], subprocess.Popen] | None = None):
+        self._launch = launch or _launch
+        self._process: subprocess.Popen | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def draw(self, request: PreviewRequest) -> Path:
+        """The picture's file. Takes seconds. Raises PreviewError with the engine's own sentence."""
+        target = folder() / f"{request.key()}.png"
+        if target.is_file():
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({**asdict(request), "target": str(target)}) + "\n"
+        with self._lock:
+            reply = self._ask(line) or self._ask(line)  # None: it died; a second death is no accident
+        if reply is None:
+            raise PreviewError(f"The preview engine ended unexpectedly, often for want of memory. {self._last_words()}".strip())
+        if "error" in reply:
+            raise PreviewError(str(reply["error"]))
+        return target
+
+    def end(self) -> None:
+        """Frees the memory; the next picture starts the engine again."""
+        process, self._process = self._process, None
+        if process is not None and process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _ask(self, line: str) -> dict | None:
+        if not self.is_running:
+            self._process = self._launch(["sample", "--serve"], folder())
+        process = self._process
+        try:
+            process.stdin.write(line.encode())
+            process.stdin.flush()
+            reply = process.stdout.readline()
+            return json.loads(reply) if reply else None
+        except (BrokenPipeError, ValueError):
+            return None
+        finally:
+            if process.poll() is not None:
+                self._process = None
+
+    def _last_words(self) -> str:
+        log = folder() / "engine.log"
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
+        return lines[-1][:300] if lines else ""
+
+
+def _launch(arguments: list[str], where: Path) -> subprocess.Popen:
+    with open(where / "engine.log", "wb") as log:
+        return runs.trainer_process(arguments, where, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)

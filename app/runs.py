@@ -1,0 +1,204 @@
+"""Runs as the page sees them: it starts trainer processes and reads run folders, and keeps nothing else.
+
+The trainer is a process of its own session, so it outlives the page; a page that starts later finds the run
+by its folder. A thread starts the oldest waiting run whenever none is alive.
+"""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from trainer import config, events, run_folder
+from trainer.config import RunConfig
+from trainer.errors import StateError
+from trainer.run_folder import RunStatus
+
+LOG_LINES = 200
+
+# Probing a run's lock takes it for a moment, so two probes at once would each see a living trainer.
+_probing = threading.RLock()
+
+
+def resolve(run_id: object) -> Path:
+    """The folder of a run by its name. Raises StateError for what is none."""
+    folder = run_folder.runs_folder() / str(run_id)
+    is_plain = (
+        isinstance(run_id, str)
+        and run_id == Path(run_id).name
+        and run_id not in ("", ".", "..")
+        and "\\" not in run_id
+        and "\0" not in run_id
+    )
+    if not is_plain or folder.is_symlink() or not (folder / "run.toml").is_file():
+        raise StateError("There is no such run; it may have been deleted.")
+    return folder
+
+
+def start(run: RunConfig) -> str:
+    """Puts a new run into the queue. Returns its id."""
+    folder = run_folder.create(run)
+    run_folder.request(folder, "queued")
+    return folder.name
+
+
+def status(folder: Path) -> RunStatus:
+    """The state of a run; its events are read again only when they changed."""
+    log = folder / "events.jsonl"
+    size = log.stat().st_size if log.exists() else 0
+    with _probing:
+        requests = tuple(run_folder.requested(folder, what) for what in ("queued", "stop", "pause"))
+        return _status(folder, size, requests, run_folder.is_alive(folder))
+
+
+@lru_cache(maxsize=256)
+def _status(folder: Path, size: int, requests: tuple[bool, ...], alive: bool) -> RunStatus:
+    return run_folder.status(folder)
+
+
+@lru_cache(maxsize=256)
+def settings(folder: Path) -> RunConfig:
+    """The settings of a run, which never change."""
+    return config.load(folder / "run.toml")
+
+
+def all_runs() -> list[Path]:
+    return [folder for folder in run_folder.list_runs() if not folder.is_symlink()]
+
+
+def active() -> Path | None:
+    """The run that has the device now."""
+    with _probing:
+        return next((folder for folder in all_runs() if run_folder.is_alive(folder)), None)
+
+
+def waiting() -> list[Path]:
+    return [folder for folder in run_folder.queue() if folder != active()]
+
+
+def shown() -> Path | None:
+    """The run that the Train tab shows: the one at work, else the next one, else the latest."""
+    if (running := active()) is not None:
+        return running
+    if queue := run_folder.queue():
+        return queue[0]
+    trained = [(status(folder).launched_at, folder.name, folder) for folder in all_runs()]
+    return max(trained)[2] if trained else None
+
+
+def act(run_id: object, action: object) -> None:
+    """Does what a button of a run says. Raises StateError where that is not possible now."""
+    folder = resolve(run_id)
+    allowed = actions(status(folder))
+    if action not in allowed:
+        raise StateError("That is not possible in the run's present state; the page has been brought up to date.")
+    allowed[str(action)](folder)
+
+
+def actions(current: RunStatus) -> dict[str, Callable[[Path], None]]:
+    """What can be done with a run in this state."""
+    if current.state == "queued":
+        return {"unqueue": lambda folder: run_folder.withdraw(folder, "queued")}
+    if current.state == "paused":
+        return {"continue": lambda folder: run_folder.withdraw(folder, "pause"), "stop": _stop}
+    if current.state == "stopping":
+        return {}
+    if current.is_active:
+        return {"stop": _stop, "pause": lambda folder: run_folder.request(folder, "pause")}
+    if current.can_resume or current.state == "new":
+        return {"resume": _resume, "delete": _delete}
+    return {"delete": _delete}
+
+
+def _stop(folder: Path) -> None:
+    run_folder.request(folder, "stop")
+    run_folder.withdraw(folder, "pause")
+
+
+def _resume(folder: Path) -> None:
+    run_folder.withdraw(folder, "stop")
+    run_folder.withdraw(folder, "pause")
+    run_folder.request(folder, "queued")
+
+
+def _delete(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def read_log(run_id: object) -> str:
+    """The end of the trainer's output."""
+    log = resolve(run_id) / "log.txt"
+    if not log.is_file():
+        return ""
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 200_000))
+        lines = file.read().decode("utf-8", "replace").splitlines()
+    return "\n".join(lines[-LOG_LINES:])
+
+
+def trainer_process(arguments: list[str], folder: Path, **streams) -> subprocess.Popen:
+    """Starts `python -m trainer ...` in a session of its own, away from the page's signals."""
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = {
+        **os.environ,
+        "PYTHONUTF8": "1",
+        "ATELIER_OUTPUTS": str(run_folder.outputs_folder()),
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+    }
+    detached = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
+    # -P keeps the working directory, a data folder, out of the places that Python imports from.
+    return subprocess.Popen([sys.executable, "-P", "-m", "trainer", *arguments], cwd=folder, env=environment, **streams, **detached)
+
+
+class Launcher(threading.Thread):
+    """Starts the oldest waiting run when the device is free."""
+
+    def __init__(self, before_start: Callable[[], None] = lambda: None):
+        super().__init__(name="launcher", daemon=True)
+        self.before_start = before_start
+        self.process: subprocess.Popen | None = None
+        self.folder: Path | None = None
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        while not self._ended.wait(0.5):
+            try:
+                self.look()
+            except OSError as error:  # a folder deleted under our eyes, a full disk: the next look may succeed
+                logging.getLogger(__name__).warning("The queue could not be looked at: %s", error)
+
+    def end(self) -> None:
+        """Stops looking. Trainers go on."""
+        self._ended.set()
+
+    def look(self) -> None:
+        if self.process is not None:
+            if self.process.poll() is None:
+                return
+            self._bury()
+        if active() is not None:
+            return
+        queue = run_folder.queue()
+        if queue:
+            self._launch(queue[0])
+
+    def _launch(self, folder: Path) -> None:
+        self.before_start()
+        with open(folder / "log.txt", "ab") as log:
+            self.process = trainer_process(["resume", str(folder)], folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        self.folder = folder
+
+    def _bury(self) -> None:
+        """A trainer that ended before it took its run must not be started again and again."""
+        folder, code = self.folder, self.process.returncode
+        self.process = self.folder = None
+        if folder.is_dir() and run_folder.requested(folder, "queued") and active() != folder:
+            run_folder.withdraw(folder, "queued")
+            lines = read_log(folder.name).strip().splitlines()
+            reason = lines[-1] if lines else f"exit code {code}"
+            events.EventLog(folder / "events.jsonl").append(events.Failed(f"The trainer ended before it began: {reason}"))

@@ -1,0 +1,105 @@
+"""The web application: the guard, the files of runs and datasets, and Gradio."""
+
+import mimetypes
+import os
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.responses import FileResponse, PlainTextResponse, Response
+
+from app import datasets, device, previews, runs
+from app.drawn import STATIC
+from app.guard import Guard
+from trainer import run_folder
+from trainer.errors import TrainerError
+
+SERVED = {".webp": "image/webp", ".png": "image/png", ".safetensors": "application/octet-stream"}
+MAX_UPLOAD = "512mb"
+
+
+def create_app(auth: str | None = None) -> FastAPI:
+    """The whole application, ready for uvicorn."""
+    outputs = run_folder.outputs_folder()
+    uploads = outputs / "cache" / "uploads"
+    uploads.mkdir(parents=True, exist_ok=True)
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: it decides then
+    mimetypes.add_type("text/javascript", ".js")  # Windows may say text/plain, which nosniff then refuses
+    import gradio as gr
+
+    from app.theme import make_theme
+    from app.ui import build
+
+    engine = previews.PreviewEngine()
+    launcher = runs.Launcher(before_start=lambda: engine.end() if device.has_cuda() else None)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        launcher.start()
+        yield
+        launcher.end()
+        engine.end()
+
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Guard, auth=auth, disk=outputs)
+    _add_file_routes(app)
+    return gr.mount_gradio_app(
+        app,
+        build(engine, device.describe()),
+        path="/",
+        theme=make_theme(),
+        css_paths=[STATIC / "style.css"],
+        favicon_path=str(STATIC / "icon.svg"),
+        run_history=False,
+        enable_monitoring=False,
+        footer_links=[],
+        max_file_size=MAX_UPLOAD,
+        show_error=True,
+        ssr_mode=False,
+        pwa=False,
+    )
+
+
+def _add_file_routes(app: FastAPI) -> None:
+    """Files by id, looked up below their roots; what is missing and what is not allowed look the same."""
+
+    @app.get("/thumb/{dataset}/{key}")
+    def thumb(dataset: str, key: str) -> Response:
+        try:
+            return FileResponse(
+                datasets.thumbnail(dataset, key), media_type="image/webp", headers={"cache-control": "private, max-age=31536000"}
+            )
+        except TrainerError:
+            return not_found()
+
+    @app.get("/runfile/{run}/{name:path}")
+    def runfile(run: str, name: str) -> Response:
+        try:
+            folder = runs.resolve(run)
+        except TrainerError:
+            return not_found()
+        path = folder / name
+        is_known = re.fullmatch(r"samples/[^/\\]+\.(webp|png)|[^/\\]+\.safetensors", name) and "\0" not in name
+        if not is_known or path.is_symlink() or path.parent.is_symlink() or not path.is_file():
+            return not_found()
+        return _file(path, attachment=path.suffix == ".safetensors")
+
+    @app.get("/previewfile/{key}.png")
+    def previewfile(key: str) -> Response:
+        path = previews.folder() / f"{key}.png"
+        if not re.fullmatch("[0-9a-f]{32}", key) or not path.is_file():
+            return not_found()
+        return _file(path)
+
+
+def not_found() -> Response:
+    return PlainTextResponse("Not found", 404)
+
+
+def _file(path: Path, attachment: bool = False) -> Response:
+    return FileResponse(
+        path, media_type=SERVED[path.suffix], filename=path.name if attachment else None, headers={"cache-control": "private, max-age=3600"}
+    )

@@ -1,0 +1,52 @@
+// Helpers in front of every view's script. Text is only ever set as text nodes.
+// Provided by Gradio: element, props, trigger, server, upload, watch.
+
+const root = () => element.querySelector(".atelier");
+
+/** An element: attributes as an object (on... are listeners, null and false are left out), then children or text. */
+function el(tag, attributes = {}, ...children) {
+  const space = ["svg", "path", "line", "text", "circle", "polyline", "g", "title"].includes(tag) ? "http://www.w3.org/2000/svg" : null;
+  const node = space ? document.createElementNS(space, tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  return node;
+}
+
+/** Draws now and whenever Python sends other data. */
+function drawWith(draw) {
+  const again = () => root() && draw(root(), props.value || {});
+  again();
+  watch("value", again);
+}
+
+const pill = (text, tone = "quiet") => el("span", { class: `at-pill at-${tone}` }, text);
+const notice = (text, tone) => el("p", { class: `at-notice at-${tone}`, role: tone === "bad" ? "alert" : "status" }, text);
+const button = (text, onclick, look = "") => el("button", { type: "button", class: `at-button ${look}`, onclick }, text);
+const emptyState = (title, text, ...more) => el("div", { class: "at-empty" }, el("strong", {}, title), el("p", {}, text), ...more);
+
+/** Calls a server function; a sentence in `error` and a lost connection both end in `onerror`. */
+async function ask(name, data, onerror) {
+  let answer;
+  try {
+    answer = await server[name](data);
+  } catch {
+    answer = { error: "The page's server did not answer. Check that it still runs, then try again." };
+  }
+  if (answer && answer.error) onerror(answer.error);
+  return answer;
+}
+
+/** A picture that opens large on click; Escape closes it. */
+function zoomable(src, alt, attributes = {}) {
+  const open = () => {
+    const dialog = el("dialog", { class: "at-lightbox", onclick: () => dialog.close(), onclose: () => dialog.remove() },
+      el("img", { src, alt }), el("p", {}, alt), el("button", { type: "button", class: "at-button", autofocus: true }, "Close"));
+    document.body.append(dialog);
+    dialog.showModal();
+  };
+  return el("button", { type: "button", class: "at-zoom", "aria-label": `Enlarge: ${alt}`, onclick: open }, el("img", { src, alt, ...attributes }));
+}

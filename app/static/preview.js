@@ -1,0 +1,14 @@
+// Pictures with and without the adapter, or a grid of them, filled one by one.
+drawWith((root, view) => {
+  const pictures = view.pictures || [];
+  const head = view.busy ? el("div", { class: "at-row" }, pill(view.busy, "busy"), button("Stop", () => trigger("stop_drawing"))) : null;
+  if (view.error) { root.replaceChildren(notice(view.error, "bad")); return; }
+  if (!pictures.length) {
+    root.replaceChildren(emptyState("See what it learned", "Choose an adapter, then compare it with its base: the same prompt and seed, with and without it. If there is none yet, train one first.",
+      view.note ? el("p", {}, view.note) : null, button("Go to training", () => trigger("go_train"))));
+    return;
+  }
+  root.replaceChildren(el("section", { class: "at-panel", "aria-busy": Boolean(view.busy), "aria-label": "Pictures" }, head,
+    el("div", { class: `at-pictures ${pictures.length === 2 ? "at-pair" : ""}` }, pictures.map((picture) => el("figure", {},
+      picture.src ? zoomable(picture.src, `${picture.title}: ${picture.prompt}`) : el("div", { class: "at-placeholder" }), el("figcaption", {}, picture.title))))));
+});

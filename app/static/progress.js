@@ -1,0 +1,57 @@
+// The run at work, or the latest one: state, bar, figures, what can be done, the queue and the log.
+const memory = { logOpen: false, log: "", problem: "" };
+const WORDS = { stop: "Stop and save", pause: "Pause", continue: "Continue", resume: "Resume" };
+
+drawWith((root, view) => {
+  if (!view.run) {
+    root.replaceChildren(emptyState("No training yet", "Pick a purpose and press Start training. You may close this page meanwhile: training goes on."));
+    return;
+  }
+  const act = async (run, action) => {
+    memory.problem = "";
+    await ask("act", { run, action }, (text) => { memory.problem = text; });
+    note.textContent = memory.problem;
+  };
+  const note = el("p", { class: "at-notice at-bad", role: "alert" }, memory.problem);
+  root.replaceChildren(el("section", { class: "at-panel", "aria-label": "Training" },
+    el("div", { class: "at-row" }, pill(view.label, view.tone), el("strong", { class: "at-name" }, view.name), el("span", { class: "at-phase" }, view.phase),
+      el("span", { class: "at-percent" }, view.share ? `${Math.floor(100 * view.share)} %` : "")),
+    bar(view), figures(view),
+    view.message ? notice(view.message, "bad") : null,
+    view.warnings.map((text) => notice(text, "warn")),
+    el("div", { class: "at-row at-actions" }, view.actions.filter((action) => WORDS[action]).map((action) => button(WORDS[action], () => act(view.run, action), `at-act-${action}`)),
+      view.actions.includes("unqueue") ? button("Take out of the queue", () => act(view.run, "unqueue")) : null,
+      view.file ? button("Preview", () => trigger("open_preview", { run: view.run })) : null,
+      view.file ? el("a", { class: "at-button", href: view.file.href, download: view.file.name }, `Download (${view.file.size})`) : null),
+    note, queue(view, act), log(view)));
+});
+
+function bar(view) {
+  return el("div", { class: `at-bar at-${view.tone}`, role: "progressbar", "aria-valuemin": 0, "aria-valuemax": 100, "aria-valuenow": Math.floor(100 * view.share), "aria-label": view.label },
+    el("div", { style: `width:${(100 * view.share).toFixed(1)}%` }));
+}
+
+function figures(view) {
+  const figure = (value, label) => value ? el("div", {}, el("b", {}, value), el("span", {}, label)) : null;
+  return el("div", { class: "at-figures" }, figure(view.total ? `${view.step} / ${view.total}` : "", "steps"), figure(view.left, "left"), figure(view.took, "taken"), figure(view.speed, "speed"), figure(view.loss, "loss"),
+    view.details ? el("p", { class: "at-hint" }, view.details) : null);
+}
+
+function queue(view, act) {
+  if (!view.queue.length) return null;
+  return el("div", { class: "at-queue" }, el("h3", {}, "Next in the queue"),
+    el("ol", {}, view.queue.map((item) => el("li", {}, el("span", {}, item.name), button("Take out", () => act(item.run, "unqueue"))))));
+}
+
+function log(view) {
+  const text = el("pre", { tabindex: 0 }, memory.log);
+  const fill = async () => {
+    const answer = await ask("read_log", { run: view.run }, (error) => { memory.log = error; });
+    if (answer.text !== undefined) memory.log = answer.text || "Nothing yet.";
+    text.textContent = memory.log;
+  };
+  const details = el("details", { class: "at-log", open: memory.logOpen, ontoggle: () => { if (details.open && !memory.logOpen) fill(); memory.logOpen = details.open; } },
+    el("summary", {}, "Log"), text);
+  if (memory.logOpen) fill();
+  return details;
+}

@@ -1,0 +1,228 @@
+"""Preview tab: the adapter beside its base at any strength, and grids over strengths and saves."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app import device, form, runs, views
+from app.drawn import drawn
+from app.page import Page
+from app.previews import Adapter, PreviewRequest
+from trainer.errors import TrainerError
+from trainer.run_folder import RunStatus
+
+ID, TITLE = "preview", "Preview"
+STRENGTHS = (0.0, 0.4, 0.7, 1.0, 1.3)
+QUIET = {"show_progress": "hidden", "api_visibility": "private"}
+NAMES = ("run", "save", "prompt", "strength", "seed", "negative_prompt", "inference_steps", "guidance_scale", "width", "height")
+
+
+def build(page: Page) -> dict[str, Any]:
+    with gr.Row(elem_classes="at-columns"):
+        with gr.Column(scale=2, min_width=330):
+            fields, new_seed = _controls()
+            compare = gr.Button("Compare with the base", variant="primary", size="lg", elem_id="compare")
+            with gr.Row():
+                strengths = gr.Button("Grid over strengths", elem_id="grid-strengths")
+                saves = gr.Button("Grid over saves", elem_id="grid-saves")
+        with gr.Column(scale=3, min_width=330):
+            pictures = drawn("preview", elem_id="preview-view")
+    own = {
+        "fields": fields,
+        "pictures": pictures,
+        "run_outputs": [fields[name] for name in NAMES if name not in ("strength", "seed")],
+        "choose_run": choose_run,
+    }
+    fields["run"].input(choose_run, fields["run"], own["run_outputs"], **QUIET)
+    new_seed.click(lambda: random.randrange(2**31), None, fields["seed"], **QUIET)
+    page.on_load(lambda: choose_run(None), own["run_outputs"])
+    page.follow(fields["run"], _run_choices, lambda choices: gr.Dropdown([tuple(choice) for choice in choices]))
+    _wire_drawing(page, own, compare, strengths, saves)
+    return own
+
+
+def _controls() -> tuple[dict[str, gr.components.Component], gr.Button]:
+    fields: dict[str, Any] = {}
+    with gr.Group(elem_classes="at-form"):
+        fields["run"] = gr.Dropdown(_run_choices(), label="Adapter", elem_id="preview-run", filterable=False)
+        fields["save"] = gr.Dropdown(
+            [], label="Save", info="The chosen one is the one to download.", elem_id="preview-save", filterable=False
+        )
+        fields["prompt"] = gr.Textbox(label="Prompt", lines=2, elem_id="preview-prompt")
+        fields["strength"] = gr.Slider(
+            0,
+            2,
+            1,
+            step=0.05,
+            label="Strength",
+            info="0 is the base, 1 the adapter as trained. Moving it draws again.",
+            elem_id="preview-strength",
+            buttons=[],
+        )
+    with gr.Row(elem_classes="at-seed"):
+        fields["seed"] = gr.Number(1, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="preview-seed", min_width=120)
+        new_seed = gr.Button("New seed", size="md", elem_id="new-seed", min_width=100)
+    with gr.Accordion("Advanced", open=False):
+        for name in ("negative_prompt", "inference_steps", "guidance_scale"):
+            fields[name] = form.widget(f"sampling.{name}", elem_id=f"preview-{name}")
+        with gr.Row():
+            for name in ("width", "height"):
+                fields[name] = gr.Number(
+                    0,
+                    label=name.capitalize(),
+                    info="0: the base's own size.",
+                    precision=0,
+                    step=8,
+                    elem_id=f"preview-{name}",
+                    min_width=120,
+                )
+    return fields, new_seed
+
+
+def _wire_drawing(page: Page, own: dict, compare: gr.Button, strengths: gr.Button, saves: gr.Button) -> None:
+    fields, pictures = own["fields"], own["pictures"]
+    drawing = {
+        "inputs": [fields[name] for name in NAMES],
+        "outputs": pictures,
+        "concurrency_id": "preview",
+        "concurrency_limit": 1,
+        **QUIET,
+    }
+
+    def drawer(plan):
+        def draw(*values) -> Iterator[dict]:
+            yield from draw_all(page, plan, dict(zip(NAMES, values, strict=True)))
+
+        return draw
+
+    events = [
+        compare.click(drawer(plan_compare), **drawing),
+        fields["prompt"].submit(drawer(plan_compare), **drawing),
+        # Release does not fire for the keyboard; input does for both, and the last position wins.
+        fields["strength"].input(drawer(plan_compare), trigger_mode="always_last", **drawing),
+        strengths.click(drawer(plan_strengths), **drawing),
+        saves.click(drawer(plan_saves), **drawing),
+    ]
+    pictures.stop_drawing(lambda: {"note": "Stopped."}, None, pictures, cancels=events, **QUIET)
+
+
+def connect(page: Page, own: dict, others: dict[str, dict]) -> None:
+    own["pictures"].go_train(lambda: gr.Tabs(selected="train"), None, page.tabs, **QUIET)
+
+
+def _run_choices() -> list[tuple[str, str]]:
+    """Runs that have saved an adapter, newest first."""
+    return [(f"{views.title(folder)} · {folder.name}", folder.name) for folder in runs.all_runs() if runs.status(folder).adapters]
+
+
+def _save_choices(folder: Path) -> list[tuple[str, str]]:
+    """The chosen file first, then the saves from the last to the first."""
+    current = runs.status(folder)
+    saves = [
+        (f"Step {saved.step}{' ★ best' if saved.step == current.best_step else ''}", saved.file) for saved in reversed(current.adapters)
+    ]
+    if current.finished:
+        saves.insert(0, (f"Chosen: {current.finished.file} (step {current.finished.best_step})", current.finished.file))
+    return [(label, file) for label, file in saves if (folder / file).is_file()]
+
+
+def choose_run(run_id: str | None) -> list:
+    """Updates of the fields for a run; the newest where none is named. Order as in NAMES without strength and seed."""
+    choices = _run_choices()
+    run_id = run_id if run_id in [value for _, value in choices] else next((value for _, value in choices), None)
+    if run_id is None:
+        return [gr.Dropdown([], value=None), gr.Dropdown([], value=None), *[gr.skip()] * 6]
+    folder = runs.resolve(run_id)
+    sampling, saves = runs.settings(folder).sampling, _save_choices(folder)
+    return [
+        gr.Dropdown(choices, value=run_id),
+        gr.Dropdown(saves, value=saves[0][1] if saves else None),
+        _prompt(folder, runs.status(folder)),
+        sampling.negative_prompt,
+        sampling.inference_steps,
+        sampling.guidance_scale,
+        gr.skip(),
+        gr.skip(),
+    ]
+
+
+def _prompt(folder: Path, current: RunStatus) -> str:
+    if current.samples:
+        return current.samples[-1].prompt
+    return next(iter(runs.settings(folder).sampling.prompts), runs.settings(folder).dataset.trigger)
+
+
+def _request(values: dict[str, Any], save: str | None, strength: float) -> PreviewRequest:
+    folder = runs.resolve(values["run"])
+    if save is not None and save not in [value for _, value in _save_choices(folder)]:
+        raise TrainerError("That save is not there any more; choose another.")
+    base = runs.settings(folder).base
+    adapters = [Adapter(str(folder / save), round(strength, 4))] if save is not None and strength else []
+    return PreviewRequest(
+        base={"model": base.model, "revision": base.revision},
+        adapters=adapters,
+        prompt=str(values["prompt"] or ""),
+        seed=int(values["seed"] or 0),
+        negative_prompt=str(values["negative_prompt"] or ""),
+        inference_steps=int(values["inference_steps"] or 20),
+        guidance_scale=float(values["guidance_scale"] or 7),
+        width=int(values["width"] or 0),
+        height=int(values["height"] or 0),
+    )
+
+
+def plan_compare(values: dict[str, Any]) -> list[tuple[str, PreviewRequest]]:
+    strength = float(values["strength"])
+    return [
+        ("Without the adapter", _request(values, None, 0)),
+        (f"With the adapter, strength {strength:g}", _request(values, values["save"], strength)),
+    ]
+
+
+def plan_strengths(values: dict[str, Any]) -> list[tuple[str, PreviewRequest]]:
+    return [(f"Strength {strength:g}", _request(values, values["save"], strength)) for strength in STRENGTHS]
+
+
+def plan_saves(values: dict[str, Any]) -> list[tuple[str, PreviewRequest]]:
+    folder, strength = runs.resolve(values["run"]), float(values["strength"])
+    current = runs.status(folder)
+    saved = [
+        (f"Step {save.step}{' ★' if save.step == current.best_step else ''}", save.file)
+        for save in current.adapters
+        if (folder / save.file).is_file()
+    ]
+    return [("Base", _request(values, None, 0)), *((label, _request(values, file, strength)) for label, file in saved)]
+
+
+def draw_all(page: Page, plan, values: dict[str, Any]) -> Iterator[dict]:
+    """Draws one picture after the other and shows each as soon as it is there."""
+    try:
+        if not values["run"]:
+            raise TrainerError("There is no adapter to show yet; train one first.")
+        if device.has_cuda() and runs.active() is not None:
+            raise TrainerError("The GPU is busy with a training. Pause does not free its memory: wait for the end, or stop and save first.")
+        _check(values)
+        wanted = plan(values)
+        pictures = [{"title": title, "src": "", "prompt": request.prompt} for title, request in wanted]
+        for number, (_, request) in enumerate(wanted):
+            note = "Drawing" if page.engine.is_running else "Loading the model; the first picture takes longer"
+            yield {"pictures": pictures, "busy": f"{note} ({number + 1} of {len(wanted)})"}
+            file = page.engine.draw(request)
+            pictures = [*pictures[:number], pictures[number] | {"src": f"/previewfile/{file.name}"}, *pictures[number + 1 :]]
+        yield {"pictures": pictures}
+    except TrainerError as error:
+        yield {"error": str(error)}
+
+
+def _check(values: dict[str, Any]) -> None:
+    """What the sampler would refuse, said at once and by the field's name."""
+    wrong = form.faults({f"sampling.{name}": values[name] for name in ("negative_prompt", "inference_steps", "guidance_scale")})
+    if wrong:
+        raise TrainerError(" ".join(f"{form.label(path)}: {text}" for path, text in wrong.items() if path))
+    for name in ("width", "height"):
+        side = values[name] or 0
+        if side and (side % 8 or not 32 <= side <= 2048):
+            raise TrainerError(f"{name.capitalize()} must be 0 or a multiple of 8 from 32 to 2048.")

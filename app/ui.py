@@ -1,0 +1,54 @@
+"""Builds the page out of `TABS`. A new tab is a file in `tabs/` and its name here."""
+
+import gradio as gr
+
+from app.drawn import drawn, read_static
+from app.page import Page
+from app.previews import PreviewEngine
+from app.tabs import dataset, library, preview, train
+from app.views import header
+
+TABS = (dataset, train, preview, library)
+
+
+def build(engine: PreviewEngine, device: str) -> gr.Blocks:
+    with gr.Blocks(title="LoRA Atelier", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
+        heading = drawn("header", elem_id="header")
+        with gr.Tabs(elem_id="tabs") as tabs:
+            page = Page(tabs, engine, device)
+            page.follow(heading, lambda: header(device))
+            parts, panes = {}, []
+            for number, tab in enumerate(TABS, 1):
+                with gr.Tab(f"{number}  {tab.TITLE}", id=tab.ID, elem_id=f"tab-{tab.ID}") as pane:
+                    parts[tab.ID] = tab.build(page)
+                    panes.append(pane)
+        for tab in TABS:
+            tab.connect(page, parts[tab.ID], parts)
+        heading.go_train(lambda: gr.Tabs(selected="train"), None, tabs, show_progress="hidden", api_visibility="private")
+        _remember_tab(panes)
+        _load(blocks, page)
+        _follow(page)
+    return blocks
+
+
+def _remember_tab(panes: list[gr.Tab]) -> None:
+    """The open tab is in the address, so that a reload or a reconnection comes back to it."""
+    for tab, pane in zip(TABS, panes, strict=True):
+        pane.select(None, js=f"() => history.replaceState(null, '', '?tab={tab.ID}')")
+
+
+def _load(blocks: gr.Blocks, page: Page) -> None:
+    def opened(request: gr.Request):
+        wanted = request.query_params.get("tab")
+        return gr.Tabs(selected=wanted) if wanted in {tab.ID for tab in TABS} else gr.skip()
+
+    blocks.load(opened, None, page.tabs, show_progress="hidden", api_visibility="private")
+    blocks.load(None, js=read_static("keys.js"))
+    for handler, outputs in page.loads:
+        blocks.load(handler, None, outputs, show_progress="hidden", api_visibility="private")
+
+
+def _follow(page: Page) -> None:
+    sent = gr.State({})
+    outputs = [sent, *(live.component for live in page.live)]
+    gr.Timer(1.0).tick(page.tick, sent, outputs, show_progress="hidden", api_visibility="private", concurrency_limit=None)

@@ -1,0 +1,226 @@
+"""Run folders as plain data for the views that the browser draws. No markup, no Gradio."""
+
+import statistics
+from datetime import datetime
+from pathlib import Path
+
+from app import runs
+from trainer import presets, run_folder
+from trainer.errors import TrainerError
+from trainer.events import SampleSaved
+from trainer.run_folder import RunStatus
+
+LABELS = {
+    "new": "Not started",
+    "queued": "Waiting",
+    "loading": "Loading the model",
+    "caching": "Reading the pictures",
+    "sampling": "Drawing samples",
+    "training": "Training",
+    "paused": "Paused",
+    "stopping": "Saving and stopping",
+    "stopped": "Stopped",
+    "finished": "Finished",
+    "failed": "Failed",
+    "interrupted": "Interrupted",
+}
+TONES = {"finished": "good", "failed": "bad", "interrupted": "bad", "paused": "warn", "stopped": "warn", "queued": "quiet", "new": "quiet"}
+PLOT_POINTS = 300
+
+
+def duration(seconds: float | None) -> str:
+    """ "14 s", "3 min", "2 h 10 min"."""
+    if seconds is None:
+        return ""
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def size(count: int | None) -> str:
+    if count is None:
+        return ""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.0f} kB"
+
+
+def title(folder: Path) -> str:
+    """The name the person gave, or the folder's where the settings cannot be read."""
+    try:
+        return runs.settings(folder).name
+    except TrainerError:
+        return folder.name
+
+
+def label(folder: Path, current: RunStatus) -> str:
+    if current.state == "queued" and runs.active() is None and run_folder.queue()[:1] == [folder]:
+        return "Starting"
+    return LABELS.get(current.state, current.state.capitalize())
+
+
+def header(device: str) -> dict:
+    """The line above the tabs."""
+    folder = runs.shown()
+    current = runs.status(folder) if folder else None
+    if current is None or not (current.is_active or current.state == "queued"):
+        return {"device": device, "text": "Idle", "tone": "quiet"}
+    text = label(folder, current)
+    if current.state == "training" and current.total_steps:
+        text += f" {100 * current.step // current.total_steps} %"
+        text += f" · {duration(current.seconds_left)} left" if current.seconds_left is not None else ""
+    return {"device": device, "text": text, "tone": TONES.get(current.state, "busy"), "busy": current.is_active}
+
+
+def progress(device: str) -> dict:
+    """The status card of the Train tab."""
+    folder = runs.shown()
+    if folder is None:
+        return {}
+    current = runs.status(folder)
+    return {
+        "run": folder.name,
+        "name": title(folder),
+        "state": current.state,
+        "label": label(folder, current),
+        "tone": TONES.get(current.state, "busy"),
+        "busy": current.is_active,
+        "phase": _phase(current),
+        "share": _share(current),
+        "step": current.step,
+        "total": current.total_steps,
+        "left": duration(current.seconds_left) if current.state in ("training", "sampling") and current.step else "",
+        "speed": _speed(current),
+        "loss": f"{statistics.fmean(loss for _, loss in current.losses[-20:]):.4f}" if current.losses else "",
+        "took": duration(current.finished.seconds) if current.finished else "",
+        "message": current.message if current.state in ("failed", "interrupted") else "",
+        "warnings": current.warnings[-5:],
+        "actions": sorted(runs.actions(current)),
+        "file": final_file(folder, current),
+        "details": _details(current),
+        "queue": [{"run": other.name, "name": title(other)} for other in runs.waiting() if other != folder],
+    }
+
+
+def _phase(current: RunStatus) -> str:
+    if current.state in ("loading", "caching", "sampling") and current.phase_total:
+        return f"{current.phase_done} of {current.phase_total}"
+    return ""
+
+
+def _share(current: RunStatus) -> float:
+    """How full the bar is, 0 to 1: of the phase before the first step, of the steps after it."""
+    if current.started is None or not current.total_steps:
+        return current.phase_done / current.phase_total if current.phase_total else 0.0
+    return current.step / current.total_steps
+
+
+def _speed(current: RunStatus) -> str:
+    seconds = current.seconds_per_step
+    if not seconds:
+        return ""
+    return f"{1 / seconds:.1f} steps/s" if seconds < 1 else f"{seconds:.1f} s/step"
+
+
+def _details(current: RunStatus) -> str:
+    if current.started is None:
+        return ""
+    begun = current.started
+    held = f" ({begun.held_out} held out for measuring)" if begun.held_out else ""
+    return f"{begun.pictures} pictures{held} · {begun.device} · {begun.precision} · {begun.attention} attention"
+
+
+def curve() -> dict:
+    """Loss and validation loss, thinned so that a long run costs the browser no more than a short one."""
+    folder = runs.shown()
+    current = runs.status(folder) if folder else None
+    if current is None or not current.losses:
+        return {}
+    return {
+        "total": current.total_steps,
+        "loss": thin(current.losses),
+        "smooth": thin(smooth(current.losses)),
+        "validation": current.validation,
+        "saves": sorted({saved.step for saved in current.adapters}),
+        "best": current.best_step,
+    }
+
+
+def thin(points: list[tuple[int, float]], limit: int = PLOT_POINTS // 2) -> list[tuple[int, float]]:
+    """At most `limit` points: means of neighbours."""
+    width = -(-len(points) // limit)
+    groups = [points[start : start + width] for start in range(0, len(points), width)]
+    return [(group[-1][0], round(statistics.fmean(loss for _, loss in group), 5)) for group in groups]
+
+
+def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Exponential mean over about a twentieth of the run, without the usual pull towards the first value."""
+    keep = 1 - 1 / max(2.0, len(points) / 20)
+    total, weight, result = 0.0, 0.0, []
+    for step, loss in points:
+        total, weight = keep * total + loss, keep * weight + 1
+        result.append((step, total / weight))
+    return result
+
+
+def samples() -> dict:
+    """The samples of the shown run: a row per prompt, the base first."""
+    folder = runs.shown()
+    if folder is None:
+        return {}
+    current = runs.status(folder)
+    rows: dict[tuple[str, int], list[SampleSaved]] = {}
+    for sample in current.samples:
+        rows.setdefault((sample.prompt, sample.seed), []).append(sample)
+    return {
+        "best": current.best_step,
+        "active": current.is_active,
+        "rows": [
+            {"prompt": prompt, "seed": seed, "pictures": [_sample(folder, sample) for sample in row]}
+            for (prompt, seed), row in rows.items()
+        ],
+    }
+
+
+def _sample(folder: Path, sample: SampleSaved) -> dict:
+    return {"step": sample.step, "src": f"/runfile/{folder.name}/{sample.file}"}
+
+
+def final_file(folder: Path, current: RunStatus) -> dict | None:
+    """The adapter to download: the chosen one of a finished run, else the latest save."""
+    name = current.finished.file if current.finished else current.adapters[-1].file if current.adapters else None
+    if name is None or not (folder / name).is_file():
+        return None
+    return {"href": f"/runfile/{folder.name}/{name}", "name": name, "size": size((folder / name).stat().st_size)}
+
+
+def library() -> dict:
+    """All runs as cards, newest first."""
+    return {"cards": [_library_card(folder) for folder in runs.all_runs()]}
+
+
+def _library_card(folder: Path) -> dict:
+    current = runs.status(folder)
+    try:
+        recipe = presets.load_presets().get(runs.settings(folder).preset)
+        settings, fault = (folder / "run.toml").read_text(encoding="utf-8"), ""
+    except TrainerError as error:
+        recipe, settings, fault = None, "", str(error)
+    made = datetime.fromtimestamp((folder / "run.toml").stat().st_mtime)
+    return {
+        "run": folder.name,
+        "name": title(folder),
+        "label": label(folder, current),
+        "tone": TONES.get(current.state, "busy"),
+        "preset": recipe.title if recipe else "Own settings",
+        "steps": f"{current.step} steps" if not current.is_active else "",
+        "best": current.best_step if len(current.adapters) > 1 else None,
+        "date": f"{made.day} {made:%B %Y, %H:%M}",
+        "sample": _sample(folder, current.samples[-1])["src"] if current.samples else "",
+        "prompt": current.samples[-1].prompt if current.samples else "",
+        "file": final_file(folder, current),
+        "actions": sorted(runs.actions(current)),
+        "settings": settings,
+        "fault": fault or current.message,
+        "folder": str(folder),
+        "can_preview": bool(current.adapters),
+    }
