@@ -250,9 +250,9 @@ def _refuse_bad_zip(archive: zipfile.ZipFile) -> None:
 
 def safe_name(stem: str, room: int = MAX_NAME_BYTES) -> str:
     """`stem` as a name every file system, shell and page takes: visible, no `<>:"/\\|?*`, at most `room` bytes of UTF-8."""
-    visible = unicodedata.normalize("NFC", stem)
+    visible = "".join(c for c in stem if unicodedata.category(c) not in ("Cc", "Cf", "Zl", "Zp") or c == "\u200d")
+    visible = unicodedata.normalize("NFC", visible)
     visible = "".join("_" if unicodedata.category(c) in ("Cs", "Cn") or c in '<>:"/\\|?*' else c for c in visible)
-    visible = "".join(c for c in visible if unicodedata.category(c) not in ("Cc", "Cf", "Zl", "Zp") or c == "\u200d")
     visible = visible.strip(". ")
     if visible.startswith(("-", "~")) or _RESERVED.fullmatch(visible):
         visible = f"_{visible}"

@@ -1,0 +1,196 @@
+"""Dropped files arrive whole, paired, under safe names, or not at all and named."""
+
+import io
+import json
+import os
+import zipfile
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.corpus import JPG, PNG, encoded, photo
+from trainer import importing
+from trainer.dataset import read_caption, scan_dataset
+from trainer.errors import DatasetError
+from trainer.importing import import_files, safe_name
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    return folder
+
+
+def put(folder, name, data):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(data)
+    return folder / name
+
+
+def names(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_files_folders_and_zips_are_copied(source, tmp_path):
+    put(source, "10_cat/a.png", PNG)
+    put(source, "10_cat/a.txt", b"a cat")
+    put(source, "single.jpg", JPG)
+    with zipfile.ZipFile(source / "more.zip", "w") as archive:
+        archive.writestr("sub/b.png", PNG)
+        archive.writestr("sub/b.caption", "a dog")
+    findings = import_files([source / "10_cat", source / "single.jpg", source / "more.zip"], tmp_path / "set")
+    assert findings == []
+    assert names(tmp_path / "set") == ["10_cat/a.png", "10_cat/a.txt", "single.jpg", "sub/b.caption", "sub/b.png"]
+    assert (tmp_path / "set" / "single.jpg").read_bytes() == JPG
+    assert (source / "single.jpg").read_bytes() == JPG
+
+
+def test_uploads_get_the_names_people_know_and_stay_paired(source, tmp_path):
+    uploads = [put(source, "0001", PNG), put(source, "0002", b"a cat"), put(source, "0003", JPG)]
+    known = dict(zip(uploads, ["Ünï.png", "Ünï.txt", "10_cat/b.jpg"], strict=True))
+    assert import_files(uploads, tmp_path / "set", known) == []
+    assert names(tmp_path / "set") == ["10_cat/b.jpg", "Ünï.png", "Ünï.txt"]
+
+
+def test_names_from_a_browser_lead_nowhere(source, tmp_path):
+    upload = put(source, "0001", PNG)
+    for name in ("../../evil.png", "/etc/evil.png", "..\\..\\evil.png", "C:\\evil.png", "..", "/", "", "a\0b.png"):
+        import_files([upload], tmp_path / "in" / "set", {upload: name})
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["set"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "source"]
+
+
+def test_nothing_is_overwritten_and_pairs_keep_together(source, tmp_path):
+    target = tmp_path / "set"
+    put(target, "a.png", encoded(photo(seed=1), "PNG"))
+    put(target, "a.txt", b"old")
+    findings = import_files([put(source, "A.png", PNG), put(source, "A.txt", b"new")], target)
+    assert names(target) == ["A-2.png", "A-2.txt", "a.png", "a.txt"]
+    assert (target / "a.txt").read_bytes() == b"old" and (target / "A-2.txt").read_bytes() == b"new"
+    assert [finding.message for finding in findings] == ["Was saved as A-2.png.", "Was saved as A-2.txt."]
+
+
+def test_importing_twice_adds_nothing(source, tmp_path):
+    files = [put(source, "a.png", PNG), put(source, "a.txt", b"a cat")]
+    import_files(files, tmp_path / "set")
+    findings = import_files(files, tmp_path / "set")
+    assert names(tmp_path / "set") == ["a.png", "a.txt"]
+    assert [(finding.file, finding.level) for finding in findings] == [("a.png", "note")]
+
+
+def test_captions_may_come_later_but_replace_none(source, tmp_path):
+    target = tmp_path / "set"
+    import_files([put(source, "a.png", PNG), put(source, "b.png", JPG), put(source, "b.txt", b"old")], target)
+    findings = import_files([put(source, "a.txt", b"new a"), put(source, "b.txt", b"new b")], target)
+    assert read_caption(target / "a.png")[0] == "new a" and read_caption(target / "b.png")[0] == "old"
+    assert [finding.file for finding in findings] == ["b.txt"]
+
+
+def test_known_picture_under_another_name_gets_its_caption(source, tmp_path):
+    target = tmp_path / "set"
+    import_files([put(source, "a.png", PNG)], target)
+    import_files([put(source, "other.png", PNG), put(source, "other.txt", b"a cat")], target)
+    assert names(target) == ["a.png", "a.txt"]
+
+
+def test_metadata_follows_renamed_pictures(source, tmp_path):
+    put(tmp_path / "set", "data/a.png", encoded(photo(seed=1), "PNG"))
+    folder = source / "data"
+    put(folder, "a.png", PNG)
+    put(folder, "sub/b.png", JPG)
+    put(folder, "c.jpg", JPG + b"c")
+    put(folder, "c.txt", b"from txt")
+    rows = [{"file_name": "a.png", "text": "one"}, {"file_name": "sub/b.png", "text": "two"}, {"file_name": "c.jpg", "text": "no"}]
+    put(folder, "metadata.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    findings = import_files([folder], tmp_path / "set")
+    captions = {item.path.name: item.caption for item in scan_dataset(tmp_path / "set", resolution=64)[0]}
+    assert captions == {"a.png": "", "a-2.png": "one", "b.png": "two", "c.jpg": "from txt"}
+    assert "2 of its 3 captions" in findings[-1].message
+
+
+def test_what_is_not_kept_is_named(source, tmp_path):
+    for name in ("x.py", "x.pth", "x.pt", "x.so", "x.html", "x.svg", "x.zip", "broken.png", "noext"):
+        put(source, f"d/{name}", b"\x80payload")
+    put(source, "d/broken.txt", b"a cat")
+    put(source, "d/huge.txt", b"x" * (importing.MAX_CAPTION_BYTES + 1))
+    findings = import_files([source / "d", source / "gone.png"], tmp_path / "set")
+    assert names(tmp_path / "set") == []
+    left = {"x.py", "x.pth", "x.pt", "x.so", "x.html", "x.svg", "x.zip", "broken.png", "noext", "broken.txt", "huge.txt"}
+    assert {finding.file for finding in findings} == {f"d/{name}" for name in left} | {"gone.png"}
+
+
+def test_links_are_not_followed(source, tmp_path):
+    secret = put(tmp_path, "secret.txt", b"secret")
+    put(source, "d/a.png", PNG)
+    (source / "d" / "a.txt").symlink_to(secret)
+    (source / "d" / "loop").symlink_to(source)
+    (source / "top.txt").symlink_to(secret)
+    findings = import_files([source / "d", source / "top.txt"], tmp_path / "set")
+    assert names(tmp_path / "set") == ["d/a.png"]
+    assert [finding.file for finding in findings] == ["d/a.txt", "d/loop", "top.txt"]
+
+
+def test_a_link_inside_the_dataset_is_not_written_through(source, tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "d").symlink_to(tmp_path / "outside")
+    findings = import_files([put(source, "d/a.png", PNG).parent], tmp_path / "set")
+    assert not any((tmp_path / "outside").iterdir())
+    assert "leaves the dataset" in findings[0].message
+
+
+def test_zip_limits_count_real_bytes(source, tmp_path, monkeypatch):
+    with zipfile.ZipFile(source / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(5):
+            archive.writestr(f"{number}.txt", bytes(1000))
+    for limit, value in (("MAX_ENTRIES", 4), ("MAX_TOTAL_BYTES", 4000), ("MAX_FILE_BYTES", 999)):
+        with monkeypatch.context() as patch:
+            patch.setattr(importing, limit, value)
+            findings = import_files([source / "x.zip"], tmp_path / limit)
+        assert [finding.level for finding in findings] == ["error"] and not names(tmp_path / limit), limit
+
+
+def test_zip_names_in_utf8_without_the_flag(source, tmp_path):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("żółć.png", PNG)
+    data = bytearray(file.getvalue())
+    for signature, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        data[data.index(signature) + offset + 1] &= ~0x08
+    assert import_files([put(source, "x.zip", bytes(data))], tmp_path / "set") == []
+    assert names(tmp_path / "set") == ["żółć.png"]
+
+
+def test_full_disk_is_one_sentence_and_leaves_no_part(source, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(DatasetError, match="No space left"):
+        import_files([put(source, "a.png", PNG)], tmp_path / "set")
+    assert names(tmp_path / "set") == []
+
+
+def test_damage_in_one_zip_does_not_stop_the_rest(source, tmp_path):
+    findings = import_files([put(source, "bad.zip", b"PK\3\4"), put(source, "a.png", PNG)], tmp_path / "set")
+    assert names(tmp_path / "set") == ["a.png"]
+    assert [(finding.file, finding.level) for finding in findings] == [("bad.zip", "error")]
+
+
+@given(st.text(max_size=300), st.integers(20, 120))
+def test_safe_names_are_safe(stem, room):
+    name = safe_name(stem, room)
+    assert 0 < len(name.encode("utf-8")) <= room
+    assert name == name.strip(". ") and not name.startswith(("-", "~", "."))
+    assert not set(name) & set('<>:"/\\|?*\0\n\r\t\x1b')
+    assert safe_name(name, room) == name
+
+
+@pytest.mark.parametrize(
+    ("stem", "expected"),
+    [("cat 😀", "cat 😀"), ("-rf", "_-rf"), ("CON", "_CON"), ("con.x", "_con.x"), ("...", "picture"), ("a\nb", "ab")],
+)
+def test_known_safe_names(stem, expected):
+    assert safe_name(stem) == expected
