@@ -1,6 +1,6 @@
 """The hostile corpus: odd and damaged pictures, captions, names and archives, each with the verdict it must get.
 
-`python -m tests.corpus FOLDER` writes all of it. Each row gets a folder of its own, so that one row cannot hide another.
+`python -m tests.corpus FOLDER` writes all of it. Each row gets a folder of its own: none can hide another.
 Everything is generated: no hostile file is kept in the repository. What a file system cannot hold raises `OSError`.
 """
 
@@ -354,7 +354,8 @@ def named(row_id: str, verdict: str, *names: str, caption_name: str = "") -> Non
 
 
 for row_id, name in {
-    "nm_unicode": "żółć データ.png", "nm_emoji": "cat 😀👩‍👩‍👧.png", "nm_rtl": "\u202egnp.exe.png", "nm_newline": "a\nb.png",
+    "nm_unicode": "żółć データ.png", "nm_emoji": "cat 😀👩‍👩‍👧.png", "nm_rtl": "\u202egnp.exe.png",
+    "nm_newline": "a\nb.png",
     "nm_tab": "a\tb.png", "nm_dash": "-rf.png", "nm_dashdash": "--output_dir=x.png", "nm_squote": "it's.png",
     "nm_dquote": 'a "cat".png', "nm_subst": "$(touch PWNED).png", "nm_backtick": "`touch PWNED`.png",
     "nm_semicolon": "a; touch PWNED.png", "nm_amp": "a && b.png", "nm_pipe": "a|b.png", "nm_pct": "%2e%2e%2fx.png",
@@ -469,7 +470,7 @@ archive("zip_garbage", REFUSED, [], lambda data: b"PK\3\4" + bytes(500))
 
 
 def build(root: Path) -> dict[str, Path | OSError]:
-    """Write every row below `root`; per row the path its verdict is about, or why it cannot exist on this file system."""
+    """Write every row below `root`. Returns per row the path its verdict is about, or why it cannot exist here."""
     made: dict[str, Path | OSError] = {}
     for row in ROWS:
         folder = root / row.table.replace(" ", "_") / row.id

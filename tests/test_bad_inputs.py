@@ -10,7 +10,7 @@ from trainer.dataset import Finding, scan_dataset
 from trainer.importing import import_files
 from trainer.pictures import PICTURE_SUFFIXES, shown
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # zipfile and Pillow remark on what is wrong on purpose
+pytestmark = pytest.mark.filterwarnings("ignore")  # zipfile and Pillow remark on what is wrong on purpose
 
 ROWS = {row.id: row for row in corpus.ROWS}
 SCANNED = [row.id for row in corpus.ROWS if row.table != "Archives"]

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -14,6 +14,7 @@ aspects = st.sampled_from([1.0, 1.5, 2.0, 4.0])
 sides = st.one_of(st.integers(1, 80), st.integers(81, 6000))
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(resolutions, steps, aspects)
 def test_buckets_keep_their_limits(resolution, step, max_aspect):
     buckets = make_buckets(resolution, step, max_aspect)
@@ -26,6 +27,7 @@ def test_buckets_keep_their_limits(resolution, step, max_aspect):
         assert (height, width) in buckets
 
 
+@settings(deadline=None)
 @given(sides, sides, resolutions, steps, aspects, st.booleans())
 def test_every_picture_gets_a_crop(width, height, resolution, step, max_aspect, allow_upscale):
     crop = choose_crop(width, height, resolution, step, max_aspect, allow_upscale)
@@ -42,6 +44,7 @@ def test_every_picture_gets_a_crop(width, height, resolution, step, max_aspect, 
         assert crop.bucket in make_buckets(resolution, step, max_aspect)
 
 
+@settings(deadline=None)
 @given(st.integers(2000, 6000), st.integers(2000, 6000), steps)
 def test_large_pictures_land_in_the_nearest_bucket(width, height, step):
     def distance(bucket):
@@ -71,6 +74,7 @@ def test_a_tiny_picture_is_enlarged_when_asked():
     assert choose_crop(100, 100, 512, 64, allow_upscale=True).bucket == (512, 512)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.booleans())
 def test_applied_crop_has_the_size_of_the_bucket(width, height, allow_upscale):
     crop = choose_crop(width, height, 128, 8, allow_upscale=allow_upscale)

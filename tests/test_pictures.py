@@ -95,7 +95,9 @@ def linear_rgb() -> bytes:
             data[at : at + 12] = b"curv" + bytes(8)  # a curve of no points is the identity
         if name == b"desc":
             text = bytes(data[at : at + size])
-            data[at : at + size] = text.replace("sRGB".encode("utf-16-be"), "line".encode("utf-16-be")).replace(b"sRGB", b"line")
+            for encoding in ("utf-16-be", "ascii"):
+                text = text.replace("sRGB".encode(encoding), "line".encode(encoding))
+            data[at : at + size] = text
     return bytes(data)
 
 

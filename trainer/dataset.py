@@ -30,26 +30,10 @@ MAX_CAPTION_BYTES = 2**20
 MAX_METADATA_BYTES = 64 * 2**20
 LONG_CAPTION = 75  # tokens that the text encoders of Stable Diffusion read at once
 MAX_REPEATS = 200  # `2024_holiday` is a date
-OTHER_PICTURE_SUFFIXES = frozenset(
-    (
-        ".jp2",
-        ".j2k",
-        ".jxl",
-        ".psd",
-        ".xcf",
-        ".svg",
-        ".eps",
-        ".pdf",
-        ".ico",
-        ".tga",
-        ".exr",
-        ".hdr",
-        ".ppm",
-        ".pcx",
-        ".dds",
-    )
-    + (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2")
-)
+OTHER_PICTURE_SUFFIXES = frozenset((
+    ".jp2", ".j2k", ".jxl", ".psd", ".xcf", ".svg", ".eps", ".pdf", ".ico", ".tga", ".exr", ".hdr", ".ppm", ".pcx",
+    ".dds", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2",
+))  # fmt: skip
 JUNK_NAMES = frozenset(("thumbs.db", "desktop.ini", ".ds_store", "__macosx", "ehthumbs.db", "icon\r"))
 UNCAPTIONED = "has no caption"
 
@@ -96,8 +80,8 @@ def scan_dataset(
 ) -> tuple[list[DatasetItem], list[Finding]]:
     """Every usable picture under `folder`, by relative path in code-point order, and what was found on the way.
 
-    Each picture is decoded in full. `resolution` only decides what counts as small. A caption without the word `trigger` gets
-    it in front, in the item, not in the file. `progress(done, total)` counts pictures.
+    Each picture is decoded in full. `resolution` only decides what counts as small. A caption without the word `trigger`
+    gets it in front, in the item, not in the file. `progress(done, total)` counts pictures.
     Raises `DatasetError` when there is no folder or no usable picture.
     """
     folder = Path(folder)
@@ -117,25 +101,18 @@ def scan_dataset(
             findings.append(Finding(file, "error", f"{checked} It was left out."))
         else:
             width, height, notes, sha256 = checked
-            findings += [Finding(file, "note", f"The picture {note}.") for note in notes]
-            if any("\udc80" <= c <= "\udcff" for c in path.name):
-                findings.append(Finding(file, "note", "Its name is not UTF-8 and is shown with escapes: rename it."))
-            findings += _about_size(file, width, height, resolution)
-            if first_with.setdefault(sha256, file) != file:
-                twin = first_with[sha256]
-                findings.append(
-                    Finding(file, "warning", f"Is the same picture as {twin}: it counts twice; remove one.")
-                )
+            findings += _about_picture(file, path.name, notes) + _about_size(file, width, height, resolution)
+            if (twin := first_with.setdefault(sha256, file)) != file:
+                message = f"Is the same picture as {twin}: it counts twice; remove one."
+                findings.append(Finding(file, "warning", message))
             caption, about_caption = _read_caption(path, folder, metadata)
             findings += about_caption
             if not caption:
                 use = f"the trigger word “{trigger}” is used alone" if trigger else "it is trained without words"
-                findings.append(
-                    Finding(file, "warning", f"The picture {UNCAPTIONED}: {use}; write one to say what it shows.")
-                )
-            items.append(
-                DatasetItem(path, _with_trigger(caption, trigger), width, height, _repeats(path, folder), sha256)
-            )
+                message = f"The picture {UNCAPTIONED}: {use}; write one to say what it shows."
+                findings.append(Finding(file, "warning", message))
+            caption = _with_trigger(caption, trigger)
+            items.append(DatasetItem(path, caption, width, height, _repeats(path, folder), sha256))
         if progress:
             progress(done, len(pictures))
     findings += _about_repeats(folder, pictures)
@@ -148,8 +125,9 @@ def verdict(items: list[DatasetItem], findings: list[Finding]) -> str:
     """The scan in one sentence: "22 of 24 pictures are usable, 20 have captions."."""
     total = len(items) + sum(finding.level == "error" for finding in findings)
     captioned = len(items) - sum(UNCAPTIONED in finding.message for finding in findings)
-    pictures = "picture is" if total == 1 else "pictures are"
-    return f"{len(items)} of {total} {pictures} usable, {captioned} {'has a caption' if captioned == 1 else 'have captions'}."
+    are = "picture is" if total == 1 else "pictures are"
+    have = "has a caption" if captioned == 1 else "have captions"
+    return f"{len(items)} of {total} {are} usable, {captioned} {have}."
 
 
 def caption_path(picture: Path) -> Path:
@@ -176,8 +154,8 @@ def read_caption(picture: Path) -> tuple[str, list[Finding]]:
     """The caption of `picture` as one line ("" where there is none) and what was odd about it.
 
     From `<stem>.txt`, `<stem>.caption`, `<name.ext>.txt`, or `metadata.jsonl` in its folder, the first that is there.
-    Lines are joined with a comma, or a space where one ends in punctuation; control, direction and zero-width characters
-    (but not the joiners inside emoji and some scripts) are removed. Bad captions are findings; it raises nothing.
+    Lines are joined with a comma, or a space where one ends in punctuation; control, direction and zero-width
+    characters (but not the joiners inside emoji and some scripts) are removed. Bad captions are findings, not errors.
     """
     picture = Path(picture)
     findings: list[Finding] = []
@@ -193,7 +171,7 @@ def _relative(path: Path, folder: Path) -> str:
 
 
 def _walk(folder: Path, findings: list[Finding]) -> list[Path]:
-    """All files to look at, sorted. Links to folders are not entered, so loops end; what is passed over is a finding."""
+    """All files to look at, sorted. Links to folders are not entered, so loops end; all passed over are findings."""
     root, files, waiting = folder.resolve(), [], [folder]
 
     def skip(path: Path, message: str, level: Literal["error", "warning", "note"] = "note") -> None:
@@ -251,17 +229,14 @@ def _about_other_files(folder: Path, files: list[Path], pictures: set[Path], met
             message = f"Is a picture of a kind that cannot be used ({suffix}): it was left out; save it as JPEG or PNG."
             findings.append(Finding(_relative(path, folder), "error", message))
         elif _looks_like_picture(path):
-            message = (
-                "Looks like a picture, but its name does not end in .jpg, .png or the like: it was left out; rename it."
-            )
+            message = "Looks like a picture, but its name does not end in .jpg or the like: it was left out; rename it."
             findings.append(Finding(_relative(path, folder), "error", message))
         else:
             strange.setdefault(suffix, []).append(path)
     for suffix, paths in strange.items():
         more = f" (and {len(paths) - 1} more {suffix or 'without extension'})" if len(paths) > 1 else ""
-        findings.append(
-            Finding(_relative(paths[0], folder), "note", f"Is neither a picture nor a caption{more}: not used.")
-        )
+        message = f"Is neither a picture nor a caption{more}: not used."
+        findings.append(Finding(_relative(paths[0], folder), "note", message))
     return findings + metadata.about_missing_pictures(pictures)
 
 
@@ -273,11 +248,8 @@ def _looks_like_picture(path: Path) -> bool:
             head = file.read(16)
     except OSError:
         return False
-    return head.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*")) or head[8:12] in (
-        b"WEBP",
-        b"avif",
-        b"heic",
-    )
+    starts = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*")
+    return head.startswith(starts) or head[8:12] in (b"WEBP", b"avif", b"heic")
 
 
 def _about_case_twins(folder: Path, pictures: list[Path]) -> list[Finding]:
@@ -286,7 +258,9 @@ def _about_case_twins(folder: Path, pictures: list[Path]) -> list[Finding]:
         stem = caption_path(path).as_posix()
         twin = later.setdefault(stem.casefold(), stem)
         if twin != stem:
-            message = "Differs from another picture's name only in capitals: on Windows and macOS they share a caption; rename one."
+            message = (
+                "Differs from another name only in capitals: on Windows and macOS they share a caption; rename one."
+            )
             findings.append(Finding(_relative(path, folder), "warning", message))
     return findings
 
@@ -319,20 +293,29 @@ def _check_all(pictures: list[Path]) -> Iterator[tuple[int, int, tuple[str, ...]
         yield from pool.map(_check, pictures)
 
 
+def _about_picture(file: str, name: str, notes: tuple[str, ...]) -> list[Finding]:
+    findings = [Finding(file, "note", f"The picture {note}.") for note in notes]
+    if any("\udc80" <= character <= "\udcff" for character in name):
+        findings.append(Finding(file, "note", "Its name is not UTF-8 and is shown with escapes: rename it."))
+    return findings
+
+
 def _about_size(file: str, width: int, height: int, resolution: int) -> list[Finding]:
     findings = []
     enlargement = resolution / math.sqrt(width * height)
     if enlargement > 1.05:
-        findings.append(Finding(file, "warning", (
-            f"The picture ({width} x {height}) is smaller than the resolution of {resolution}: it is trained small, or blurred by "
-            f"being upscaled {enlargement:.1f} times; use a larger one."
-        )))  # fmt: skip
+        message = (
+            f"The picture ({width} x {height}) is smaller than the resolution of {resolution}: it is trained small, "
+            f"or blurred by being upscaled {enlargement:.1f} times; use a larger one."
+        )
+        findings.append(Finding(file, "warning", message))
     kept = MAX_ASPECT * min(width, height) / max(width, height)
     if kept < 0.75:
-        findings.append(Finding(file, "warning", (
-            f"The picture ({width} x {height}) is so narrow that only the middle {max(1, round(100 * kept))} % of it is seen; "
-            "crop it to the part that matters."
-        )))  # fmt: skip
+        message = (
+            f"The picture ({width} x {height}) is so narrow that only the middle {max(1, round(100 * kept))} % of it "
+            "is seen: crop it to the part that matters."
+        )
+        findings.append(Finding(file, "warning", message))
     return findings
 
 
@@ -347,11 +330,7 @@ def _repeats(path: Path, folder: Path) -> int:
 
 def _about_repeats(folder: Path, pictures: list[Path]) -> list[Finding]:
     return [
-        Finding(
-            _relative(parent, folder),
-            "note",
-            f"The folder's name asks for {repeats} repeats of each picture in it: done.",
-        )
+        Finding(_relative(parent, folder), "note", f"Its name asks for {repeats} repeats of each picture in it: done.")
         for parent in dict.fromkeys(path.parent for path in pictures)
         if parent != folder and (repeats := _repeats_of_folder(parent)) > 1
     ]
@@ -378,11 +357,12 @@ def _with_trigger(caption: str, trigger: str) -> str:
 def _caption_candidates(picture: Path) -> list[Path]:
     stem = caption_path(picture).name.removesuffix(".txt")
     names = [stem + suffix for suffix in CAPTION_SUFFIXES] + [picture.name + ".txt"]
-    return [picture.with_name(name) for name in dict.fromkeys(names)]
+    return [picture.with_name(name) for name in names]
 
 
 def _read_caption(picture: Path, folder: Path, metadata: "_Metadata") -> tuple[str, list[Finding]]:
-    present = [path for path in _caption_candidates(picture) if os.path.lexists(path)]
+    candidates = [path for path in _caption_candidates(picture) if os.path.lexists(path)]
+    present = list({path.name.lower(): path for path in reversed(candidates)}.values())[::-1]  # x.txt may be x.TXT
     if not present:
         text, notes = clean_caption(metadata.caption_of(picture))
         return text, [

@@ -1,6 +1,6 @@
 """Dropped files, folders and zips become part of a dataset folder: copied, never altered, never overwriting.
 
-Nothing is written outside that folder, no name is taken as it came, and nothing but readable pictures and captions is kept.
+Nothing is written outside that folder, no name is taken as it came, and only readable pictures and captions are kept.
 """
 
 import hashlib
@@ -43,7 +43,8 @@ _RESERVED = re.compile(
     r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE
 )  # devices on Windows, whatever the extension
 _ZIP_ERRORS = (
-    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError, struct.error, LookupError,
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, RuntimeError, ValueError,
+    LookupError,
 )  # fmt: skip
 
 
@@ -63,8 +64,8 @@ class _Dropped:
 def import_files(sources: Iterable[Path], dataset_dir: Path, names: Mapping[Path, str] | None = None) -> list[Finding]:
     """Copy pictures and captions out of files, folders and zips into `dataset_dir`; say what was left out or renamed.
 
-    A dropped folder keeps its name and structure, a zip its structure. `names` gives a source the name, or relative path,
-    the person knows it by.
+    A dropped folder keeps its name and structure, a zip its structure. `names` gives a source the name, or relative
+    path, the person knows it by.
     Captions in a `metadata.jsonl` are saved as `<picture>.txt`. A bad zip is one finding and none of it is imported.
     Raises `DatasetError` when `dataset_dir` cannot be written.
     """
@@ -153,7 +154,7 @@ def _walk(source: Path, name: str, findings: list[Finding]) -> Iterator[_Dropped
 
 
 def _unpack(source: Path, name: str, work: Path, findings: list[Finding]) -> list[_Dropped]:
-    """Unpack what is wanted into `work` under numbers for names. Raises `DatasetError` when the zip as a whole is refused."""
+    """Unpack what is wanted into `work`, with numbers for names. Raises `DatasetError` when the whole zip is refused."""
     about: list[Finding] = []
     dropped: list[_Dropped] = []
     work.mkdir()
@@ -190,7 +191,7 @@ def _unpack(source: Path, name: str, work: Path, findings: list[Finding]) -> lis
 
 
 def _unpack_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path | None, room: int) -> int:
-    """The number of bytes that really came out. Unwanted entries are read too: it is how zipfile finds lies and damage."""
+    """The number of bytes that really came out. Unwanted entries are read too: so zipfile finds lies and damage."""
     size = 0
     with archive.open(info) as packed, open(target or os.devnull, "wb") as unpacked:
         while chunk := packed.read(2**20):
@@ -214,7 +215,7 @@ def _entry_name(info: zipfile.ZipInfo) -> str:
 
 
 def _refuse_bad_zip(archive: zipfile.ZipFile) -> None:
-    """What zipfile would rewrite, follow or unpack without a word: names that leave the folder, links, overlaps, bombs."""
+    """What zipfile would rewrite or unpack without a word: names that leave the folder, links, overlaps, bombs."""
     infos = archive.infolist()
     if len(infos) > MAX_ENTRIES:
         raise DatasetError(f"holds {len(infos)} files, the limit is {MAX_ENTRIES}: split it")
@@ -249,7 +250,7 @@ def _refuse_bad_zip(archive: zipfile.ZipFile) -> None:
 
 
 def safe_name(stem: str, room: int = MAX_NAME_BYTES) -> str:
-    """`stem` as a name every file system, shell and page takes: visible, no `<>:"/\\|?*`, at most `room` bytes of UTF-8."""
+    """`stem` as a name every file system takes: visible, without `<>:"/\\|?*`, at most `room` bytes of UTF-8."""
     visible = "".join(c for c in stem if unicodedata.category(c) not in ("Cc", "Cf", "Zl", "Zp") or c == "\u200d")
     visible = unicodedata.normalize("NFC", visible)
     visible = "".join("_" if unicodedata.category(c) in ("Cs", "Cn") or c in '<>:"/\\|?*' else c for c in visible)

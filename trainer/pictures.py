@@ -1,7 +1,7 @@
-"""The only place that opens pictures: hostile, odd and ordinary files become upright 8-bit sRGB, or one sentence saying why not.
+"""The only place that opens pictures: any file becomes upright 8-bit sRGB, or one sentence saying why not.
 
-It never decodes a format outside `PICTURE_FORMATS`, never decodes more than `MAX_PIXELS`, and never passes on what a file
-carries besides its pixels (EXIF, GPS, text chunks).
+It never decodes a format outside `PICTURE_FORMATS`, never decodes more than `MAX_PIXELS`, and never passes on what a
+file carries besides its pixels (EXIF, GPS, text chunks).
 """
 
 import contextlib
@@ -23,33 +23,17 @@ from PIL import Image, ImageCms
 from .errors import DatasetError
 from .files import atomic_write
 
-# Pillow recognises files by content whatever their name, so the allow-list is what keeps EPS (runs Ghostscript), PSD, FITS and
-# JPEG 2000 parsers away from a file called x.png. Never set ImageFile.LOAD_TRUNCATED_IMAGES: grey halves would be trained on.
+# Pillow recognises files by content whatever their name, so the allow-list is what keeps the parsers of EPS (which runs
+# Ghostscript), PSD, FITS and JPEG 2000 away from a file called x.png.
+# Never set ImageFile.LOAD_TRUNCATED_IMAGES: grey halves would be trained on.
 PICTURE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "HEIF")
-PICTURE_SUFFIXES = frozenset(
-    (
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".mpo",
-        ".png",
-        ".apng",
-        ".webp",
-        ".bmp",
-        ".dib",
-        ".tif",
-        ".tiff",
-        ".gif",
-        ".avif",
-    )
-    + (".heic", ".heif", ".hif")
-)
+PICTURE_SUFFIXES = frozenset((
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif",
+    ".avif", ".heic", ".heif", ".hif",
+))  # fmt: skip
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 megapixels, where Pillow itself begins to warn of a decompression bomb
 MAX_FILE_BYTES = 512 * 2**20
-MAX_JPEG_SCANS = (
-    64  # real encoders write about 10; decoding time grows with each (300 scans of 25 megapixels took 13 s)
-)
+MAX_JPEG_SCANS = 64  # encoders write about 10; each costs a decoding (300 scans of 25 megapixels took 13 s)
 MAX_ROT_PIXELS = 40_000_000  # beyond, the search for hidden damage would take too much memory
 SMALLEST_SIDE = 8  # pixels: one latent
 
@@ -59,7 +43,7 @@ PICTURE_ERRORS = (
     AttributeError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
 
-# Our own limit is the line at which Pillow warns, and broken EXIF is a finding or nothing: warnings would only fill the log.
+# Our own limit is the line at which Pillow warns, and broken EXIF costs nothing: warnings would only fill the log.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", message="Corrupt EXIF data", module="PIL")
 
@@ -121,7 +105,10 @@ def save_thumbnail(path: Path, target: Path, side: int = 320) -> None:
 
 
 def read_picture(path: Path) -> bytes:
-    """The bytes of a regular file, read once so that what was checked is what is decoded and hashed. Raises `DatasetError`."""
+    """The bytes of a regular file: read once, so that what was checked is what is decoded and hashed.
+
+    Raises `DatasetError`.
+    """
     with _sentences(path), _regular_file(path) as file:
         return file.read()
 
@@ -180,15 +167,15 @@ def _sentences(path: Path) -> Iterator[None]:
     except Image.DecompressionBombError:
         raise DatasetError(f"{shown(Path(path).name)} {_too_large()}.") from None
     except PICTURE_ERRORS as error:
-        reason = shown(str(error)).strip() or type(error).__name__
+        reason = (shown(str(error)).strip() or type(error).__name__)[:160]
         raise DatasetError(
-            f"{shown(Path(path).name)} is damaged or not a picture ({reason[:160]}): copy it again or save it anew as JPEG or PNG."
+            f"{shown(Path(path).name)} is damaged or not a picture ({reason}): copy it again or save it anew as JPEG."
         ) from error
 
 
 @contextlib.contextmanager
 def _regular_file(path: Path) -> Iterator[BinaryIO]:
-    # O_NONBLOCK: opening a FIFO must not wait for a writer. The check is made on what was opened, so it cannot be swapped.
+    # O_NONBLOCK: opening a FIFO must not wait for a writer. What was opened is checked, so it cannot be swapped.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     if os.path.isdir(path):  # Windows refuses to open a folder with another error than POSIX
         raise DatasetError("is a folder, not a picture")
@@ -267,10 +254,10 @@ def _jpeg_layout(data: bytes) -> tuple[int, int]:
 def _hidden_damage_notes(image: Image.Image, data: bytes, jpeg_end: int) -> list[str]:
     """Find flipped bytes that decoders pass over: after them a picture uses too little or too much of its data.
 
-    A sound picture changes when its last bytes do, and does not when more are added. Measured on made pictures: no sound one
-    was named (0 of 384 JPEG, 0 of 144 WebP). Of flips of 16 bytes it finds 2 of 3 in a JPEG, nearly all in a lossy WebP and
-    few in a lossless one; of holes of 4 kB all but those between restart markers. Raises `DatasetError` for a WebP, where
-    all that follows the flip is lost.
+    A sound picture changes when its last bytes do, and does not when more are added. Measured on made pictures: no sound
+    one was named (0 of 384 JPEG, 0 of 144 WebP). Of flips of 16 bytes it finds 2 of 3 in a JPEG, nearly all in a lossy
+    WebP and few in a lossless one; of holes of 4 kB all but those between restart markers.
+    Raises `DatasetError` for a WebP, where all that follows the flip is lost.
     """
     if image.width * image.height > MAX_ROT_PIXELS:
         return []
@@ -287,7 +274,8 @@ def _hidden_damage_notes(image: Image.Image, data: bytes, jpeg_end: int) -> list
         head, tail = data[: jpeg_end - 6], data[jpeg_end - 6 : jpeg_end]
         changed = bytes(byte if byte in (0, 0xFF) else byte ^ 0xFF for byte in tail)  # 00 and FF are part of the syntax
         more = b"\x5a\xa5\x3c\xc3" * 16 + b"\xff\xd9"
-        if (changed != tail and pixels(head + changed + more) == found) or pixels(head + tail + more) not in (None, found):
+        too_little = changed != tail and pixels(head + changed + more) == found
+        if too_little or pixels(head + tail + more) not in (None, found):
             return ["may be damaged inside: look at it, and copy it again if it has stripes or false colours"]
     elif image.format == "WEBP" and (end := _webp_end(data)):
         changed = bytes(byte ^ 0xFF for byte in data[end - 16 : end])
@@ -330,7 +318,7 @@ def _frame_notes(image: Image.Image) -> list[str]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1 to 8; 1 where it is absent, invalid or unreadable. Turning by hand leaves the rest of EXIF unparsed."""
+    """EXIF orientation 1 to 8; 1 where it is absent, invalid or unreadable, or where Pillow applies it by itself."""
     if image.format == "TIFF":
         return 1
     try:
