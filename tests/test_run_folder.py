@@ -1,0 +1,129 @@
+"""The run folder as the interface: what is written there is what a page shows, whoever wrote it and however it ended."""
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from trainer import config, events, run_folder
+from trainer.errors import StateError
+from trainer.events import AdapterSaved, EventLog, Failed, Finished, Launched, Progress, SampleSaved, Started, StepDone, Stopped, Validated
+
+
+@pytest.fixture
+def folder(outputs):
+    return run_folder.create(config.RunConfig(name="maya"))
+
+
+def started(step: int = 0) -> Started:
+    return Started(step=step, total_steps=10, pictures=4, held_out=0, trainable_parameters=1, device="CPU", precision="fp32", attention="torch", family="x")
+
+
+def write(folder, *happened):
+    log = EventLog(folder / "events.jsonl")
+    for event in happened:
+        log.append(event)
+    return log
+
+
+def test_events_come_back_as_they_were(folder):
+    happened = [Launched(1, "0"), started(), StepDone(1, 0.5, 1e-4, 0.1), SampleSaved(1, "żółć \n 😀", 3, "samples/a.png"), AdapterSaved(1, "a", None)]
+    write(folder, *happened)
+    assert list(events.read_events(folder / "events.jsonl")) == happened
+
+
+def test_cut_and_foreign_lines_are_skipped_and_swallow_nothing(folder):
+    path = folder / "events.jsonl"
+    write(folder, Launched(1, "0"))
+    with open(path, "ab") as file:
+        file.write(b'{"event": "FromTheFuture", "x": 1}\n[]\nnull\n{"event": "StepDone", "step": 1}\n{"event": "Ste')
+    write(folder, Failed("late"))
+    assert [type(e) for e in events.read_events(path)] == [Launched, Failed]
+
+
+def test_the_same_name_never_overwrites(outputs):
+    folders = [run_folder.create(config.RunConfig(name="maya")) for _ in range(3)]
+    assert len(set(folders)) == 3
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "..", "a/b\\c", "x" * 80, "\n", "-rf", "$(id)", "C:\\x", "żółć 😀", "a\x00b", "."])
+def test_any_name_gives_a_folder_inside_the_runs(outputs, name):
+    folder = run_folder.create(config.RunConfig(name=name))
+    assert folder.parent == run_folder.runs_folder()
+    assert config.load(folder / "run.toml").name == name
+
+
+@pytest.mark.parametrize("happened, state", [
+    ([], "new"),
+    ([Launched(1, "0"), started(), StepDone(1, 1.0, 1e-4, 0.1)], "interrupted"),
+    ([Launched(1, "0"), Progress("caching", 1, 4)], "interrupted"),
+    ([Launched(1, "0"), Failed("no room")], "failed"),
+    ([Launched(1, "0"), started(), Stopped(3, "a")], "stopped"),
+    ([Launched(1, "0"), started(), Finished(10, "a", 10, 1.0)], "finished"),
+])
+def test_the_state_of_a_run_without_a_trainer(folder, happened, state):
+    write(folder, *happened)
+    assert run_folder.status(folder).state == state
+
+
+def test_the_state_of_a_run_with_a_trainer(folder):
+    lock = run_folder.acquire(folder)
+    write(folder, Launched(os.getpid(), "0"), Progress("caching", 1, 4))
+    assert run_folder.status(folder).state == "caching"
+    write(folder, started(), StepDone(1, 1.0, 1e-4, 2.0))
+    status = run_folder.status(folder)
+    assert (status.state, status.step, status.seconds_left) == ("training", 1, 18.0)
+    run_folder.request(folder, "stop")
+    assert run_folder.status(folder).state == "stopping"
+    lock.release()
+
+
+def test_what_a_resumed_run_repeats_is_superseded(folder):
+    write(folder, started(), *(StepDone(step, float(step), 1e-4, 0.1) for step in range(1, 7)), Validated(6, 0.3), AdapterSaved(6, "a-6", 0.3), SampleSaved(6, "p", 1, "s6"))
+    write(folder, started(step=4), StepDone(5, 50.0, 1e-4, 0.1))
+    status = run_folder.status(folder)
+    assert status.losses == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 50.0)]
+    assert not status.adapters and not status.samples and not status.validation
+
+
+def test_the_best_save_is_that_of_the_lowest_validation_loss(folder):
+    write(folder, started(), AdapterSaved(2, "a", 0.3), AdapterSaved(4, "b", 0.2), AdapterSaved(6, "c", 0.25))
+    assert run_folder.status(folder).best_step == 4
+
+
+def _hold(folder, ready):
+    lock = run_folder.acquire(folder)
+    ready.set()
+    signal.pause()
+    lock.release()
+
+
+def test_a_second_trainer_is_refused_and_a_dead_one_is_succeeded(folder):
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    holder = context.Process(target=_hold, args=(folder, ready), daemon=True)
+    holder.start()
+    assert ready.wait(60)
+    write(folder, Launched(holder.pid, "0"))
+    assert run_folder.is_alive(folder)
+    with pytest.raises(StateError, match=f"already being trained by process {holder.pid}"):
+        run_folder.acquire(folder)
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    assert not run_folder.is_alive(folder)
+    run_folder.acquire(folder).release()
+
+
+def test_the_queue_is_in_the_order_of_asking(outputs):
+    folders = [run_folder.create(config.RunConfig(name=name)) for name in "cab"]
+    for folder in folders:
+        run_folder.request(folder, "queued")
+    assert list(run_folder.queue()) == folders
+    assert run_folder.status(folders[0]).state == "queued"
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StateError, match="cannot be made"):
+        run_folder.create(config.RunConfig(), tmp_path / "file" / "runs")
