@@ -12,6 +12,7 @@ from trainer import config
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
 
+LARGEST_BOUND_SHOWN = 4096
 WORDS = {"lr": "LR", "snr": "SNR"}
 
 
@@ -33,17 +34,13 @@ def help_text(path: str) -> str:
 
 
 def _bounds(field: FieldInfo) -> str:
-    limits = {
-        name: getattr(constraint, name) for constraint in field.metadata for name in ("ge", "gt", "le", "lt") if hasattr(constraint, name)
-    }
-    low = f"from {limits['ge']:g}" if "ge" in limits else f"above {limits['gt']:g}" if "gt" in limits else ""
-    high = f"to {_plain(limits['le'])}" if "le" in limits else f"below {limits['lt']:g}" if "lt" in limits else ""
-    both = f"{low} {high}".strip() if low != "from 0" or high else ""
-    return f"({both[0].upper()}{both[1:]}.)" if both and high else ""
-
-
-def _plain(number: float) -> str:
-    return str(number) if isinstance(number, int) else f"{number:g}"
+    """ "(From 1 to 512.)"; nothing where there is no upper bound that anybody would reach."""
+    limits = {name: getattr(bound, name) for bound in field.metadata for name in ("ge", "gt", "le", "lt") if hasattr(bound, name)}
+    high = limits.get("le", limits.get("lt"))
+    if high is None or high > LARGEST_BOUND_SHOWN:
+        return ""
+    low = f"From {limits['ge']:g}" if "ge" in limits else f"Above {limits['gt']:g}," if "gt" in limits else "Up"
+    return f"({low} {'to' if 'le' in limits else 'to below'} {high:g}.)"
 
 
 def widget(path: str, **look: Any) -> gr.components.Component:

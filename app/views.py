@@ -44,6 +44,11 @@ def size(count: int | None) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.0f} kB"
 
 
+def count(number: int) -> str:
+    """ "12.8 M", "31 k"."""
+    return f"{number / 1e6:.1f} M" if number >= 1e5 else f"{number / 1e3:.0f} k" if number >= 1000 else str(number)
+
+
 def title(folder: Path) -> str:
     """The name the person gave, or the folder's where the settings cannot be read."""
     try:
@@ -126,7 +131,7 @@ def _details(current: RunStatus) -> str:
         return ""
     begun = current.started
     held = f" ({begun.held_out} held out for measuring)" if begun.held_out else ""
-    return f"{begun.pictures} pictures{held} · {begun.device} · {begun.precision} · {begun.attention} attention"
+    return f"{begun.pictures} pictures{held} · {begun.device} · {begun.precision} · {begun.attention}"
 
 
 def curve() -> dict:

@@ -40,6 +40,7 @@ def build(page: Page) -> dict[str, Any]:
             fields = _settings_form()
             line = drawn("estimate", elem_id="estimate")
             start = gr.Button("Start training", variant="primary", size="lg", elem_id="start-training")
+            fields |= _advanced_form()
         with gr.Column(scale=3, min_width=330):
             progress = drawn("progress", elem_id="progress", server_functions=[act, read_log])
             curve = drawn("curve", elem_id="curve")
@@ -55,7 +56,7 @@ def build(page: Page) -> dict[str, Any]:
 
 
 def _settings_form() -> dict[str, gr.components.Component]:
-    """All widgets by path; "base" and "own_base" stand for base.model."""
+    """The widgets seen at first; "base" and "own_base" stand for base.model."""
     fields: dict[str, Any] = {}
     first = next(iter(presets.load_presets().values()))
     with gr.Group(elem_classes="at-form"):
@@ -80,13 +81,18 @@ def _settings_form() -> dict[str, gr.components.Component]:
         fields["sampling.prompts"] = form.widget(
             "sampling.prompts", label="Sample prompts", placeholder="The trigger word and the caption of the first picture"
         )
+    return fields
+
+
+def _advanced_form() -> dict[str, gr.components.Component]:
+    """Every other field of RunConfig, a closed section each, in the order of declaration."""
+    fields, recipe = {}, next(iter(presets.load_presets().values())).config
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
         for section in dict.fromkeys(path.partition(".")[0] for path in advanced_paths()):
-            with gr.Group(elem_classes="at-section"):
-                gr.HTML(f"<h3>{SECTION_TITLES[section]}</h3>")
+            with gr.Accordion(SECTION_TITLES[section], open=False, elem_id=f"section-{section}"), gr.Row(elem_classes="at-section"):
                 for path in advanced_paths():
                     if path.startswith(f"{section}."):
-                        fields[path] = form.widget(path, value=form.to_widget(config.get(first.config, path)))
+                        fields[path] = form.widget(path, value=form.to_widget(config.get(recipe, path)), min_width=180)
     return fields
 
 
@@ -116,13 +122,6 @@ def _wire(page: Page, own: dict) -> None:
     def started(*values) -> dict:
         return start(dict(zip(names, values, strict=True)))
 
-    def checked(*values) -> list:
-        wrong = form.faults(_by_path(dict(zip(names, values, strict=True))))
-        own_base_missing = values[names.index("base")] == OWN and not (values[names.index("own_base")] or "").strip()
-        if own_base_missing:
-            wrong["own_base"] = "Give the folder of a model, or its Hugging Face id."
-        return [gr.validate(name not in wrong, wrong.get(name, "")) for name in names]
-
     line_update = {"fn": estimated, "inputs": inputs, "outputs": line, **QUIET}
     own["line_update"] = line_update
     gr.on([field.input for name, field in fields.items() if name not in ("base", "preset")], trigger_mode="always_last", **line_update)
@@ -131,7 +130,7 @@ def _wire(page: Page, own: dict) -> None:
     ).then(**line_update)
     fields["preset"].input(choose_recipe, fields["preset"], _recipe_widgets(fields), **QUIET).then(**line_update)
     fields["dataset.folder"].input(choose_dataset, fields["dataset.folder"], own["dataset_outputs"], **QUIET).then(**line_update)
-    own["start"].click(started, inputs, line, validator=checked, **QUIET)
+    own["start"].click(started, inputs, line, **QUIET)
     page.on_load(lambda: choose_dataset(next(iter(datasets.names()), "")), own["dataset_outputs"])
     page.follow(fields["dataset.folder"], datasets.names, lambda names: gr.Dropdown(names))
 
@@ -205,6 +204,8 @@ def _by_path(values: dict[str, Any]) -> dict[str, Any]:
 
 def summary(values: dict[str, Any]) -> dict:
     """The live line: steps, time, parameters and size before anything starts; or what stands in the way."""
+    if values["base"] == OWN and not (values["own_base"] or "").strip():
+        return {"hint": "Give the folder of your base model, or its Hugging Face id."}
     wrong = form.faults(_by_path(values))
     if wrong:
         return {"faults": [f"{form.label(path)}: {text}" if path else text for path, text in wrong.items()]}
@@ -230,7 +231,7 @@ def _estimate(run: RunConfig, pictures: int, views_per_pass: int) -> dict:
     if parameters is None:
         facts.append("the base model is downloaded first")
     else:
-        facts.append(f"{parameters / 1e6:.1f} M parameters, {views.size(estimate.file_bytes(run))} file")
+        facts.append(f"{views.count(parameters)} parameters, {views.size(estimate.file_bytes(run))} file")
     return {
         "sum": f"{pictures - held_out} pictures{views_text}, batch {batch} = ",
         "steps": f"{steps} steps",
