@@ -34,7 +34,7 @@ def build(engine: PreviewEngine, device: str) -> gr.Blocks:
 def _remember_tab(panes: list[gr.Tab]) -> None:
     """The open tab is in the address, so that a reload or a reconnection comes back to it."""
     for tab, pane in zip(TABS, panes, strict=True):
-        pane.select(None, js=f"() => history.replaceState(null, '', '?tab={tab.ID}')")
+        pane.select(None, js=f"() => {{ if (window.atelierOpened) history.replaceState(null, '', '?tab={tab.ID}') }}")
 
 
 def _load(blocks: gr.Blocks, page: Page) -> None:
@@ -42,7 +42,9 @@ def _load(blocks: gr.Blocks, page: Page) -> None:
         wanted = request.query_params.get("tab")
         return gr.Tabs(selected=wanted) if wanted in {tab.ID for tab in TABS} else gr.skip()
 
-    blocks.load(opened, None, page.tabs, show_progress="hidden", api_visibility="private")
+    # The first tab selects itself while the page is built; only what comes after the link was followed goes into the address.
+    following = blocks.load(opened, None, page.tabs, show_progress="hidden", api_visibility="private")
+    following.then(None, js="() => { window.atelierOpened = true }")
     blocks.load(None, js=read_static("keys.js"))
     for handler, outputs in page.loads:
         blocks.load(handler, None, outputs, show_progress="hidden", api_visibility="private")

@@ -28,12 +28,13 @@ def build(page: Page) -> dict[str, Any]:
             with gr.Row():
                 strengths = gr.Button("Grid over strengths", elem_id="grid-strengths")
                 saves = gr.Button("Grid over saves", elem_id="grid-saves")
+            fields |= _advanced()
         with gr.Column(scale=3, min_width=330):
             pictures = drawn("preview", elem_id="preview-view")
     own = {
         "fields": fields,
         "pictures": pictures,
-        "run_outputs": [fields[name] for name in NAMES if name not in ("strength", "seed")],
+        "run_outputs": [fields[name] for name in NAMES if name != "strength"],
         "choose_run": choose_run,
     }
     fields["run"].input(choose_run, fields["run"], own["run_outputs"], **QUIET)
@@ -65,6 +66,11 @@ def _controls() -> tuple[dict[str, gr.components.Component], gr.Button]:
     with gr.Row(elem_classes="at-seed"):
         fields["seed"] = gr.Number(1, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="preview-seed", min_width=120)
         new_seed = gr.Button("New seed", size="md", elem_id="new-seed", min_width=100)
+    return fields, new_seed
+
+
+def _advanced() -> dict[str, gr.components.Component]:
+    fields: dict[str, Any] = {}
     with gr.Accordion("Advanced", open=False):
         for name in ("negative_prompt", "inference_steps", "guidance_scale"):
             fields[name] = form.widget(f"sampling.{name}", elem_id=f"preview-{name}")
@@ -79,7 +85,7 @@ def _controls() -> tuple[dict[str, gr.components.Component], gr.Button]:
                     elem_id=f"preview-{name}",
                     min_width=120,
                 )
-    return fields, new_seed
+    return fields
 
 
 def _wire_drawing(page: Page, own: dict, compare: gr.Button, strengths: gr.Button, saves: gr.Button) -> None:
@@ -130,29 +136,25 @@ def _save_choices(folder: Path) -> list[tuple[str, str]]:
 
 
 def choose_run(run_id: str | None) -> list:
-    """Updates of the fields for a run; the newest where none is named. Order as in NAMES without strength and seed."""
+    """Updates of the fields for a run; the newest where none is named. Order as in NAMES, without the strength."""
     choices = _run_choices()
     run_id = run_id if run_id in [value for _, value in choices] else next((value for _, value in choices), None)
     if run_id is None:
-        return [gr.Dropdown([], value=None), gr.Dropdown([], value=None), *[gr.skip()] * 6]
+        return [gr.Dropdown([], value=None), gr.Dropdown([], value=None), *[gr.skip()] * 7]
     folder = runs.resolve(run_id)
     sampling, saves = runs.settings(folder).sampling, _save_choices(folder)
-    return [
-        gr.Dropdown(choices, value=run_id),
-        gr.Dropdown(saves, value=saves[0][1] if saves else None),
-        _prompt(folder, runs.status(folder)),
-        sampling.negative_prompt,
-        sampling.inference_steps,
-        sampling.guidance_scale,
-        gr.skip(),
-        gr.skip(),
-    ]
+    prompt, seed = _first_sample(folder, runs.status(folder))
+    chosen = gr.Dropdown(saves, value=saves[0][1] if saves else None)
+    text = [sampling.negative_prompt, sampling.inference_steps, sampling.guidance_scale]
+    return [gr.Dropdown(choices, value=run_id), chosen, prompt, seed, *text, gr.skip(), gr.skip()]
 
 
-def _prompt(folder: Path, current: RunStatus) -> str:
+def _first_sample(folder: Path, current: RunStatus) -> tuple[str, int]:
+    """Prompt and seed of the first sample, so that the preview begins with a picture the person knows."""
     if current.samples:
-        return current.samples[-1].prompt
-    return next(iter(runs.settings(folder).sampling.prompts), runs.settings(folder).dataset.trigger)
+        return current.samples[0].prompt, current.samples[0].seed
+    run = runs.settings(folder)
+    return next(iter(run.sampling.prompts), run.dataset.trigger), run.sampling.seed
 
 
 def _request(values: dict[str, Any], save: str | None, strength: float) -> PreviewRequest:
