@@ -467,6 +467,14 @@ archive("zip_symlink", REFUSED, [("link.png", b"/etc/passwd")])
 archive("zip_overlap", REFUSED, [], overlap)
 archive("zip_crc", REFUSED, [], lambda data: patched(data, data.index(b"good.png") + 20, b"\0\0\0\0"))
 archive("zip_garbage", REFUSED, [], lambda data: b"PK\3\4" + bytes(500))
+archive("zip_empty", REFUSED, [], lambda data: b"")
+archive("zip_crowded", REFUSED, [], lambda data: data + b"PK\1\2" * 20_001)
+
+
+@lambda make: add("special", "fifo_named_zip", SKIPPED, make)
+def fifo_named_zip(folder: Path) -> Path:
+    os.mkfifo(folder / "x.zip")
+    return folder / "x.zip"
 
 
 def build(root: Path) -> dict[str, Path | OSError]:

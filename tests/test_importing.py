@@ -196,3 +196,11 @@ def test_safe_names_are_safe(stem, room):
 )
 def test_known_safe_names(stem, expected):
     assert safe_name(stem) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
+def test_a_dropped_pipe_does_not_hang(source, tmp_path):
+    for name in ("x.zip", "x.png", "x.txt"):
+        os.mkfifo(source / name)
+    findings = import_files(sorted(source.iterdir()), tmp_path / "set")
+    assert names(tmp_path / "set") == [] and len(findings) == 3

@@ -13,7 +13,7 @@ MAX_ASPECT = 2.0
 
 @dataclass(frozen=True)
 class Crop:
-    """The picture is resized to `scaled`, then `bucket` is cut out at (`left`, `top`): all (width, height) in pixels."""
+    """The picture is resized to `scaled`, then `bucket` is cut out at (`left`, `top`). (width, height) in pixels."""
 
     bucket: tuple[int, int]
     """Size of the pixels fed to the VAE."""
@@ -26,7 +26,7 @@ class Crop:
 def make_buckets(resolution: int, step: int, max_aspect: float = MAX_ASPECT) -> list[tuple[int, int]]:
     """Sorted (width, height): multiples of `step`, area at most `resolution` squared, ratio at most `max_aspect`.
 
-    The square, `resolution` rounded down to `step`, is always among them. Needs `resolution` >= `step`, `max_aspect` >= 1.
+    The square, `resolution` rounded down to `step`, is always there. Needs `resolution` >= `step`, `max_aspect` >= 1.
     """
     assert 0 < step <= resolution and max_aspect >= 1
     area, square = resolution**2, resolution // step * step
@@ -49,8 +49,8 @@ def choose_crop(
 ) -> Crop:
     """The centred crop in the bucket whose aspect ratio is nearest to that of a `width` x `height` picture.
 
-    Where that bucket is larger than the picture and `allow_upscale` is off, the largest size in multiples of `step` that
-    fits the picture (same limits on area and ratio) takes its place. A side shorter than `step` is enlarged to one step.
+    Where that bucket is larger than the picture and `allow_upscale` is off, the largest size in multiples of `step`
+    that fits the picture (same limits on area and ratio) takes its place. A side below `step` is enlarged to one step.
     """
     assert width > 0 and height > 0
     ratio = math.log(width / height)

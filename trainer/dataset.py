@@ -35,7 +35,7 @@ OTHER_PICTURE_SUFFIXES = frozenset((
     ".dds", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2",
 ))  # fmt: skip
 JUNK_NAMES = frozenset(("thumbs.db", "desktop.ini", ".ds_store", "__macosx", "ehthumbs.db", "icon\r"))
-UNCAPTIONED = "has no caption"
+UNCAPTIONED = "The picture has no caption"
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def scan_dataset(
 ) -> tuple[list[DatasetItem], list[Finding]]:
     """Every usable picture under `folder`, by relative path in code-point order, and what was found on the way.
 
-    Each picture is decoded in full. `resolution` only decides what counts as small. A caption without the word `trigger`
-    gets it in front, in the item, not in the file. `progress(done, total)` counts pictures.
+    Each picture is decoded in full. `resolution` only decides what counts as small. A caption without the word
+    `trigger` gets it in front, in the item, not in the file. `progress(done, total)` counts pictures.
     Raises `DatasetError` when there is no folder or no usable picture.
     """
     folder = Path(folder)
@@ -109,7 +109,7 @@ def scan_dataset(
             findings += about_caption
             if not caption:
                 use = f"the trigger word “{trigger}” is used alone" if trigger else "it is trained without words"
-                message = f"The picture {UNCAPTIONED}: {use}; write one to say what it shows."
+                message = f"{UNCAPTIONED}: {use}; write one to say what it shows."
                 findings.append(Finding(file, "warning", message))
             caption = _with_trigger(caption, trigger)
             items.append(DatasetItem(path, caption, width, height, _repeats(path, folder), sha256))
@@ -124,7 +124,7 @@ def scan_dataset(
 def verdict(items: list[DatasetItem], findings: list[Finding]) -> str:
     """The scan in one sentence: "22 of 24 pictures are usable, 20 have captions."."""
     total = len(items) + sum(finding.level == "error" for finding in findings)
-    captioned = len(items) - sum(UNCAPTIONED in finding.message for finding in findings)
+    captioned = len(items) - sum(finding.message.startswith(UNCAPTIONED) for finding in findings)
     are = "picture is" if total == 1 else "pictures are"
     have = "has a caption" if captioned == 1 else "have captions"
     return f"{len(items)} of {total} {are} usable, {captioned} {have}."
