@@ -218,7 +218,7 @@ def _what_it_is(head: bytes) -> str:
         (b"\xff\xd8", "a damaged JPEG"), (b"\x89png", "a damaged PNG"), (b"gif8", "a damaged GIF"),
     ):  # fmt: skip
         if text.startswith(start):
-            return f"is {kind}, not a picture that can be used: {known}"
+            return f"is {kind}, not a picture that can be used: {'copy it again' if 'damaged' in kind else known}"
     return f"is damaged or not a picture: {known}"
 
 
