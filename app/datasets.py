@@ -8,7 +8,6 @@ import hashlib
 import os
 import re
 import shutil
-from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,7 +17,30 @@ from trainer.errors import DatasetError
 
 EXAMPLES = Path(reading.__file__).resolve().parent / "embedded" / "examples"
 EXAMPLE_TITLES = {"subject": "A subject", "style": "A style", "photos": "Photographs"}
-NOT_TRIGGERS = {"a", "an", "the", "photo", "picture", "image", "drawing", "painting", "one", "two", "some"}
+ORDINARY_WORDS = {
+    "a",
+    "an",
+    "the",
+    "one",
+    "two",
+    "some",
+    "photo",
+    "photograph",
+    "picture",
+    "image",
+    "drawing",
+    "painting",
+    "of",
+    "on",
+    "in",
+    "at",
+    "with",
+    "and",
+    "by",
+    "from",
+    "style",
+}
+FEWEST_FOR_TRIGGER = 3
 
 
 def root() -> Path:
@@ -45,8 +67,8 @@ def resolve_picture(name: object, file: object) -> Path:
     """A picture of a dataset by its path below the dataset's folder."""
     folder = resolve(name)
     path = folder / str(file)
-    is_plain = isinstance(file, str) and "\0" not in file and path.suffix.lower() in pictures.PICTURE_SUFFIXES
-    if not is_plain or not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
+    is_picture = isinstance(file, str) and path.suffix.lower() in pictures.PICTURE_SUFFIXES
+    if not is_picture or not os.path.isfile(path) or not path.resolve().is_relative_to(folder.resolve()):
         raise DatasetError("There is no such picture in this dataset.")
     return path
 
@@ -187,7 +209,9 @@ def thumbnail(name: object, key: str) -> Path:
 
 
 def suggest_trigger(items: list[reading.DatasetItem]) -> str:
-    """The word that all captions start with, unless it is an ordinary one."""
-    first = Counter(item.caption.split()[0].strip(",.:;").lower() for item in items if item.caption.split())
-    word, count = first.most_common(1)[0] if first else ("", 0)
-    return word if count == len(items) >= 3 and word not in NOT_TRIGGERS else ""
+    """The first word that all captions share and that is no ordinary one: what the person already uses as a trigger."""
+    captions = [re.findall(r"[^\s,.;:!?()]+", item.caption.lower()) for item in items]
+    if len(captions) < FEWEST_FOR_TRIGGER:
+        return ""
+    shared = set.intersection(*map(set, captions)) - ORDINARY_WORDS
+    return next((word for word in captions[0] if word in shared), "")

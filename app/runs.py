@@ -28,14 +28,9 @@ _probing = threading.RLock()
 def resolve(run_id: object) -> Path:
     """The folder of a run by its name. Raises StateError for what is none."""
     folder = run_folder.runs_folder() / str(run_id)
-    is_plain = (
-        isinstance(run_id, str)
-        and run_id == Path(run_id).name
-        and run_id not in ("", ".", "..")
-        and "\\" not in run_id
-        and "\0" not in run_id
-    )
-    if not is_plain or folder.is_symlink() or not (folder / "run.toml").is_file():
+    is_plain = isinstance(run_id, str) and run_id == Path(run_id).name and run_id not in ("", ".", "..") and "\\" not in run_id
+    # os.path says no where Path raises: a NUL, a name that is too long.
+    if not is_plain or os.path.islink(folder) or not os.path.isfile(folder / "run.toml"):
         raise StateError("There is no such run; it may have been deleted.")
     return folder
 

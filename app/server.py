@@ -82,8 +82,8 @@ def _add_file_routes(app: FastAPI) -> None:
         except TrainerError:
             return not_found()
         path = folder / name
-        is_known = re.fullmatch(r"samples/[^/\\]+\.(webp|png)|[^/\\]+\.safetensors", name) and "\0" not in name
-        if not is_known or path.is_symlink() or path.parent.is_symlink() or not path.is_file():
+        is_known = re.fullmatch(r"samples/[^/\\]+\.(webp|png)|[^/\\]+\.safetensors", name)
+        if not is_known or os.path.islink(path) or os.path.islink(path.parent) or not os.path.isfile(path):
             return not_found()
         return _file(path, attachment=path.suffix == ".safetensors")
 

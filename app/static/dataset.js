@@ -5,7 +5,7 @@ drawWith((root, view) => {
   const cards = view.cards || [];
   const note = el("div", { "aria-live": "polite" });
   const say = (text) => note.replaceChildren(notice(text, "bad"));
-  root.replaceChildren(el("div", { class: "at-dataset", ondragover: hover, ondragleave: leave, ondrop: (event) => drop(event, view) },
+  root.replaceChildren(el("div", { class: "at-dataset", "data-name": view.name, ondragover: hover, ondragleave: leave, ondrop: (event) => drop(event, view) },
     dropArea(view, cards.length === 0), note, messages(), summary(view), undoBar(view, say), el("div", { class: "at-grid" }, cards.map((card) => cardOf(view, card, say))),
     cards.length ? tools(view, say) : null));
 });
@@ -22,7 +22,7 @@ function dropArea(view, empty) {
   const examples = (view.examples || []).length && empty
     ? el("div", { class: "at-row at-examples" }, el("span", {}, "Or try an example:"), view.examples.map((example) => button(example.title, () => addExample(view, example.id)))) : null;
   return el("section", { class: `at-drop ${empty ? "at-roomy" : ""}`, "aria-label": "Add pictures" }, files, folder,
-    el("div", {}, el("strong", {}, empty ? "No pictures yet" : "Add more"),
+    el("div", {}, el("strong", {}, empty ? `No pictures in “${view.name}” yet` : "Add more"),
       el("p", {}, empty ? "Drop 10 to 30 pictures of one subject or one style anywhere here. Sharp, varied pictures matter more than many."
         : "Drop pictures, captions, folders or a .zip anywhere here.")),
     choose, examples, el("p", { class: "at-working", role: "status" }, memory.working));

@@ -1,0 +1,122 @@
+"""A real page server in a process of its own, and a real browser in front of it."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+PATIENCE = 120  # seconds; the machine may be training meanwhile
+
+
+def wait_for(condition: Callable[[], object], what: str, patience: float = PATIENCE) -> object:
+    """The condition's value once it is true."""
+    end = time.monotonic() + patience
+    while not (value := condition()):
+        assert time.monotonic() < end, f"waited {patience} s for {what}"
+        time.sleep(0.1)
+    return value
+
+
+class Server:
+    """`python -m app` over an outputs folder."""
+
+    def __init__(self, outputs: Path, *options: str):
+        self.outputs = outputs
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.options = options
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = outputs.parent / f"server-{self.port}.log"
+
+    def start(self) -> "Server":
+        environment = {**os.environ, "ATELIER_OUTPUTS": str(self.outputs), "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "app", "--no-browser", "--port", str(self.port), *self.options],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        wait_for(self._answers, "the server")
+        return self
+
+    def _answers(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        with socket.socket() as probe:
+            probe.settimeout(1)
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0 and b" is at " in self.log.read_bytes()
+
+    def stop(self, how: int = signal.SIGTERM) -> None:
+        self.process.send_signal(how)
+        self.process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[object]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine: the page is not tried in a browser (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for all browser tests; each makes datasets and runs of its own name."""
+    running = Server(tmp_path_factory.mktemp("page") / "outputs").start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def open_page(browser, server: Server) -> Iterator[Callable[..., object]]:
+    """Opens the page in a browser of its own. Afterwards: nothing was asked of another host, nothing broke in the console."""
+    contexts, troubles = [], []
+
+    def open_one(tab: str = "", **look) -> object:
+        context = browser.new_context(**{"viewport": {"width": 1440, "height": 900}, "accept_downloads": True, **look})
+        context.set_default_timeout(PATIENCE * 1000)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: troubles.append(f"error: {error}"))
+        page.on("console", lambda message: troubles.append(f"console: {message.text}") if message.type == "error" else None)
+        page.on(
+            "dialog", lambda dialog: (troubles.append(f"dialog: {dialog.message}"), dialog.dismiss()) if dialog.type == "alert" else None
+        )
+        page.on(
+            "request",
+            lambda request: (
+                troubles.append(f"outside: {request.url}") if not request.url.startswith((server.url, "data:", "blob:")) else None
+            ),
+        )
+        page.goto(server.url + (f"/?tab={tab}" if tab else ""))
+        page.wait_for_selector("#header h1")
+        return page
+
+    yield open_one
+    for context in contexts:
+        context.close()
+    # A server that was killed on purpose, or a stream that a closing page leaves, is no trouble of the page.
+    assert not [trouble for trouble in troubles if "ERR_" not in trouble and "Connection" not in trouble]
