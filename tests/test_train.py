@@ -1,7 +1,200 @@
-from trainer import run_folder
+"""The training itself, on a tiny real pipeline."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trainer import events, run_folder, step, train
+from trainer.__main__ import run_in
+from trainer.families.sd1 import StableDiffusion1
 
 
-def test_trains(train_tiny):
+def adapter_of(folder):
+    return load_file(folder / run_folder.status(folder).finished.file)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_what_its_folder_promises(train_tiny):
     folder = train_tiny()
     status = run_folder.status(folder)
-    assert status.state == "finished"
+    assert status.state == "finished" and status.step == status.total_steps == 6 and len(status.losses) == 6
+    assert [a.step for a in status.adapters] == [3, 6] and all((folder / a.file).is_file() for a in status.adapters)
+    assert [s.step for s in status.samples] == [0, 3, 6] and all((folder / s.file).is_file() for s in status.samples)
+    assert [point[0] for point in status.validation] == [0, 3, 6] and status.best_step in (3, 6)
+    assert (folder / status.finished.file).read_bytes() == (folder / status.adapters[-1].file).read_bytes()
+    assert sorted(path.name for path in (folder / "state").iterdir()) == ["000004", "000006"]
+
+
+def test_it_learns_the_pictures(train_tiny):
+    """Forty steps on four pictures: what is measured at fixed noise must fall."""
+    folder = train_tiny({"training.steps": 40, "adapter.rank": 8, "adapter.alpha": 8.0, "saving.saves": 1})
+    validation = run_folder.status(folder).validation
+    assert validation[-1][1] < 0.97 * validation[0][1]
+
+
+def test_the_same_seed_repeats_and_another_does_not(train_tiny):
+    first, again, other = (adapter_of(train_tiny({"training.seed": seed})) for seed in (1, 1, 2))
+    assert same(first, again) and not same(first, other)
+
+
+def test_sampling_and_saving_do_not_touch_the_training(train_tiny):
+    plain = train_tiny({"saving.saves": 1})
+    busy = train_tiny({"saving.saves": 6, "saving.state_every": 1, "sampling.prompts": ["a", "b"], "sampling.seed": 99})
+    assert same(adapter_of(plain), adapter_of(busy))
+
+
+@pytest.mark.parametrize("changes", [
+    {"adapter.rank": 3}, {"adapter.alpha": 1.0}, {"adapter.dropout": 0.5}, {"training.learning_rate": 1e-3}, {"training.lr_schedule": "linear"}, {"training.warmup": 0.5},
+    {"training.weight_decay": 1.0}, {"training.max_grad_norm": 1e-7}, {"training.batch_size": 1}, {"training.gradient_accumulation_steps": 2}, {"objective.min_snr_gamma": 0.0},
+    {"objective.noise_offset": 0.5}, {"dataset.caption_dropout": 1.0}, {"dataset.trigger": "zorbit"}, {"dataset.resolution": 16}, {"dataset.bucket_step": 16},
+    {"dataset.max_aspect": 1.0}, {"dataset.allow_upscale": True}, {"training.text_encoder_learning_rate": 1e-3}, {"base.precision": "bf16"}, {"training.steps": 5}, {"saving.precision": "fp32"},
+], ids=lambda changes: next(iter(changes)))
+def test_every_knob_does_something(train_tiny, reference, changes):
+    if changes.keys() & {"dataset.allow_upscale"}:
+        changes = changes | {"dataset.resolution": 40}
+        assert not same(adapter_of(train_tiny(changes | {"dataset.allow_upscale": False})), adapter_of(train_tiny(changes)))
+    else:
+        assert not same(reference, adapter_of(train_tiny({"sampling.prompts": ["a"], "saving.saves": 1} | changes)))
+
+
+@pytest.fixture(scope="module")
+def reference_store():
+    return {}
+
+
+@pytest.fixture
+def reference(reference_store, train_tiny):
+    if "adapter" not in reference_store:
+        reference_store["adapter"] = adapter_of(train_tiny({"saving.saves": 1}))
+    return reference_store["adapter"]
+
+
+def test_checkpointing_changes_memory_not_numbers(train_tiny, reference):
+    checkpointed = adapter_of(train_tiny({"training.gradient_checkpointing": True, "saving.saves": 1}))
+    for name, tensor in reference.items():
+        torch.testing.assert_close(checkpointed[name], tensor, rtol=2e-2, atol=2e-4)
+
+
+def test_a_rate_of_zero_leaves_a_part_out_of_the_file(train_tiny):
+    only_text = adapter_of(train_tiny({"training.learning_rate": 0.0, "training.text_encoder_learning_rate": 1e-2}))
+    assert only_text and all(name.startswith("lora_te_") for name in only_text)
+
+
+def test_accumulated_gradients_are_the_mean_of_those_of_the_microbatches(tiny_run):
+    from trainer.prepare import prepare
+
+    run = tiny_run({"training.batch_size": 1, "training.gradient_accumulation_steps": 3})
+    session = prepare(run, run_folder.create(run), events.EventLog(run_folder.runs_folder() / "events.jsonl"))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    train.forward_backward(session, session.buckets, 1, scaler)
+    summed = {name: p.grad.clone() for name, p in session.parameters.items()}
+    session.optimizer.zero_grad()
+    losses = [step.microbatch_loss(session, session.buckets, i) for i in range(3)]
+    torch.stack(losses).mean().backward()
+    for name, parameter in session.parameters.items():
+        torch.testing.assert_close(summed[name], parameter.grad)
+
+
+def test_the_validation_loss_is_the_same_twice(tiny_run, tmp_path):
+    from trainer.prepare import prepare
+
+    folder = run_folder.create(tiny_run())
+    session = prepare(tiny_run(), folder, events.EventLog(folder / "events.jsonl"))
+    assert step.validation_loss(session) == step.validation_loss(session)
+
+
+def test_timesteps_of_a_batch_are_spread():
+    draws = torch.stack([step.spread_timesteps(4, 1000, torch.Generator().manual_seed(seed)) for seed in range(400)])
+    assert draws.min() < 20 and draws.max() > 980 and abs(float(draws.float().mean()) - 499.5) < 10
+    assert all(set((row // 250).tolist()) == {0, 1, 2, 3} or len(set((row % 250).tolist())) <= 2 for row in draws)
+
+
+def test_a_run_that_no_gradient_reaches_fails(tiny_run, monkeypatch):
+    monkeypatch.setattr(StableDiffusion1, "predict", lambda self, denoiser, noised, conditioning: noised.noisy_latents.detach().requires_grad_())
+    folder = run_folder.create(tiny_run())
+    assert run_in(folder) == 1
+    status = run_folder.status(folder)
+    assert status.state == "failed" and "No gradient reached the adapter in the unet" in status.message and not status.adapters
+
+
+def poison(monkeypatch, bad_steps):
+    """Makes the loss of some steps not a number, on top of the real one."""
+    real, calls = train.microbatch_loss, iter(range(1, 1000))
+    monkeypatch.setattr(train, "microbatch_loss", lambda *a: real(*a) * (float("nan") if next(calls) in bad_steps else 1.0))
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_told(train_tiny, monkeypatch):
+    poison(monkeypatch, {3})
+    folder = train_tiny()
+    assert any("Step 3 was skipped" in warning for warning in run_folder.status(folder).warnings)
+    assert all(torch.isfinite(t).all() for t in adapter_of(folder).values())
+
+
+def test_a_run_that_stays_not_finite_fails_and_keeps_its_last_state(tiny_run, monkeypatch):
+    poison(monkeypatch, set(range(4, 100)))
+    folder = run_folder.create(tiny_run({"training.steps": 20}))
+    assert run_in(folder) == 1
+    status = run_folder.status(folder)
+    assert status.state == "failed" and "Lower the learning rate" in status.message and status.can_resume
+    assert (folder / "state" / "000002").is_dir()
+
+
+def test_stop_saves_and_resuming_finishes(tiny_run, monkeypatch):
+    folder = run_folder.create(tiny_run({"training.steps": 8}))
+    append = events.EventLog.append
+
+    def stop_at_three(self, event):
+        append(self, event)
+        if isinstance(event, events.StepDone) and event.step == 3:
+            run_folder.request(folder, "stop")
+
+    monkeypatch.setattr(events.EventLog, "append", stop_at_three)
+    assert run_in(folder) == 0
+    status = run_folder.status(folder)
+    assert status.state == "stopped" and status.step == 3 and (folder / "tiny.safetensors").is_file()
+    monkeypatch.setattr(events.EventLog, "append", append)
+    assert run_in(folder) == 0 and run_folder.status(folder).state == "finished"
+
+
+def test_a_failed_sample_does_not_end_the_run(train_tiny, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no room for a picture")
+
+    monkeypatch.setattr(train, "generate", fail)
+    status = run_folder.status(train_tiny())
+    assert status.state == "finished" and any("no room for a picture" in warning for warning in status.warnings)
+
+
+def test_a_file_that_does_not_do_what_was_trained_is_noticed(tiny_run, monkeypatch):
+    from trainer import export
+
+    real = export.to_kohya
+    monkeypatch.setattr(export, "to_kohya", lambda *a: {n: t * 2 if n.endswith("alpha") else t for n, t in real(*a).items()})
+    folder = run_folder.create(tiny_run())
+    assert run_in(folder) == 1 and "does not do what was trained" in run_folder.status(folder).message
+
+
+def test_out_of_memory_is_a_sentence_with_what_to_change(tiny_run, monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "microbatch_loss", fail)
+    folder = run_folder.create(tiny_run())
+    assert run_in(folder) == 1 and "training.batch_size to 1" in run_folder.status(folder).message
+
+
+def test_a_bug_keeps_its_traceback_and_gives_a_plain_line(tiny_run, monkeypatch, capsys):
+    monkeypatch.setattr(train, "microbatch_loss", lambda *a: 1 / 0)
+    folder = run_folder.create(tiny_run())
+    assert run_in(folder) == 1
+    assert "inside the trainer (ZeroDivisionError" in run_folder.status(folder).message and "Traceback" in capsys.readouterr().err
+
+
+def test_no_effect_is_no_success(tiny_run, monkeypatch):
+    monkeypatch.setattr(train, "check_gradients_arrive", lambda session: None)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: None)
+    folder = run_folder.create(tiny_run())
+    assert run_in(folder) == 1 and "changes nothing" in run_folder.status(folder).message

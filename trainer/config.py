@@ -46,7 +46,7 @@ class Dataset(Section):
     """Folder with the pictures and, beside each, its caption in a .txt file."""
     trigger: str = ""
     """A word the model does not know yet. It is put in front of every caption that lacks it, and calls the subject in a prompt later. Leave it empty for a style."""
-    resolution: Annotated[int, Field(ge=32, le=4096, multiple_of=8)] = 512
+    resolution: Annotated[int, Field(ge=16, le=4096, multiple_of=8)] = 512
     """Pictures are resized to about this many pixels squared, keeping their shape. Use the size the base was made for: 512 for Stable Diffusion 1.5."""
     bucket_step: Annotated[int, Field(ge=8, le=256, multiple_of=8)] = 64
     """Sides of the resized pictures are multiples of this. Smaller cuts less off, but makes more different shapes, which batch less well."""

@@ -24,7 +24,7 @@ def describe(path: Path) -> dict[str, str]:
     facts = {
         "file": f"{path.name}, {path.stat().st_size / 1e6:.1f} MB, {next(iter(tensors.values())).dtype}".replace("torch.", ""),
         "dialect": "kohya (A1111, Forge, ComfyUI, InvokeAI, diffusers)" if kohya else "diffusers",
-        "modules": ", ".join(f"{count} in the {part}" for part, count in parts.items()),
+        "modules": ", ".join(f"{count} in the {part}" for part, count in parts.most_common()),
         "rank": _spread(Counter(tensor.shape[0] for tensor in downs.values())),
         "alpha": _spread(alphas) if alphas else "none in the file; readers take alpha = rank",
         "parameters": f"{sum(tensor.numel() for name, tensor in tensors.items() if not name.endswith('.alpha')):,}",

@@ -118,13 +118,12 @@ def _make_examples(run: RunConfig, base: LoadedBase, items: Sequence[DatasetItem
     pipe, root = base.pipe, Path(run.dataset.folder)
     vae_hash, encoder_hash = (cache.file_hash(path) for path in weight_files(base, "vae", "text_encoder"))
     frozen_text = run.training.text_encoder_learning_rate == 0
-    captions = [with_trigger(item.caption, run.dataset.trigger) for item in items]
-    _warn_of_long_captions(base, items, captions, log)
+    _warn_of_long_captions(base, items, log)
     for part in (pipe.vae, pipe.text_encoder):
         part.to(device)
     report = _throttled(log.append)
     examples = []
-    for done, (item, caption) in enumerate(zip(items, captions, strict=True)):
+    for done, item in enumerate(items):
         report(Progress("caching", done, len(items)))
         crop = choose_crop(item.width, item.height, run.dataset.resolution, run.dataset.bucket_step, run.dataset.max_aspect, run.dataset.allow_upscale)
         key = cache.latents_key(item.sha256, crop, vae_hash)
@@ -133,8 +132,8 @@ def _make_examples(run: RunConfig, base: LoadedBase, items: Sequence[DatasetItem
         if not all(torch.isfinite(tensor).all() for tensor in latents.values()):
             log.append(Warned(f"{name} is left out: the base turns it into numbers that are not finite. Save the picture anew, or leave it out."))
             continue
-        conditioning = _conditioning(base, caption, encoder_hash) if frozen_text else None
-        examples.append(Example(name, caption, latents["mean"], latents["std"], conditioning, item.repeats, f"{key}:{caption}"))
+        conditioning = _conditioning(base, item.caption, encoder_hash) if frozen_text else None
+        examples.append(Example(name, item.caption, latents["mean"], latents["std"], conditioning, item.repeats, f"{key}:{item.caption}"))
     log.append(Progress("caching", len(items), len(items)))
     if not examples:
         raise DatasetError("No picture of the dataset can be trained on; the warnings name each and say why.")
@@ -158,15 +157,8 @@ def _conditioning(base: LoadedBase, caption: str, encoder_hash: str) -> Conditio
     return cache.cached(cache.conditioning_key(caption, encoder_hash), make)
 
 
-def with_trigger(caption: str, trigger: str) -> str:
-    """The trigger word in front, unless the caption has it already."""
-    if not trigger or trigger.lower() in caption.lower():
-        return caption
-    return f"{trigger}, {caption}" if caption else trigger
-
-
-def _warn_of_long_captions(base: LoadedBase, items: Sequence[DatasetItem], captions: Sequence[str], log: EventLog) -> None:
-    counts, limit = base.family.token_counts(base.pipe, captions)
+def _warn_of_long_captions(base: LoadedBase, items: Sequence[DatasetItem], log: EventLog) -> None:
+    counts, limit = base.family.token_counts(base.pipe, [item.caption for item in items])
     too_long = [item.path.name for item, count in zip(items, counts, strict=True) if count > limit]
     if too_long:
         log.append(Warned(f"{len(too_long)} captions are longer than the {limit} tokens that the text encoder reads, such as that of {too_long[0]}; their ends are not seen."))

@@ -19,7 +19,7 @@ class TerminalLog(EventLog):
             case events.Started():
                 self._say(f"{event.family} on {event.device}, {event.precision}, {event.attention}; {event.pictures} pictures, "
                           f"{event.held_out} more held out, {event.trainable_parameters:,} parameters to train")
-                self.bar = tqdm(total=event.total_steps, initial=event.step, unit="step", file=sys.stdout, dynamic_ncols=True)
+                self.bar = tqdm(total=event.total_steps, initial=event.step, unit="step", file=sys.stdout, dynamic_ncols=True, disable=None)  # a log file wants no bar
             case events.Progress(phase="caching"):
                 self._say(f"Caching pictures and captions: {event.done}/{event.total}")
             case events.StepDone() if self.bar is not None:

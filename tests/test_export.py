@@ -1,0 +1,144 @@
+"""The file: exact keys, exact effect in a fresh pipeline, metadata that other programs read."""
+
+import hashlib
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from trainer import adapters, config, export, run_folder
+from trainer.errors import ModelError
+from trainer.families import FAMILIES, load_base
+from trainer.info import describe
+from trainer.safetensors_header import read_header
+
+FAMILY = FAMILIES["StableDiffusionPipeline"]
+UNET_BLOCKS = ("down_blocks_0_attentions_0", "mid_block_attentions_0", "up_blocks_1_attentions_0", "up_blocks_1_attentions_1")
+GOLDEN_UNET = [f"lora_unet_{block}_transformer_blocks_0_{attention}_{projection}" for block in UNET_BLOCKS
+               for attention in ("attn1", "attn2") for projection in ("to_q", "to_k", "to_v", "to_out_0")]
+GOLDEN_TEXT = [f"lora_te_text_model_encoder_layers_{layer}_self_attn_{projection}" for layer in (0, 1) for projection in ("q_proj", "k_proj", "v_proj", "out_proj")]
+
+
+def trained_base(tiny_base, parts, **adapter):
+    """A base with an adapter whose weights are random, as if trained."""
+    base = load_base(config.Base(model=str(tiny_base)), torch.float32)
+    components = {part: getattr(base.pipe, part) for part in parts}
+    generator = torch.Generator().manual_seed(3)
+    for part, module in components.items():
+        adapters.inject(module, config.Adapter(**({"rank": 3, "alpha": 5.0} | adapter)), FAMILY.denoiser_targets if part == "unet" else FAMILY.text_encoder_targets, seed=1)
+        for parameter in adapters.trainable(module).values():
+            torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    return base, components
+
+
+def predict(pipe):
+    with torch.no_grad():
+        embeds = FAMILY.encode_prompts(pipe, ["a red star, żółć"])["prompt_embeds"]
+        return pipe.unet(torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 400, encoder_hidden_states=embeds.expand(2, -1, -1)).sample
+
+
+@pytest.mark.parametrize("parts", [("unet",), ("unet", "text_encoder"), ("text_encoder",)])
+def test_the_keys_are_the_golden_list(tiny_base, parts):
+    _, components = trained_base(tiny_base, parts)
+    tensors = export.to_kohya(adapters.adapted_modules(components), FAMILY, 5.0, torch.float16)
+    golden = (GOLDEN_UNET if "unet" in parts else []) + (GOLDEN_TEXT if "text_encoder" in parts else [])
+    assert set(tensors) == {f"{key}.{end}" for key in golden for end in ("lora_down.weight", "lora_up.weight", "alpha")}
+    assert all(float(t) == 5.0 and t.shape == () for name, t in tensors.items() if name.endswith("alpha"))
+
+
+@pytest.mark.parametrize("parts", [("unet",), ("unet", "text_encoder")])
+@pytest.mark.parametrize("rank, alpha", [(3, 5.0), (4, 4.0), (2, 1.0)])
+def test_a_fresh_diffusers_pipeline_does_what_was_trained(tiny_base, tmp_path, parts, rank, alpha):
+    base, components = trained_base(tiny_base, parts, rank=rank, alpha=alpha)
+    trained = predict(base.pipe)
+    path = tmp_path / "a.safetensors"
+    export.write_adapter(path, export.to_kohya(adapters.adapted_modules(components), FAMILY, alpha, torch.float32), {})
+    fresh = FAMILY.pipeline_class.from_pretrained(tiny_base, safety_checker=None, requires_safety_checker=False)
+    plain = predict(fresh)
+    fresh.load_lora_weights(str(path))
+    assert (trained - plain).norm() > 0.05 * plain.norm()
+    torch.testing.assert_close(predict(fresh), trained, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("strength", [0.5, 2.0, -1.0])
+def test_strength_scales_delta_w(tiny_base, tmp_path, strength):
+    """At strength s every weight is W + s delta W; checked against weights merged by hand."""
+    base, components = trained_base(tiny_base, ("unet",))
+    tensors = export.to_kohya(adapters.adapted_modules(components), FAMILY, 5.0, torch.float32)
+    by_key = {FAMILY.export_key("unet", m.name): m.name for m in adapters.adapted_modules(components)}
+    merged = load_base(config.Base(model=str(tiny_base)), torch.float32)
+    for key, delta in export.deltas(tensors).items():
+        merged.pipe.unet.get_submodule(by_key[key]).weight.data += strength * delta.float()
+    loaded = load_base(config.Base(model=str(tiny_base)), torch.float32)
+    loaded.pipe.load_lora_weights(dict(tensors), adapter_name="x")
+    loaded.pipe.set_adapters(["x"], [strength])
+    torch.testing.assert_close(predict(loaded.pipe), predict(merged.pipe), rtol=0, atol=2e-5)
+
+
+def test_scales_that_vary_are_folded_into_one_alpha():
+    def module(rank, scale):
+        return adapters.AdaptedModule("unet", f"block.{rank}", torch.ones(rank, 3), torch.ones(2, rank), scale)
+
+    modules = [module(2, 3.0), module(4, 0.25)]
+    tensors = export.to_kohya(modules, FAMILY, 8.0, torch.float32)
+    assert {float(t) for name, t in tensors.items() if name.endswith("alpha")} == {8.0}
+    for module_, delta in zip(modules, export.deltas(tensors).values(), strict=True):
+        torch.testing.assert_close(delta.float(), module_.delta)
+
+
+def test_no_number_that_is_not_finite_is_saved():
+    broken = adapters.AdaptedModule("unet", "x", torch.ones(1, 2), torch.full((2, 1), float("nan")), 1.0)
+    too_large = adapters.AdaptedModule("unet", "x", torch.ones(1, 2), torch.full((2, 1), 1e6), 1.0)
+    for module in (broken, too_large):
+        with pytest.raises(ModelError, match="not finite"):
+            export.to_kohya([module], FAMILY, 1.0, torch.float16)
+
+
+def metadata(run):
+    return export.metadata_for(run, FAMILY, step=6, total_steps=6, pictures=3, captions=["a red star, night", "a red star"], base_hash="abc", prediction_type="epsilon", started=1.0, finished=2.0)
+
+
+def test_metadata_is_what_other_programs_read():
+    run = config.replace(config.RunConfig(), {"dataset.folder": "/home/someone/secret", "dataset.trigger": "zorbit", "sampling.prompts": ["private words"], "preset": "embedded-subject"})
+    values = metadata(run)
+    assert all(isinstance(key, str) and isinstance(value, str) for key, value in values.items())
+    assert values["ss_base_model_version"] == "sd_v1" and values["ss_network_module"] == "networks.lora" and values["ss_network_dim"] == "16"
+    assert values["modelspec.architecture"] == "stable-diffusion-v1/lora" and values["modelspec.trigger_phrase"] == "zorbit" and values["atelier_preset_hash"]
+    everything = json.dumps(values)
+    assert not any(word in everything for word in ("secret", "someone", "private words", "night"))
+    public = metadata(config.replace(run, {"saving.include_captions": True}))
+    assert json.loads(public["ss_tag_frequency"]) == {"secret": {"a red star": 2, "night": 1}} and "someone" not in json.dumps(public)
+
+
+def test_the_settings_in_the_file_repeat_the_run():
+    run = config.replace(config.RunConfig(), {"adapter.rank": 7})
+    assert config.from_dict(json.loads(metadata(run)["atelier_config"])) == run
+
+
+def test_the_hash_is_of_the_bytes_after_the_header(tmp_path):
+    path = tmp_path / "a.safetensors"
+    export.write_adapter(path, {"x.lora_up.weight": torch.ones(2, 1)}, {"k": "v"})
+    content = path.read_bytes()
+    body = content[8 + struct.unpack("<Q", content[:8])[0]:]
+    assert read_header(path).metadata["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
+    assert oct(path.stat().st_mode & 0o777) == "0o644"
+
+
+def test_a_finished_run_leaves_files_that_say_what_they_are(train_tiny):
+    folder = train_tiny({"training.text_encoder_learning_rate": 1e-3, "dataset.trigger": "zorbit"})
+    file = folder / run_folder.status(folder).finished.file
+    tensors = load_file(file)
+    assert {name.rsplit(".lora_", 1)[0].removesuffix(".alpha") for name in tensors} == set(GOLDEN_UNET + GOLDEN_TEXT)
+    assert all(t.dtype == torch.float16 for name, t in tensors.items() if not name.endswith("alpha"))
+    facts = describe(file)
+    assert facts["rank"] == "2" and facts["alpha"] == "4" and facts["trigger"] == "zorbit" and facts["modules"] == "32 in the UNet, 8 in the text encoder"
+
+
+def test_what_is_no_adapter_is_refused(tmp_path, tiny_base):
+    with pytest.raises(ModelError, match="is no LoRA"):
+        export.read_adapter(tiny_base / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file({"a.lora_up.weight": torch.tensor([[float("inf")]])}, tmp_path / "inf.safetensors")
+    with pytest.raises(ModelError, match="not finite"):
+        export.read_adapter(tmp_path / "inf.safetensors")
