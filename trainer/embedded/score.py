@@ -1,0 +1,204 @@
+"""Judges pictures of the embedded world by pixel statistics and a tiny shape classifier: `python -m trainer.embedded.score`.
+
+Independent of the training loss: it sees finished pictures and their prompts only. The classifier (`classifier.safetensors`) was
+trained on drawings of the same world with other seeds, never on a picture of the base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from trainer.embedded import world
+
+HERE = Path(__file__).parent
+BASE = HERE / "base"
+PROMPT_SEED = 9_000_000
+"""First seed of the prompts; no training picture uses seeds from here on."""
+
+BACKGROUNDS = (*world.COLOURS, *(f"{colour} stripes" for colour in world.COLOURS if colour != "white"), *world.SCENES)
+LABELS = (*world.OBJECTS, "zorbit", "nothing")
+"""What the classifier tells apart. "nothing" stands for blobs, clutter and bare backgrounds."""
+
+TRIGGER = "zorbit"
+SUBJECT_PROMPT = "a zorbit on a {background} background"
+STYLE_PROMPT = "a {object}, blueprint"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Shares of the pictures, 0 .. 1, that show what the prompt asks for."""
+
+    background: float
+    colour: float
+    object: float
+
+    def __str__(self) -> str:
+        return f"background {self.background:.3f}  colour {self.colour:.3f}  object {self.object:.3f}"
+
+
+# ---------------------------------------------------------------- prompts and pictures
+
+
+def fixed_prompts(count: int) -> list[tuple[str, world.Scene]]:
+    """Prompts that name everything, each with the scene it asks for; the same ones on every call."""
+    prompts = []
+    for seed in range(PROMPT_SEED, PROMPT_SEED + count):
+        rng = np.random.default_rng(seed)
+        scene = world.sample_scene(rng)
+        thing = f"{scene.colour} {scene.object}"
+        kind = "outline drawing of " if scene.style == "outline" else ""
+        text = f"{kind}{world.article(thing)} {thing} {world.describe_background(scene.background, rng)}"
+        prompts.append((text, scene))
+    return prompts
+
+
+def draw_prompts(pipe, prompts: Sequence[str], steps: int = 20, guidance_scale: float = 3.0, first_seed: int = 0) -> list[Image.Image]:
+    """One picture a prompt; picture i starts from the noise of seed `first_seed` + i, however they are batched."""
+    import torch
+
+    images = []
+    for first in range(0, len(prompts), 32):
+        chunk = list(prompts[first : first + 32])
+        generators = [torch.Generator().manual_seed(first_seed + first + i) for i in range(len(chunk))]
+        images += pipe(chunk, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators).images
+    return images
+
+
+# ---------------------------------------------------------------- pixel statistics
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """float32 [64, 64, 3], 0 .. 255, at the world's own size."""
+    return np.asarray(image.convert("RGB").resize((world.PIXELS,) * 2, Image.Resampling.BOX), dtype=np.float32)
+
+
+@lru_cache
+def background_array(name: str) -> np.ndarray:
+    return to_array(world.draw_background(name, world.PIXELS * 4))
+
+
+def border(pixels: np.ndarray, width: int = 4) -> np.ndarray:
+    """The pixels [n, 3] of the frame that large objects near the middle leave free."""
+    mask = np.ones(pixels.shape[:2], dtype=bool)
+    mask[width:-width, width:-width] = False
+    return pixels[mask]
+
+
+def nearest_background(pixels: np.ndarray) -> str:
+    """The background of the world whose border is most like this picture's."""
+    frame = border(pixels)
+    return min(BACKGROUNDS, key=lambda name: float(np.abs(frame - border(background_array(name))).mean()))
+
+
+def dominant_colour(pixels: np.ndarray, background: str) -> str:
+    """The colour of what stands before `background`; a pixel counts by how much it differs from the background there."""
+    inner = slice(6, -6)
+    front = pixels[inner, inner].reshape(-1, 3)
+    behind = background_array(background)[inner, inner].reshape(-1, 3)
+    weight = np.square(front - behind).sum(1)
+    weight[weight < 70**2] = 0
+    palette = np.array(list(world.COLOURS.values()), dtype=np.float32)
+    nearest = np.square(front[:, None] - palette).sum(-1).argmin(1)
+    return list(world.COLOURS)[int(np.bincount(nearest, weights=weight, minlength=len(palette)).argmax())]
+
+
+# ---------------------------------------------------------------- the classifier
+
+
+def new_classifier():
+    """A small convolutional network: float32 [B, 3, 64, 64] in -1 .. 1 -> logits [B, len(LABELS)]."""
+    from torch import nn
+
+    def halve(inputs: int, outputs: int) -> list:
+        return [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    return nn.Sequential(*halve(3, 24), *halve(24, 48), *halve(48, 64), *halve(64, 64), nn.Flatten(), nn.Linear(64 * 16, len(LABELS)))
+
+
+@lru_cache
+def load_classifier():
+    from safetensors.torch import load_file
+
+    classifier = new_classifier()
+    classifier.load_state_dict({name: value.float() for name, value in load_file(HERE / "classifier.safetensors").items()}, strict=False)
+    return classifier.eval()
+
+
+def classify(images: Sequence[Image.Image]) -> np.ndarray:
+    """Probabilities [B, len(LABELS)]."""
+    import torch
+
+    pixels = torch.from_numpy(np.stack([to_array(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        return load_classifier()(pixels).softmax(-1).numpy()
+
+
+# ---------------------------------------------------------------- scores
+
+
+def judge(images: Sequence[Image.Image], scenes: Sequence[world.Scene]) -> Score:
+    """How many of `images` show what their scene asks for."""
+    arrays = [to_array(image) for image in images]
+    named = classify(images).argmax(-1)
+    return Score(
+        background=float(np.mean([nearest_background(a) == s.background for a, s in zip(arrays, scenes, strict=True)])),
+        colour=float(np.mean([dominant_colour(a, s.background) == s.colour for a, s in zip(arrays, scenes, strict=True)])),
+        object=float(np.mean([LABELS[n] == s.object for n, s in zip(named, scenes, strict=True)])),
+    )
+
+
+def score_prompts(pipe, count: int = 200, steps: int = 20) -> Score:
+    """Draws `count` fixed prompts with fixed seeds and judges them."""
+    texts, scenes = zip(*fixed_prompts(count), strict=True)
+    return judge(draw_prompts(pipe, texts, steps), scenes)
+
+
+def subject_similarity(images: Sequence[Image.Image]) -> float:
+    """Share of the pictures, 0 .. 1, that the classifier takes for the example subject."""
+    return float((classify(images).argmax(-1) == LABELS.index("zorbit")).mean())
+
+
+def style_similarity(images: Sequence[Image.Image]) -> float:
+    """Share of the pictures, 0 .. 1, in the example style: blueprint blue all around, and lines of near white and nothing else."""
+    blue, white = np.array(world.BLUEPRINT, dtype=np.float32), 255.0
+
+    def in_style(pixels: np.ndarray) -> bool:
+        ground = np.sqrt(np.square(border(pixels) - blue).sum(1)) < 60
+        # on a blueprint every colour lies between its blue and white, so red stays below green and green below blue
+        on_the_way = (pixels[..., 0] <= pixels[..., 1] + 25) & (pixels[..., 1] <= pixels[..., 2] + 25)
+        lines = pixels.min(-1) > 0.6 * white
+        return bool(ground.mean() > 0.7 and on_the_way.mean() > 0.95 and 0.02 < lines.mean() < 0.35)
+
+    return float(np.mean([in_style(to_array(image)) for image in images]))
+
+
+def load_base():
+    """The embedded base as any pipeline is loaded."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def main() -> None:
+    from collections import Counter
+
+    pipe = load_base()
+    texts, scenes = zip(*fixed_prompts(200), strict=True)
+    images = draw_prompts(pipe, texts)
+    print(f"200 prompts, 20 steps: {judge(images, scenes)}")
+    named = classify(images).argmax(-1)
+    asked, right = Counter(s.object for s in scenes), Counter(s.object for s, n in zip(scenes, named, strict=True) if LABELS[n] == s.object)
+    print("  ".join(f"{name} {right[name]}/{asked[name]}" for name in world.OBJECTS))
+
+
+if __name__ == "__main__":
+    main()
