@@ -25,16 +25,16 @@ class Page:
     engine: PreviewEngine
     device: str
     live: list[Live] = field(default_factory=list)
-    loads: list[tuple[Callable[[], list], list]] = field(default_factory=list)
+    loads: list[tuple[Callable[[], list], list, dict]] = field(default_factory=list)
 
     def follow(
         self, component: gr.components.Component, data: Callable[[], Any], to_update: Callable[[Any], Any] = lambda data: data
     ) -> None:
         self.live.append(Live(component, data, to_update))
 
-    def on_load(self, handler: Callable[[], list], outputs: list) -> None:
-        """Fills components when a browser opens the page."""
-        self.loads.append((handler, outputs))
+    def on_load(self, handler: Callable[[], list], outputs: list, then: dict | None = None) -> None:
+        """Fills components when a browser opens the page; `then` is the event that follows."""
+        self.loads.append((handler, outputs, then or {}))
 
     def tick(self, sent: dict[int, str]) -> list[Any]:
         """New data for the views that changed since this browser's last tick; the rest is skipped."""

@@ -20,6 +20,7 @@ from trainer.errors import StateError
 from trainer.run_folder import RunStatus
 
 LOG_LINES = 200
+TRAINER = "trainer"  # the module that is run
 
 # Probing a run's lock takes it for a moment, so two probes at once would each see a living trainer.
 _probing = threading.RLock()
@@ -147,7 +148,7 @@ def trainer_process(arguments: list[str], folder: Path, **streams) -> subprocess
     }
     detached = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
     # -P keeps the working directory, a data folder, out of the places that Python imports from.
-    return subprocess.Popen([sys.executable, "-P", "-m", "trainer", *arguments], cwd=folder, env=environment, **streams, **detached)
+    return subprocess.Popen([sys.executable, "-P", "-m", TRAINER, *arguments], cwd=folder, env=environment, **streams, **detached)
 
 
 class Launcher(threading.Thread):

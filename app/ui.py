@@ -14,7 +14,7 @@ TABS = (dataset, train, preview, library)
 def build(engine: PreviewEngine, device: str) -> gr.Blocks:
     with gr.Blocks(title="LoRA Atelier", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         heading = drawn("header", elem_id="header")
-        with gr.Tabs(elem_id="tabs") as tabs:
+        with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabs:
             page = Page(tabs, engine, device)
             page.follow(heading, lambda: header(device))
             parts, panes = {}, []
@@ -46,8 +46,10 @@ def _load(blocks: gr.Blocks, page: Page) -> None:
     following = blocks.load(opened, None, page.tabs, show_progress="hidden", api_visibility="private")
     following.then(None, js="() => { window.atelierOpened = true }")
     blocks.load(None, js=read_static("keys.js"))
-    for handler, outputs in page.loads:
-        blocks.load(handler, None, outputs, show_progress="hidden", api_visibility="private")
+    for handler, outputs, then in page.loads:
+        filling = blocks.load(handler, None, outputs, show_progress="hidden", api_visibility="private")
+        if then:
+            filling.then(**then)
 
 
 def _follow(page: Page) -> None:

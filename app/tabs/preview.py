@@ -1,6 +1,7 @@
 """Preview tab: the adapter beside its base at any strength, and grids over strengths and saves."""
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ def build(page: Page) -> dict[str, Any]:
             fields, new_seed = _controls()
             compare = gr.Button("Compare with the base", variant="primary", size="lg", elem_id="compare")
             with gr.Row():
-                strengths = gr.Button("Grid over strengths", elem_id="grid-strengths")
-                saves = gr.Button("Grid over saves", elem_id="grid-saves")
+                strengths = gr.Button("Strength grid", elem_id="grid-strengths")
+                saves = gr.Button("Saves grid", elem_id="grid-saves")
             fields |= _advanced()
         with gr.Column(scale=3, min_width=330):
             pictures = drawn("preview", elem_id="preview-view")
@@ -50,7 +51,7 @@ def _controls() -> tuple[dict[str, gr.components.Component], gr.Button]:
     with gr.Group(elem_classes="at-form"):
         fields["run"] = gr.Dropdown(_run_choices(), label="Adapter", elem_id="preview-run", filterable=False)
         fields["save"] = gr.Dropdown(
-            [], label="Save", info="The chosen one is the one to download.", elem_id="preview-save", filterable=False
+            [], label="Save", info="Each save of the run; the finished file is the best of them.", elem_id="preview-save", filterable=False
         )
         fields["prompt"] = gr.Textbox(label="Prompt", lines=2, elem_id="preview-prompt")
         fields["strength"] = gr.Slider(
@@ -120,8 +121,10 @@ def connect(page: Page, own: dict, others: dict[str, dict]) -> None:
 
 
 def _run_choices() -> list[tuple[str, str]]:
-    """Runs that have saved an adapter, newest first."""
-    return [(f"{views.title(folder)} · {folder.name}", folder.name) for folder in runs.all_runs() if runs.status(folder).adapters]
+    """Runs that have saved an adapter, newest first; by folder where several have one name."""
+    folders = [folder for folder in runs.all_runs() if runs.status(folder).adapters]
+    names = Counter(views.title(folder) for folder in folders)
+    return [(views.title(folder) if names[views.title(folder)] == 1 else folder.name, folder.name) for folder in folders]
 
 
 def _save_choices(folder: Path) -> list[tuple[str, str]]:
@@ -131,7 +134,7 @@ def _save_choices(folder: Path) -> list[tuple[str, str]]:
         (f"Step {saved.step}{' ★ best' if saved.step == current.best_step else ''}", saved.file) for saved in reversed(current.adapters)
     ]
     if current.finished:
-        saves.insert(0, (f"Chosen: {current.finished.file} (step {current.finished.best_step})", current.finished.file))
+        saves.insert(0, (f"The finished file (step {current.finished.best_step})", current.finished.file))
     return [(label, file) for label, file in saves if (folder / file).is_file()]
 
 

@@ -14,7 +14,7 @@ from trainer.errors import TrainerError
 
 ID, TITLE = "train", "Train"
 OWN = "own"
-BASE_TITLES = {EMBEDDED: "Small built-in model", "stable-diffusion-v1-5/stable-diffusion-v1-5": "Stable Diffusion 1.5"}
+BASE_TITLES = {EMBEDDED: "Built-in, small", "stable-diffusion-v1-5/stable-diffusion-v1-5": "Stable Diffusion 1.5"}
 BASIC = ("name", "dataset.folder", "dataset.trigger", "sampling.prompts")  # beside the base and the recipe, which have widgets of their own
 HIDDEN = ("preset", "base.model")
 SECTION_TITLES = {
@@ -131,7 +131,7 @@ def _wire(page: Page, own: dict) -> None:
     fields["preset"].input(choose_recipe, fields["preset"], _recipe_widgets(fields), **QUIET).then(**line_update)
     fields["dataset.folder"].input(choose_dataset, fields["dataset.folder"], own["dataset_outputs"], **QUIET).then(**line_update)
     own["start"].click(started, inputs, line, **QUIET)
-    page.on_load(lambda: choose_dataset(next(iter(datasets.names()), "")), own["dataset_outputs"])
+    page.on_load(lambda: choose_dataset(next(iter(datasets.names()), "")), own["dataset_outputs"], then=line_update)
     page.follow(fields["dataset.folder"], datasets.names, lambda names: gr.Dropdown(names))
 
 

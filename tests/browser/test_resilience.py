@@ -1,0 +1,131 @@
+"""The run folder is the truth: reloads, second windows, killed trainers and killed servers change nothing that is shown."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from app import runs
+from tests.browser.conftest import wait_for
+from trainer import config, events, run_folder
+
+STATE = "document.querySelector('#progress .at-pill')?.innerText"
+
+
+@pytest.fixture
+def long_run(server, tiny_base: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Puts a run of many short steps into the server's queue."""
+    monkeypatch.setenv("ATELIER_OUTPUTS", str(server.outputs))
+    started = []
+
+    def start(name: str, **changes) -> Path:
+        settings = {
+            "name": name, "base.model": str(tiny_base), "dataset.folder": str(tiny_dataset), "dataset.resolution": 32, "dataset.bucket_step": 8,
+            "training.steps": 100_000, "training.learning_rate": 1e-4, "adapter.rank": 2, "saving.saves": 1, "saving.state_every": 2,
+            "sampling.inference_steps": 1, "sampling.prompts": ["picture number 0"],
+        }  # fmt: skip
+        folder = server.outputs / "runs" / runs.start(config.replace(config.RunConfig(), settings | changes))
+        started.append(folder)
+        return folder
+
+    yield start
+    for folder in started:
+        run_folder.withdraw(folder, "queued")
+        if run_folder.is_alive(folder):
+            os.kill(trainer_of(folder), signal.SIGKILL)
+            wait_for(lambda folder=folder: not run_folder.is_alive(folder), "the trainer's end")
+
+
+def trainer_of(folder: Path) -> int:
+    return [event.pid for event in events.read_events(folder / "events.jsonl") if isinstance(event, events.Launched)][-1]
+
+
+def wait_for_state(page, state: str) -> None:
+    page.wait_for_function(f"{STATE} === '{state}'")
+
+
+def step_shown(page) -> int:
+    return int(page.locator("#progress .at-figures b").first.inner_text().split("/")[0])
+
+
+def test_reload_second_window_kill_and_resume(open_page, server, long_run) -> None:
+    folder = long_run("survivor")
+    page = open_page("train")
+    wait_for_state(page, "Training")
+    wait_for(lambda: run_folder.status(folder).step >= 6, "some steps")
+
+    page.reload()
+    wait_for_state(page, "Training")
+    second = open_page("train")
+    wait_for_state(second, "Training")
+    assert page.get_by_role("tab", name="Train").get_attribute("aria-selected") == "true"
+    assert page.locator("#progress .at-name").inner_text() == second.locator("#progress .at-name").inner_text() == "survivor"
+
+    waiting = long_run("second in line")
+    page.wait_for_selector("#progress .at-queue >> text=second in line")
+    page.get_by_role("button", name="Take out").click()
+    second.wait_for_selector(".at-queue", state="detached")
+    assert not run_folder.requested(waiting, "queued")
+
+    os.kill(trainer_of(folder), signal.SIGKILL)
+    wait_for_state(page, "Interrupted")
+    wait_for_state(second, "Interrupted")
+    assert "killed" in page.locator("#progress .at-notice.at-bad").first.inner_text()
+    before = run_folder.status(folder).step
+
+    page.get_by_role("button", name="Resume").click()
+    wait_for_state(second, "Training")
+    wait_for(lambda: run_folder.status(folder).step > before, "steps after the last")
+
+    page.get_by_role("button", name="Pause").click()
+    wait_for_state(second, "Paused")
+    second.get_by_role("button", name="Continue").click()
+    wait_for_state(page, "Training")
+
+    second.get_by_role("button", name="Stop and save").click()
+    wait_for_state(page, "Stopped")
+    page.wait_for_selector("#progress a[download]")
+    assert page.get_by_role("button", name="Resume").is_visible()
+
+
+def test_the_server_may_die(open_page, server, long_run) -> None:
+    folder = long_run("outlives the page")
+    page = open_page("train")
+    wait_for_state(page, "Training")
+    pid = trainer_of(folder)
+
+    server.stop(signal.SIGKILL)
+    step = run_folder.status(folder).step
+    wait_for(lambda: run_folder.status(folder).step > step, "steps without a page")
+    server.start()
+
+    page.goto(f"{server.url}/?tab=train")
+    wait_for_state(page, "Training")
+    assert trainer_of(folder) == pid, "the new server must not start a second trainer"
+    page.get_by_role("button", name="Stop and save").click()
+    wait_for_state(page, "Stopped")
+
+
+def test_a_failure_is_said_and_nothing_is_lost(open_page, server, long_run) -> None:
+    long_run("fails", **{"base.model": str(server.outputs / "no-such-model")})
+    page = open_page("train")
+    page.locator("#field-dataset-trigger input, #field-dataset-trigger textarea").first.fill("kept")
+    wait_for_state(page, "Failed")
+    assert "no-such-model" in page.locator("#progress .at-notice.at-bad").first.inner_text()
+    assert page.locator("#field-dataset-trigger input, #field-dataset-trigger textarea").first.input_value() == "kept"
+    assert page.get_by_role("button", name="Resume").is_visible() and page.locator("#start-training").is_enabled()
+
+
+def test_a_trainer_that_cannot_begin_is_not_started_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATELIER_OUTPUTS", str(tmp_path))
+    folder = tmp_path / "runs" / runs.start(config.RunConfig(name="never"))
+    monkeypatch.setattr(runs, "TRAINER", "no_such_module")
+    launcher = runs.Launcher()
+    launcher.look()
+    launcher.process.wait(60)
+    launcher.look()
+    status = run_folder.status(folder)
+    assert status.state == "failed" and "no_such_module" in status.message
+    assert launcher.process is None and not run_folder.requested(folder, "queued")
