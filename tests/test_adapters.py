@@ -86,3 +86,7 @@ def test_scale_is_alpha_over_rank_and_delta_is_the_difference_of_the_weights(bas
     layer = unet.get_submodule(module.name)
     assert module.scale == 2.0
     torch.testing.assert_close(module.delta, layer.get_delta_weight(adapters.ADAPTER))
+
+
+def test_a_fresh_adapter_drops_nothing_out_until_it_is_trained(base):
+    assert not any(layer.training for layer in inject(base, dropout=0.5).modules())

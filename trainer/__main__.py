@@ -6,6 +6,7 @@ Exit code 0: done (or stopped on request, with everything saved). 1: failed, wit
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -121,8 +122,11 @@ def run_in(folder: Path) -> int:
 
 
 def _train(run: config.RunConfig, folder: Path, log: EventLog) -> int:
-    import torch  # a second or more, which wrong usage need not wait for
+    import torch  # seconds, which wrong usage need not wait for
 
+    from trainer import libraries
+
+    libraries.settle()
     from trainer.train import train
 
     try:
@@ -148,15 +152,20 @@ def out_of_memory(run: config.RunConfig) -> OutOfMemory:
 
 
 def sample_command(options: argparse.Namespace) -> int:
+    from trainer import libraries
+
+    libraries.settle()
     from trainer.sample import Sampler, parse_request, serve
 
     if options.serve:
         serve()
         return 0
-    width, _, height = options.size.partition("x")
+    if not re.fullmatch(r"\d{1,4}x\d{1,4}", options.size):
+        raise ConfigError(f"--size takes WxH, for example 512x768; got {options.size!r}.")
+    width, height = map(int, options.size.split("x"))
     stack = [{"file": file, "strength": float(strength or 1)} for file, _, strength in map(_split_strength, options.adapter)]
     request = parse_request({"prompt": options.prompt, "negative_prompt": options.negative_prompt, "seed": options.seed, "inference_steps": options.steps,
-                             "guidance_scale": options.guidance, "width": int(width), "height": int(height or width), "adapters": stack,
+                             "guidance_scale": options.guidance, "width": width, "height": height, "adapters": stack,
                              "base": {"model": options.base}, "target": str(options.output)})
     print(Sampler().render(request))
     return 0

@@ -47,6 +47,7 @@ def inject(component: nn.Module, adapter: config.Adapter, targets: Sequence[str]
         torch.manual_seed(seed_for(seed, "adapter", type(component).__name__))
         component.add_adapter(ADAPTERS["lora"](adapter, targets), adapter_name=ADAPTER)
     cast_training_params(component, torch.float32)
+    component.eval()  # fresh layers are in training mode, and would drop out while measuring
 
 
 def trainable(component: nn.Module) -> dict[str, nn.Parameter]:

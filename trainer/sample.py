@@ -48,9 +48,14 @@ class SampleRequest:
 
 @torch.no_grad()
 def generate(pipe: Any, *, prompt: str, negative_prompt: str, seed: int, inference_steps: int, guidance_scale: float, width: int = 0, height: int = 0) -> Image.Image:
-    """One picture from a pipeline on its device. The noise is drawn on the CPU, so that a seed means the same everywhere."""
+    """One picture from a pipeline on its device; sides are rounded down to whole latents, 0 is the base's own size.
+
+    The noise is drawn on the CPU, so that a seed means the same everywhere.
+    """
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)  # fresh: schedulers keep state
-    latents = pipe(prompt, negative_prompt=negative_prompt or None, width=width or None, height=height or None, num_inference_steps=inference_steps,
+    own = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    width, height = (max(pipe.vae_scale_factor, (side or own) // pipe.vae_scale_factor * pipe.vae_scale_factor) for side in (width, height))
+    latents = pipe(prompt, negative_prompt=negative_prompt or None, width=width, height=height, num_inference_steps=inference_steps,
                    guidance_scale=guidance_scale, generator=torch.Generator("cpu").manual_seed(seed), output_type="latent").images
     # Decoded here, since the VAE stays in float32 while the denoiser may not.
     decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor, return_dict=False)[0]

@@ -46,7 +46,7 @@ def save_state(folder: Path, state: State) -> None:
             (temporary / name).write_bytes(content)
         document = {"version": VERSION, "step": state.step, "facts": state.facts,
                     "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}}
-        (temporary / "state.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+        (temporary / "state.json").write_text(json.dumps(document | {"self": _digest(document)}), encoding="utf-8")
     for old in _folders(folder)[KEPT:]:
         rmtree(old)
 
@@ -70,6 +70,8 @@ def _folders(folder: Path) -> list[Path]:
 
 def _read(path: Path) -> State:
     document = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if document.pop("self") != _digest(document):
+        raise StateError("state.json is not what was written")
     if document["version"] != VERSION:
         raise StateError(f"it was written by another version ({document['version']})")
     contents = {name: (path / name).read_bytes() for name in TENSOR_FILES}
@@ -77,6 +79,10 @@ def _read(path: Path) -> State:
         if hashlib.sha256(content).hexdigest() != document["sha256"][name]:
             raise StateError(f"{name} is not what was written")
     return State(document["step"], load_tensors(contents[TENSOR_FILES[0]]), load_tensors(contents[TENSOR_FILES[1]]), document["facts"])
+
+
+def _digest(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

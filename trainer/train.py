@@ -169,7 +169,6 @@ def sample_prompts(session: Session) -> list[str]:
 def sample(session: Session, step: int) -> None:
     """One picture a prompt. A failure here is a warning: the training itself is fine."""
     chosen, pipe, side = session.run.sampling, session.base.pipe, session.run.dataset.resolution
-    side -= side % session.base.vae_scale_factor
     homes = {part: part.device for part in (pipe.vae, pipe.text_encoder)}
     prompts = sample_prompts(session)
     try:

@@ -33,11 +33,6 @@ class LoadedBase:
     def denoiser(self) -> nn.Module:
         return self.family.denoiser(self.pipe)
 
-    @property
-    def vae_scale_factor(self) -> int:
-        """Pixels of a picture per cell of its latents, along one side."""
-        return self.pipe.vae_scale_factor
-
 
 def load_base(base: Base, dtype: torch.dtype) -> LoadedBase:
     """Loads a base model. Raises ModelError in a sentence when it is missing, incomplete or not what it says.
