@@ -52,7 +52,7 @@ def _inputs(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
 
 def _run(attention: Attention, inputs: list[Tensor]) -> list[Tensor]:
     output = attention(*inputs)
-    return [output, *torch.autograd.grad(output.float().square().sum(), inputs)]
+    return [output.detach(), *torch.autograd.grad(output.float().square().sum(), inputs)]
 
 
 def _gradient_error(attention: Attention, device: torch.device, dtype: torch.dtype) -> float:

@@ -4,6 +4,7 @@ Only names, JSON and tensor headers are read here; nothing of a model folder is 
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ PARTS: dict[str, set[tuple[str, str]]] = {
     "text_encoder": {("transformers", "CLIPTextModel")},
     "tokenizer": {("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")},
 }
+UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 CODE_KEYS = ("auto_map", "_attn_implementation_internal", "attn_implementation", "_attn_implementation", "custom_pipelines")
 
@@ -65,6 +67,7 @@ def inspect(folder: Path) -> BaseFolder:
     index = _read_json(folder / "model_index.json")
     if index.get("_class_name") != "StableDiffusionPipeline":
         raise ModelError(f"{folder.name} is a {str(index.get('_class_name'))[:80]}; adapters are trained on Stable Diffusion 1.x (StableDiffusionPipeline) for now.")
+    _check_other_parts(folder, index)
     configs, tensors, variants = {}, {}, set()
     for part, allowed in PARTS.items():
         entry = index.get(part)
@@ -81,6 +84,16 @@ def inspect(folder: Path) -> BaseFolder:
     if channels != 4:
         raise ModelError(f"{folder.name} has a UNet with {channels} input channels (an inpainting or depth model); train on the ordinary model of the same family.")
     return BaseFolder(folder, configs, tensors, variants.pop() if len(variants) == 1 else None)
+
+
+def _check_other_parts(folder: Path, index: dict[str, Any]) -> None:
+    """Only what a Stable Diffusion folder has beside its models; the unused ones are never loaded."""
+    library, name = entry if isinstance(entry := index.get("scheduler"), list) and len(entry) == 2 else (None, "")
+    if library != "diffusers" or not re.fullmatch(r"[A-Za-z]+Scheduler", str(name)):
+        raise ModelError(f"{folder.name}/model_index.json names {str(entry)[:80]} as scheduler; the file is damaged or not to be trusted.")
+    for part, entry in index.items():
+        if isinstance(entry, list) and entry != [None, None] and part not in {*PARTS, "scheduler", *UNUSED_PARTS}:
+            raise ModelError(f"{folder.name}/model_index.json names {part[:80]}, a part that no Stable Diffusion has; the file is damaged or not to be trusted.")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -41,9 +41,15 @@ def load_base(base: Base, dtype: torch.dtype) -> LoadedBase:
     """
     folder = base_model.inspect(base_model.locate(base) or _download(base))
     family = FAMILIES["StableDiffusionPipeline"]
-    pipe = family.pipeline_class.from_pretrained(
-        folder.path, torch_dtype={"vae": torch.float32, "default": dtype}, use_safetensors=True, variant=folder.variant,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False, local_files_only=True)
+    try:
+        pipe = family.pipeline_class.from_pretrained(
+            folder.path, torch_dtype={"vae": torch.float32, "default": dtype}, use_safetensors=True, variant=folder.variant,
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False, local_files_only=True)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"The base model {folder.path.name} does not fit together ({reason[:200]}). Download it again.") from None
     pipe.set_progress_bar_config(disable=True)
     for part, expected in folder.tensors.items():
         module = getattr(pipe, part)
