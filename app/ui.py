@@ -13,7 +13,7 @@ TABS = (dataset, train, preview, library)
 
 def build(engine: PreviewEngine, device: str) -> gr.Blocks:
     with gr.Blocks(title="LoRA Atelier", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
-        heading = drawn("header", elem_id="header")
+        heading = drawn("header", {"device": device, "text": "Idle"}, elem_id="header")
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabs:
             page = Page(tabs, engine, device)
             page.follow(heading, lambda: header(device))
@@ -27,7 +27,7 @@ def build(engine: PreviewEngine, device: str) -> gr.Blocks:
         heading.go_train(lambda: gr.Tabs(selected="train"), None, tabs, show_progress="hidden", api_visibility="private")
         _remember_tab(panes)
         _load(blocks, page)
-        _follow(page)
+        _follow(blocks, page)
     return blocks
 
 
@@ -52,7 +52,16 @@ def _load(blocks: gr.Blocks, page: Page) -> None:
             filling.then(**then)
 
 
-def _follow(page: Page) -> None:
+def _follow(blocks: gr.Blocks, page: Page) -> None:
     sent = gr.State({})
     outputs = [sent, *(live.component for live in page.live)]
-    gr.Timer(1.0).tick(page.tick, sent, outputs, show_progress="hidden", api_visibility="private", concurrency_limit=None)
+    follow = {
+        "fn": page.tick,
+        "inputs": sent,
+        "outputs": outputs,
+        "show_progress": "hidden",
+        "api_visibility": "private",
+        "concurrency_limit": None,
+    }
+    blocks.load(**follow)
+    gr.Timer(1.0).tick(**follow)

@@ -16,9 +16,9 @@ function el(tag, attributes = {}, ...children) {
   return node;
 }
 
-/** Draws now and whenever Python sends other data. */
+/** Draws whenever Python sends other data; before the first of it, nothing. */
 function drawWith(draw) {
-  const again = () => root() && draw(root(), props.value || {});
+  const again = () => root() && props.value && draw(root(), props.value);
   again();
   watch("value", again);
 }

@@ -31,7 +31,7 @@ def build(page: Page) -> dict[str, Any]:
                 saves = gr.Button("Saves grid", elem_id="grid-saves")
             fields |= _advanced()
         with gr.Column(scale=3, min_width=330):
-            pictures = drawn("preview", elem_id="preview-view")
+            pictures = drawn("preview", {"pictures": []}, elem_id="preview-view")
     own = {
         "fields": fields,
         "pictures": pictures,

@@ -14,7 +14,7 @@ MOST_CONTROLS = 8
 
 # A control is a labelled field or a button that is seen: a group of radio buttons is one, a slider with its number too.
 COUNT_CONTROLS = """() => {
-  const seen = (node) => node.offsetParent !== null && !node.closest('[role=tablist], #header, .at-grid');
+  const seen = (node) => node.checkVisibility() && !node.closest('[role=tablist], #header, .at-grid');
   const blocks = new Set();
   for (const node of document.querySelectorAll('input:not([type=file]), textarea, button, select, summary, a.at-button')) {
     if (seen(node)) blocks.add(node.closest('.block[id^=field-], .block[id^=preview-], .block[id=dataset]') || node);
@@ -48,6 +48,7 @@ def test_hostile_text_stays_text(open_page, server, hostile_run: str, tmp_path: 
     Image.new("RGB", (64, 64), "navy").save(picture)
     picture.with_suffix(".txt").write_text(HOSTILE)
     page = open_page()
+    page.wait_for_selector(".at-dataset[data-name]")
     page.locator("#dataset input").fill("hostile")
     page.keyboard.press("Enter")
     page.wait_for_selector(".at-dataset[data-name=hostile]")

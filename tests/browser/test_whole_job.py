@@ -38,6 +38,7 @@ def test_pictures_in_adapter_out(open_page, server, tmp_path: Path) -> None:
 def drop_pictures(page) -> None:
     pictures = [path for path in sorted(EXAMPLE.iterdir()) if path.suffix in (".png", ".jpg", ".webp")]
     assert len(pictures) == 12
+    page.wait_for_selector(".at-dataset[data-name]")
     page.locator("#dataset input").fill("zorbit")
     page.keyboard.press("Enter")
     page.wait_for_selector(".at-dataset[data-name=zorbit]")
@@ -59,7 +60,7 @@ def edit_a_caption(page, server) -> None:
 def start_training(page) -> None:
     page.get_by_role("button", name="Go to training").first.click()
     page.wait_for_selector("#start-training", state="visible")
-    page.get_by_label("Subject").check()
+    page.locator("#field-preset input[value=embedded-object]").check()
     page.wait_for_function("document.querySelector('#field-dataset-trigger textarea, #field-dataset-trigger input').value === 'zorbit'")
     page.locator("#field-sampling-prompts textarea").fill(PROMPT)
     page.locator("#advanced > button").click()
@@ -127,7 +128,7 @@ def assert_loads_and_draws(file: Path, preview: Image.Image) -> None:
     said = io.StringIO()
     handler = logging.StreamHandler(said)
     diffusers_logging.add_handler(handler)
-    pipe = StableDiffusionPipeline.from_pretrained(base_model.EMBEDDED_FOLDER, safety_checker=None, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(base_model.EMBEDDED_FOLDER, torch_dtype=torch.float32, local_files_only=True)
     pipe.load_lora_weights(file, adapter_name="zorbit")
     diffusers_logging.remove_handler(handler)
     assert not [line for line in said.getvalue().splitlines() if "unexpected" in line.lower() or "missing" in line.lower()], said.getvalue()
