@@ -6,7 +6,7 @@ import torch
 from trainer import adapters, config, estimate
 from trainer.families import FAMILIES, load_base
 
-FAMILY = FAMILIES["StableDiffusionPipeline"]
+FAMILY = FAMILIES["sd1"]
 
 
 @pytest.fixture

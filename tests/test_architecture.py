@@ -13,7 +13,7 @@ TORCH_FREE = {"errors", "config", "presets", "events", "run_folder", "dataset", 
 LEVELS = [
     {"errors"}, {"config", "safetensors_header", "files"}, {"events", "presets", "base_model", "buckets"},
     {"run_folder", "pictures"}, {"captions"}, {"dataset", "estimate", "batches", "device", "libraries", "attention"}, {"importing", "cache", "adapters", "objective", "optimizers", "state"},
-    {"families.base"}, {"families.sd1"}, {"families"}, {"export"}, {"sample", "prepare", "info"}, {"step"}, {"train"}, {"demo", "terminal"}, {"__main__"},
+    {"families.base"}, {"families.latent_diffusion"}, {"families.sd1", "families.sd2", "families.sdxl"}, {"families"}, {"export"}, {"sample", "prepare", "info"}, {"step"}, {"train"}, {"demo", "terminal"}, {"__main__"},
 ]
 
 

@@ -14,7 +14,7 @@ from trainer.families import FAMILIES, load_base
 from trainer.info import describe
 from trainer.safetensors_header import read_header
 
-FAMILY = FAMILIES["StableDiffusionPipeline"]
+FAMILY = FAMILIES["sd1"]
 UNET_BLOCKS = ("down_blocks_0_attentions_0", "mid_block_attentions_0", "up_blocks_1_attentions_0", "up_blocks_1_attentions_1")
 GOLDEN_UNET = [f"lora_unet_{block}_transformer_blocks_0_{attention}_{projection}" for block in UNET_BLOCKS
                for attention in ("attn1", "attn2") for projection in ("to_q", "to_k", "to_v", "to_out_0")]

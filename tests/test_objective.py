@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EDMDPMSolverMultistepScheduler
 from diffusers.training_utils import compute_snr
 
+from trainer.errors import ModelError
 from trainer.objective import DiffusionObjective, min_snr_weights, offset_noise
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -57,5 +58,7 @@ def test_offset_noise_moves_whole_channels():
 
 
 def test_an_unknown_prediction_is_refused():
-    with pytest.raises(ValueError, match="sample"):
+    with pytest.raises(ModelError, match="sample"):
         DiffusionObjective.from_scheduler(DDPMScheduler(prediction_type="sample"))
+    with pytest.raises(ModelError, match="EDMDPM"):
+        DiffusionObjective.from_scheduler(EDMDPMSolverMultistepScheduler())

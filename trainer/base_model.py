@@ -17,15 +17,22 @@ from trainer.safetensors_header import TensorInfo, read_header
 
 EMBEDDED_FOLDER = Path(__file__).resolve().parent / "embedded" / "base"
 
-# What a model_index.json may name: (library, class) by component. Diffusers would import anything else it finds there.
-PARTS: dict[str, set[tuple[str, str]]] = {
+Parts = dict[str, set[tuple[str, str]]]
+"""What a model_index.json may name: (library, class) by component. Diffusers would import anything else it finds there."""
+TOKENIZERS = {("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")}
+STABLE_DIFFUSION: Parts = {
     "unet": {("diffusers", "UNet2DConditionModel")},
     "vae": {("diffusers", "AutoencoderKL")},
     "text_encoder": {("transformers", "CLIPTextModel")},
-    "tokenizer": {("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")},
+    "tokenizer": TOKENIZERS,
 }
+PIPELINES: dict[str, Parts] = {
+    "StableDiffusionPipeline": STABLE_DIFFUSION,
+    "StableDiffusionXLPipeline": STABLE_DIFFUSION | {"text_encoder_2": {("transformers", "CLIPTextModelWithProjection")}, "tokenizer_2": TOKENIZERS},
+}
+ALL_PARTS = {"scheduler"}.union(*PIPELINES.values())
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
 CODE_KEYS = ("auto_map", "_attn_implementation_internal", "attn_implementation", "_attn_implementation", "custom_pipelines")
 
 
@@ -34,12 +41,22 @@ class BaseFolder:
     """A model folder in diffusers' layout that passed the checks."""
 
     path: Path
+    pipeline: str
+    """Class of the diffusers pipeline."""
     configs: dict[str, dict[str, Any]]
     """config.json of each component."""
     tensors: dict[str, dict[str, TensorInfo]]
     """Tensor name -> type and shape, by component."""
     variant: str | None
     """"fp16" where the weights are named *.fp16.safetensors."""
+
+    @property
+    def text_encoders(self) -> list[str]:
+        return [part for part in self.tensors if part.startswith("text_encoder")]
+
+    @property
+    def tokenizers(self) -> list[str]:
+        return [part for part in PIPELINES[self.pipeline] if part.startswith("tokenizer")]
 
 
 def locate(base: Base) -> Path | None:
@@ -65,11 +82,12 @@ def inspect(folder: Path) -> BaseFolder:
     if not folder.is_dir():
         raise ModelError(f"There is no base model at {folder}.")
     index = _read_json(folder / "model_index.json")
-    if index.get("_class_name") != "StableDiffusionPipeline":
-        raise ModelError(f"{folder.name} is a {str(index.get('_class_name'))[:80]}; adapters are trained on Stable Diffusion 1.x (StableDiffusionPipeline) for now.")
+    pipeline = str(index.get("_class_name"))
+    if pipeline not in PIPELINES:
+        raise ModelError(f"{folder.name} is a {pipeline[:80]}; adapters are trained on Stable Diffusion 1.x, 2.x and XL ({', '.join(PIPELINES)}).")
     _check_other_parts(folder, index)
     configs, tensors, variants = {}, {}, set()
-    for part, allowed in PARTS.items():
+    for part, allowed in PIPELINES[pipeline].items():
         entry = index.get(part)
         if not isinstance(entry, list) or tuple(entry) not in allowed:
             wanted = " or ".join(name for _, name in sorted(allowed))
@@ -83,7 +101,9 @@ def inspect(folder: Path) -> BaseFolder:
     channels = configs["unet"].get("in_channels")
     if channels != 4:
         raise ModelError(f"{folder.name} has a UNet with {channels} input channels (an inpainting or depth model); train on the ordinary model of the same family.")
-    return BaseFolder(folder, configs, tensors, variants.pop() if len(variants) == 1 else None)
+    if configs["vae"].get("latents_mean"):
+        raise ModelError(f"{folder.name} has a VAE that shifts its latents (latents_mean); no Stable Diffusion that can be trained here does.")
+    return BaseFolder(folder, pipeline, configs, tensors, variants.pop() if len(variants) == 1 else None)
 
 
 def _check_other_parts(folder: Path, index: dict[str, Any]) -> None:
@@ -92,8 +112,8 @@ def _check_other_parts(folder: Path, index: dict[str, Any]) -> None:
     if library != "diffusers" or not re.fullmatch(r"[A-Za-z]+Scheduler", str(name)):
         raise ModelError(f"{folder.name}/model_index.json names {str(entry)[:80]} as scheduler; the file is damaged or not to be trusted.")
     for part, entry in index.items():
-        if isinstance(entry, list) and entry != [None, None] and part not in {*PARTS, "scheduler", *UNUSED_PARTS}:
-            raise ModelError(f"{folder.name}/model_index.json names {part[:80]}, a part that no Stable Diffusion has; the file is damaged or not to be trusted.")
+        if isinstance(entry, list) and entry != [None, None] and part not in {*PIPELINES[index["_class_name"]], "scheduler", *UNUSED_PARTS}:
+            raise ModelError(f"{folder.name}/model_index.json names {part[:80]}, a part that no {index['_class_name']} has; the file is damaged or not to be trusted.")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

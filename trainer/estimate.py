@@ -46,9 +46,9 @@ def trainable_parameters(run: RunConfig) -> int | None:
     folder = locate(run.base)
     if folder is None:
         return None
-    tensors = inspect(folder).tensors
-    parts = [("unet", run.training.learning_rate), ("text_encoder", run.training.text_encoder_learning_rate)]
-    return sum(_lora_parameters(tensors[part], run.adapter.rank) for part, rate in parts if rate > 0)
+    base, training = inspect(folder), run.training
+    parts = [*(["unet"] if training.learning_rate else []), *(base.text_encoders if training.text_encoder_learning_rate else [])]
+    return sum(_lora_parameters(base.tensors[part], run.adapter.rank) for part in parts)
 
 
 def _lora_parameters(tensors: dict[str, TensorInfo], rank: int) -> int:

@@ -63,7 +63,7 @@ def metadata_for(run: RunConfig, family: ModelFamily, *, step: int, total_steps:
     training, adapter, side = run.training, run.adapter, run.dataset.resolution
     base_name = Path(run.base.model).name
     values: dict[str, Any] = {
-        "ss_base_model_version": family.base_model_version, "ss_v2": False, "ss_network_module": "networks.lora",
+        **family.metadata(prediction_type), "ss_network_module": "networks.lora",
         "ss_network_dim": adapter.rank, "ss_network_alpha": adapter.alpha, "ss_network_dropout": adapter.dropout,
         "ss_output_name": run.name, "ss_sd_model_name": base_name, "ss_sd_model_hash": base_hash,
         "ss_resolution": f"({side}, {side})", "ss_clip_skip": "None", "ss_num_train_images": pictures,
@@ -74,7 +74,7 @@ def metadata_for(run: RunConfig, family: ModelFamily, *, step: int, total_steps:
         "ss_min_snr_gamma": run.objective.min_snr_gamma, "ss_noise_offset": run.objective.noise_offset,
         "ss_caption_dropout_rate": run.dataset.caption_dropout,
         "ss_training_started_at": started, "ss_training_finished_at": finished,
-        "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": family.architecture,
+        "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models", "modelspec.title": run.name,
         "modelspec.resolution": f"{side}x{side}", "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
         "modelspec.date": datetime.fromtimestamp(finished, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S"),

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.errors import ModelError
+
 
 @dataclass(frozen=True)
 class Noised:
@@ -49,10 +51,12 @@ class DiffusionObjective:
 
     @classmethod
     def from_scheduler(cls, noise_scheduler: Any) -> "DiffusionObjective":
-        """Takes the noise schedule of a diffusers pipeline."""
+        """Takes the noise schedule of a diffusers pipeline. Raises ModelError for one that is neither."""
+        if not hasattr(noise_scheduler, "alphas_cumprod"):
+            raise ModelError(f"The base model's noise schedule ({type(noise_scheduler).__name__}) is not one of Stable Diffusion, so no adapter can be trained on it.")
         prediction_type = noise_scheduler.config.prediction_type
         if prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(f"unknown prediction type {prediction_type}")
+            raise ModelError(f"The base model asks for {prediction_type} prediction; adapters are trained on epsilon or v prediction.")
         return cls(noise_scheduler.alphas_cumprod.float(), prediction_type)
 
     @property

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from trainer import adapters, cache, estimate
 from trainer.attention import choose_attention, use_attention
 from trainer.batches import generator_for
-from trainer.buckets import choose_crop
+from trainer.buckets import Crop, choose_crop
 from trainer.config import RunConfig
 from trainer.dataset import DatasetItem, scan_dataset
 from trainer.device import DTYPES, choose_device, choose_precision
 from trainer.errors import DatasetError
 from trainer.events import Event, EventLog, Progress, Warned
 from trainer.families import LoadedBase, load_base
-from trainer.families.base import Conditioning
+from trainer.families.base import Conditioning, SizeIds
 from trainer.objective import DiffusionObjective
 from trainer.optimizers import build_optimizer
 
@@ -37,8 +37,9 @@ class Example:
     mean: Tensor
     """Of its latents, [C, h, w], unscaled."""
     std: Tensor
+    size_ids: SizeIds
     conditioning: Conditioning | None
-    """None where the text encoder is trained: it is then encoded in every step."""
+    """None where the text encoders are trained: it is then encoded in every step."""
     repeats: int
     fingerprint: str
     """Changes when the picture, its crop or its caption does."""
@@ -116,10 +117,11 @@ def _make_examples(run: RunConfig, base: LoadedBase, items: Sequence[DatasetItem
                    log: EventLog) -> tuple[list[Example], Conditioning | None]:
     """Crops and encodes every picture and caption, or finds them in the cache. Also the empty caption."""
     pipe, root = base.pipe, Path(run.dataset.folder)
-    vae_hash, encoder_hash = (cache.file_hash(path) for path in weight_files(base, "vae", "text_encoder"))
+    vae_hash, encoder_hash = cache.file_hash(weight_files(base, "vae")[0]), _encoder_hash(base)
     frozen_text = run.training.text_encoder_learning_rate == 0
     _warn_of_long_captions(base, items, log)
-    for part in (pipe.vae, pipe.text_encoder):
+    text_encoders = base.family.text_encoders(pipe).values()
+    for part in (pipe.vae, *text_encoders):
         part.to(device)
     report = _throttled(log.append)
     examples = []
@@ -133,20 +135,32 @@ def _make_examples(run: RunConfig, base: LoadedBase, items: Sequence[DatasetItem
             log.append(Warned(f"{name} is left out: the base turns it into numbers that are not finite. Save the picture anew, or leave it out."))
             continue
         conditioning = _conditioning(base, item.caption, encoder_hash) if frozen_text else None
-        examples.append(Example(name, item.caption, latents["mean"], latents["std"], conditioning, item.repeats, f"{key}:{item.caption}"))
+        examples.append(Example(name, item.caption, latents["mean"], latents["std"], size_ids(item, crop), conditioning, item.repeats, f"{key}:{item.caption}"))
     log.append(Progress("caching", len(items), len(items)))
     if not examples:
         raise DatasetError("No picture of the dataset can be trained on; the warnings name each and say why.")
     no_caption = _conditioning(base, "", encoder_hash) if frozen_text else None
     pipe.vae.to("cpu")
     if frozen_text:
-        pipe.text_encoder.to("cpu")
+        for part in text_encoders:
+            part.to("cpu")
     return examples, no_caption
 
 
 def weight_files(base: LoadedBase, *parts: str) -> list[Path]:
     suffix = f".{base.folder.variant}.safetensors" if base.folder.variant else ".safetensors"
     return [next(path for path in sorted((base.folder.path / part).glob(f"*{suffix}"))) for part in parts]
+
+
+def size_ids(item: DatasetItem, crop: Crop) -> SizeIds:
+    width, height = crop.bucket
+    return item.height, item.width, crop.top, crop.left, height, width
+
+
+def _encoder_hash(base: LoadedBase) -> str:
+    """Of all text encoders, and of model_index.json, which may say what an empty caption becomes."""
+    files = [base.folder.path / "model_index.json", *weight_files(base, *base.folder.text_encoders)]
+    return " ".join(cache.file_hash(path) for path in files)
 
 
 def _conditioning(base: LoadedBase, caption: str, encoder_hash: str) -> Conditioning:

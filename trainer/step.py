@@ -32,7 +32,7 @@ def microbatch_loss(session: Session, buckets: Sequence[Sequence[int]], microbat
     timesteps = spread_timesteps(len(examples), session.objective.train_timesteps, draws)
     dropped = torch.rand(len(examples), generator=draws) < session.run.dataset.caption_dropout
     torch.manual_seed(seed_for(seed, "dropout", microbatch))  # the adapter's dropout draws from the global generator
-    batch = Batch(_scaled(session, latents), _conditioning(session, examples, dropped.tolist()))
+    batch = Batch(_scaled(session, latents), _conditioning(session, examples, dropped.tolist()), _size_ids(session, examples))
     return _loss(session, batch, noise, timesteps).mean()
 
 
@@ -43,13 +43,17 @@ def _conditioning(session: Session, examples: Sequence[Example], dropped: Sequen
     return {name: torch.stack([c[name] for c in chosen]).to(session.device) for name in session.no_caption}
 
 
+def _size_ids(session: Session, examples: Sequence[Example]) -> Tensor:
+    return torch.tensor([e.size_ids for e in examples], dtype=torch.float32, device=session.device)
+
+
 def _scaled(session: Session, latents: Tensor) -> Tensor:
     return (latents * session.base.pipe.vae.config.scaling_factor).to(session.device)
 
 
 def _loss(session: Session, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
     noised = session.objective.noised(batch.latents, noise.to(session.device), timesteps.to(session.device))
-    model_pred = session.base.family.predict(session.base.denoiser, noised, batch.conditioning)
+    model_pred = session.base.family.predict(session.base.denoiser, noised, batch)
     return session.objective.loss(model_pred, noised, session.run.objective.min_snr_gamma)
 
 
@@ -65,6 +69,7 @@ def validation_loss(session: Session) -> float:
     for index, example in enumerate(session.held_out):
         noise = torch.randn(VALIDATION_TIMESTEPS, *example.mean.shape, generator=generator_for(session.run.training.seed, "validation", index))
         conditioning = _conditioning(session, [example], [False])
-        batch = Batch(_scaled(session, example.mean.expand_as(noise)), {name: t.expand(VALIDATION_TIMESTEPS, *t.shape[1:]) for name, t in conditioning.items()})
+        conditioning = {name: t.expand(VALIDATION_TIMESTEPS, *t.shape[1:]) for name, t in conditioning.items()}
+        batch = Batch(_scaled(session, example.mean.expand_as(noise)), conditioning, _size_ids(session, [example]).expand(VALIDATION_TIMESTEPS, -1))
         losses.append(_loss(session, batch, noise, timesteps).mean())
     return float(torch.stack(losses).mean())

@@ -107,10 +107,14 @@ def finite_gradients(session: Session, scaler: torch.amp.GradScaler) -> bool:
 
 
 def check_gradients_arrive(session: Session) -> None:
-    """In the first step only B has a gradient (B is zero, so A has none); a broken attention backward gives none at all."""
+    """In the first step only B has a gradient (B is zero, so A has none); a broken attention backward gives none at all.
+
+    That of a text encoder may be zero where captions are dropped: some families put zeros in their place.
+    """
+    dropping = session.run.dataset.caption_dropout > 0
     for part, module in session.components.items():
         gradients = [p.grad for name, p in adapters.trainable(module).items()]
-        if not any(g is not None and bool(g.any()) for g in gradients):
+        if not any(g is not None and (bool(g.any()) or (dropping and part != "unet")) for g in gradients):
             raise NotLearning(f"No gradient reached the adapter in the {part}, so nothing can be learned. The attention in use ({session.attention}) gives a wrong backward pass, or the settings freeze everything.")
 
 
@@ -169,7 +173,7 @@ def sample_prompts(session: Session) -> list[str]:
 def sample(session: Session, step: int) -> None:
     """One picture a prompt. A failure here is a warning: the training itself is fine."""
     chosen, pipe, side = session.run.sampling, session.base.pipe, session.run.dataset.resolution
-    homes = {part: part.device for part in (pipe.vae, pipe.text_encoder)}
+    homes = {part: part.device for part in (pipe.vae, *session.base.family.text_encoders(pipe).values())}
     prompts = sample_prompts(session)
     try:
         for part in homes:
@@ -206,8 +210,9 @@ def finish(session: Session, step: int, clock: float) -> Path:
 def verify_file(session: Session, path: Path) -> None:
     """Loads the saved file the way its user will, and compares each delta W with what was trained. Ends the session's adapter."""
     trained = {(m.component, m.name): m for m in adapters.adapted_modules(session.components)}
-    if not any(m.up.any() for m in trained.values()):
-        raise NotLearning("The adapter changes nothing: it was trained too short or with too low a learning rate.")
+    for part in session.components:
+        if not any(m.up.any() for m in trained.values() if m.component == part):
+            raise NotLearning(f"The adapter changes nothing in the {part}: it was trained too short or with too low a learning rate.")
     pipe = session.base.pipe
     pipe.unload_lora_weights()
     load_adapter(session.base, path, "reloaded")

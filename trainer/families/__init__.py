@@ -14,11 +14,14 @@ from trainer.config import Base
 from trainer.errors import ModelError
 from trainer.families.base import ModelFamily
 from trainer.families.sd1 import StableDiffusion1
+from trainer.families.sd2 import StableDiffusion2
+from trainer.families.sdxl import StableDiffusionXL
 
-FAMILIES: dict[str, ModelFamily] = {"StableDiffusionPipeline": StableDiffusion1()}
+FAMILIES: dict[str, ModelFamily] = {"sd1": StableDiffusion1(), "sd2": StableDiffusion2(), "sdxl": StableDiffusionXL()}
 
-HUB_FILES = ["model_index.json", "*/*.json", "*/merges.txt", "*/*.safetensors"]
-HUB_FILES_LEFT = ["safety_checker/*", "feature_extractor/*", "*.fp16.safetensors", "*.non_ema.safetensors"]
+# The folders of the parts only: repositories also hold single files, other formats and older VAEs.
+HUB_FILES = ["model_index.json", *(f"{part}/{files}" for part in sorted(base_model.ALL_PARTS) for files in ("*.json", "merges.txt", "*.safetensors"))]
+HUB_FILES_LEFT = ["*.fp16.safetensors", "*.non_ema.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -34,17 +37,26 @@ class LoadedBase:
         return self.family.denoiser(self.pipe)
 
 
+def family_of(folder: base_model.BaseFolder) -> ModelFamily:
+    """The one place where the family is decided. Raises ModelError where none fits."""
+    for family in FAMILIES.values():
+        if family.matches(folder):
+            return family
+    known = ", ".join(family.name for family in FAMILIES.values())
+    raise ModelError(f"{folder.path.name} is a {folder.pipeline} with another UNet than those that can be trained ({known}).")
+
+
 def load_base(base: Base, dtype: torch.dtype) -> LoadedBase:
     """Loads a base model. Raises ModelError in a sentence when it is missing, incomplete or not what it says.
 
     The VAE stays in float32 whatever the dtype: in fp16 it can overflow to black pictures.
     """
     folder = base_model.inspect(base_model.locate(base) or _download(base))
-    family = FAMILIES["StableDiffusionPipeline"]
+    family = family_of(folder)
     try:
         pipe = family.pipeline_class.from_pretrained(
             folder.path, torch_dtype={"vae": torch.float32, "default": dtype}, use_safetensors=True, variant=folder.variant,
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False, local_files_only=True)
+            local_files_only=True, **family.pipeline_options)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
@@ -55,8 +67,9 @@ def load_base(base: Base, dtype: torch.dtype) -> LoadedBase:
         module = getattr(pipe, part)
         _check_complete(folder.path, part, module, set(expected))
         module.requires_grad_(False).eval()
-    if len(pipe.tokenizer) < 300:
-        raise ModelError(f"The tokenizer of {folder.path.name} knows only {len(pipe.tokenizer)} words; its vocabulary is damaged. Download the model again.")
+    for part in folder.tokenizers:
+        if (words := len(getattr(pipe, part))) < 300:
+            raise ModelError(f"The {part} of {folder.path.name} knows only {words} words; its vocabulary is damaged. Download the model again.")
     return LoadedBase(family, pipe, folder)
 
 

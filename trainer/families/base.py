@@ -1,15 +1,20 @@
 """What the trainer asks of a model family. Nothing outside this folder knows which family it has."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from trainer.base_model import BaseFolder
 from trainer.objective import DiffusionObjective, Noised
 
 Conditioning = dict[str, Tensor]
 """What the denoiser is told about the pictures, by name, each with the batch first: {"prompt_embeds": [B, 77, D]}."""
+
+SizeIds = tuple[int, int, int, int, int, int]
+"""Height and width of the picture as it came, top and left of its crop after resizing, height and width of the crop: SDXL's order
+(Podell et al. 2023, arXiv:2307.01952, section 2.2), in pixels."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,8 @@ class Batch:
     latents: Tensor
     """[B, C, h, w], float32, scaled as the denoiser wants them."""
     conditioning: Conditioning
+    size_ids: Tensor
+    """The SizeIds of each picture, [B, 6], float32."""
 
 
 class ModelFamily(Protocol):
@@ -27,13 +34,15 @@ class ModelFamily(Protocol):
     name: str
     pipeline_class: Any
     """The diffusers pipeline that loads and samples this family."""
-    base_model_version: str
-    """`ss_base_model_version` in the file, by which A1111 and Forge recognise the family."""
-    architecture: str
-    """`modelspec.architecture` in the file."""
+    pipeline_options: Mapping[str, Any]
+    """What its `from_pretrained` is told, so that parts which no training needs are not loaded."""
     denoiser_targets: Sequence[str]
     """Ends of the names of the projections that get an adapter in the denoiser."""
     text_encoder_targets: Sequence[str]
+
+    def matches(self, folder: BaseFolder) -> bool:
+        """Whether a checked model folder holds this family."""
+        ...
 
     def denoiser(self, pipe: Any) -> nn.Module: ...
 
@@ -51,10 +60,14 @@ class ModelFamily(Protocol):
         """Tokens of each prompt without its start and end marks, and how many the encoder reads."""
         ...
 
-    def predict(self, denoiser: nn.Module, noised: Noised, conditioning: Conditioning) -> Tensor:
+    def predict(self, denoiser: nn.Module, noised: Noised, batch: Batch) -> Tensor:
         """The denoiser's output, in the shape of the target."""
         ...
 
     def export_key(self, component: str, module: str) -> str:
         """Where a module stands in a kohya file: ("unet", "mid_block...to_q") -> "lora_unet_mid_block_..._to_q"."""
+        ...
+
+    def metadata(self, prediction_type: str) -> dict[str, Any]:
+        """What a file says of its family: `ss_base_model_version` and `ss_v2`, by which A1111 and Forge sort it, and `modelspec.architecture`."""
         ...

@@ -1,0 +1,57 @@
+"""What the UNet families have in common: latents of a VAE, CLIP text encoders, epsilon or v prediction."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.families.base import Batch, Conditioning
+from trainer.objective import DiffusionObjective, Noised
+
+
+class LatentDiffusion:
+    """With one text encoder, as in Rombach et al. 2022 (arXiv:2112.10752)."""
+
+    denoiser_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    text_encoder_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
+    text_encoder_keys = {"text_encoder": "lora_te"}
+    """How kohya files name each text encoder."""
+
+    def denoiser(self, pipe: Any) -> nn.Module:
+        return pipe.unet
+
+    def text_encoders(self, pipe: Any) -> dict[str, nn.Module]:
+        return {name: getattr(pipe, name) for name in self.text_encoder_keys}
+
+    def objective(self, pipe: Any) -> DiffusionObjective:
+        return DiffusionObjective.from_scheduler(pipe.scheduler)
+
+    def encode_prompts(self, pipe: Any, prompts: Sequence[str]) -> Conditioning:
+        return {"prompt_embeds": pipe.text_encoder(token_ids(pipe.tokenizer, prompts).to(pipe.text_encoder.device))[0]}
+
+    def token_counts(self, pipe: Any, prompts: Sequence[str]) -> tuple[list[int], int]:
+        tokenized = pipe.tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+        return [len(tokens) - 2 for tokens in tokenized], pipe.tokenizer.model_max_length - 2
+
+    def predict(self, denoiser: nn.Module, noised: Noised, batch: Batch) -> Tensor:
+        dtype = frozen_dtype(denoiser)
+        return denoiser(noised.noisy_latents.to(dtype), noised.timesteps,
+                        encoder_hidden_states=batch.conditioning["prompt_embeds"].to(dtype), return_dict=False)[0]
+
+    def export_key(self, component: str, module: str) -> str:
+        path = module.replace(".", "_")
+        if component == "unet":
+            return f"lora_unet_{path}"
+        # The level `text_model` left some modules in transformers 5.6, but every reader still expects it in the key.
+        return f"{self.text_encoder_keys[component]}_text_model_{path.removeprefix('text_model_')}"
+
+
+def token_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """[B, 77], cut or padded to what the encoder reads."""
+    return tokenizer(list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+
+
+def frozen_dtype(denoiser: nn.Module) -> torch.dtype:
+    """That of the base's weights; the adapter's are always float32."""
+    return next(p.dtype for p in denoiser.parameters() if not p.requires_grad)

@@ -1,0 +1,68 @@
+"""Stable Diffusion XL: two text encoders, and a UNet that is told each picture's size and crop (Podell et al. 2023, arXiv:2307.01952)."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+from trainer.base_model import BaseFolder
+from trainer.families.base import Batch, Conditioning
+from trainer.families.latent_diffusion import LatentDiffusion, frozen_dtype, token_ids
+from trainer.objective import Noised
+
+LAYERS_PER_BLOCK = 2
+IN_ATTENTION = re.compile(r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.attentions\.(\d+)\.(.+)")
+
+
+class StableDiffusionXL(LatentDiffusion):
+    name = "Stable Diffusion XL"
+    pipeline_class = StableDiffusionXLPipeline
+    pipeline_options = {"feature_extractor": None, "image_encoder": None}
+    text_encoder_keys = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+
+    def matches(self, folder: BaseFolder) -> bool:
+        """Smaller UNets in the same pipeline have other block numbers in the file, which no other program would read."""
+        return folder.pipeline == "StableDiffusionXLPipeline" and folder.configs["unet"].get("layers_per_block", 2) == LAYERS_PER_BLOCK
+
+    def encode_prompts(self, pipe: Any, prompts: Sequence[str]) -> Conditioning:
+        """prompt_embeds [B, 77, 2048]: the penultimate layers of both encoders side by side; pooled_prompt_embeds [B, 1280] of the second.
+
+        An empty prompt is all zeros where the pipeline says so, as its sampler has it for the missing negative prompt.
+        The last layer of the first encoder is read by nobody; an adapter there stays zero.
+        """
+        pairs = ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))
+        first, second = (encoder(token_ids(tokenizer, prompts).to(encoder.device), output_hidden_states=True) for tokenizer, encoder in pairs)
+        prompt_embeds, pooled = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+        if pipe.config.force_zeros_for_empty_prompt:
+            empty = torch.tensor([not prompt for prompt in prompts], device=pooled.device)
+            prompt_embeds, pooled = prompt_embeds.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
+        return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
+
+    def predict(self, denoiser: nn.Module, noised: Noised, batch: Batch) -> Tensor:
+        """The sizes stay in float32: bfloat16 has no whole numbers above 256 but every second, fourth, ... one."""
+        dtype = frozen_dtype(denoiser)
+        added = {"text_embeds": batch.conditioning["pooled_prompt_embeds"].to(dtype), "time_ids": batch.size_ids}
+        return denoiser(noised.noisy_latents.to(dtype), noised.timesteps, encoder_hidden_states=batch.conditioning["prompt_embeds"].to(dtype),
+                        added_cond_kwargs=added, return_dict=False)[0]
+
+    def export_key(self, component: str, module: str) -> str:
+        return super().export_key(component, ldm_path(module) if component == "unet" else module)
+
+    def metadata(self, prediction_type: str) -> dict[str, Any]:
+        return {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": False, "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
+
+
+def ldm_path(module: str) -> str:
+    """A module's path in Stability's own UNet, by which SDXL files are read: down_blocks.1.attentions.0.proj_in -> input_blocks.4.1.proj_in.
+
+    There a block's layers and its resampling count on through the whole side, and 0 of the input side is the first convolution.
+    """
+    match = IN_ATTENTION.fullmatch(module)
+    assert match, f"{module} is not inside an attention"
+    side, block, layer, inside = match[1], int(match[2] or 0), int(match[3]), match[4]
+    number = (LAYERS_PER_BLOCK + 1) * block + layer
+    place = {"down_blocks": f"input_blocks.{number + 1}", "mid_block": "middle_block", "up_blocks": f"output_blocks.{number}"}[side]
+    return f"{place}.1.{inside}"
