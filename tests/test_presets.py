@@ -30,7 +30,7 @@ def test_each_base_has_the_three_purposes():
     by_base = {}
     for preset in load_presets().values():
         by_base.setdefault(preset.config.base.model, set()).add(preset.title)
-    assert len(by_base) == 2 and all(titles == {"Subject", "Style", "Object"} for titles in by_base.values())
+    assert len(by_base) == 3 and all(titles == {"Subject", "Style", "Object"} for titles in by_base.values())
 
 
 def test_an_unknown_preset_is_answered_with_those_there_are():

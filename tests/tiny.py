@@ -31,9 +31,9 @@ def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def tiny_unet(**changes: Any) -> UNet2DConditionModel:
-    return UNet2DConditionModel(**(dict(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=TEXT_WIDTH, attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")) | changes))
+    settings = {"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8, "cross_attention_dim": TEXT_WIDTH, "attention_head_dim": 4,
+                "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    return UNet2DConditionModel(**(settings | changes))
 
 
 def tiny_vae(**changes: Any) -> AutoencoderKL:

@@ -47,7 +47,7 @@ class Dataset(Section):
     trigger: str = ""
     """A word the model does not know yet. It is put in front of every caption that lacks it, and calls the subject in a prompt later. Leave it empty for a style."""
     resolution: Annotated[int, Field(ge=16, le=4096, multiple_of=8)] = 512
-    """Pictures are resized to about this many pixels squared, keeping their shape. Use the size the base was made for: 512 for Stable Diffusion 1.5."""
+    """Pictures are resized to about this many pixels squared, keeping their shape. Use the size the base was made for: 512 for Stable Diffusion 1.5, 1024 for XL."""
     bucket_step: Annotated[int, Field(ge=8, le=256, multiple_of=8)] = 64
     """Sides of the resized pictures are multiples of this. Smaller cuts less off, but makes more different shapes, which batch less well."""
     max_aspect: Annotated[float, Field(ge=1, le=8)] = 2.0
@@ -85,7 +85,7 @@ class Training(Section):
     learning_rate: Annotated[float, Field(ge=0, le=1)] = 1e-4
     """Size of the steps of the adapter in the UNet. 0 leaves the UNet as it is. Too high burns the pictures, too low learns nothing."""
     text_encoder_learning_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The same for the text encoder. 0 leaves it frozen and out of the file; it then needs no memory either."""
+    """The same for the text encoder (both, where the base has two). 0 leaves it frozen and out of the file; it then needs no memory either."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """How the learning rate moves after the warm-up: stays, or falls to zero along a cosine or a line."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
