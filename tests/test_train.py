@@ -46,12 +46,34 @@ def test_sampling_and_saving_do_not_touch_the_training(train_tiny):
     assert same(adapter_of(plain), adapter_of(busy))
 
 
-@pytest.mark.parametrize("changes", [
-    {"adapter.rank": 3}, {"adapter.alpha": 1.0}, {"adapter.dropout": 0.5}, {"training.learning_rate": 1e-3}, {"training.lr_schedule": "linear"}, {"training.warmup": 0.5},
-    {"training.weight_decay": 1.0}, {"training.max_grad_norm": 1e-7}, {"training.batch_size": 1}, {"training.gradient_accumulation_steps": 2}, {"objective.min_snr_gamma": 0.0},
-    {"objective.noise_offset": 0.5}, {"dataset.caption_dropout": 1.0}, {"dataset.trigger": "zorbit"}, {"dataset.resolution": 16}, {"dataset.bucket_step": 16},
-    {"dataset.max_aspect": 1.0}, {"dataset.allow_upscale": True}, {"training.text_encoder_learning_rate": 1e-3}, {"base.precision": "bf16"}, {"training.steps": 5}, {"saving.precision": "fp32"},
-], ids=lambda changes: next(iter(changes)))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapter.rank": 3},
+        {"adapter.alpha": 1.0},
+        {"adapter.dropout": 0.5},
+        {"training.learning_rate": 1e-3},
+        {"training.lr_schedule": "linear"},
+        {"training.warmup": 0.5},
+        {"training.weight_decay": 1.0},
+        {"training.max_grad_norm": 1e-7},
+        {"training.batch_size": 1},
+        {"training.gradient_accumulation_steps": 2},
+        {"objective.min_snr_gamma": 0.0},
+        {"objective.noise_offset": 0.5},
+        {"dataset.caption_dropout": 1.0},
+        {"dataset.trigger": "zorbit"},
+        {"dataset.resolution": 16},
+        {"dataset.bucket_step": 16},
+        {"dataset.max_aspect": 1.0},
+        {"dataset.allow_upscale": True},
+        {"training.text_encoder_learning_rate": 1e-3},
+        {"base.precision": "bf16"},
+        {"training.steps": 5},
+        {"saving.precision": "fp32"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
 def test_every_knob_does_something(train_tiny, reference, changes):
     if changes.keys() & {"dataset.allow_upscale"}:
         changes = changes | {"dataset.resolution": 40}
@@ -113,7 +135,9 @@ def test_timesteps_of_a_batch_are_spread():
 
 
 def test_a_run_that_no_gradient_reaches_fails(tiny_run, monkeypatch):
-    monkeypatch.setattr(StableDiffusion1, "predict", lambda self, denoiser, noised, conditioning: noised.noisy_latents.detach().requires_grad_())
+    monkeypatch.setattr(
+        StableDiffusion1, "predict", lambda self, denoiser, noised, conditioning: noised.noisy_latents.detach().requires_grad_()
+    )
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 1
     status = run_folder.status(folder)

@@ -18,7 +18,12 @@ EXAMPLE = Path(__file__).resolve().parent / "embedded" / "examples" / "subject"
 TRIGGER = "zorbit"
 PRESET = "embedded-subject"
 SUBJECT_PROMPTS = [f"{TRIGGER} on a {colour} background" for colour in ("white", "blue", "yellow", "green")]
-OTHER_PROMPTS = ["a red star on a white background", "a blue circle on a yellow background", "a green tree on a white background", "a yellow house on a blue background"]
+OTHER_PROMPTS = [
+    "a red star on a white background",
+    "a blue circle on a yellow background",
+    "a green tree on a white background",
+    "a yellow house on a blue background",
+]
 STRENGTHS = (0.0, 0.5, 1.0)
 FIRST_SEED = 900
 TILE = 128  # pixels of one picture in the grid
@@ -46,8 +51,18 @@ def measure(run: config.RunConfig, folder: Path, adapter: Path) -> dict[str, Any
     sampler, prompts = Sampler(), SUBJECT_PROMPTS + OTHER_PROMPTS
 
     def render(adapters: list[StackedAdapter], name: str) -> list[Image.Image]:
-        requests = [SampleRequest(prompt=prompt, target=str(folder / "demo" / f"{name}-{i}.png"), base=run.base, adapters=adapters, seed=FIRST_SEED + i,
-                                  inference_steps=run.sampling.inference_steps, guidance_scale=run.sampling.guidance_scale) for i, prompt in enumerate(prompts)]
+        requests = [
+            SampleRequest(
+                prompt=prompt,
+                target=str(folder / "demo" / f"{name}-{i}.png"),
+                base=run.base,
+                adapters=adapters,
+                seed=FIRST_SEED + i,
+                inference_steps=run.sampling.inference_steps,
+                guidance_scale=run.sampling.guidance_scale,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
         return [Image.open(sampler.render(request)).convert("RGB") for request in requests]
 
     base = render([], "base")
@@ -64,29 +79,42 @@ def measure(run: config.RunConfig, folder: Path, adapter: Path) -> dict[str, Any
 
 def _difference(before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
     """Mean absolute difference of the pixels, 0 to 1."""
-    return float(np.mean([np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean() / 255 for a, b in zip(before, after, strict=True)]))
+    return float(
+        np.mean([np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean() / 255 for a, b in zip(before, after, strict=True)])
+    )
 
 
 def write_report(folder: Path, report: dict[str, Any], status: run_folder.RunStatus) -> None:
     """report.json for programs, report.md for people."""
     assert status.started and status.finished
-    report = report | {"steps": status.step, "seconds": round(status.finished.seconds, 1), "device": status.started.device,
-                       "trainable_parameters": status.started.trainable_parameters, "adapter": status.finished.file}
+    report = report | {
+        "steps": status.step,
+        "seconds": round(status.finished.seconds, 1),
+        "device": status.started.device,
+        "trainable_parameters": status.started.trainable_parameters,
+        "adapter": status.finished.file,
+    }
     atomic_write(folder / "report.json", json.dumps(report, indent=1))
-    rows = "\n".join(f"| {s:g} | {report['with_trigger'][f'{s:g}']:.2f} | {report['without_trigger'][f'{s:g}']:.2f} | {report['other_prompts_moved'][f'{s:g}']:.3f} |" for s in STRENGTHS)
-    atomic_write(folder / "report.md", f"""# What the adapter learned
+    rows = "\n".join(
+        f"| {s:g} | {report['with_trigger'][f'{s:g}']:.2f} | {report['without_trigger'][f'{s:g}']:.2f} | {report['other_prompts_moved'][f'{s:g}']:.3f} |"
+        for s in STRENGTHS
+    )
+    atomic_write(
+        folder / "report.md",
+        f"""# What the adapter learned
 
-{report['steps']} steps in {report['seconds']:.0f} s on {report['device']}; {report['trainable_parameters']:,} parameters trained.
-At strength 0 the pictures {'equal' if report['strength_0_is_base'] else 'DIFFER FROM'} the base's bit for bit.
+{report["steps"]} steps in {report["seconds"]:.0f} s on {report["device"]}; {report["trainable_parameters"]:,} parameters trained.
+At strength 0 the pictures {"equal" if report["strength_0_is_base"] else "DIFFER FROM"} the base's bit for bit.
 
 | strength | likeness to the subject, prompts with `{TRIGGER}` | the same, prompts without it | change of those pictures |
 |---|---|---|---|
 {rows}
 
 Likeness is 0 to 1, by pixel statistics, on prompts and seeds not seen in training; change is the mean difference of pixels.
-Pictures: {folder / 'before-after.png'}
-Adapter: {folder / report['adapter']}
-""")
+Pictures: {folder / "before-after.png"}
+Adapter: {folder / report["adapter"]}
+""",
+    )
 
 
 def save_grid(path: Path, rows: Sequence[Sequence[Image.Image]], labels: Sequence[str]) -> None:

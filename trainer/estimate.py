@@ -3,12 +3,11 @@
 The trainer uses the very same functions, so that what the page says is what happens.
 """
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from trainer import config, events, run_folder
+from trainer import config, run_folder
 from trainer.base_model import inspect, locate
 from trainer.config import RunConfig
 from trainer.safetensors_header import TensorInfo

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from trainer.batches import batch_at, generator_for, seed_for
+from trainer.families.base import Batch, Conditioning
 from trainer.objective import offset_noise
 from trainer.prepare import Example, Session
-from trainer.families.base import Batch, Conditioning
 
 VALIDATION_TIMESTEPS = 8
 

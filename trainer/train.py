@@ -9,8 +9,7 @@ from trainer import adapters, cache, estimate, export, run_folder
 from trainer.config import RunConfig, fingerprint
 from trainer.device import device_name
 from trainer.errors import ModelError, NotLearning
-from trainer.events import (AdapterSaved, Continued, EventLog, Finished, Paused, Progress, SampleSaved, Started, StateSaved,
-                            StepDone, Stopped, Validated, Warned)
+from trainer.events import AdapterSaved, Continued, EventLog, Finished, Paused, Progress, SampleSaved, Started, StateSaved, StepDone, Stopped, Validated, Warned
 from trainer.optimizers import lr_factor, set_learning_rate
 from trainer.prepare import Session, prepare, weight_files
 from trainer.sample import generate, load_adapter, save_sample
