@@ -214,7 +214,9 @@ def verify_file(session: Session, path: Path) -> None:
     pipe.unload_lora_weights()
     if trained.keys() != reloaded.keys():
         raise ModelError(f"The saved file {path.name} reaches {len(reloaded)} modules instead of {len(trained)}. The state is kept; please report this.")
+    norms = {key: float(module.delta.norm()) for key, module in trained.items()}
+    negligible = max(norms.values()) / 1000  # a query over a single token gets no gradient: what is left of it rounds to nothing in fp16
     for key, module in trained.items():
-        error = float((reloaded[key].delta - module.delta).norm() / module.delta.norm().clamp(min=1e-12))
+        error = float((reloaded[key].delta - module.delta).norm()) / max(norms[key], negligible)
         if not error <= FILE_ERROR_LIMIT:
             raise ModelError(f"The saved file {path.name} does not do what was trained (off by {error:.1%} in {'.'.join(key)}). The state is kept; please report this.")
