@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.browser.conftest import ARGUMENTS, CHROMIUM, Server  # noqa: E402
+from tests.browser.conftest import ARGUMENTS, CHROMIUM, Server
 
 IMAGES = Path(__file__).resolve().parent / "images"
 DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
