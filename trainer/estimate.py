@@ -47,10 +47,10 @@ def trainable_parameters(run: RunConfig) -> int | None:
         return None
     tensors = inspect(folder).tensors
     parts = [("unet", run.training.learning_rate), ("text_encoder", run.training.text_encoder_learning_rate)]
-    return sum(_lora_parameters(tensors[part], run.adapter.rank) for part, rate in parts if rate > 0)
+    return sum(lora_parameters(tensors[part], run.adapter.rank) for part, rate in parts if rate > 0)
 
 
-def _lora_parameters(tensors: dict[str, TensorInfo], rank: int) -> int:
+def lora_parameters(tensors: dict[str, TensorInfo], rank: int) -> int:
     """rank x (inputs + outputs) for each adapted projection (Hu et al. 2021, section 4.1)."""
     adapted = (info.shape for name, info in tensors.items() if name.removesuffix(".weight").endswith(ATTENTION))
     return sum(rank * (shape[0] + shape[1]) for shape in adapted if len(shape) == 2)
