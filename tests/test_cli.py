@@ -48,6 +48,7 @@ def test_wrong_usage_is_exit_code_2(arguments, capsys):
         (["sample", "--adapter", "nowhere.safetensors"], "nowhere.safetensors"),
         (["sample", "--base", "/nowhere/model"], "no base model"),
         (["sample", "--size", "axb"], "WxH"),
+        (["sample", "--adapter", "a.safetensors:strong"], "FILE:STRENGTH"),
     ],
 )
 def test_what_cannot_work_is_a_sentence_and_exit_code_1(arguments, words, outputs, capsys, monkeypatch, tmp_path):

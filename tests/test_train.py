@@ -1,5 +1,7 @@
 """The training itself, on a tiny real pipeline."""
 
+import errno
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -181,6 +183,36 @@ def test_stop_saves_and_resuming_finishes(tiny_run, monkeypatch):
     assert status.state == "stopped" and status.step == 3 and (folder / "tiny.safetensors").is_file()
     monkeypatch.setattr(events.EventLog, "append", append)
     assert run_in(folder) == 0 and run_folder.status(folder).state == "finished"
+
+
+def test_stopped_before_the_first_step_it_ends_and_can_be_resumed(tiny_run, monkeypatch):
+    folder = run_folder.create(tiny_run())
+    append = events.EventLog.append
+
+    def stop_at_start(self, event):
+        append(self, event)
+        if isinstance(event, events.Started) and event.step == 0 and not list(folder.glob("state/*")):
+            run_folder.request(folder, "stop")
+
+    monkeypatch.setattr(events.EventLog, "append", stop_at_start)
+    assert run_in(folder) == 0
+    status = run_folder.status(folder)
+    assert (status.state, status.step, status.adapters) == ("stopped", 0, []) and status.can_resume
+    assert run_in(folder) == 0 and run_folder.status(folder).state == "finished"
+
+
+def test_a_full_disk_is_a_sentence_and_keeps_the_last_state(tiny_run, monkeypatch):
+    from trainer import export
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(export, "atomic_write", full)
+    folder = run_folder.create(tiny_run())
+    assert run_in(folder) == 1
+    status = run_folder.status(folder)
+    assert "No space left on device" in status.message and "tiny-000003.safetensors" in status.message and status.can_resume
+    monkeypatch.undo()
 
 
 def test_a_failed_sample_does_not_end_the_run(train_tiny, monkeypatch):

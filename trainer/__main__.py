@@ -107,7 +107,13 @@ def train_command(options: argparse.Namespace) -> int:
     run = config.replace(run, changes)
     if not run.dataset.folder:
         raise ConfigError("Which pictures? Give --dataset DIR, or dataset.folder in the file.")
-    return run_in(run_folder.create(run))
+    return run_in(run_folder.create(_with_whole_paths(run)))
+
+
+def _with_whole_paths(run: config.RunConfig) -> config.RunConfig:
+    """A run must be found again from any working directory."""
+    paths = {path: config.get(run, path) for path in ("dataset.folder", "base.model")}
+    return config.replace(run, {path: str(Path(value).resolve()) for path, value in paths.items() if Path(value).exists()})
 
 
 def run_in(folder: Path) -> int:
@@ -145,6 +151,10 @@ def _train(run: config.RunConfig, folder: Path, log: EventLog) -> int:
         log.append(Failed(sentence))
         print(f"\n{sentence}", file=sys.stderr)
         return 1
+    except OSError as error:
+        traceback.print_exc()
+        log.append(Failed(f"A file could not be read or written: {error.strerror or error} ({error.filename or folder}). Put that right and press Resume; the last state is kept."))
+        return 1
     except Exception as error:  # a bug: the traceback goes to the log, a plain line to the page
         traceback.print_exc()
         log.append(
@@ -178,7 +188,7 @@ def sample_command(options: argparse.Namespace) -> int:
     if not re.fullmatch(r"\d{1,4}x\d{1,4}", options.size):
         raise ConfigError(f"--size takes WxH, for example 512x768; got {options.size!r}.")
     width, height = map(int, options.size.split("x"))
-    stack = [{"file": file, "strength": float(strength or 1)} for file, _, strength in map(_split_strength, options.adapter)]
+    stack = [_stacked(text) for text in options.adapter]
     request = parse_request(
         {
             "prompt": options.prompt,
@@ -197,10 +207,15 @@ def sample_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def _split_strength(text: str) -> tuple[str, str, str]:
-    """ "a.safetensors:0.8" -> its parts; a colon inside the path (C:\\\\...) is no strength."""
+def _stacked(text: str) -> dict[str, object]:
+    """"a.safetensors:0.8" -> file and strength; a colon inside the path (C:\\...) is no strength."""
     file, colon, strength = text.rpartition(":")
-    return (file, colon, strength) if colon and file.endswith(".safetensors") else (text, "", "")
+    if not (colon and file.endswith(".safetensors")):
+        return {"file": text}
+    try:
+        return {"file": file, "strength": float(strength)}
+    except ValueError:
+        raise ConfigError(f"--adapter takes FILE or FILE:STRENGTH, for example maya.safetensors:0.8; got {text!r}.") from None
 
 
 def check_command(options: argparse.Namespace) -> int:

@@ -192,6 +192,10 @@ def finish(session: Session, step: int, clock: float) -> Path:
     """Gives the last save the adapter's plain name, after its file was read back and compared."""
     status = run_folder.status(session.folder)
     chosen = session.folder / adapter_name(session.run)
+    if step == 0:  # stopped before the first step: there is nothing to save
+        run_folder.withdraw(session.folder, "stop")
+        session.log.append(Stopped(0, ""))
+        return session.folder
     export.copy_adapter(session.folder / adapter_name(session.run, step), chosen)
     if step < session.total_steps:
         run_folder.withdraw(session.folder, "stop")
