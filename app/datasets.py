@@ -117,8 +117,8 @@ def restore_picture(name: object, file: object) -> None:
     folder, kept = resolve(name), removed_folder(str(name))
     picture = kept / str(file)
     if (
-        not picture.resolve().is_relative_to(kept.resolve())
-        or not picture.is_file()
+        not os.path.isfile(picture)
+        or not picture.resolve().is_relative_to(kept.resolve())
         or picture.suffix.lower() not in pictures.PICTURE_SUFFIXES
     ):
         raise DatasetError("The picture cannot be brought back; add it again.")
@@ -176,7 +176,7 @@ def _card(name: str, folder: Path, item: reading.DatasetItem) -> dict:
         "file": file,
         "caption": item.caption,
         "size": f"{item.width} × {item.height}",
-        "src": f"/thumb/{name}/{hashlib.sha256(file.encode()).hexdigest()[:24]}?v={version}",
+        "src": f"/thumb/{name}/{_key(file)}?v={version}",
     }
 
 
@@ -191,21 +191,29 @@ def _finding(file: str, level: str, text: str) -> dict:
 def thumbnail(name: object, key: str) -> Path:
     """A small copy of the picture with that key, made on demand. Raises DatasetError where there is none."""
     folder = resolve(name)
-    if not re.fullmatch("[0-9a-f]{24}", key):
-        raise DatasetError("There is no such picture in this dataset.")
-    for path in folder.rglob("*"):
-        if (
-            path.suffix.lower() in pictures.PICTURE_SUFFIXES
-            and hashlib.sha256(path.relative_to(folder).as_posix().encode()).hexdigest()[:24] == key
-        ):
-            picture = resolve_picture(name, path.relative_to(folder).as_posix())
-            version = hashlib.sha256(f"{picture}{picture.stat().st_mtime_ns}".encode()).hexdigest()[:32]
-            target = run_folder.outputs_folder() / "cache" / "thumbs" / f"{version}.webp"
-            if not target.is_file():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                pictures.save_thumbnail(picture, target)
-            return target
-    raise DatasetError("There is no such picture in this dataset.")
+    changed = folder.stat().st_mtime_ns
+    file = _files_by_key(folder, changed).get(key)
+    if file is None:  # a folder inside may have changed
+        _files_by_key.cache_clear()
+        file = _files_by_key(folder, changed).get(key)
+    picture = resolve_picture(name, file)
+    version = hashlib.sha256(f"{picture}{picture.stat().st_mtime_ns}".encode()).hexdigest()[:32]
+    target = run_folder.outputs_folder() / "cache" / "thumbs" / f"{version}.webp"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pictures.save_thumbnail(picture, target)
+    return target
+
+
+def _key(file: str) -> str:
+    """How a picture is named in an address, whatever its file is called."""
+    return hashlib.sha256(file.encode("utf-8", "surrogateescape")).hexdigest()[:24]
+
+
+@lru_cache(maxsize=8)
+def _files_by_key(folder: Path, changed: int) -> dict[str, str]:
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in pictures.PICTURE_SUFFIXES]
+    return {_key(file): file for file in files}
 
 
 def suggest_trigger(items: list[reading.DatasetItem]) -> str:

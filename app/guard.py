@@ -23,6 +23,7 @@ FILE_ROUTES = ("/gradio_api/file=", "/gradio_api/file/", "/file=", "/thumb/", "/
 CLOSED_ROUTES = ("/monitoring", "/gradio_api/monitoring", "/openapi.json", "/gradio_api/openapi.json", "/docs", "/redoc", "/run-history")
 BODY_LIMIT = 2 * 1024**2  # captions and settings; only uploads are larger
 DISK_RESERVE = 512 * 1024**2  # an upload may not take the last of the disk from a running training
+WRONG_PASSWORD_DELAY = 0.5  # seconds; slows guessing
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "SAMEORIGIN",
@@ -70,7 +71,7 @@ class Guard:
         if not self._is_known(host):
             return PlainTextResponse("This address does not belong to LoRA Atelier.", 421)
         if self.auth is not None and not self._is_signed_in(headers.get("authorization", "")):
-            await anyio.sleep(0.5)  # slows guessing
+            await anyio.sleep(WRONG_PASSWORD_DELAY)
             return PlainTextResponse(
                 "A user name and password are needed.", 401, {"www-authenticate": 'Basic realm="LoRA Atelier", charset="UTF-8"'}
             )

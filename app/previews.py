@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import IO
 
 from app import runs
 from trainer import run_folder
@@ -93,9 +94,8 @@ class PreviewEngine:
         try:
             process.stdin.write(line.encode())
             process.stdin.flush()
-            reply = process.stdout.readline()
-            return json.loads(reply) if reply else None
-        except (BrokenPipeError, ValueError):
+            return _read_reply(process.stdout)
+        except BrokenPipeError:
             return None
         finally:
             if process.poll() is not None:
@@ -105,6 +105,18 @@ class PreviewEngine:
         log = folder() / "engine.log"
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
         return lines[-1][:300] if lines else ""
+
+
+def _read_reply(lines: IO[bytes]) -> dict | None:
+    """The next line that is a reply; what a library prints in between is none. None when the engine ended."""
+    for line in lines:
+        try:
+            reply = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(reply, dict):
+            return reply
+    return None
 
 
 def _launch(arguments: list[str], where: Path) -> subprocess.Popen:

@@ -10,20 +10,40 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
+from typing import TypeVar
 
 from trainer import config, events, run_folder
 from trainer.config import RunConfig
 from trainer.errors import StateError
 from trainer.run_folder import RunStatus
 
+T = TypeVar("T")
 LOG_LINES = 200
 TRAINER = "trainer"  # the module that is run
 
+MOMENT = 0.3  # seconds; a tick of the page asks the same several times
+
 # Probing a run's lock takes it for a moment, so two probes at once would each see a living trainer.
 _probing = threading.RLock()
+
+
+def briefly(function: Callable[[], T]) -> Callable[[], T]:
+    """Remembers an answer for a moment; `.fresh()` does not."""
+    known: dict[Path, tuple[float, T]] = {}
+
+    @wraps(function)
+    def answer() -> T:
+        place, now = run_folder.runs_folder(), time.monotonic()
+        if place not in known or now - known[place][0] > MOMENT:
+            known[place] = (now, function())
+        return known[place][1]
+
+    answer.fresh = function
+    return answer
 
 
 def resolve(run_id: object) -> Path:
@@ -63,14 +83,16 @@ def settings(folder: Path) -> RunConfig:
     return config.load(folder / "run.toml")
 
 
+@briefly
 def all_runs() -> list[Path]:
     return [folder for folder in run_folder.list_runs() if not folder.is_symlink()]
 
 
+@briefly
 def active() -> Path | None:
     """The run that has the device now."""
     with _probing:
-        return next((folder for folder in all_runs() if run_folder.is_alive(folder)), None)
+        return next((folder for folder in run_folder.list_runs() if run_folder.is_alive(folder)), None)
 
 
 def waiting() -> list[Path]:
@@ -177,7 +199,7 @@ class Launcher(threading.Thread):
             if self.process.poll() is None:
                 return
             self._bury()
-        if active() is not None:
+        if active.fresh() is not None:
             return
         queue = run_folder.queue()
         if queue:
@@ -193,7 +215,7 @@ class Launcher(threading.Thread):
         """A trainer that ended before it took its run must not be started again and again."""
         folder, code = self.folder, self.process.returncode
         self.process = self.folder = None
-        if folder.is_dir() and run_folder.requested(folder, "queued") and active() != folder:
+        if folder.is_dir() and run_folder.requested(folder, "queued") and active.fresh() != folder:
             run_folder.withdraw(folder, "queued")
             lines = read_log(folder.name).strip().splitlines()
             reason = lines[-1] if lines else f"exit code {code}"

@@ -57,7 +57,7 @@ def create_app(auth: str | None = None) -> FastAPI:
         enable_monitoring=False,
         footer_links=[],
         max_file_size=MAX_UPLOAD,
-        show_error=True,
+        show_error=False,
         ssr_mode=False,
         pwa=False,
     )

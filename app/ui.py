@@ -9,6 +9,7 @@ from app.tabs import dataset, library, preview, train
 from app.views import header
 
 TABS = (dataset, train, preview, library)
+MAX_WAITING = 200  # events in the queue; more are refused
 
 
 def build(engine: PreviewEngine, device: str) -> gr.Blocks:
@@ -28,7 +29,7 @@ def build(engine: PreviewEngine, device: str) -> gr.Blocks:
         _remember_tab(panes)
         _load(blocks, page)
         _follow(blocks, page)
-    return blocks
+    return blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=4)
 
 
 def _remember_tab(panes: list[gr.Tab]) -> None:

@@ -6,12 +6,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models lose time with more, above al
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
-from collections.abc import Callable  # noqa: E402  (the switches above must stand before any library is read)
-from pathlib import Path  # noqa: E402
+from collections.abc import Callable
+from pathlib import Path
 
-import pytest  # noqa: E402
+import pytest
 
-from trainer import config, run_folder  # noqa: E402
+from trainer import config, run_folder
 
 
 @pytest.fixture(scope="session")
@@ -41,9 +41,21 @@ def tiny_run(tiny_base: Path, tiny_dataset: Path, outputs: Path) -> Callable[...
 
     def make(changes: dict | None = None) -> config.RunConfig:
         settings = {
-            "name": "tiny", "base.model": str(tiny_base), "dataset.folder": str(tiny_dataset), "dataset.resolution": 32, "dataset.bucket_step": 8,
-            "training.steps": 6, "training.batch_size": 2, "training.learning_rate": 1e-2, "training.warmup": 0.0, "adapter.rank": 2, "adapter.alpha": 4.0,
-            "saving.saves": 2, "saving.state_every": 2, "sampling.inference_steps": 2, "sampling.prompts": ["picture number 0"],
+            "name": "tiny",
+            "base.model": str(tiny_base),
+            "dataset.folder": str(tiny_dataset),
+            "dataset.resolution": 32,
+            "dataset.bucket_step": 8,
+            "training.steps": 6,
+            "training.batch_size": 2,
+            "training.learning_rate": 1e-2,
+            "training.warmup": 0.0,
+            "adapter.rank": 2,
+            "adapter.alpha": 4.0,
+            "saving.saves": 2,
+            "saving.state_every": 2,
+            "sampling.inference_steps": 2,
+            "sampling.prompts": ["picture number 0"],
         }
         return config.replace(config.RunConfig(), settings | (changes or {}))
 

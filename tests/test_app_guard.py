@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from app import guard
 from app.__main__ import listen, main
 from app.guard import BODY_LIMIT
 from trainer import config, run_folder
@@ -23,6 +24,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         root = tmp_path_factory.mktemp("guard") / "outputs"
         patch.setenv("ATELIER_OUTPUTS", str(root))
+        patch.setattr(guard, "WRONG_PASSWORD_DELAY", 0)
         patch.setenv("GRADIO_TEMP_DIR", "")  # restored after create_app has set it
         dataset = root / "datasets" / "cats"
         dataset.mkdir(parents=True)
@@ -162,8 +164,8 @@ def test_gradio_gives_out_no_file_of_ours(client: TestClient, path: str) -> None
     assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
 
 
-ROUTES = ["/", "/config", "/theme.css", "/gradio_api/info", "/gradio_api/app_id", "/gradio_api/startup-events", "/thumb/cats/0", "/runfile/a/b",
-          "/previewfile/0.png", "/favicon.ico", "/anything"]  # fmt: skip
+GRADIO_ROUTES = ["/", "/config", "/theme.css", "/gradio_api/info", "/gradio_api/app_id", "/gradio_api/startup-events", "/anything"]
+ROUTES = [*GRADIO_ROUTES, "/thumb/cats/0", "/runfile/a/b", "/previewfile/0.png", "/favicon.ico"]
 
 
 @pytest.mark.parametrize("path", ROUTES)

@@ -8,12 +8,41 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TORCH_FREE = {"errors", "config", "presets", "events", "run_folder", "dataset", "captions", "pictures", "importing", "buckets", "estimate", "base_model", "safetensors_header", "files"}
+TORCH_FREE = {
+    "errors",
+    "config",
+    "presets",
+    "events",
+    "run_folder",
+    "dataset",
+    "captions",
+    "pictures",
+    "importing",
+    "buckets",
+    "estimate",
+    "base_model",
+    "safetensors_header",
+    "files",
+}
 # Each module of the engine may import those on the levels below its own, and on its own level none.
 LEVELS = [
-    {"errors"}, {"config", "safetensors_header", "files"}, {"events", "presets", "base_model", "buckets"},
-    {"run_folder", "pictures"}, {"captions"}, {"dataset", "estimate", "batches", "device", "libraries", "attention"}, {"importing", "cache", "adapters", "objective", "optimizers", "state"},
-    {"families.base"}, {"families.latent_diffusion"}, {"families.sd1", "families.sd2", "families.sdxl"}, {"families"}, {"export"}, {"sample", "prepare", "info"}, {"step"}, {"train"}, {"demo", "terminal"}, {"__main__"},
+    {"errors"},
+    {"config", "safetensors_header", "files"},
+    {"events", "presets", "base_model", "buckets"},
+    {"run_folder", "pictures"},
+    {"captions"},
+    {"dataset", "estimate", "batches", "device", "libraries", "attention"},
+    {"importing", "cache", "adapters", "objective", "optimizers", "state"},
+    {"families.base"},
+    {"families.latent_diffusion"},
+    {"families.sd1", "families.sd2", "families.sdxl"},
+    {"families"},
+    {"export"},
+    {"sample", "prepare", "info"},
+    {"step"},
+    {"train"},
+    {"demo", "terminal"},
+    {"__main__"},
 ]
 
 
@@ -49,7 +78,9 @@ def test_the_page_and_the_engine_meet_only_in_the_torch_free_modules(package):
             assert not any(i.split(".")[0] in ("app", "gradio") for i in used), name
         else:
             engine = {i.split(".")[1] for i in used if i.startswith("trainer.")}
-            assert engine <= TORCH_FREE | {"__version__"} and not any(i.split(".")[0] in ("torch", "diffusers", "transformers", "peft") for i in used), name
+            assert engine <= TORCH_FREE | {"__version__"} and not any(
+                i.split(".")[0] in ("torch", "diffusers", "transformers", "peft") for i in used
+            ), name
 
 
 def test_imports_in_the_engine_point_down():

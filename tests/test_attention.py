@@ -46,7 +46,14 @@ def raising(q, k, v):
     raise NotImplementedError("No operator found\nfor this device")
 
 
-@pytest.mark.parametrize("kernel, words", [(detached, "gradients of xformers are off"), (raising, "No operator found"), (lambda q, k, v: right(q, k, v) * float("nan"), "gradients of xformers")])
+@pytest.mark.parametrize(
+    "kernel, words",
+    [
+        (detached, "gradients of xformers are off"),
+        (raising, "No operator found"),
+        (lambda q, k, v: right(q, k, v) * float("nan"), "gradients of xformers"),
+    ],
+)
 def test_one_that_is_wrong_or_fails_is_not_used(pretend_cuda, kernel, words):
     name, why = pretend_cuda(kernel, {True: 0.001, False: 1.0})
     assert name == "torch" and words in why

@@ -36,17 +36,32 @@ CASES = {
     "dir_evil_mod": (lambda d: edit_json(d / "model_index.json", vae=["evil", "Vae"]), "names .* as vae"),
     "dir_custom_pipe": (lambda d: edit_json(d / "model_index.json", _class_name="pipeline"), "is a pipeline"),
     "dir_relclass": (lambda d: edit_json(d / "model_index.json", unet=["diffusers", "..UNet2DConditionModel"]), "names .* as unet"),
-    "dir_other_pipe": (lambda d: edit_json(d / "model_index.json", _class_name="StableDiffusion3Pipeline"), "is a StableDiffusion3Pipeline"),
-    "dir_said_to_be_xl": (lambda d: edit_json(d / "model_index.json", _class_name="StableDiffusionXLPipeline"), "names None as text_encoder_2"),
-    "dir_second_encoder": (lambda d: edit_json(d / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"]), "names text_encoder_2, a part"),
+    "dir_other_pipe": (
+        lambda d: edit_json(d / "model_index.json", _class_name="StableDiffusion3Pipeline"),
+        "is a StableDiffusion3Pipeline",
+    ),
+    "dir_said_to_be_xl": (
+        lambda d: edit_json(d / "model_index.json", _class_name="StableDiffusionXLPipeline"),
+        "names None as text_encoder_2",
+    ),
+    "dir_second_encoder": (
+        lambda d: edit_json(d / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"]),
+        "names text_encoder_2, a part",
+    ),
     "dir_vae_shifts": (lambda d: edit_json(d / "vae/config.json", latents_mean=[0.1] * 4), "shifts its latents"),
     "dir_extra_part": (lambda d: edit_json(d / "model_index.json", helper=["os", "system"]), "part that no StableDiffusionPipeline has"),
     "dir_auto_map_te": (lambda d: edit_json(d / "text_encoder/config.json", auto_map={"AutoModel": "x.Y"}), "run code of its own"),
     "dir_attn_internal": (lambda d: edit_json(d / "text_encoder/config.json", _attn_implementation_internal="a/b"), "run code of its own"),
-    "dir_auto_map_tok": (lambda d: edit_json(d / "tokenizer/tokenizer_config.json", auto_map={"AutoTokenizer": "x.Y"}), "run code of its own"),
+    "dir_auto_map_tok": (
+        lambda d: edit_json(d / "tokenizer/tokenizer_config.json", auto_map={"AutoTokenizer": "x.Y"}),
+        "run code of its own",
+    ),
     "dir_auto_map_unet": (lambda d: edit_json(d / "unet/config.json", auto_map={"AutoModel": "x.Y"}), "run code of its own"),
     "dir_cfg_mismatch": (lambda d: edit_json(d / "unet/config.json", block_out_channels=[32, 64]), "does not fit together"),
-    "dir_nan_unet": (lambda d: save_file({n: torch.full_like(t, float("nan")) for n, t in load_file(d / UNET).items()}, d / UNET), "not finite"),
+    "dir_nan_unet": (
+        lambda d: save_file({n: torch.full_like(t, float("nan")) for n, t in load_file(d / UNET).items()}, d / UNET),
+        "not finite",
+    ),
     "dir_unet_missing_key": (lambda d: drop_tensor(d / UNET), "lacks 1 of"),
     "dir_unet_foreign": (lambda d: save_file({"foreign": torch.zeros(1)}, d / UNET), "lacks"),
     "dir_te_missing_key": (lambda d: drop_tensor(d / "text_encoder/model.safetensors"), "lacks 1 of"),
@@ -104,7 +119,9 @@ def test_a_downloaded_model_of_the_hub_trains_offline(tiny_base, tmp_path, monke
     (cache / "models--someone--model" / "refs").mkdir()
     (cache / "models--someone--model" / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(base_model, "try_to_load_from_cache", lambda model, name, revision: str(snapshot / name) if (snapshot / name).exists() else None)
+    monkeypatch.setattr(
+        base_model, "try_to_load_from_cache", lambda model, name, revision: str(snapshot / name) if (snapshot / name).exists() else None
+    )
     base = load_base(config.Base(model="someone/model"), torch.float32)
     assert base.folder.path == snapshot
 
@@ -118,16 +135,35 @@ def described(**tensors) -> bytes:
 
 
 FILES = {
-    "st_empty": b"", "st_7": b"1234567", "st_len_huge": struct.pack("<Q", 2**63 - 1) + b"{}", "st_len_max": struct.pack("<Q", 2**64 - 1) + b"{}",
-    "st_len_over": struct.pack("<Q", 1000) + b"{}", "st_overlap": raw(described(a=("F32", [2], [0, 8]), b=("F32", [1], [4, 8])), b"0" * 8),
-    "st_gap": raw(described(a=("F32", [1], [0, 4]), b=("F32", [1], [8, 12])), b"0" * 12), "st_shape": raw(described(a=("F32", [3], [0, 8])), b"0" * 8),
-    "st_neg": raw(described(a=("F32", [-2], [0, 8])), b"0" * 8), "st_overflow": raw(described(a=("F32", [2**40, 2**40], [0, 8])), b"0" * 8),
-    "st_off_rev": raw(described(a=("F32", [2], [8, 0])), b"0" * 8), "st_dup": raw(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"0"),
-    "st_dtype": raw(described(a=("F99", [2], [0, 8])), b"0" * 8), "st_nojson": raw(b"[1,2,3]"), "st_nested": raw(b"[" * 200_000), "st_meta_big": raw(b'{"__metadata__":{"a":"' + b"x" * (17 * 2**20) + b'"}}'),
-    "st_many": raw(json.dumps({str(i): {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for i in range(30_000)}).encode(), b"0" * 30_000),
-    "st_zero_elems": raw(described(a=("F32", [0, 2**40], [0, 0]))), "st_path_key": raw(json.dumps({"../../x": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode(), b"0"),
-    "st_cut": raw(described(a=("F32", [2], [0, 8])), b"0" * 5), "gguf": b"GGUF" + b"\0" * 100, "html_named_st": b"<!DOCTYPE html><html>login</html>", "pkl_as_st": b"\x80\x04\x95" + b"x" * 50, "pkl_zip_as_st": b"PK\x03\x04" + b"x" * 50,
-    "st_bool_shape": raw(b'{"a":{"dtype":"U8","shape":[true],"data_offsets":[0,1]}}', b"0"), "st_meta_list": raw(b'{"__metadata__":[1]}'), "st_null": raw(b'{"a":null}'),
+    "st_empty": b"",
+    "st_7": b"1234567",
+    "st_len_huge": struct.pack("<Q", 2**63 - 1) + b"{}",
+    "st_len_max": struct.pack("<Q", 2**64 - 1) + b"{}",
+    "st_len_over": struct.pack("<Q", 1000) + b"{}",
+    "st_overlap": raw(described(a=("F32", [2], [0, 8]), b=("F32", [1], [4, 8])), b"0" * 8),
+    "st_gap": raw(described(a=("F32", [1], [0, 4]), b=("F32", [1], [8, 12])), b"0" * 12),
+    "st_shape": raw(described(a=("F32", [3], [0, 8])), b"0" * 8),
+    "st_neg": raw(described(a=("F32", [-2], [0, 8])), b"0" * 8),
+    "st_overflow": raw(described(a=("F32", [2**40, 2**40], [0, 8])), b"0" * 8),
+    "st_off_rev": raw(described(a=("F32", [2], [8, 0])), b"0" * 8),
+    "st_dup": raw(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"0"),
+    "st_dtype": raw(described(a=("F99", [2], [0, 8])), b"0" * 8),
+    "st_nojson": raw(b"[1,2,3]"),
+    "st_nested": raw(b"[" * 200_000),
+    "st_meta_big": raw(b'{"__metadata__":{"a":"' + b"x" * (17 * 2**20) + b'"}}'),
+    "st_many": raw(
+        json.dumps({str(i): {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for i in range(30_000)}).encode(), b"0" * 30_000
+    ),
+    "st_zero_elems": raw(described(a=("F32", [0, 2**40], [0, 0]))),
+    "st_path_key": raw(json.dumps({"../../x": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode(), b"0"),
+    "st_cut": raw(described(a=("F32", [2], [0, 8])), b"0" * 5),
+    "gguf": b"GGUF" + b"\0" * 100,
+    "html_named_st": b"<!DOCTYPE html><html>login</html>",
+    "pkl_as_st": b"\x80\x04\x95" + b"x" * 50,
+    "pkl_zip_as_st": b"PK\x03\x04" + b"x" * 50,
+    "st_bool_shape": raw(b'{"a":{"dtype":"U8","shape":[true],"data_offsets":[0,1]}}', b"0"),
+    "st_meta_list": raw(b'{"__metadata__":[1]}'),
+    "st_null": raw(b'{"a":null}'),
 }
 
 

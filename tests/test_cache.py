@@ -26,7 +26,10 @@ def test_a_second_start_makes_nothing_anew(tiny_run, outputs, monkeypatch):
     monkeypatch.setattr(cache, "encode_picture", None)
     second = prepared(tiny_run(), outputs / "b")
     assert entries(outputs) == before
-    assert all(torch.equal(a.mean, b.mean) and torch.equal(a.conditioning["prompt_embeds"], b.conditioning["prompt_embeds"]) for a, b in zip(first.examples, second.examples, strict=True))
+    assert all(
+        torch.equal(a.mean, b.mean) and torch.equal(a.conditioning["prompt_embeds"], b.conditioning["prompt_embeds"])
+        for a, b in zip(first.examples, second.examples, strict=True)
+    )
 
 
 def test_only_what_changed_is_made_anew(tiny_run, tiny_dataset, outputs, tmp_path):

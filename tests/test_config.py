@@ -8,7 +8,10 @@ from trainer.errors import ConfigError
 
 
 def test_a_saved_config_loads_as_the_same(tmp_path):
-    run = config.replace(RunConfig(), {"name": 'żółć "quoted" \\ 😀', "training.learning_rate": 3e-5, "sampling.prompts": ["a\nb", "c"], "dataset.trigger": "[x]\n= 1"})
+    run = config.replace(
+        RunConfig(),
+        {"name": 'żółć "quoted" \\ 😀', "training.learning_rate": 3e-5, "sampling.prompts": ["a\nb", "c"], "dataset.trigger": "[x]\n= 1"},
+    )
     path = tmp_path / "run.toml"
     path.write_text(config.to_toml(run), encoding="utf-8")
     assert config.load(path) == run
@@ -25,24 +28,30 @@ def test_all_faults_are_told_at_once_by_path():
     assert all(part in str(error.value) for part in ("training.lr_schedule", "cosine", "training.steps", "adapter.rank"))
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"training.learning_rate": 0.0}, "both 0"),
-    ({"dataset.bucket_step": 256, "dataset.resolution": 64}, "bucket_step"),
-    ({"training.learningrate": 1}, "no setting named training.learningrate"),
-    ({"training.learning_rate": float("nan")}, "learning_rate"),
-    ({"training.learning_rate": float("inf")}, "learning_rate"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"training.learning_rate": 0.0}, "both 0"),
+        ({"dataset.bucket_step": 256, "dataset.resolution": 64}, "bucket_step"),
+        ({"training.learningrate": 1}, "no setting named training.learningrate"),
+        ({"training.learning_rate": float("nan")}, "learning_rate"),
+        ({"training.learning_rate": float("inf")}, "learning_rate"),
+    ],
+)
 def test_what_contradicts_is_refused(changes, words):
     with pytest.raises(ConfigError, match=words):
         config.replace(RunConfig(), changes)
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"name = ", "not a TOML file"),
-    (b"\xff\xfe\x00", "not a TOML file"),
-    (b"[training]\nspeed = 3", "training.speed: there is no such setting"),
-    (b"a = " + b"[" * 5000, "not a TOML file"),
-])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"name = ", "not a TOML file"),
+        (b"\xff\xfe\x00", "not a TOML file"),
+        (b"[training]\nspeed = 3", "training.speed: there is no such setting"),
+        (b"a = " + b"[" * 5000, "not a TOML file"),
+    ],
+)
 def test_a_bad_file_is_named(tmp_path, content, words):
     path = tmp_path / "bad.toml"
     path.write_bytes(content)
@@ -56,13 +65,16 @@ def test_a_missing_file_is_named(tmp_path):
         config.load(tmp_path / "nowhere.toml")
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("training.steps=300", ("training.steps", 300)),
-    ("training.learning_rate=1e-4", ("training.learning_rate", 1e-4)),
-    ("dataset.trigger=zorbit", ("dataset.trigger", "zorbit")),
-    ('sampling.prompts=["a", "b"]', ("sampling.prompts", ["a", "b"])),
-    ("dataset.folder=/tmp/a=b; touch x", ("dataset.folder", "/tmp/a=b; touch x")),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("training.steps=300", ("training.steps", 300)),
+        ("training.learning_rate=1e-4", ("training.learning_rate", 1e-4)),
+        ("dataset.trigger=zorbit", ("dataset.trigger", "zorbit")),
+        ('sampling.prompts=["a", "b"]', ("sampling.prompts", ["a", "b"])),
+        ("dataset.folder=/tmp/a=b; touch x", ("dataset.folder", "/tmp/a=b; touch x")),
+    ],
+)
 def test_settings_from_the_command_line(text, expected):
     assert config.parse_setting(text) == expected
 

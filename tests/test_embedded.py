@@ -52,7 +52,9 @@ def test_the_latents_have_unit_variance(pipe):
     assert 0.8 < latents.std() < 1.2
 
 
-@pytest.mark.parametrize("text", ["a red star on a white background", "", "zorbit", "Ünïcödé 漢字 🙂 foo_bar(1.2)\n\ttab", "x" * 500, "\x00\ufffd"])
+@pytest.mark.parametrize(
+    "text", ["a red star on a white background", "", "zorbit", "Ünïcödé 漢字 🙂 foo_bar(1.2)\n\ttab", "x" * 500, "\x00\ufffd"]
+)
 def test_any_text_tokenises(pipe, text):
     tokenizer = pipe.tokenizer
     ids = tokenizer(text, padding="max_length", max_length=tokenizer.model_max_length, truncation=True).input_ids

@@ -16,9 +16,17 @@ from trainer.safetensors_header import read_header
 
 FAMILY = FAMILIES["sd1"]
 UNET_BLOCKS = ("down_blocks_0_attentions_0", "mid_block_attentions_0", "up_blocks_1_attentions_0", "up_blocks_1_attentions_1")
-GOLDEN_UNET = [f"lora_unet_{block}_transformer_blocks_0_{attention}_{projection}" for block in UNET_BLOCKS
-               for attention in ("attn1", "attn2") for projection in ("to_q", "to_k", "to_v", "to_out_0")]
-GOLDEN_TEXT = [f"lora_te_text_model_encoder_layers_{layer}_self_attn_{projection}" for layer in (0, 1) for projection in ("q_proj", "k_proj", "v_proj", "out_proj")]
+GOLDEN_UNET = [
+    f"lora_unet_{block}_transformer_blocks_0_{attention}_{projection}"
+    for block in UNET_BLOCKS
+    for attention in ("attn1", "attn2")
+    for projection in ("to_q", "to_k", "to_v", "to_out_0")
+]
+GOLDEN_TEXT = [
+    f"lora_te_text_model_encoder_layers_{layer}_self_attn_{projection}"
+    for layer in (0, 1)
+    for projection in ("q_proj", "k_proj", "v_proj", "out_proj")
+]
 
 
 def trained_base(tiny_base, parts, **adapter):
@@ -27,7 +35,12 @@ def trained_base(tiny_base, parts, **adapter):
     components = {part: getattr(base.pipe, part) for part in parts}
     generator = torch.Generator().manual_seed(3)
     for part, module in components.items():
-        adapters.inject(module, config.Adapter(**({"rank": 3, "alpha": 5.0} | adapter)), FAMILY.denoiser_targets if part == "unet" else FAMILY.text_encoder_targets, seed=1)
+        adapters.inject(
+            module,
+            config.Adapter(**({"rank": 3, "alpha": 5.0} | adapter)),
+            FAMILY.denoiser_targets if part == "unet" else FAMILY.text_encoder_targets,
+            seed=1,
+        )
         for parameter in adapters.trainable(module).values():
             torch.nn.init.normal_(parameter, std=0.2, generator=generator)
     return base, components
@@ -36,7 +49,9 @@ def trained_base(tiny_base, parts, **adapter):
 def predict(pipe):
     with torch.no_grad():
         embeds = FAMILY.encode_prompts(pipe, ["a red star, żółć"])["prompt_embeds"]
-        return pipe.unet(torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 400, encoder_hidden_states=embeds.expand(2, -1, -1)).sample
+        return pipe.unet(
+            torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 400, encoder_hidden_states=embeds.expand(2, -1, -1)
+        ).sample
 
 
 @pytest.mark.parametrize("parts", [("unet",), ("unet", "text_encoder"), ("text_encoder",)])
@@ -97,15 +112,40 @@ def test_no_number_that_is_not_finite_is_saved():
 
 
 def metadata(run):
-    return export.metadata_for(run, FAMILY, step=6, total_steps=6, pictures=3, captions=["a red star, night", "a red star"], base_hash="abc", prediction_type="epsilon", started=1.0, finished=2.0)
+    return export.metadata_for(
+        run,
+        FAMILY,
+        step=6,
+        total_steps=6,
+        pictures=3,
+        captions=["a red star, night", "a red star"],
+        base_hash="abc",
+        prediction_type="epsilon",
+        started=1.0,
+        finished=2.0,
+    )
 
 
 def test_metadata_is_what_other_programs_read():
-    run = config.replace(config.RunConfig(), {"dataset.folder": "/home/someone/secret", "dataset.trigger": "zorbit", "sampling.prompts": ["private words"], "preset": "embedded-subject"})
+    run = config.replace(
+        config.RunConfig(),
+        {
+            "dataset.folder": "/home/someone/secret",
+            "dataset.trigger": "zorbit",
+            "sampling.prompts": ["private words"],
+            "preset": "embedded-subject",
+        },
+    )
     values = metadata(run)
     assert all(isinstance(key, str) and isinstance(value, str) for key, value in values.items())
-    assert values["ss_base_model_version"] == "sd_v1" and values["ss_network_module"] == "networks.lora" and values["ss_network_dim"] == "16"
-    assert values["modelspec.architecture"] == "stable-diffusion-v1/lora" and values["modelspec.trigger_phrase"] == "zorbit" and values["atelier_preset_hash"]
+    assert (
+        values["ss_base_model_version"] == "sd_v1" and values["ss_network_module"] == "networks.lora" and values["ss_network_dim"] == "16"
+    )
+    assert (
+        values["modelspec.architecture"] == "stable-diffusion-v1/lora"
+        and values["modelspec.trigger_phrase"] == "zorbit"
+        and values["atelier_preset_hash"]
+    )
     everything = json.dumps(values)
     assert not any(word in everything for word in ("secret", "someone", "private words", "night"))
     public = metadata(config.replace(run, {"saving.include_captions": True}))
@@ -121,7 +161,7 @@ def test_the_hash_is_of_the_bytes_after_the_header(tmp_path):
     path = tmp_path / "a.safetensors"
     export.write_adapter(path, {"x.lora_up.weight": torch.ones(2, 1)}, {"k": "v"})
     content = path.read_bytes()
-    body = content[8 + struct.unpack("<Q", content[:8])[0]:]
+    body = content[8 + struct.unpack("<Q", content[:8])[0] :]
     assert read_header(path).metadata["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
     assert oct(path.stat().st_mode & 0o777) == "0o644"
 
@@ -133,7 +173,12 @@ def test_a_finished_run_leaves_files_that_say_what_they_are(train_tiny):
     assert {name.rsplit(".lora_", 1)[0].removesuffix(".alpha") for name in tensors} == set(GOLDEN_UNET + GOLDEN_TEXT)
     assert all(t.dtype == torch.float16 for name, t in tensors.items() if not name.endswith("alpha"))
     facts = describe(file)
-    assert facts["rank"] == "2" and facts["alpha"] == "4" and facts["trigger"] == "zorbit" and facts["modules"] == "32 in the UNet, 8 in the text encoder"
+    assert (
+        facts["rank"] == "2"
+        and facts["alpha"] == "4"
+        and facts["trigger"] == "zorbit"
+        and facts["modules"] == "32 in the UNet, 8 in the text encoder"
+    )
 
 
 def test_what_is_no_adapter_is_refused(tmp_path, tiny_base):

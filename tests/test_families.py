@@ -27,14 +27,26 @@ TEXT_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 def unet_keys(places, depth):
     """Written out from the table of the format, independent of the code."""
-    return {f"lora_unet_{place}_transformer_blocks_{block}_{projection}" for place in places for block in range(depth) for projection in PROJECTIONS}
+    return {
+        f"lora_unet_{place}_transformer_blocks_{block}_{projection}"
+        for place in places
+        for block in range(depth)
+        for projection in PROJECTIONS
+    }
 
 
 def text_keys(*prefixes):
-    return {f"{prefix}_text_model_encoder_layers_{layer}_self_attn_{projection}" for prefix in prefixes for layer in (0, 1) for projection in TEXT_PROJECTIONS}
+    return {
+        f"{prefix}_text_model_encoder_layers_{layer}_self_attn_{projection}"
+        for prefix in prefixes
+        for layer in (0, 1)
+        for projection in TEXT_PROJECTIONS
+    }
 
 
-ONE_ENCODER = unet_keys(["down_blocks_0_attentions_0", "mid_block_attentions_0", "up_blocks_1_attentions_0", "up_blocks_1_attentions_1"], depth=1) | text_keys("lora_te")
+ONE_ENCODER = unet_keys(
+    ["down_blocks_0_attentions_0", "mid_block_attentions_0", "up_blocks_1_attentions_0", "up_blocks_1_attentions_1"], depth=1
+) | text_keys("lora_te")
 XL_PLACES = ["input_blocks_4_1", "input_blocks_5_1", "middle_block_1", "output_blocks_0_1", "output_blocks_1_1", "output_blocks_2_1"]
 GOLDEN = {"sd1": ONE_ENCODER, "sd2": ONE_ENCODER, "sdxl": unet_keys(XL_PLACES, depth=2) | text_keys("lora_te1", "lora_te2")}
 
@@ -78,7 +90,9 @@ def train_steps(session, count):
 @torch.no_grad()
 def predict(family, pipe):
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    batch = Batch(latents, family.encode_prompts(pipe, ["a red star, żółć", ""]), torch.tensor([[40.0, 24.0, 8.0, 0.0, 16.0, 24.0]]).repeat(2, 1))
+    batch = Batch(
+        latents, family.encode_prompts(pipe, ["a red star, żółć", ""]), torch.tensor([[40.0, 24.0, 8.0, 0.0, 16.0, 24.0]]).repeat(2, 1)
+    )
     return family.predict(family.denoiser(pipe), Noised(latents, torch.tensor([400, 20]), latents), batch)
 
 
@@ -91,8 +105,10 @@ def test_the_family_is_told_by_the_folder(base_of, kind):
 
 @pytest.mark.parametrize("kind", NEW)
 def test_what_was_trained_is_what_diffusers_reads(base_of, session_of, tmp_path, kind):
-    """A few steps with all text encoders, alpha other than rank; the file in a fresh pipeline: no key missing, none left over, the same effect."""
-    session = session_of(kind, **{"adapter.rank": 3, "adapter.alpha": 5.0, "training.learning_rate": 2e-2, "training.text_encoder_learning_rate": 2e-2})
+    """A few steps with all text encoders, alpha other than rank; the file in a fresh pipeline: no key missing or left, same effect."""
+    session = session_of(
+        kind, **{"adapter.rank": 3, "adapter.alpha": 5.0, "training.learning_rate": 2e-2, "training.text_encoder_learning_rate": 2e-2}
+    )
     family = session.base.family
     assert sum(p.numel() for p in session.parameters.values()) == estimate.trainable_parameters(session.run)
     plain = predict(family, session.base.pipe)
@@ -112,7 +128,9 @@ def test_what_was_trained_is_what_diffusers_reads(base_of, session_of, tmp_path,
 
 @pytest.mark.parametrize("kind", ["sd2-v", "sdxl-v"])
 def test_a_whole_run_with_samples_and_a_preview_of_its_file(base_of, train_tiny, tmp_path, kind):
-    folder = train_tiny({"base.model": str(base_of(kind)), "training.text_encoder_learning_rate": 1e-2, "training.steps": 3, "saving.saves": 1})
+    folder = train_tiny(
+        {"base.model": str(base_of(kind)), "training.text_encoder_learning_rate": 1e-2, "training.steps": 3, "saving.saves": 1}
+    )
     status = run_folder.status(folder)
     file = folder / status.finished.file
     assert [s.step for s in status.samples] == [0, 3] and not status.warnings
@@ -120,7 +138,13 @@ def test_a_whole_run_with_samples_and_a_preview_of_its_file(base_of, train_tiny,
     sampler, pictures = Sampler(), []
     for strength in (0.0, 1.0):
         target, adapter = str(tmp_path / f"{strength}.png"), StackedAdapter(str(file), strength)
-        pictures.append(Image.open(sampler.render(SampleRequest("picture number 1", target, config.Base(model=str(base_of(kind))), [adapter], inference_steps=2))))
+        pictures.append(
+            Image.open(
+                sampler.render(
+                    SampleRequest("picture number 1", target, config.Base(model=str(base_of(kind))), [adapter], inference_steps=2)
+                )
+            )
+        )
     assert pictures[0].size == (16, 16) and pictures[0].tobytes() != pictures[1].tobytes()
 
 
@@ -145,12 +169,17 @@ def test_sdxl_is_told_the_crop_that_was_made(session_of, tmp_path):
     for name, size in (("wide", (48, 24)), ("tall", (16, 24))):
         Image.new("RGB", size, (200, 30, 30)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(name)
-    session = session_of("sdxl", **{"dataset.folder": str(tmp_path), "dataset.resolution": 24, "dataset.max_aspect": 1.0, "dataset.allow_upscale": True})
+    session = session_of(
+        "sdxl", **{"dataset.folder": str(tmp_path), "dataset.resolution": 24, "dataset.max_aspect": 1.0, "dataset.allow_upscale": True}
+    )
     assert [e.size_ids for e in session.examples] == [(24, 16, 6, 0, 24, 24), (24, 48, 0, 12, 24, 24)]
     seen = []
     session.base.denoiser.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["added_cond_kwargs"]), with_kwargs=True)
     step.microbatch_loss(session, session.buckets, 0)
-    assert sorted(seen[0]["time_ids"].tolist()) == [[24, 16, 6, 0, 24, 24], [24, 48, 0, 12, 24, 24]] and seen[0]["text_embeds"].shape == (2, 24)
+    assert sorted(seen[0]["time_ids"].tolist()) == [[24, 16, 6, 0, 24, 24], [24, 48, 0, 12, 24, 24]] and seen[0]["text_embeds"].shape == (
+        2,
+        24,
+    )
     step.validation_loss(session)
     assert seen[1]["time_ids"].tolist() == [[24, 16, 6, 0, 24, 24]] * step.VALIDATION_TIMESTEPS
 
@@ -159,7 +188,9 @@ def test_sdxl_encodes_prompts_as_its_pipeline_does(load):
     base = load("sdxl")
     ours = base.family.encode_prompts(base.pipe, ["a red star", ""])
     embeds, no_embeds, pooled, no_pooled = base.pipe.encode_prompt("a red star", device="cpu", do_classifier_free_guidance=True)
-    torch.testing.assert_close(ours, {"prompt_embeds": torch.cat([embeds, no_embeds]), "pooled_prompt_embeds": torch.cat([pooled, no_pooled])})
+    torch.testing.assert_close(
+        ours, {"prompt_embeds": torch.cat([embeds, no_embeds]), "pooled_prompt_embeds": torch.cat([pooled, no_pooled])}
+    )
     assert not ours["prompt_embeds"][1].any() and not ours["pooled_prompt_embeds"][1].any()
     base.pipe.register_to_config(force_zeros_for_empty_prompt=False)
     assert base.family.encode_prompts(base.pipe, [""])["prompt_embeds"].any()
@@ -178,15 +209,28 @@ def test_no_projection_of_an_open_clip_encoder_is_alone(load, kind):
     assert len(by_attention) == 2 and all(projections == set(TEXT_PROJECTIONS) for projections in by_attention.values())
 
 
-@pytest.mark.parametrize("family, prediction_type, version, v2, architecture", [
-    ("sd1", "epsilon", "sd_v1", "False", "stable-diffusion-v1/lora"),
-    ("sd2", "epsilon", "sd_v2", "True", "stable-diffusion-v2-512/lora"),
-    ("sd2", "v_prediction", "sd_v2_v", "True", "stable-diffusion-v2-768-v/lora"),
-    ("sdxl", "v_prediction", "sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora"),
-])
+@pytest.mark.parametrize(
+    "family, prediction_type, version, v2, architecture",
+    [
+        ("sd1", "epsilon", "sd_v1", "False", "stable-diffusion-v1/lora"),
+        ("sd2", "epsilon", "sd_v2", "True", "stable-diffusion-v2-512/lora"),
+        ("sd2", "v_prediction", "sd_v2_v", "True", "stable-diffusion-v2-768-v/lora"),
+        ("sdxl", "v_prediction", "sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora"),
+    ],
+)
 def test_the_file_says_its_family(family, prediction_type, version, v2, architecture):
-    values = export.metadata_for(config.RunConfig(), FAMILIES[family], step=1, total_steps=1, pictures=1, captions=[],
-                                 base_hash="", prediction_type=prediction_type, started=1.0, finished=2.0)
+    values = export.metadata_for(
+        config.RunConfig(),
+        FAMILIES[family],
+        step=1,
+        total_steps=1,
+        pictures=1,
+        captions=[],
+        base_hash="",
+        prediction_type=prediction_type,
+        started=1.0,
+        finished=2.0,
+    )
     assert (values["ss_base_model_version"], values["ss_v2"], values["modelspec.architecture"]) == (version, v2, architecture)
     assert values["modelspec.prediction_type"] == ("v" if prediction_type == "v_prediction" else "epsilon")
 
@@ -196,13 +240,19 @@ def edit_json(path, **changes):
 
 
 REFUSED = {
-    "encoder_of_another_class": (lambda d: edit_json(d / "model_index.json", text_encoder_2=["transformers", "CLIPTextModel"]), "must be CLIPTextModelWithProjection"),
+    "encoder_of_another_class": (
+        lambda d: edit_json(d / "model_index.json", text_encoder_2=["transformers", "CLIPTextModel"]),
+        "must be CLIPTextModelWithProjection",
+    ),
     "encoder_that_runs_code": (lambda d: edit_json(d / "model_index.json", text_encoder_2=["os", "system"]), "names .* as text_encoder_2"),
     "image_encoder_that_runs_code": (lambda d: edit_json(d / "model_index.json", image_encoder=["evil", "Encoder"]), None),
     "no_second_encoder": (lambda d: (d / "text_encoder_2/model.safetensors").unlink(), "weights text_encoder_2/.* missing"),
     "no_second_vocabulary": (lambda d: [path.unlink() for path in (d / "tokenizer_2").iterdir()], "no vocabulary"),
     "smaller_unet": (lambda d: edit_json(d / "unet/config.json", layers_per_block=1), "with another UNet than those that can be trained"),
-    "refiner": (lambda d: edit_json(d / "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline"), "is a StableDiffusionXLImg2ImgPipeline"),
+    "refiner": (
+        lambda d: edit_json(d / "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline"),
+        "is a StableDiffusionXLImg2ImgPipeline",
+    ),
 }
 
 
@@ -227,31 +277,60 @@ def test_only_what_is_used_is_downloaded():
     """Of the repository of SDXL, which also holds single files, two older VAEs and three other formats."""
     from huggingface_hub.utils import filter_repo_objects
 
-    wanted = ["model_index.json", "scheduler/scheduler_config.json", "text_encoder_2/config.json", "text_encoder_2/model.safetensors", "tokenizer_2/merges.txt",
-              "tokenizer_2/vocab.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
-    other = ["sd_xl_base_1.0.safetensors", "sd_xl_offset_example-lora_1.0.safetensors",
-             "unet/diffusion_pytorch_model.fp16.safetensors", "unet/model.onnx", "unet/openvino_model.bin",
-             "vae_1_0/diffusion_pytorch_model.safetensors", "vae_decoder/config.json", "text_encoder/flax_model.msgpack", "safety_checker/model.safetensors"]
+    wanted = [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder_2/config.json",
+        "text_encoder_2/model.safetensors",
+        "tokenizer_2/merges.txt",
+        "tokenizer_2/vocab.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    other = [
+        "sd_xl_base_1.0.safetensors",
+        "sd_xl_offset_example-lora_1.0.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/model.onnx",
+        "unet/openvino_model.bin",
+        "vae_1_0/diffusion_pytorch_model.safetensors",
+        "vae_decoder/config.json",
+        "text_encoder/flax_model.msgpack",
+        "safety_checker/model.safetensors",
+    ]
     assert list(filter_repo_objects(wanted + other, allow_patterns=HUB_FILES, ignore_patterns=HUB_FILES_LEFT)) == wanted
 
 
 XL_UNET = {  # unet/config.json of stabilityai/stable-diffusion-xl-base-1.0
-    "sample_size": 128, "block_out_channels": (320, 640, 1280), "layers_per_block": 2, "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "use_linear_projection": True, "transformer_layers_per_block": (1, 2, 10),
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "use_linear_projection": True,
+    "transformer_layers_per_block": (1, 2, 10),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
 }
 
 
 def test_sdxl_in_full_size_has_stabilitys_keys():
-    """70 transformer blocks of 8 projections, where Stability's UNet has them (sgm, sd_xl_base.yaml: depth 2 at 640 channels, 10 at 1280)."""
+    """70 transformer blocks of 8 projections, where Stability's UNet has them (sd_xl_base.yaml: depth 2 at 640 channels, 10 at 1280)."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**XL_UNET)
     family = FAMILIES["sdxl"]
-    projections = [name for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear) and name.endswith(family.denoiser_targets)]
+    projections = [
+        name for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear) and name.endswith(family.denoiser_targets)
+    ]
     keys = {name: family.export_key("unet", name) for name in projections}
     expected = unet_keys(["input_blocks_4_1", "input_blocks_5_1", "output_blocks_3_1", "output_blocks_4_1", "output_blocks_5_1"], depth=2)
-    expected |= unet_keys(["input_blocks_7_1", "input_blocks_8_1", "middle_block_1", "output_blocks_0_1", "output_blocks_1_1", "output_blocks_2_1"], depth=10)
+    expected |= unet_keys(
+        ["input_blocks_7_1", "input_blocks_8_1", "middle_block_1", "output_blocks_0_1", "output_blocks_1_1", "output_blocks_2_1"], depth=10
+    )
     assert len(projections) == 560 and set(keys.values()) == expected and len(expected) == 560
     by_hand = {
         "down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q": "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q",

@@ -16,8 +16,18 @@ from trainer.__main__ import run_in
 from trainer.errors import StateError
 
 STEPS = 10
-HARD = {"training.steps": STEPS, "training.text_encoder_learning_rate": 1e-3, "adapter.dropout": 0.2, "dataset.caption_dropout": 0.3, "training.gradient_accumulation_steps": 2,
-        "objective.noise_offset": 0.1, "training.warmup": 0.2, "saving.state_every": 3, "saving.saves": 2, "saving.precision": "fp32"}
+HARD = {
+    "training.steps": STEPS,
+    "training.text_encoder_learning_rate": 1e-3,
+    "adapter.dropout": 0.2,
+    "dataset.caption_dropout": 0.3,
+    "training.gradient_accumulation_steps": 2,
+    "objective.noise_offset": 0.1,
+    "training.warmup": 0.2,
+    "saving.state_every": 3,
+    "saving.saves": 2,
+    "saving.precision": "fp32",
+}
 KILLS = [
     [["Launched", 0]],
     [["StepDone", 1]],
@@ -36,15 +46,30 @@ def test_killed_anywhere_and_resumed_gives_the_uninterrupted_adapter(tiny_run, t
     reference = run_folder.create(tiny_run(HARD))
     folders = [run_folder.create(tiny_run(HARD)) for _ in KILLS]
     job = tmp_path / "job.json"
-    job.write_text(json.dumps({"runs": [{"folder": str(reference), "kills": []}, *({"folder": str(f), "kills": k} for f, k in zip(folders, KILLS, strict=True))]}))
+    job.write_text(
+        json.dumps(
+            {
+                "runs": [
+                    {"folder": str(reference), "kills": []},
+                    *({"folder": str(f), "kills": k} for f, k in zip(folders, KILLS, strict=True)),
+                ]
+            }
+        )
+    )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    ended = subprocess.run([sys.executable, str(Path(__file__).parent / "killer.py"), str(job)], env=environment, capture_output=True, text=True, timeout=550)
+    ended = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "killer.py"), str(job)], env=environment, capture_output=True, text=True, timeout=550
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
     expected = run_folder.status(reference)
     for folder, kills in zip(folders, KILLS, strict=True):
         status = run_folder.status(folder)
         assert status.state == "finished", kills
-        assert status.losses == expected.losses and status.learning_rates == expected.learning_rates and status.validation == expected.validation, kills
+        assert (
+            status.losses == expected.losses
+            and status.learning_rates == expected.learning_rates
+            and status.validation == expected.validation
+        ), kills
         ours, theirs = load_file(folder / status.finished.file), load_file(reference / expected.finished.file)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours), kills
         assert not list(folder.glob("**/.writing-*")) or any(kind == "save" for kind, _ in kills)
@@ -74,7 +99,11 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(stopped, name, damage
         path.unlink()
     else:
         middle = len(content) // 2
-        path.write_bytes({"empty": b"", "half": content[:middle], "flipped": content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1:]}[damage])
+        path.write_bytes(
+            {"empty": b"", "half": content[:middle], "flipped": content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]}[
+                damage
+            ]
+        )
     adapter = load_file(stopped / "tiny.safetensors")
     assert resumed_from(stopped) == (0, 4)
     status = run_folder.status(stopped)

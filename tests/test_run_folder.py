@@ -17,7 +17,17 @@ def folder(outputs):
 
 
 def started(step: int = 0) -> Started:
-    return Started(step=step, total_steps=10, pictures=4, held_out=0, trainable_parameters=1, device="CPU", precision="fp32", attention="torch", family="x")
+    return Started(
+        step=step,
+        total_steps=10,
+        pictures=4,
+        held_out=0,
+        trainable_parameters=1,
+        device="CPU",
+        precision="fp32",
+        attention="torch",
+        family="x",
+    )
 
 
 def write(folder, *happened):
@@ -28,7 +38,13 @@ def write(folder, *happened):
 
 
 def test_events_come_back_as_they_were(folder):
-    happened = [Launched(1, "0"), started(), StepDone(1, 0.5, 1e-4, 0.1), SampleSaved(1, "żółć \n 😀", 3, "samples/a.png"), AdapterSaved(1, "a", None)]
+    happened = [
+        Launched(1, "0"),
+        started(),
+        StepDone(1, 0.5, 1e-4, 0.1),
+        SampleSaved(1, "żółć \n 😀", 3, "samples/a.png"),
+        AdapterSaved(1, "a", None),
+    ]
     write(folder, *happened)
     assert list(events.read_events(folder / "events.jsonl")) == happened
 
@@ -54,14 +70,17 @@ def test_any_name_gives_a_folder_inside_the_runs(outputs, name):
     assert config.load(folder / "run.toml").name == name
 
 
-@pytest.mark.parametrize("happened, state", [
-    ([], "new"),
-    ([Launched(1, "0"), started(), StepDone(1, 1.0, 1e-4, 0.1)], "interrupted"),
-    ([Launched(1, "0"), Progress("caching", 1, 4)], "interrupted"),
-    ([Launched(1, "0"), Failed("no room")], "failed"),
-    ([Launched(1, "0"), started(), Stopped(3, "a")], "stopped"),
-    ([Launched(1, "0"), started(), Finished(10, "a", 10, 1.0)], "finished"),
-])
+@pytest.mark.parametrize(
+    "happened, state",
+    [
+        ([], "new"),
+        ([Launched(1, "0"), started(), StepDone(1, 1.0, 1e-4, 0.1)], "interrupted"),
+        ([Launched(1, "0"), Progress("caching", 1, 4)], "interrupted"),
+        ([Launched(1, "0"), Failed("no room")], "failed"),
+        ([Launched(1, "0"), started(), Stopped(3, "a")], "stopped"),
+        ([Launched(1, "0"), started(), Finished(10, "a", 10, 1.0)], "finished"),
+    ],
+)
 def test_the_state_of_a_run_without_a_trainer(folder, happened, state):
     write(folder, *happened)
     assert run_folder.status(folder).state == state
@@ -80,7 +99,14 @@ def test_the_state_of_a_run_with_a_trainer(folder):
 
 
 def test_what_a_resumed_run_repeats_is_superseded(folder):
-    write(folder, started(), *(StepDone(step, float(step), 1e-4, 0.1) for step in range(1, 7)), Validated(6, 0.3), AdapterSaved(6, "a-6", 0.3), SampleSaved(6, "p", 1, "s6"))
+    write(
+        folder,
+        started(),
+        *(StepDone(step, float(step), 1e-4, 0.1) for step in range(1, 7)),
+        Validated(6, 0.3),
+        AdapterSaved(6, "a-6", 0.3),
+        SampleSaved(6, "p", 1, "s6"),
+    )
     write(folder, started(step=4), StepDone(5, 50.0, 1e-4, 0.1))
     status = run_folder.status(folder)
     assert status.losses == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 50.0)]

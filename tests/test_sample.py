@@ -50,7 +50,9 @@ def test_each_setting_matters(picture):
 
 def test_a_picture_tells_how_it_was_made(picture, adapter):
     text = picture((adapter, 0.8), negative_prompt="fog", seed=7).text["parameters"]
-    assert all(part in text for part in ("picture number 1", "Negative prompt: fog", "Seed: 7", "Steps: 2", "tiny: 0.8", "Sampler: DPM++ 2M"))
+    assert all(
+        part in text for part in ("picture number 1", "Negative prompt: fog", "Seed: 7", "Steps: 2", "tiny: 0.8", "Sampler: DPM++ 2M")
+    )
 
 
 def test_samples_of_a_run_are_those_of_its_saved_file(train_tiny, picture):
@@ -64,7 +66,14 @@ def test_samples_of_a_run_are_those_of_its_saved_file(train_tiny, picture):
 
 def test_serving_answers_each_line_and_survives_nonsense(tiny_base, tmp_path):
     good = {"prompt": "a", "target": str(tmp_path / "a.png"), "base": {"model": str(tiny_base)}, "inference_steps": 1}
-    requests = ["not json", json.dumps([]), json.dumps({"prompt": "a"}), json.dumps(good | {"adapters": [{"file": "/etc/passwd"}]}), json.dumps(good | {"base": {"model": "/nowhere"}}), json.dumps(good)]
+    requests = [
+        "not json",
+        json.dumps([]),
+        json.dumps({"prompt": "a"}),
+        json.dumps(good | {"adapters": [{"file": "/etc/passwd"}]}),
+        json.dumps(good | {"base": {"model": "/nowhere"}}),
+        json.dumps(good),
+    ]
     replies = io.StringIO()
     serve(io.StringIO("\n".join(requests) + "\n"), replies)
     answers = [json.loads(line) for line in replies.getvalue().splitlines()]
@@ -79,7 +88,10 @@ def test_an_adapter_of_another_base_is_refused_in_a_sentence(tmp_path, picture):
     from trainer.errors import ModelError
 
     key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
-    save_file({f"{key}.lora_down.weight": torch.ones(2, 99), f"{key}.lora_up.weight": torch.ones(77, 2), f"{key}.alpha": torch.tensor(2.0)}, tmp_path / "other.safetensors")
+    save_file(
+        {f"{key}.lora_down.weight": torch.ones(2, 99), f"{key}.lora_up.weight": torch.ones(77, 2), f"{key}.alpha": torch.tensor(2.0)},
+        tmp_path / "other.safetensors",
+    )
     with pytest.raises(ModelError, match="does not fit the base model"):
         picture((str(tmp_path / "other.safetensors"), 1.0))
 

@@ -1,5 +1,7 @@
 """The training itself, on a tiny real pipeline."""
 
+import errno
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -46,12 +48,34 @@ def test_sampling_and_saving_do_not_touch_the_training(train_tiny):
     assert same(adapter_of(plain), adapter_of(busy))
 
 
-@pytest.mark.parametrize("changes", [
-    {"adapter.rank": 3}, {"adapter.alpha": 1.0}, {"adapter.dropout": 0.5}, {"training.learning_rate": 1e-3}, {"training.lr_schedule": "linear"}, {"training.warmup": 0.5},
-    {"training.weight_decay": 1.0}, {"training.max_grad_norm": 1e-7}, {"training.batch_size": 1}, {"training.gradient_accumulation_steps": 2}, {"objective.min_snr_gamma": 0.0},
-    {"objective.noise_offset": 0.5}, {"dataset.caption_dropout": 1.0}, {"dataset.trigger": "zorbit"}, {"dataset.resolution": 16}, {"dataset.bucket_step": 16},
-    {"dataset.max_aspect": 1.0}, {"dataset.allow_upscale": True}, {"training.text_encoder_learning_rate": 1e-3}, {"base.precision": "bf16"}, {"training.steps": 5}, {"saving.precision": "fp32"},
-], ids=lambda changes: next(iter(changes)))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapter.rank": 3},
+        {"adapter.alpha": 1.0},
+        {"adapter.dropout": 0.5},
+        {"training.learning_rate": 1e-3},
+        {"training.lr_schedule": "linear"},
+        {"training.warmup": 0.5},
+        {"training.weight_decay": 1.0},
+        {"training.max_grad_norm": 1e-7},
+        {"training.batch_size": 1},
+        {"training.gradient_accumulation_steps": 2},
+        {"objective.min_snr_gamma": 0.0},
+        {"objective.noise_offset": 0.5},
+        {"dataset.caption_dropout": 1.0},
+        {"dataset.trigger": "zorbit"},
+        {"dataset.resolution": 16},
+        {"dataset.bucket_step": 16},
+        {"dataset.max_aspect": 1.0},
+        {"dataset.allow_upscale": True},
+        {"training.text_encoder_learning_rate": 1e-3},
+        {"base.precision": "bf16"},
+        {"training.steps": 5},
+        {"saving.precision": "fp32"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
 def test_every_knob_does_something(train_tiny, reference, changes):
     if changes.keys() & {"dataset.allow_upscale"}:
         changes = changes | {"dataset.resolution": 40}
@@ -113,7 +137,9 @@ def test_timesteps_of_a_batch_are_spread():
 
 
 def test_a_run_that_no_gradient_reaches_fails(tiny_run, monkeypatch):
-    monkeypatch.setattr(StableDiffusion1, "predict", lambda self, denoiser, noised, batch: noised.noisy_latents.detach().requires_grad_())
+    monkeypatch.setattr(
+        StableDiffusion1, "predict", lambda self, denoiser, noised, batch: noised.noisy_latents.detach().requires_grad_()
+    )
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 1
     status = run_folder.status(folder)
@@ -157,6 +183,36 @@ def test_stop_saves_and_resuming_finishes(tiny_run, monkeypatch):
     assert status.state == "stopped" and status.step == 3 and (folder / "tiny.safetensors").is_file()
     monkeypatch.setattr(events.EventLog, "append", append)
     assert run_in(folder) == 0 and run_folder.status(folder).state == "finished"
+
+
+def test_stopped_before_the_first_step_it_ends_and_can_be_resumed(tiny_run, monkeypatch):
+    folder = run_folder.create(tiny_run())
+    append = events.EventLog.append
+
+    def stop_at_start(self, event):
+        append(self, event)
+        if isinstance(event, events.Started) and event.step == 0 and not list(folder.glob("state/*")):
+            run_folder.request(folder, "stop")
+
+    monkeypatch.setattr(events.EventLog, "append", stop_at_start)
+    assert run_in(folder) == 0
+    status = run_folder.status(folder)
+    assert (status.state, status.step, status.adapters) == ("stopped", 0, []) and status.can_resume
+    assert run_in(folder) == 0 and run_folder.status(folder).state == "finished"
+
+
+def test_a_full_disk_is_a_sentence_and_keeps_the_last_state(tiny_run, monkeypatch):
+    from trainer import export
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(export, "atomic_write", full)
+    folder = run_folder.create(tiny_run())
+    assert run_in(folder) == 1
+    status = run_folder.status(folder)
+    assert "No space left on device" in status.message and "tiny-000003.safetensors" in status.message and status.can_resume
+    monkeypatch.undo()
 
 
 def test_a_failed_sample_does_not_end_the_run(train_tiny, monkeypatch):

@@ -7,7 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -31,21 +38,45 @@ def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def tiny_unet(**changes: Any) -> UNet2DConditionModel:
-    settings = {"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8, "cross_attention_dim": TEXT_WIDTH, "attention_head_dim": 4,
-                "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    settings = {
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "cross_attention_dim": TEXT_WIDTH,
+        "attention_head_dim": 4,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
     return UNet2DConditionModel(**(settings | changes))
 
 
 def tiny_vae(**changes: Any) -> AutoencoderKL:
-    return AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-                         latent_channels=4, sample_size=16, **changes)
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        sample_size=16,
+        **changes,
+    )
 
 
 def tiny_text_config(**changes: Any) -> CLIPTextConfig:
     vocabulary = byte_vocabulary()
     return CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=TEXT_WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=77,
-        bos_token_id=vocabulary["<|startoftext|>"], eos_token_id=vocabulary["<|endoftext|>"], pad_token_id=vocabulary["<|endoftext|>"], **changes)
+        vocab_size=len(vocabulary),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        bos_token_id=vocabulary["<|startoftext|>"],
+        eos_token_id=vocabulary["<|endoftext|>"],
+        pad_token_id=vocabulary["<|endoftext|>"],
+        **changes,
+    )
 
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -54,29 +85,57 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 def tiny_sd1(work: Path) -> StableDiffusionPipeline:
     """A Stable Diffusion 1.x of some 0.2 million weights: 16-px pictures, 8 x 8 latents."""
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **SCHEDULE)
-    return StableDiffusionPipeline(unet=tiny_unet(), vae=tiny_vae(), text_encoder=CLIPTextModel(tiny_text_config()), tokenizer=tiny_tokenizer(work / "words"), scheduler=scheduler,
-                                   safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    return StableDiffusionPipeline(
+        unet=tiny_unet(),
+        vae=tiny_vae(),
+        text_encoder=CLIPTextModel(tiny_text_config()),
+        tokenizer=tiny_tokenizer(work / "words"),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def tiny_sd2(work: Path, prediction_type: str = "epsilon") -> StableDiffusionPipeline:
     """A Stable Diffusion 2.x: linear projections, heads by block, OpenCLIP's activation."""
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, prediction_type=prediction_type, **SCHEDULE)
     text_encoder = CLIPTextModel(tiny_text_config(hidden_act="gelu", projection_dim=16))
-    return StableDiffusionPipeline(unet=tiny_unet(use_linear_projection=True, attention_head_dim=(2, 4)), vae=tiny_vae(), text_encoder=text_encoder,
-                                   tokenizer=tiny_tokenizer(work / "words"), scheduler=scheduler,
-                                   safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    return StableDiffusionPipeline(
+        unet=tiny_unet(use_linear_projection=True, attention_head_dim=(2, 4)),
+        vae=tiny_vae(),
+        text_encoder=text_encoder,
+        tokenizer=tiny_tokenizer(work / "words"),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def tiny_sdxl(work: Path, **schedule: Any) -> StableDiffusionXLPipeline:
     """A Stable Diffusion XL: attention in the inner blocks only, two text encoders, six size numbers of eight channels each."""
     unet = tiny_unet(
-        layers_per_block=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
-        attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2), cross_attention_dim=2 * TEXT_WIDTH,
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 24)
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        use_linear_projection=True,
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=2 * TEXT_WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 24,
+    )
     return StableDiffusionXLPipeline(
-        unet=unet, vae=tiny_vae(force_upcast=True, scaling_factor=0.13025), scheduler=EulerDiscreteScheduler(**SCHEDULE, **schedule),
-        text_encoder=CLIPTextModel(tiny_text_config()), text_encoder_2=CLIPTextModelWithProjection(tiny_text_config(hidden_act="gelu", projection_dim=24)),
-        tokenizer=tiny_tokenizer(work / "words"), tokenizer_2=tiny_tokenizer(work / "words_2"))
+        unet=unet,
+        vae=tiny_vae(force_upcast=True, scaling_factor=0.13025),
+        scheduler=EulerDiscreteScheduler(**SCHEDULE, **schedule),
+        text_encoder=CLIPTextModel(tiny_text_config()),
+        text_encoder_2=CLIPTextModelWithProjection(tiny_text_config(hidden_act="gelu", projection_dim=24)),
+        tokenizer=tiny_tokenizer(work / "words"),
+        tokenizer_2=tiny_tokenizer(work / "words_2"),
+    )
 
 
 TINY: dict[str, Callable[[Path], Any]] = {

@@ -36,12 +36,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train an adapter", formatter_class=argparse.RawDescriptionHelpFormatter,
-                                description="Trains an adapter from a run.toml or a preset.", epilog=_settings_help())
+    train = commands.add_parser(
+        "train",
+        help="train an adapter",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Trains an adapter from a run.toml or a preset.",
+        epilog=_settings_help(),
+    )
     train.add_argument("recipe", metavar="RUN.toml|PRESET", help=f"a file, or one of: {', '.join(presets.load_presets())}")
     train.add_argument("--dataset", type=Path, metavar="DIR", help="folder with pictures and captions")
     train.add_argument("--name", help="name of the adapter")
-    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="any setting below, as often as wanted")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="any setting below, as often as wanted"
+    )
     train.set_defaults(command=train_command)
 
     resume = commands.add_parser("resume", help="start or continue the run in a folder")
@@ -50,7 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     sample = commands.add_parser("sample", help="make a picture, with adapters at any strength")
     sample.add_argument("--prompt", default="")
-    sample.add_argument("--adapter", action="append", default=[], metavar="FILE[:STRENGTH]", help="a .safetensors adapter, as often as wanted")
+    sample.add_argument(
+        "--adapter", action="append", default=[], metavar="FILE[:STRENGTH]", help="a .safetensors adapter, as often as wanted"
+    )
     sample.add_argument("--base", default=config.EMBEDDED, help="base model: embedded, a folder or a Hugging Face id")
     sample.add_argument("--negative-prompt", default="")
     sample.add_argument("--seed", type=int, default=1)
@@ -98,7 +107,13 @@ def train_command(options: argparse.Namespace) -> int:
     run = config.replace(run, changes)
     if not run.dataset.folder:
         raise ConfigError("Which pictures? Give --dataset DIR, or dataset.folder in the file.")
-    return run_in(run_folder.create(run))
+    return run_in(run_folder.create(_with_whole_paths(run)))
+
+
+def _with_whole_paths(run: config.RunConfig) -> config.RunConfig:
+    """A run must be found again from any working directory."""
+    paths = {path: config.get(run, path) for path in ("dataset.folder", "base.model")}
+    return config.replace(run, {path: str(Path(value).resolve()) for path, value in paths.items() if Path(value).exists()})
 
 
 def run_in(folder: Path) -> int:
@@ -136,9 +151,17 @@ def _train(run: config.RunConfig, folder: Path, log: EventLog) -> int:
         log.append(Failed(sentence))
         print(f"\n{sentence}", file=sys.stderr)
         return 1
+    except OSError as error:
+        traceback.print_exc()
+        log.append(Failed(f"A file could not be read or written: {error.strerror or error} ({error.filename or folder}). Put that right and press Resume; the last state is kept."))
+        return 1
     except Exception as error:  # a bug: the traceback goes to the log, a plain line to the page
         traceback.print_exc()
-        log.append(Failed(f"Something went wrong inside the trainer ({type(error).__name__}: {str(error)[:200]}). The log has the details; the last state is kept."))
+        log.append(
+            Failed(
+                f"Something went wrong inside the trainer ({type(error).__name__}: {str(error)[:200]}). The log has the details; the last state is kept."
+            )
+        )
         return 1
     print(f"\n{chosen}")
     return 0
@@ -148,7 +171,9 @@ def out_of_memory(run: config.RunConfig) -> OutOfMemory:
     advice = [f"training.batch_size to {max(1, run.training.batch_size // 2)}"] if run.training.batch_size > 1 else []
     advice += [] if run.training.gradient_checkpointing else ["training.gradient_checkpointing to true"]
     advice += [f"dataset.resolution to {run.dataset.resolution * 3 // 4 // 64 * 64 or run.dataset.resolution // 2}"]
-    return OutOfMemory(f"The device ran out of memory. Set {', or '.join(advice)}, and press Resume or start again; the last state is kept.")
+    return OutOfMemory(
+        f"The device ran out of memory. Set {', or '.join(advice)}, and press Resume or start again; the last state is kept."
+    )
 
 
 def sample_command(options: argparse.Namespace) -> int:
@@ -163,18 +188,34 @@ def sample_command(options: argparse.Namespace) -> int:
     if not re.fullmatch(r"\d{1,4}x\d{1,4}", options.size):
         raise ConfigError(f"--size takes WxH, for example 512x768; got {options.size!r}.")
     width, height = map(int, options.size.split("x"))
-    stack = [{"file": file, "strength": float(strength or 1)} for file, _, strength in map(_split_strength, options.adapter)]
-    request = parse_request({"prompt": options.prompt, "negative_prompt": options.negative_prompt, "seed": options.seed, "inference_steps": options.steps,
-                             "guidance_scale": options.guidance, "width": width, "height": height, "adapters": stack,
-                             "base": {"model": options.base}, "target": str(options.output)})
+    stack = [_stacked(text) for text in options.adapter]
+    request = parse_request(
+        {
+            "prompt": options.prompt,
+            "negative_prompt": options.negative_prompt,
+            "seed": options.seed,
+            "inference_steps": options.steps,
+            "guidance_scale": options.guidance,
+            "width": width,
+            "height": height,
+            "adapters": stack,
+            "base": {"model": options.base},
+            "target": str(options.output),
+        }
+    )
     print(Sampler().render(request))
     return 0
 
 
-def _split_strength(text: str) -> tuple[str, str, str]:
-    """"a.safetensors:0.8" -> its parts; a colon inside the path (C:\\\\...) is no strength."""
+def _stacked(text: str) -> dict[str, object]:
+    """"a.safetensors:0.8" -> file and strength; a colon inside the path (C:\\...) is no strength."""
     file, colon, strength = text.rpartition(":")
-    return (file, colon, strength) if colon and file.endswith(".safetensors") else (text, "", "")
+    if not (colon and file.endswith(".safetensors")):
+        return {"file": text}
+    try:
+        return {"file": file, "strength": float(strength)}
+    except ValueError:
+        raise ConfigError(f"--adapter takes FILE or FILE:STRENGTH, for example maya.safetensors:0.8; got {text!r}.") from None
 
 
 def check_command(options: argparse.Namespace) -> int:
@@ -194,7 +235,11 @@ def info_command(options: argparse.Namespace) -> int:
     from trainer.info import describe
 
     facts = describe(options.file)
-    print(json.dumps(facts, indent=1, ensure_ascii=False) if options.json else "\n".join(f"{key + ':':22}{value}" for key, value in facts.items()))
+    print(
+        json.dumps(facts, indent=1, ensure_ascii=False)
+        if options.json
+        else "\n".join(f"{key + ':':22}{value}" for key, value in facts.items())
+    )
     return 0
 
 

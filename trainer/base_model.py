@@ -28,7 +28,8 @@ STABLE_DIFFUSION: Parts = {
 }
 PIPELINES: dict[str, Parts] = {
     "StableDiffusionPipeline": STABLE_DIFFUSION,
-    "StableDiffusionXLPipeline": STABLE_DIFFUSION | {"text_encoder_2": {("transformers", "CLIPTextModelWithProjection")}, "tokenizer_2": TOKENIZERS},
+    "StableDiffusionXLPipeline": STABLE_DIFFUSION
+    | {"text_encoder_2": {("transformers", "CLIPTextModelWithProjection")}, "tokenizer_2": TOKENIZERS},
 }
 ALL_PARTS = {"scheduler"}.union(*PIPELINES.values())
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
@@ -84,7 +85,7 @@ def inspect(folder: Path) -> BaseFolder:
     index = _read_json(folder / "model_index.json")
     pipeline = str(index.get("_class_name"))
     if pipeline not in PIPELINES:
-        raise ModelError(f"{folder.name} is a {pipeline[:80]}; adapters are trained on Stable Diffusion 1.x, 2.x and XL ({', '.join(PIPELINES)}).")
+        raise ModelError(f"{folder.name} is a {pipeline[:80]}; adapters are trained on Stable Diffusion ({' or '.join(PIPELINES)}).")
     _check_other_parts(folder, index)
     configs, tensors, variants = {}, {}, set()
     for part, allowed in PIPELINES[pipeline].items():
@@ -102,7 +103,7 @@ def inspect(folder: Path) -> BaseFolder:
     if channels != 4:
         raise ModelError(f"{folder.name} has a UNet with {channels} input channels (an inpainting or depth model); train on the ordinary model of the same family.")
     if configs["vae"].get("latents_mean"):
-        raise ModelError(f"{folder.name} has a VAE that shifts its latents (latents_mean); no Stable Diffusion that can be trained here does.")
+        raise ModelError(f"{folder.name} has a VAE that shifts its latents (latents_mean); no Stable Diffusion trained here does.")
     return BaseFolder(folder, pipeline, configs, tensors, variants.pop() if len(variants) == 1 else None)
 
 
@@ -113,7 +114,10 @@ def _check_other_parts(folder: Path, index: dict[str, Any]) -> None:
         raise ModelError(f"{folder.name}/model_index.json names {str(entry)[:80]} as scheduler; the file is damaged or not to be trusted.")
     for part, entry in index.items():
         if isinstance(entry, list) and entry != [None, None] and part not in {*PIPELINES[index["_class_name"]], "scheduler", *UNUSED_PARTS}:
-            raise ModelError(f"{folder.name}/model_index.json names {part[:80]}, a part that no {index['_class_name']} has; the file is damaged or not to be trusted.")
+            raise ModelError(
+                f"{folder.name}/model_index.json names {part[:80]}, a part that no {index['_class_name']} has; "
+                "the file is damaged or not to be trusted."
+            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def epoch_batches(buckets: Sequence[Sequence[int]], batch_size: int, seed: int, 
     batches = []
     for bucket in buckets:
         shuffled = order.sample(bucket, len(bucket))
-        batches += [shuffled[i:i + batch_size] for i in range(0, len(shuffled), batch_size)]
+        batches += [shuffled[i : i + batch_size] for i in range(0, len(shuffled), batch_size)]
     order.shuffle(batches)
     return batches
 

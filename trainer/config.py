@@ -158,9 +158,13 @@ class RunConfig(Section):
     def _contradictions(self) -> "RunConfig":
         training = self.training
         if training.learning_rate == 0 and training.text_encoder_learning_rate == 0:
-            raise ValueError("training.learning_rate and training.text_encoder_learning_rate are both 0, so nothing would be trained; set one of them")
+            raise ValueError(
+                "training.learning_rate and training.text_encoder_learning_rate are both 0, so nothing would be trained; set one of them"
+            )
         if self.dataset.bucket_step > self.dataset.resolution:
-            raise ValueError(f"dataset.bucket_step ({self.dataset.bucket_step}) is larger than dataset.resolution ({self.dataset.resolution}); make it smaller")
+            raise ValueError(
+                f"dataset.bucket_step ({self.dataset.bucket_step}) is larger than dataset.resolution ({self.dataset.resolution}); make it smaller"
+            )
         return self
 
 
@@ -200,7 +204,7 @@ def replace(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """"training.steps=300" -> ("training.steps", 300). The value is read as TOML, and as plain text where it is none."""
+    """ "training.steps=300" -> ("training.steps", 300). The value is read as TOML, and as plain text where it is none."""
     path, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"--set takes key=value, for example training.steps=300; got {text!r}.")

@@ -1,6 +1,6 @@
 """The whole job without a page: trains the example subject on the embedded base, and reports what it learned.
 
-The similarity is measured by pixel statistics on seeds and prompts that the training never saw.
+What is measured are pixel statistics of pictures whose seeds, and mostly prompts, the training never saw (`embedded/score.py`).
 """
 
 import json
@@ -12,81 +12,97 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from trainer import config, presets, run_folder
+from trainer.base_model import EMBEDDED_FOLDER
 from trainer.files import atomic_write
 
-EXAMPLE = Path(__file__).resolve().parent / "embedded" / "examples" / "subject"
-TRIGGER = "zorbit"
+EXAMPLE = EMBEDDED_FOLDER.parent / "examples" / "subject"
 PRESET = "embedded-subject"
-SUBJECT_PROMPTS = [f"{TRIGGER} on a {colour} background" for colour in ("white", "blue", "yellow", "green")]
-OTHER_PROMPTS = ["a red star on a white background", "a blue circle on a yellow background", "a green tree on a white background", "a yellow house on a blue background"]
+BACKGROUNDS = ("white", "blue", "pink", "yellow", "purple", "black", "orange", "green")
+OTHER_PROMPTS = 16  # prompts without the trigger, from the scorer's fixed list
 STRENGTHS = (0.0, 0.5, 1.0)
 FIRST_SEED = 900
-TILE = 128  # pixels of one picture in the grid
+TILE = 96  # pixels of one picture in the grid
 
 
 def demo(parent: Path, run_in: Callable[[Path], int]) -> int:
     """Trains, samples at several strengths, writes before-after.png, report.json and report.md into the run folder."""
+    from trainer.embedded.score import TRIGGER
+
     run = config.replace(presets.load_preset(PRESET).config, {"name": TRIGGER, "dataset.folder": str(EXAMPLE), "dataset.trigger": TRIGGER})
     folder = run_folder.create(run, parent)
     code = run_in(folder)
     status = run_folder.status(folder)
     if code != 0 or status.finished is None:
         return code
-    report = measure(run, folder, folder / status.finished.file)
-    write_report(folder, report, status)
+    write_report(folder, measure(run, folder, folder / status.finished.file), status)
     print((folder / "report.md").read_text(encoding="utf-8"))
     return 0
 
 
 def measure(run: config.RunConfig, folder: Path, adapter: Path) -> dict[str, Any]:
-    """Pictures at every strength, and how much they show the subject: {"with_trigger": {"0": 0.02, "1": 0.97}, ...}."""
-    from trainer.embedded.score import subject_similarity  # these two read models, which the start need not wait for
+    """Draws everything at every strength. Gives, by strength: likeness to the subject with and without the trigger, and what the
+    prompts without it still get right (mean of background, colour and object)."""
+    from trainer.embedded import score  # these read models, which the start need not wait for
     from trainer.sample import Sampler, SampleRequest, StackedAdapter
 
-    sampler, prompts = Sampler(), SUBJECT_PROMPTS + OTHER_PROMPTS
+    texts, scenes = zip(*score.fixed_prompts(OTHER_PROMPTS), strict=True)
+    prompts = [score.SUBJECT_PROMPT.format(background=background) for background in BACKGROUNDS] + list(texts)
+    sampler, chosen = Sampler(), run.sampling
 
-    def render(adapters: list[StackedAdapter], name: str) -> list[Image.Image]:
-        requests = [SampleRequest(prompt=prompt, target=str(folder / "demo" / f"{name}-{i}.png"), base=run.base, adapters=adapters, seed=FIRST_SEED + i,
-                                  inference_steps=run.sampling.inference_steps, guidance_scale=run.sampling.guidance_scale) for i, prompt in enumerate(prompts)]
-        return [Image.open(sampler.render(request)).convert("RGB") for request in requests]
+    def draw(name: str, adapters: list[StackedAdapter]) -> list[Image.Image]:
+        files = [folder / "demo" / f"{name}-{i:02d}.png" for i in range(len(prompts))]
+        for i, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
+            settings = {"seed": FIRST_SEED + i, "inference_steps": chosen.inference_steps, "guidance_scale": chosen.guidance_scale}
+            sampler.render(SampleRequest(prompt=prompt, target=str(file), base=run.base, adapters=adapters, **settings))
+        return [Image.open(file).convert("RGB") for file in files]
 
-    base = render([], "base")
-    pictures = {strength: render([StackedAdapter(str(adapter), strength)], f"strength-{strength:g}") for strength in STRENGTHS}
-    save_grid(folder / "before-after.png", list(pictures.values()), ["base (strength 0)", *(f"strength {s:g}" for s in STRENGTHS[1:])])
-    count = len(SUBJECT_PROMPTS)
+    base = draw("base", [])
+    drawn = {f"{s:g}": draw(f"strength-{s:g}", [StackedAdapter(str(adapter), s)]) for s in STRENGTHS}
+    count = len(BACKGROUNDS)
+    rows = [images[part] for part in (slice(count), slice(count, 2 * count)) for images in drawn.values()]
+    labels = [f"{kind}, strength {s}" for kind in ("with the trigger", "without it") for s in drawn]
+    save_grid(folder / "before-after.png", rows, labels)
     return {
-        "with_trigger": {f"{s:g}": round(float(subject_similarity(images[:count])), 3) for s, images in pictures.items()},
-        "without_trigger": {f"{s:g}": round(float(subject_similarity(images[count:])), 3) for s, images in pictures.items()},
-        "other_prompts_moved": {f"{s:g}": round(_difference(base[count:], images[count:]), 4) for s, images in pictures.items()},
-        "strength_0_is_base": all(a.tobytes() == b.tobytes() for a, b in zip(base, pictures[0.0], strict=True)),
+        "with_trigger": {s: round(score.subject_similarity(images[:count]), 3) for s, images in drawn.items()},
+        "without_trigger": {s: round(score.subject_similarity(images[count:]), 3) for s, images in drawn.items()},
+        "other_prompts_right": {s: round(_mean(score.judge(images[count:], scenes)), 3) for s, images in drawn.items()},
+        "strength_0_is_base": all(a.tobytes() == b.tobytes() for a, b in zip(base, drawn["0"], strict=True)),
     }
 
 
-def _difference(before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
-    """Mean absolute difference of the pixels, 0 to 1."""
-    return float(np.mean([np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean() / 255 for a, b in zip(before, after, strict=True)]))
+def _mean(score: Any) -> float:
+    return float(np.mean([score.background, score.colour, score.object]))
 
 
 def write_report(folder: Path, report: dict[str, Any], status: run_folder.RunStatus) -> None:
     """report.json for programs, report.md for people."""
     assert status.started and status.finished
-    report = report | {"steps": status.step, "seconds": round(status.finished.seconds, 1), "device": status.started.device,
-                       "trainable_parameters": status.started.trainable_parameters, "adapter": status.finished.file}
+    report = report | {
+        "steps": status.step,
+        "seconds": round(status.finished.seconds, 1),
+        "device": status.started.device,
+        "trainable_parameters": status.started.trainable_parameters,
+        "adapter": status.finished.file,
+    }
     atomic_write(folder / "report.json", json.dumps(report, indent=1))
-    rows = "\n".join(f"| {s:g} | {report['with_trigger'][f'{s:g}']:.2f} | {report['without_trigger'][f'{s:g}']:.2f} | {report['other_prompts_moved'][f'{s:g}']:.3f} |" for s in STRENGTHS)
-    atomic_write(folder / "report.md", f"""# What the adapter learned
+    columns = ("with_trigger", "without_trigger", "other_prompts_right")
+    rows = "\n".join(f"| {s} | " + " | ".join(f"{report[column][s]:.2f}" for column in columns) + " |" for s in report["with_trigger"])
+    equals = "equal" if report["strength_0_is_base"] else "DIFFER FROM"
+    lines = f"""# What the adapter learned
 
-{report['steps']} steps in {report['seconds']:.0f} s on {report['device']}; {report['trainable_parameters']:,} parameters trained.
-At strength 0 the pictures {'equal' if report['strength_0_is_base'] else 'DIFFER FROM'} the base's bit for bit.
+{report["steps"]} steps in {report["seconds"]:.0f} s on {report["device"]}; {report["trainable_parameters"]:,} parameters trained.
+At strength 0 all {len(BACKGROUNDS) + OTHER_PROMPTS} pictures {equals} the base's, bit for bit.
 
-| strength | likeness to the subject, prompts with `{TRIGGER}` | the same, prompts without it | change of those pictures |
+| strength | shows the subject: prompts with its trigger | prompts without it | what prompts without it get right |
 |---|---|---|---|
 {rows}
 
-Likeness is 0 to 1, by pixel statistics, on prompts and seeds not seen in training; change is the mean difference of pixels.
-Pictures: {folder / 'before-after.png'}
-Adapter: {folder / report['adapter']}
-""")
+Shares of pictures, 0 to 1: the subject by a small classifier, the rest (background, colour, object) by that and pixel statistics.
+
+Pictures: {folder / "before-after.png"}
+Adapter: {folder / report["adapter"]}
+"""
+    atomic_write(folder / "report.md", lines)
 
 
 def save_grid(path: Path, rows: Sequence[Sequence[Image.Image]], labels: Sequence[str]) -> None:

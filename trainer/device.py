@@ -23,7 +23,7 @@ def device_name(device: torch.device) -> str:
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """"fp32", "bf16" or "fp16". Raises ConfigError for one the device cannot do."""
+    """ "fp32", "bf16" or "fp16". Raises ConfigError for one the device cannot do."""
     if wanted == "auto":
         if device.type != "cuda":
             return "fp32"

@@ -47,10 +47,10 @@ def trainable_parameters(run: RunConfig) -> int | None:
         return None
     base, training = inspect(folder), run.training
     parts = [*(["unet"] if training.learning_rate else []), *(base.text_encoders if training.text_encoder_learning_rate else [])]
-    return sum(_lora_parameters(base.tensors[part], run.adapter.rank) for part in parts)
+    return sum(lora_parameters(base.tensors[part], run.adapter.rank) for part in parts)
 
 
-def _lora_parameters(tensors: dict[str, TensorInfo], rank: int) -> int:
+def lora_parameters(tensors: dict[str, TensorInfo], rank: int) -> int:
     """rank x (inputs + outputs) for each adapted projection (Hu et al. 2021, section 4.1)."""
     adapted = (info.shape for name, info in tensors.items() if name.removesuffix(".weight").endswith(ATTENTION))
     return sum(rank * (shape[0] + shape[1]) for shape in adapted if len(shape) == 2)

@@ -9,7 +9,7 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Iterable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def metadata_for(run: RunConfig, family: ModelFamily, *, step: int, total_steps:
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models", "modelspec.title": run.name,
         "modelspec.resolution": f"{side}x{side}", "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
-        "modelspec.date": datetime.fromtimestamp(finished, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S"),
+        "modelspec.date": datetime.fromtimestamp(finished, UTC).strftime("%Y-%m-%dT%H:%M:%S"),
         "modelspec.usage_hint": f"Trained on {base_name}. Start at strength 0.8 to 1.",
         "atelier_version": __version__, "atelier_config": shared_config(run),
         "atelier_preset": run.preset, "atelier_preset_hash": load_presets()[run.preset].hash if run.preset in load_presets() else "",

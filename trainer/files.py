@@ -1,11 +1,11 @@
 """Files that are either whole or not there: every file of a run is written through here."""
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp, mkstemp
 from shutil import rmtree
-from collections.abc import Iterator
+from tempfile import mkdtemp, mkstemp
 
 
 def sync_folder(folder: Path) -> None:

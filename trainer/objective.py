@@ -53,7 +53,8 @@ class DiffusionObjective:
     def from_scheduler(cls, noise_scheduler: Any) -> "DiffusionObjective":
         """Takes the noise schedule of a diffusers pipeline. Raises ModelError for one that is neither."""
         if not hasattr(noise_scheduler, "alphas_cumprod"):
-            raise ModelError(f"The base model's noise schedule ({type(noise_scheduler).__name__}) is not one of Stable Diffusion, so no adapter can be trained on it.")
+            name = type(noise_scheduler).__name__
+            raise ModelError(f"The base model's noise schedule ({name}) is none of Stable Diffusion's; no adapter can be trained on it.")
         prediction_type = noise_scheduler.config.prediction_type
         if prediction_type not in ("epsilon", "v_prediction"):
             raise ModelError(f"The base model asks for {prediction_type} prediction; adapters are trained on epsilon or v prediction.")

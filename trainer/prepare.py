@@ -135,7 +135,8 @@ def _make_examples(run: RunConfig, base: LoadedBase, items: Sequence[DatasetItem
             log.append(Warned(f"{name} is left out: the base turns it into numbers that are not finite. Save the picture anew, or leave it out."))
             continue
         conditioning = _conditioning(base, item.caption, encoder_hash) if frozen_text else None
-        examples.append(Example(name, item.caption, latents["mean"], latents["std"], size_ids(item, crop), conditioning, item.repeats, f"{key}:{item.caption}"))
+        mean, std, fingerprint = latents["mean"], latents["std"], f"{key}:{item.caption}"
+        examples.append(Example(name, item.caption, mean, std, size_ids(item, crop), conditioning, item.repeats, fingerprint))
     log.append(Progress("caching", len(items), len(items)))
     if not examples:
         raise DatasetError("No picture of the dataset can be trained on; the warnings name each and say why.")

@@ -51,5 +51,6 @@ def _read(path: Path) -> Preset:
     content = path.read_bytes()
     about = tomllib.loads(content.decode("utf-8"))["about"]
     recipe = config.load(path)
-    return Preset(name=path.stem, config=config.replace(recipe, {"preset": path.stem}),
-                  hash=hashlib.sha256(content).hexdigest()[:12], **about)
+    return Preset(
+        name=path.stem, config=config.replace(recipe, {"preset": path.stem}), hash=hashlib.sha256(content).hexdigest()[:12], **about
+    )

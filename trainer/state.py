@@ -44,8 +44,12 @@ def save_state(folder: Path, state: State) -> None:
     with atomic_folder(root / f"{state.step:06d}") as temporary:
         for name, content in contents.items():
             (temporary / name).write_bytes(content)
-        document = {"version": VERSION, "step": state.step, "facts": state.facts,
-                    "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}}
+        document = {
+            "version": VERSION,
+            "step": state.step,
+            "facts": state.facts,
+            "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
+        }
         (temporary / "state.json").write_text(json.dumps(document | {"self": _digest(document)}), encoding="utf-8")
     for old in _folders(folder)[KEPT:]:
         rmtree(old)
@@ -65,7 +69,11 @@ def load_state(folder: Path) -> tuple[State | None, list[str]]:
 def _folders(folder: Path) -> list[Path]:
     """State folders, the furthest step first."""
     root = folder / "state"
-    return sorted((path for path in root.iterdir() if path.name.isdigit()), key=lambda path: int(path.name), reverse=True) if root.is_dir() else []
+    return (
+        sorted((path for path in root.iterdir() if path.name.isdigit()), key=lambda path: int(path.name), reverse=True)
+        if root.is_dir()
+        else []
+    )
 
 
 def _read(path: Path) -> State:
@@ -88,7 +96,11 @@ def _digest(document: dict[str, Any]) -> str:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's memory, flat: {"3.exp_avg": ...} for the fourth parameter."""
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous() for index, entry in state.items() for name, value in entry.items()}
+    return {
+        f"{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        for index, entry in state.items()
+        for name, value in entry.items()
+    }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -111,8 +123,12 @@ def restore_parameters(parameters: Mapping[str, torch.nn.Parameter], tensors: Ma
 def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises StateError that says what differs between the run's first start and now."""
     if before["config"] != now["config"]:
-        raise StateError("The settings in run.toml were changed since the run started, so it cannot go on as the same training. Start a new run with them.")
+        raise StateError(
+            "The settings in run.toml were changed since the run started, so it cannot go on as the same training. Start a new run with them."
+        )
     if before["dataset"] != now["dataset"]:
         old, new = before["dataset"], now["dataset"]
         changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-        raise StateError(f"The dataset changed since the run started ({len(changed)} pictures or captions, such as {changed[0]}). Put it back, or start a new run.")
+        raise StateError(
+            f"The dataset changed since the run started ({len(changed)} pictures or captions, such as {changed[0]}). Put it back, or start a new run."
+        )

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from trainer.batches import batch_at, generator_for, seed_for
+from trainer.families.base import Batch, Conditioning
 from trainer.objective import offset_noise
 from trainer.prepare import Example, Session
-from trainer.families.base import Batch, Conditioning
 
 VALIDATION_TIMESTEPS = 8
 
@@ -70,6 +70,7 @@ def validation_loss(session: Session) -> float:
         noise = torch.randn(VALIDATION_TIMESTEPS, *example.mean.shape, generator=generator_for(session.run.training.seed, "validation", index))
         conditioning = _conditioning(session, [example], [False])
         conditioning = {name: t.expand(VALIDATION_TIMESTEPS, *t.shape[1:]) for name, t in conditioning.items()}
-        batch = Batch(_scaled(session, example.mean.expand_as(noise)), conditioning, _size_ids(session, [example]).expand(VALIDATION_TIMESTEPS, -1))
+        sizes = _size_ids(session, [example]).expand(VALIDATION_TIMESTEPS, -1)
+        batch = Batch(_scaled(session, example.mean.expand_as(noise)), conditioning, sizes)
         losses.append(_loss(session, batch, noise, timesteps).mean())
     return float(torch.stack(losses).mean())

@@ -17,16 +17,23 @@ class TerminalLog(EventLog):
         super().append(event)
         match event:
             case events.Started():
-                self._say(f"{event.family} on {event.device}, {event.precision}, {event.attention}; {event.pictures} pictures, "
-                          f"{event.held_out} more held out, {event.trainable_parameters:,} parameters to train")
-                self.bar = tqdm(total=event.total_steps, initial=event.step, unit="step", file=sys.stdout, dynamic_ncols=True, disable=None)  # a log file wants no bar
+                self._say(
+                    f"{event.family} on {event.device}, {event.precision}, {event.attention}; {event.pictures} pictures, "
+                    f"{event.held_out} more held out, {event.trainable_parameters:,} parameters to train"
+                )
+                self.bar = tqdm(
+                    total=event.total_steps, initial=event.step, unit="step", file=sys.stdout, dynamic_ncols=True, disable=None
+                )  # a log file wants no bar
             case events.Progress(phase="caching"):
                 self._say(f"Caching pictures and captions: {event.done}/{event.total}")
             case events.StepDone() if self.bar is not None:
                 self.bar.set_postfix(loss=f"{event.loss:.4f}", refresh=False)
                 self.bar.update()
             case events.AdapterSaved():
-                self._say(f"Step {event.step}: saved {event.file}" + ("" if event.validation_loss is None else f", validation loss {event.validation_loss:.4f}"))
+                self._say(
+                    f"Step {event.step}: saved {event.file}"
+                    + ("" if event.validation_loss is None else f", validation loss {event.validation_loss:.4f}")
+                )
             case events.Warned():
                 self._say(f"Warning: {event.message}")
             case events.Paused():

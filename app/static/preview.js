@@ -4,8 +4,9 @@ drawWith((root, view) => {
   const head = view.busy ? el("div", { class: "at-row" }, pill(view.busy, "busy"), button("Stop", () => trigger("stop_drawing"))) : null;
   if (view.error) { root.replaceChildren(notice(view.error, "bad")); return; }
   if (!pictures.length) {
-    root.replaceChildren(emptyState("See what it learned", "Choose an adapter, then compare it with its base: the same prompt and seed, with and without it. If there is none yet, train one first.",
-      view.note ? el("p", {}, view.note) : null, button("Go to training", () => trigger("go_train"))));
+    root.replaceChildren(view.is_empty
+      ? emptyState("No adapter yet", "Train one first: then it appears here, beside its base, at any strength.", button("Go to training", () => trigger("go_train")))
+      : emptyState("See what it learned", "Compare the adapter with its base: the same prompt and seed, with and without it.", view.note ? el("p", {}, view.note) : null));
     return;
   }
   root.replaceChildren(el("section", { class: "at-panel", "aria-busy": Boolean(view.busy), "aria-label": "Pictures" }, head,

@@ -23,7 +23,7 @@ NAMES = ("run", "save", "prompt", "strength", "seed", "negative_prompt", "infere
 
 def build(page: Page) -> dict[str, Any]:
     with gr.Row(elem_classes="at-columns"):
-        with gr.Column(scale=2, min_width=330):
+        with gr.Column(scale=2, min_width=330, visible=False) as controls:
             fields, new_seed = _controls()
             compare = gr.Button("Compare with the base", variant="primary", size="lg", elem_id="compare")
             with gr.Row():
@@ -31,17 +31,20 @@ def build(page: Page) -> dict[str, Any]:
                 saves = gr.Button("Saves grid", elem_id="grid-saves")
             fields |= _advanced()
         with gr.Column(scale=3, min_width=330):
-            pictures = drawn("preview", {"pictures": []}, elem_id="preview-view")
+            pictures = drawn("preview", elem_id="preview-view")
     own = {
         "fields": fields,
         "pictures": pictures,
         "run_outputs": [fields[name] for name in NAMES if name != "strength"],
         "choose_run": choose_run,
     }
-    fields["run"].input(choose_run, fields["run"], own["run_outputs"], **QUIET)
+    fields["run"].change(choose_run, fields["run"], own["run_outputs"], **QUIET)
     new_seed.click(lambda: random.randrange(2**31), None, fields["seed"], **QUIET)
     page.on_load(lambda: choose_run(None), own["run_outputs"])
-    page.follow(fields["run"], _run_choices, lambda choices: gr.Dropdown([tuple(choice) for choice in choices]))
+    page.follow(fields["run"], _run_choices, _show_runs)
+    # Without an adapter every control here would be a dead one.
+    page.follow(controls, lambda: bool(_run_choices()), lambda some: gr.Column(visible=some))
+    page.follow(pictures, lambda: {"is_empty": not _run_choices()})
     _wire_drawing(page, own, compare, strengths, saves)
     return own
 
@@ -125,6 +128,11 @@ def _run_choices() -> list[tuple[str, str]]:
     folders = [folder for folder in runs.all_runs() if runs.status(folder).adapters]
     names = Counter(views.title(folder) for folder in folders)
     return [(views.title(folder) if names[views.title(folder)] == 1 else folder.name, folder.name) for folder in folders]
+
+
+def _show_runs(choices: list[tuple[str, str]]) -> gr.Dropdown:
+    """The first adapter there is is chosen at once; later ones leave the choice alone."""
+    return gr.Dropdown(choices, value=choices[0][1]) if len(choices) == 1 else gr.Dropdown(choices)
 
 
 def _save_choices(folder: Path) -> list[tuple[str, str]]:

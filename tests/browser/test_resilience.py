@@ -22,10 +22,18 @@ def long_run(server, tiny_base: Path, tiny_dataset: Path, monkeypatch: pytest.Mo
 
     def start(name: str, **changes) -> Path:
         settings = {
-            "name": name, "base.model": str(tiny_base), "dataset.folder": str(tiny_dataset), "dataset.resolution": 32, "dataset.bucket_step": 8,
-            "training.steps": 100_000, "training.learning_rate": 1e-4, "adapter.rank": 2, "saving.saves": 1, "saving.state_every": 2,
-            "sampling.inference_steps": 1, "sampling.prompts": ["picture number 0"],
-        }  # fmt: skip
+            "name": name,
+            "base.model": str(tiny_base),
+            "dataset.folder": str(tiny_dataset),
+            "dataset.resolution": 32,
+            "dataset.bucket_step": 8,
+            "training.steps": 100_000,
+            "adapter.rank": 2,
+            "saving.saves": 1,
+            "saving.state_every": 2,
+            "sampling.inference_steps": 1,
+            "sampling.prompts": ["picture number 0"],
+        }
         folder = server.outputs / "runs" / runs.start(config.replace(config.RunConfig(), settings | changes))
         started.append(folder)
         return folder

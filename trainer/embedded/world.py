@@ -73,9 +73,12 @@ def moon() -> Points:
     inner_tip = math.pi - math.acos((radius * radius + x * x - 1) / (2 * x * radius))
     outer = np.linspace(tip, 2 * math.pi - tip, 48)
     inner = np.linspace(2 * math.pi - inner_tip, inner_tip, 36)
-    return [(0.2 + math.cos(a), math.sin(a)) for a in outer] + [
-        (0.2 + x + radius * math.cos(a), radius * math.sin(a)) for a in inner
-    ]
+    return [(0.2 + math.cos(a), math.sin(a)) for a in outer] + [(0.2 + x + radius * math.cos(a), radius * math.sin(a)) for a in inner]
+
+
+def cross() -> Points:
+    half = [(-0.32, -0.95), (0.32, -0.95), (0.32, -0.32), (0.95, -0.32), (0.95, 0.32), (0.32, 0.32)]
+    return half + [(-x, -y) for x, y in half]
 
 
 def cloud() -> Points:
@@ -234,9 +237,7 @@ OBJECTS = {
     "heart": _single(heart()),
     "moon": _single(moon()),
     "ring": draw_ring,
-    "cross": _single(
-        [(x * s, y * s) for s in (1, -1) for x, y in ((-0.32, -0.95), (0.32, -0.95), (0.32, -0.32), (0.95, -0.32), (0.95, 0.32), (0.32, 0.32))]
-    ),
+    "cross": _single(cross()),
     "house": draw_house,
     "tree": draw_tree,
     "flower": draw_flower,

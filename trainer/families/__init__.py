@@ -20,7 +20,10 @@ from trainer.families.sdxl import StableDiffusionXL
 FAMILIES: dict[str, ModelFamily] = {"sd1": StableDiffusion1(), "sd2": StableDiffusion2(), "sdxl": StableDiffusionXL()}
 
 # The folders of the parts only: repositories also hold single files, other formats and older VAEs.
-HUB_FILES = ["model_index.json", *(f"{part}/{files}" for part in sorted(base_model.ALL_PARTS) for files in ("*.json", "merges.txt", "*.safetensors"))]
+HUB_FILES = [
+    "model_index.json",
+    *(f"{part}/{files}" for part in sorted(base_model.ALL_PARTS) for files in ("*.json", "merges.txt", "*.safetensors")),
+]
 HUB_FILES_LEFT = ["*.fp16.safetensors", "*.non_ema.safetensors"]
 
 
@@ -55,8 +58,13 @@ def load_base(base: Base, dtype: torch.dtype) -> LoadedBase:
     family = family_of(folder)
     try:
         pipe = family.pipeline_class.from_pretrained(
-            folder.path, torch_dtype={"vae": torch.float32, "default": dtype}, use_safetensors=True, variant=folder.variant,
-            local_files_only=True, **family.pipeline_options)
+            folder.path,
+            torch_dtype={"vae": torch.float32, "default": dtype},
+            use_safetensors=True,
+            variant=folder.variant,
+            local_files_only=True,
+            **family.pipeline_options,
+        )
     except torch.OutOfMemoryError:
         raise
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
@@ -69,7 +77,9 @@ def load_base(base: Base, dtype: torch.dtype) -> LoadedBase:
         module.requires_grad_(False).eval()
     for part in folder.tokenizers:
         if (words := len(getattr(pipe, part))) < 300:
-            raise ModelError(f"The {part} of {folder.path.name} knows only {words} words; its vocabulary is damaged. Download the model again.")
+            raise ModelError(
+                f"The {part} of {folder.path.name} knows only {words} words; its vocabulary is damaged. Download the model again."
+            )
     return LoadedBase(family, pipe, folder)
 
 
@@ -78,8 +88,10 @@ def _download(base: Base) -> Path:
         return Path(snapshot_download(base.model, revision=base.revision or None, allow_patterns=HUB_FILES, ignore_patterns=HUB_FILES_LEFT))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise ModelError(f"The base model {base.model} is not on this machine and could not be downloaded ({reason}). "
-                         "Check its name and the network, or give the path of a model folder.") from None
+        raise ModelError(
+            f"The base model {base.model} is not on this machine and could not be downloaded ({reason}). "
+            "Check its name and the network, or give the path of a model folder."
+        ) from None
 
 
 def _check_complete(folder: Path, part: str, module: nn.Module, stored: set[str]) -> None:
@@ -88,7 +100,9 @@ def _check_complete(folder: Path, part: str, module: nn.Module, stored: set[str]
     state = module.state_dict()
     missing = [name for name in state if name.removeprefix("text_model.") not in stored and not name.endswith("position_ids")]
     if missing:
-        raise ModelError(f"{folder.name}/{part} lacks {len(missing)} of {len(state)} tensors (such as {missing[0]}); the file is incomplete. Download it again.")
+        raise ModelError(
+            f"{folder.name}/{part} lacks {len(missing)} of {len(state)} tensors (such as {missing[0]}); the file is incomplete. Download it again."
+        )
     for name, tensor in state.items():
         if tensor.is_meta or not torch.isfinite(tensor).all():
             raise ModelError(f"{folder.name}/{part} holds numbers that are not finite (in {name}); the file is damaged. Download it again.")

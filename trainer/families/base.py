@@ -69,5 +69,5 @@ class ModelFamily(Protocol):
         ...
 
     def metadata(self, prediction_type: str) -> dict[str, Any]:
-        """What a file says of its family: `ss_base_model_version` and `ss_v2`, by which A1111 and Forge sort it, and `modelspec.architecture`."""
+        """What a file says of its family: `ss_base_model_version` and `ss_v2`, by which A1111 sorts it, and `modelspec.architecture`."""
         ...

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from trainer.families.base import Batch, Conditioning
@@ -13,6 +14,8 @@ from trainer.objective import DiffusionObjective, Noised
 class LatentDiffusion:
     """With one text encoder, as in Rombach et al. 2022 (arXiv:2112.10752)."""
 
+    pipeline_class = StableDiffusionPipeline
+    pipeline_options = {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
     denoiser_targets = ("to_q", "to_k", "to_v", "to_out.0")
     text_encoder_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
     text_encoder_keys = {"text_encoder": "lora_te"}
@@ -36,8 +39,12 @@ class LatentDiffusion:
 
     def predict(self, denoiser: nn.Module, noised: Noised, batch: Batch) -> Tensor:
         dtype = frozen_dtype(denoiser)
-        return denoiser(noised.noisy_latents.to(dtype), noised.timesteps,
-                        encoder_hidden_states=batch.conditioning["prompt_embeds"].to(dtype), return_dict=False)[0]
+        return denoiser(
+            noised.noisy_latents.to(dtype),
+            noised.timesteps,
+            encoder_hidden_states=batch.conditioning["prompt_embeds"].to(dtype),
+            return_dict=False,
+        )[0]
 
     def export_key(self, component: str, module: str) -> str:
         path = module.replace(".", "_")
@@ -49,7 +56,9 @@ class LatentDiffusion:
 
 def token_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
     """[B, 77], cut or padded to what the encoder reads."""
-    return tokenizer(list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+    return tokenizer(
+        list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+    ).input_ids
 
 
 def frozen_dtype(denoiser: nn.Module) -> torch.dtype:

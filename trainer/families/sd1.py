@@ -2,16 +2,12 @@
 
 from typing import Any
 
-from diffusers import StableDiffusionPipeline
-
 from trainer.base_model import BaseFolder
 from trainer.families.latent_diffusion import LatentDiffusion
 
 
 class StableDiffusion1(LatentDiffusion):
     name = "Stable Diffusion 1.x"
-    pipeline_class = StableDiffusionPipeline
-    pipeline_options = {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
 
     def matches(self, folder: BaseFolder) -> bool:
         return folder.pipeline == "StableDiffusionPipeline" and not folder.configs["unet"].get("use_linear_projection")

@@ -5,16 +5,12 @@ The published encoder lacks its last layer, so that its output is the penultimat
 
 from typing import Any
 
-from diffusers import StableDiffusionPipeline
-
 from trainer.base_model import BaseFolder
 from trainer.families.latent_diffusion import LatentDiffusion
 
 
 class StableDiffusion2(LatentDiffusion):
     name = "Stable Diffusion 2.x"
-    pipeline_class = StableDiffusionPipeline
-    pipeline_options = {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
 
     def matches(self, folder: BaseFolder) -> bool:
         """Told from 1.x by its linear projections around the attention, which shape the very tensors (2 dimensions instead of 4)."""
@@ -22,5 +18,8 @@ class StableDiffusion2(LatentDiffusion):
 
     def metadata(self, prediction_type: str) -> dict[str, Any]:
         v = prediction_type == "v_prediction"
-        return {"ss_base_model_version": "sd_v2_v" if v else "sd_v2", "ss_v2": True,
-                "modelspec.architecture": "stable-diffusion-v2-768-v/lora" if v else "stable-diffusion-v2-512/lora"}
+        return {
+            "ss_base_model_version": "sd_v2_v" if v else "sd_v2",
+            "ss_v2": True,
+            "modelspec.architecture": "stable-diffusion-v2-768-v/lora" if v else "stable-diffusion-v2-512/lora",
+        }

@@ -34,7 +34,9 @@ class StableDiffusionXL(LatentDiffusion):
         The last layer of the first encoder is read by nobody; an adapter there stays zero.
         """
         pairs = ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))
-        first, second = (encoder(token_ids(tokenizer, prompts).to(encoder.device), output_hidden_states=True) for tokenizer, encoder in pairs)
+        first, second = (
+            encoder(token_ids(tokenizer, prompts).to(encoder.device), output_hidden_states=True) for tokenizer, encoder in pairs
+        )
         prompt_embeds, pooled = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
         if pipe.config.force_zeros_for_empty_prompt:
             empty = torch.tensor([not prompt for prompt in prompts], device=pooled.device)
@@ -45,8 +47,13 @@ class StableDiffusionXL(LatentDiffusion):
         """The sizes stay in float32: bfloat16 has no whole numbers above 256 but every second, fourth, ... one."""
         dtype = frozen_dtype(denoiser)
         added = {"text_embeds": batch.conditioning["pooled_prompt_embeds"].to(dtype), "time_ids": batch.size_ids}
-        return denoiser(noised.noisy_latents.to(dtype), noised.timesteps, encoder_hidden_states=batch.conditioning["prompt_embeds"].to(dtype),
-                        added_cond_kwargs=added, return_dict=False)[0]
+        return denoiser(
+            noised.noisy_latents.to(dtype),
+            noised.timesteps,
+            encoder_hidden_states=batch.conditioning["prompt_embeds"].to(dtype),
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
 
     def export_key(self, component: str, module: str) -> str:
         return super().export_key(component, ldm_path(module) if component == "unet" else module)
@@ -56,7 +63,7 @@ class StableDiffusionXL(LatentDiffusion):
 
 
 def ldm_path(module: str) -> str:
-    """A module's path in Stability's own UNet, by which SDXL files are read: down_blocks.1.attentions.0.proj_in -> input_blocks.4.1.proj_in.
+    """A module's path in Stability's own UNet, by which SDXL files name it: down_blocks.1.attentions.0.proj_in -> input_blocks.4.1.proj_in.
 
     There a block's layers and its resampling count on through the whole side, and 0 of the input side is the first convolution.
     """
