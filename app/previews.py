@@ -55,6 +55,7 @@ class PreviewEngine:
     def __init__(self, launch: Callable[[list[str], Path], subprocess.Popen] | None = None):
         self._launch = launch or _launch
         self._process: subprocess.Popen | None = None
+        self._endings = 0
         self._lock = threading.Lock()
 
     @property
@@ -69,7 +70,12 @@ class PreviewEngine:
         target.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({**asdict(request), "target": str(target)}) + "\n"
         with self._lock:
-            reply = self._ask(line) or self._ask(line)  # None: it died; a second death is no accident
+            endings = self._endings
+            reply = self._ask(line)
+            if reply is None and endings == self._endings:
+                reply = self._ask(line)  # it died; a second death is no accident
+        if reply is None and endings != self._endings:
+            raise PreviewError("The preview was ended, since a training starts on the device or the page closes.")
         if reply is None:
             raise PreviewError(f"The preview engine ended unexpectedly, often for want of memory. {self._last_words()}".strip())
         if "error" in reply:
@@ -78,6 +84,7 @@ class PreviewEngine:
 
     def end(self) -> None:
         """Frees the memory; the next picture starts the engine again."""
+        self._endings += 1
         process, self._process = self._process, None
         if process is not None and process.poll() is None:
             process.terminate()
@@ -94,12 +101,14 @@ class PreviewEngine:
         try:
             process.stdin.write(line.encode())
             process.stdin.flush()
-            return _read_reply(process.stdout)
+            reply = _read_reply(process.stdout)
         except BrokenPipeError:
-            return None
-        finally:
-            if process.poll() is not None:
-                self._process = None
+            reply = None
+        if reply is None:  # it said its last; make sure that it is gone before another takes its place
+            process.kill()
+            process.wait()
+            self._process = None
+        return reply
 
     def _last_words(self) -> str:
         log = folder() / "engine.log"

@@ -100,6 +100,8 @@ def wait_for_pictures(page: Page, count: int) -> None:
 
 def save(page: Page, name: str) -> None:
     path = IMAGES / f"{name}.png"
+    if name != "train-phone":
+        page.evaluate("window.scrollTo(0, 0)")
     page.screenshot(path=path)
     with Image.open(path) as image:
         image.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
