@@ -179,9 +179,7 @@ picture("jpg_named_png", ACCEPT, "x.png", JPG)
 picture("jpg_noext", SKIPPED, "x", JPG)
 picture("html_named_png", SKIPPED, "x.png", b"<!DOCTYPE html><html><script>alert(1)</script></html>")
 picture("svg_named_png", SKIPPED, "x.png", b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>")
-picture(
-    "eps_named_png", SKIPPED, "x.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
-)
+picture("eps_named_png", SKIPPED, "x.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n")
 picture("anim_gif", SAID, "x.gif", lambda: frames("GIF"))
 picture("anim_webp", SAID, "x.webp", lambda: frames("WEBP"))
 picture("anim_png", SAID, "x.png", lambda: frames("PNG"))
@@ -399,9 +397,7 @@ junk("nm_appledouble", "._x.png")
 # Archives
 
 
-def archive(
-    row_id: str, verdict: str, entries: list[tuple[str, bytes]], change: Callable[[bytes], bytes] = bytes
-) -> None:
+def archive(row_id: str, verdict: str, entries: list[tuple[str, bytes]], change: Callable[[bytes], bytes] = bytes) -> None:
     """A zip of good pictures, captions and `entries`; `change` damages its bytes."""
 
     def make(folder: Path) -> Path:

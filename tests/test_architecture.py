@@ -103,7 +103,9 @@ def test_no_family_is_named_outside_its_folder():
 
 
 def test_the_torch_free_modules_bring_in_no_torch():
-    code = f"import sys; [__import__('trainer.' + name) for name in {sorted(n for n in TORCH_FREE if (ROOT / 'trainer' / f'{n}.py').exists())}]; print([m for m in sys.modules if m in ('torch', 'diffusers', 'transformers', 'peft', 'gradio')])"
+    present = sorted(name for name in TORCH_FREE if (ROOT / "trainer" / f"{name}.py").exists())
+    heavy = ("torch", "diffusers", "transformers", "peft", "gradio")
+    code = f"import sys; [__import__('trainer.' + name) for name in {present}]; print([m for m in sys.modules if m in {heavy}])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip() == "[]"
 
 

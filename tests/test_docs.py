@@ -16,7 +16,9 @@ PAGE = (Path(__file__).parent.parent / "docs" / "lora.md").read_text(encoding="u
 @pytest.fixture(scope="module")
 def sd15():
     with torch.device("meta"):
-        unet = UNet2DConditionModel(block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768, attention_head_dim=8)
+        unet = UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768, attention_head_dim=8
+        )
         encoder = CLIPTextModel(
             CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
         )
@@ -41,5 +43,7 @@ def test_parameters_and_file_sizes_of_the_table(sd15, rank):
 
 
 def test_the_count_of_adapted_projections(sd15):
-    counts = [sum(name.removesuffix(".weight").endswith(estimate.ATTENTION) and p.ndim == 2 for name, p in m.named_parameters()) for m in sd15]
+    counts = [
+        sum(name.removesuffix(".weight").endswith(estimate.ATTENTION) and p.ndim == 2 for name, p in m.named_parameters()) for m in sd15
+    ]
     assert counts == [128, 48] and "128 of them" in PAGE and "48 in its text encoder" in PAGE

@@ -12,8 +12,19 @@ from trainer.presets import load_preset, load_presets
 def test_every_preset_trains(name, tiny_base, tiny_dataset, outputs):
     """As it is, but on the tiny base and for two steps."""
     preset = load_preset(name)
-    run = config.replace(preset.config, {"base.model": str(tiny_base), "dataset.folder": str(tiny_dataset), "dataset.resolution": 32, "dataset.bucket_step": 8,
-                                         "training.steps": 2, "saving.saves": 1, "sampling.inference_steps": 1, "sampling.prompts": ["a"]})
+    run = config.replace(
+        preset.config,
+        {
+            "base.model": str(tiny_base),
+            "dataset.folder": str(tiny_dataset),
+            "dataset.resolution": 32,
+            "dataset.bucket_step": 8,
+            "training.steps": 2,
+            "saving.saves": 1,
+            "sampling.inference_steps": 1,
+            "sampling.prompts": ["a"],
+        },
+    )
     folder = run_folder.create(run)
     assert run_in(folder) == 0, run_folder.status(folder).message
     assert config.load(folder / "run.toml").preset == name

@@ -137,9 +137,7 @@ def test_timesteps_of_a_batch_are_spread():
 
 
 def test_a_run_that_no_gradient_reaches_fails(tiny_run, monkeypatch):
-    monkeypatch.setattr(
-        StableDiffusion1, "predict", lambda self, denoiser, noised, batch: noised.noisy_latents.detach().requires_grad_()
-    )
+    monkeypatch.setattr(StableDiffusion1, "predict", lambda self, denoiser, noised, batch: noised.noisy_latents.detach().requires_grad_())
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 1
     status = run_folder.status(folder)

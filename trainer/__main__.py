@@ -153,13 +153,19 @@ def _train(run: config.RunConfig, folder: Path, log: EventLog) -> int:
         return 1
     except OSError as error:
         traceback.print_exc()
-        log.append(Failed(f"A file could not be read or written: {error.strerror or error} ({error.filename or folder}). Put that right and press Resume; the last state is kept."))
+        log.append(
+            Failed(
+                f"A file could not be read or written: {error.strerror or error} ({error.filename or folder}). "
+                "Put that right and press Resume; the last state is kept."
+            )
+        )
         return 1
     except Exception as error:  # a bug: the traceback goes to the log, a plain line to the page
         traceback.print_exc()
         log.append(
             Failed(
-                f"Something went wrong inside the trainer ({type(error).__name__}: {str(error)[:200]}). The log has the details; the last state is kept."
+                f"Something went wrong inside the trainer ({type(error).__name__}: {str(error)[:200]}). "
+                "The log has the details; the last state is kept."
             )
         )
         return 1
@@ -208,7 +214,7 @@ def sample_command(options: argparse.Namespace) -> int:
 
 
 def _stacked(text: str) -> dict[str, object]:
-    """"a.safetensors:0.8" -> file and strength; a colon inside the path (C:\\...) is no strength."""
+    """ "a.safetensors:0.8" -> file and strength; a colon inside the path (C:\\...) is no strength."""
     file, colon, strength = text.rpartition(":")
     if not (colon and file.endswith(".safetensors")):
         return {"file": text}

@@ -15,7 +15,9 @@ from trainer.batches import seed_for
 ADAPTER = "atelier"  # the name of the adapter inside PEFT's layers
 
 ADAPTERS: dict[str, Callable[[config.Adapter, Sequence[str]], LoraConfig]] = {
-    "lora": lambda adapter, targets: LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, target_modules=list(targets)),
+    "lora": lambda adapter, targets: LoraConfig(
+        r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, target_modules=list(targets)
+    ),
 }
 
 

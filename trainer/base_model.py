@@ -92,7 +92,10 @@ def inspect(folder: Path) -> BaseFolder:
         entry = index.get(part)
         if not isinstance(entry, list) or tuple(entry) not in allowed:
             wanted = " or ".join(name for _, name in sorted(allowed))
-            raise ModelError(f"{folder.name}/model_index.json names {str(entry)[:80]} as {part}; it must be {wanted}. The file is damaged or not to be trusted.")
+            raise ModelError(
+                f"{folder.name}/model_index.json names {str(entry)[:80]} as {part}; "
+                f"it must be {wanted}. The file is damaged or not to be trusted."
+            )
         if part in WEIGHTS:
             configs[part] = _read_json(folder / part / "config.json")
             tensors[part], variant = _read_weights(folder / part, WEIGHTS[part])
@@ -101,7 +104,10 @@ def inspect(folder: Path) -> BaseFolder:
             _check_tokenizer(folder / part)
     channels = configs["unet"].get("in_channels")
     if channels != 4:
-        raise ModelError(f"{folder.name} has a UNet with {channels} input channels (an inpainting or depth model); train on the ordinary model of the same family.")
+        raise ModelError(
+            f"{folder.name} has a UNet with {channels} input channels (an inpainting or depth model); "
+            "train on the ordinary model of the same family."
+        )
     if configs["vae"].get("latents_mean"):
         raise ModelError(f"{folder.name} has a VAE that shifts its latents (latents_mean); no Stable Diffusion trained here does.")
     return BaseFolder(folder, pipeline, configs, tensors, variants.pop() if len(variants) == 1 else None)
@@ -131,7 +137,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path.parent.name}/{path.name} is not a table of settings; the model folder is damaged.")
     code = [key for key in CODE_KEYS if data.get(key)]
     if code:
-        raise ModelError(f"{path.parent.name}/{path.name} asks to run code of its own ({code[0]}), which is never done. Use a model without it.")
+        raise ModelError(
+            f"{path.parent.name}/{path.name} asks to run code of its own ({code[0]}), which is never done. Use a model without it."
+        )
     return data
 
 
@@ -142,13 +150,18 @@ def _read_weights(folder: Path, stem: str) -> tuple[dict[str, TensorInfo], str |
             return read_header(folder / name).tensors, variant
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".ckpt", ".pt"))
     if others:
-        raise ModelError(f"{folder.name} has only {others[0]}, a pickle file, which can run code when opened; convert the model to .safetensors first.")
+        raise ModelError(
+            f"{folder.name} has only {others[0]}, a pickle file, which can run code when opened; convert the model to .safetensors first."
+        )
     raise ModelError(f"The weights {folder.name}/{stem}.safetensors are missing; the model folder is incomplete. Download it again.")
 
 
 def _check_tokenizer(folder: Path) -> None:
     if not (folder / "tokenizer.json").is_file() and not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
-        raise ModelError("The tokenizer has no vocabulary (vocab.json and merges.txt, or tokenizer.json); every caption would be read as empty. Download the model again.")
+        raise ModelError(
+            "The tokenizer has no vocabulary (vocab.json and merges.txt, or tokenizer.json); "
+            "every caption would be read as empty. Download the model again."
+        )
     for name in ("tokenizer_config.json", "tokenizer.json", "vocab.json"):
         if (folder / name).is_file():
             _read_json(folder / name)

@@ -58,9 +58,7 @@ def choose_crop(
     def distance(size: tuple[int, int]) -> float:
         return abs(math.log(size[0] / size[1]) - ratio)
 
-    bucket = min(
-        make_buckets(resolution, step, max_aspect), key=lambda size: (distance(size), -size[0] * size[1], size)
-    )
+    bucket = min(make_buckets(resolution, step, max_aspect), key=lambda size: (distance(size), -size[0] * size[1], size))
     if not allow_upscale and (bucket[0] > width or bucket[1] > height):
         fitting = _sizes_within(width, height, resolution, step, max_aspect)
         bucket = min(fitting, key=lambda size: (-size[0] * size[1], distance(size), size))

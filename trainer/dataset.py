@@ -142,9 +142,7 @@ def write_caption(picture: Path, text: str) -> None:
     """
     target = caption_path(picture)
     if target.is_symlink():
-        raise DatasetError(
-            f"{shown(target.name)} is a link, which is not followed: delete it, then save the caption again."
-        )
+        raise DatasetError(f"{shown(target.name)} is a link, which is not followed: delete it, then save the caption again.")
     if target.is_dir():
         raise DatasetError(f"{shown(target.name)} is a folder where the caption should be: rename it, then save again.")
     atomic_write(target, text.encode("utf-8", "replace"))
@@ -258,9 +256,7 @@ def _about_case_twins(folder: Path, pictures: list[Path]) -> list[Finding]:
         stem = caption_path(path).as_posix()
         twin = later.setdefault(stem.casefold(), stem)
         if twin != stem:
-            message = (
-                "Differs from another name only in capitals: on Windows and macOS they share a caption; rename one."
-            )
+            message = "Differs from another name only in capitals: on Windows and macOS they share a caption; rename one."
             findings.append(Finding(_relative(path, folder), "warning", message))
     return findings
 
@@ -365,9 +361,7 @@ def _read_caption(picture: Path, folder: Path, metadata: "_Metadata") -> tuple[s
     present = list({path.name.lower(): path for path in reversed(candidates)}.values())[::-1]  # x.txt may be x.TXT
     if not present:
         text, notes = clean_caption(metadata.caption_of(picture))
-        return text, [
-            Finding(_relative(picture, folder), "note", f"Its caption in {METADATA_NAME} {note}.") for note in notes
-        ]
+        return text, [Finding(_relative(picture, folder), "note", f"Its caption in {METADATA_NAME} {note}.") for note in notes]
     text, findings = "", []
     for used, ignored in itertools.pairwise(present):
         message = f"The picture has several captions: {shown(used.name)} is used before this one."
@@ -419,9 +413,7 @@ def decode_text(data: bytes) -> tuple[str, list[str]]:
     if encoding == "utf-8":
         text = data.decode("utf-8", "replace").replace("\ufffd", "")
         return text, ["is not valid UTF-8: the broken characters were removed; check it and save it as UTF-8"]
-    return data.decode(encoding, "replace"), [
-        f"is not UTF-8 and was read as {encoding.upper()}: check it and save it as UTF-8"
-    ]
+    return data.decode(encoding, "replace"), [f"is not UTF-8 and was read as {encoding.upper()}: check it and save it as UTF-8"]
 
 
 def _wide_without_mark(data: bytes) -> str:
@@ -445,9 +437,7 @@ def _guess_encoding(data: bytes) -> str:
         except UnicodeDecodeError:
             continue
         # The 3755 commonest Chinese characters lead with B0 to D7; Russian small letters would be the rare ones above.
-        common = (
-            encoding == "cp932" or sum(0xB0 <= character.encode("gb2312")[0] <= 0xD7 for character in text) > high / 4
-        )
+        common = encoding == "cp932" or sum(0xB0 <= character.encode("gb2312")[0] <= 0xD7 for character in text) > high / 4
         if common and len(re.findall(usual, text)) > high / 8:
             return "gbk" if encoding == "gb2312" else encoding
     in_runs = sum(map(len, _HIGH_RUN.findall(data)))
@@ -470,9 +460,7 @@ def clean_caption(text: str, notes: list[str] | None = None) -> tuple[str, list[
     if visible != joined:
         notes.append("held control characters: they were removed")
     if len(visible) > 20 * LONG_CAPTION or len(re.findall(r"\w+|[^\w\s]", visible)) > LONG_CAPTION:
-        notes.append(
-            f"is longer than the {LONG_CAPTION} tokens Stable Diffusion reads at once: its end may not be seen"
-        )
+        notes.append(f"is longer than the {LONG_CAPTION} tokens Stable Diffusion reads at once: its end may not be seen")
     return visible, notes
 
 

@@ -78,5 +78,12 @@ def measured_seconds_per_step(run: RunConfig, runs: Iterable[Path]) -> float | N
 
 def _speed_key(run: RunConfig) -> Sequence[object]:
     training = run.training
-    return (run.base, run.dataset.resolution, training.batch_size, training.gradient_accumulation_steps,
-            training.gradient_checkpointing, training.text_encoder_learning_rate > 0, training.learning_rate > 0)
+    return (
+        run.base,
+        run.dataset.resolution,
+        training.batch_size,
+        training.gradient_accumulation_steps,
+        training.gradient_checkpointing,
+        training.text_encoder_learning_rate > 0,
+        training.learning_rate > 0,
+    )

@@ -44,43 +44,76 @@ def to_kohya(modules: Iterable[AdaptedModule], family: ModelFamily, alpha: float
         tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise ModelError(f"The adapter holds numbers that are not finite (in {broken[0]}), so it was not saved. "
-                         "Lower the learning rate, or save in fp32 if the values are only too large for fp16.")
+        raise ModelError(
+            f"The adapter holds numbers that are not finite (in {broken[0]}), so it was not saved. "
+            "Lower the learning rate, or save in fp32 if the values are only too large for fp16."
+        )
     return tensors
 
 
 def write_adapter(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes the file whole, with the hashes by which A1111 and Civitai know it."""
     plain = save(tensors)
-    body = plain[8 + struct.unpack("<Q", plain[:8])[0]:]
+    body = plain[8 + struct.unpack("<Q", plain[:8])[0] :]
     digest = hashlib.sha256(body).hexdigest()
     atomic_write(path, save(tensors, {**metadata, "sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}))
 
 
-def metadata_for(run: RunConfig, family: ModelFamily, *, step: int, total_steps: int, pictures: int, captions: list[str],
-                 base_hash: str, prediction_type: str, started: float, finished: float) -> dict[str, str]:
+def metadata_for(
+    run: RunConfig,
+    family: ModelFamily,
+    *,
+    step: int,
+    total_steps: int,
+    pictures: int,
+    captions: list[str],
+    base_hash: str,
+    prediction_type: str,
+    started: float,
+    finished: float,
+) -> dict[str, str]:
     """What the file says of itself (sd-scripts' ss_* and Stability's modelspec 1.0.1); all values are texts."""
     training, adapter, side = run.training, run.adapter, run.dataset.resolution
     base_name = Path(run.base.model).name
     values: dict[str, Any] = {
-        **family.metadata(prediction_type), "ss_network_module": "networks.lora",
-        "ss_network_dim": adapter.rank, "ss_network_alpha": adapter.alpha, "ss_network_dropout": adapter.dropout,
-        "ss_output_name": run.name, "ss_sd_model_name": base_name, "ss_sd_model_hash": base_hash,
-        "ss_resolution": f"({side}, {side})", "ss_clip_skip": "None", "ss_num_train_images": pictures,
-        "ss_steps": step, "ss_max_train_steps": total_steps, "ss_batch_size_per_device": training.batch_size,
-        "ss_gradient_accumulation_steps": training.gradient_accumulation_steps, "ss_gradient_checkpointing": training.gradient_checkpointing,
-        "ss_learning_rate": training.learning_rate, "ss_unet_lr": training.learning_rate, "ss_text_encoder_lr": training.text_encoder_learning_rate,
-        "ss_optimizer": training.optimizer, "ss_lr_scheduler": training.lr_schedule, "ss_seed": training.seed,
-        "ss_min_snr_gamma": run.objective.min_snr_gamma, "ss_noise_offset": run.objective.noise_offset,
+        **family.metadata(prediction_type),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": adapter.rank,
+        "ss_network_alpha": adapter.alpha,
+        "ss_network_dropout": adapter.dropout,
+        "ss_output_name": run.name,
+        "ss_sd_model_name": base_name,
+        "ss_sd_model_hash": base_hash,
+        "ss_resolution": f"({side}, {side})",
+        "ss_clip_skip": "None",
+        "ss_num_train_images": pictures,
+        "ss_steps": step,
+        "ss_max_train_steps": total_steps,
+        "ss_batch_size_per_device": training.batch_size,
+        "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "ss_gradient_checkpointing": training.gradient_checkpointing,
+        "ss_learning_rate": training.learning_rate,
+        "ss_unet_lr": training.learning_rate,
+        "ss_text_encoder_lr": training.text_encoder_learning_rate,
+        "ss_optimizer": training.optimizer,
+        "ss_lr_scheduler": training.lr_schedule,
+        "ss_seed": training.seed,
+        "ss_min_snr_gamma": run.objective.min_snr_gamma,
+        "ss_noise_offset": run.objective.noise_offset,
         "ss_caption_dropout_rate": run.dataset.caption_dropout,
-        "ss_training_started_at": started, "ss_training_finished_at": finished,
+        "ss_training_started_at": started,
+        "ss_training_finished_at": finished,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models", "modelspec.title": run.name,
-        "modelspec.resolution": f"{side}x{side}", "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": run.name,
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
         "modelspec.date": datetime.fromtimestamp(finished, UTC).strftime("%Y-%m-%dT%H:%M:%S"),
         "modelspec.usage_hint": f"Trained on {base_name}. Start at strength 0.8 to 1.",
-        "atelier_version": __version__, "atelier_config": shared_config(run),
-        "atelier_preset": run.preset, "atelier_preset_hash": load_presets()[run.preset].hash if run.preset in load_presets() else "",
+        "atelier_version": __version__,
+        "atelier_config": shared_config(run),
+        "atelier_preset": run.preset,
+        "atelier_preset_hash": load_presets()[run.preset].hash if run.preset in load_presets() else "",
     }
     if run.dataset.trigger:
         values["modelspec.trigger_phrase"] = run.dataset.trigger

@@ -42,9 +42,7 @@ MAX_DEPTH = 16  # folders within folders
 MAX_NAME_BYTES = 120  # leaves room for a suffix where 255 bytes are the limit, and for deep folders on Windows
 
 _CAPTION_ENDS = (".txt", ".caption")
-_RESERVED = re.compile(
-    r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE
-)  # devices on Windows, whatever the extension
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices on Windows, whatever the extension
 _ZIP_ERRORS = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, RuntimeError, ValueError,
     LookupError,
@@ -87,9 +85,7 @@ def import_files(sources: Iterable[Path], dataset_dir: Path, names: Mapping[Path
                 dropped += _collect(source, name, Path(work, str(number)), findings)
             _Import(dataset_dir, findings).place(dropped)
     except OSError as error:
-        raise DatasetError(
-            f"{shown(dataset_dir)} cannot be written ({error.strerror}): make room or choose another folder."
-        ) from error
+        raise DatasetError(f"{shown(dataset_dir)} cannot be written ({error.strerror}): make room or choose another folder.") from error
     return findings
 
 
@@ -152,9 +148,7 @@ def _walk(source: Path, name: str, findings: list[Finding]) -> Iterator[_Dropped
             elif entry.is_dir() and entry.name.startswith("."):
                 findings.append(Finding(label, "note", "Is a hidden folder: it was not imported."))
             elif entry.is_dir() and len(folders) >= MAX_DEPTH:
-                findings.append(
-                    Finding(label, "warning", f"Lies deeper than {MAX_DEPTH} folders: it was not imported.")
-                )
+                findings.append(Finding(label, "warning", f"Lies deeper than {MAX_DEPTH} folders: it was not imported."))
             elif entry.is_dir():
                 waiting.append((parent / entry.name, (*folders, entry.name)))
             else:
@@ -178,9 +172,7 @@ def _unpack(source: Path, name: str, work: Path, findings: list[Finding]) -> lis
                 if len(folders) > MAX_DEPTH:
                     kind = "deep"
                     label = f"{shown('/'.join(folders[:3]))}/.../{shown(entry_name)}"
-                    about.append(
-                        Finding(label, "warning", f"Lies deeper than {MAX_DEPTH} folders: it was not imported.")
-                    )
+                    about.append(Finding(label, "warning", f"Lies deeper than {MAX_DEPTH} folders: it was not imported."))
                 elif kind == "other":
                     about.append(Finding(entry.shown, "warning", _why_not_kept(entry_name)))
                 wanted = kind in ("picture", "caption", "metadata")
@@ -191,9 +183,7 @@ def _unpack(source: Path, name: str, work: Path, findings: list[Finding]) -> lis
         shutil.rmtree(work)
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise
-        reason = (
-            str(error) if isinstance(error, DatasetError) else f"is damaged ({shown(str(error))[:160]}): make it anew"
-        )
+        reason = str(error) if isinstance(error, DatasetError) else f"is damaged ({shown(str(error))[:160]}): make it anew"
         raise DatasetError(f"{shown(name)} {reason}. Nothing of it was imported.") from error
     findings += about
     return dropped
@@ -235,9 +225,7 @@ def _refuse_crowded_zip(source: Path) -> None:
 def _refuse_bad_zip(archive: zipfile.ZipFile) -> None:
     """What zipfile would rewrite or unpack without a word: names that leave the folder, links, overlaps, bombs."""
     infos = archive.infolist()
-    if sum(info.file_size for info in infos) > MAX_TOTAL_BYTES or any(
-        info.file_size > MAX_FILE_BYTES for info in infos
-    ):
+    if sum(info.file_size for info in infos) > MAX_TOTAL_BYTES or any(info.file_size > MAX_FILE_BYTES for info in infos):
         limits = f"{MAX_FILE_BYTES >> 20} MB a file and {MAX_TOTAL_BYTES >> 30} GB in all"
         raise DatasetError(f"is too large when unpacked (the limit is {limits}): drop the pictures themselves")
     end = archive.start_dir
@@ -390,9 +378,7 @@ class _Import:
             self.say(entry.shown, "warning", f"{error} The caption was not imported.")
             return None
         if len(data) > MAX_CAPTION_BYTES:
-            self.say(
-                entry.shown, "warning", f"The caption is larger than {MAX_CAPTION_BYTES >> 20} MB: it was not imported."
-            )
+            self.say(entry.shown, "warning", f"The caption is larger than {MAX_CAPTION_BYTES >> 20} MB: it was not imported.")
             return None
         return data
 

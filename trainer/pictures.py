@@ -128,9 +128,7 @@ def decode_picture(
             raise DatasetError("is empty: copy it again from where it came")
         scans, end = _jpeg_layout(data)
         if scans > MAX_JPEG_SCANS:
-            raise DatasetError(
-                f"is a JPEG of {scans} scans, made to be slow to decode: save it anew as an ordinary JPEG"
-            )
+            raise DatasetError(f"is a JPEG of {scans} scans, made to be slow to decode: save it anew as an ordinary JPEG")
         image = _open(io.BytesIO(data))
         _refuse_bombs(image)
         if image.format == "PNG":
@@ -159,9 +157,7 @@ def _sentences(path: Path) -> Iterator[None]:
     except DatasetError as error:
         raise DatasetError(f"{shown(Path(path).name)} {error}.") from None
     except FileNotFoundError:
-        raise DatasetError(
-            f"{shown(Path(path).name)} is no longer there: restore it or scan the folder again."
-        ) from None
+        raise DatasetError(f"{shown(Path(path).name)} is no longer there: restore it or scan the folder again.") from None
     except PermissionError:
         raise DatasetError(f"{shown(Path(path).name)} may not be read: change its permissions.") from None
     except Image.DecompressionBombError:

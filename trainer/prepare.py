@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,13 @@ def to_device(conditioning: Conditioning, device: torch.device) -> Conditioning:
 def prepare(run: RunConfig, folder: Path, log: EventLog) -> Session:
     """Loads, checks, caches and injects. Raises TrainerError in a sentence for whatever cannot work."""
     log.append(Progress("loading"))
-    items, findings = scan_dataset(Path(run.dataset.folder), resolution=run.dataset.resolution, trigger=run.dataset.trigger)
+    report = _throttled(log.append)
+    items, findings = scan_dataset(
+        Path(run.dataset.folder),
+        resolution=run.dataset.resolution,
+        trigger=run.dataset.trigger,
+        progress=lambda done, total: report(Progress("loading", done, total)),
+    )
     for finding in findings:
         if finding.level == "error":
             log.append(Warned(f"{finding.file} is left out: {finding.message}"))
@@ -107,14 +114,27 @@ def prepare(run: RunConfig, folder: Path, log: EventLog) -> Session:
     components = _inject(run, base, device)
     views = sum(example.repeats for example in examples)
     session = Session(
-        run=run, folder=folder, log=log, device=device, precision=precision, attention=why, base=base,
-        objective=base.family.objective(base.pipe).to(device), components=components, optimizer=_optimizer(run, components),
-        examples=examples, held_out=held_out, no_caption=no_caption, total_steps=estimate.total_steps(run, views))
+        run=run,
+        folder=folder,
+        log=log,
+        device=device,
+        precision=precision,
+        attention=why,
+        base=base,
+        objective=base.family.objective(base.pipe).to(device),
+        components=components,
+        optimizer=_optimizer(run, components),
+        examples=examples,
+        held_out=held_out,
+        no_caption=no_caption,
+        total_steps=estimate.total_steps(run, views),
+    )
     return session
 
 
-def _make_examples(run: RunConfig, base: LoadedBase, items: Sequence[DatasetItem], device: torch.device,
-                   log: EventLog) -> tuple[list[Example], Conditioning | None]:
+def _make_examples(
+    run: RunConfig, base: LoadedBase, items: Sequence[DatasetItem], device: torch.device, log: EventLog
+) -> tuple[list[Example], Conditioning | None]:
     """Crops and encodes every picture and caption, or finds them in the cache. Also the empty caption."""
     pipe, root = base.pipe, Path(run.dataset.folder)
     vae_hash, encoder_hash = cache.file_hash(weight_files(base, "vae")[0]), _encoder_hash(base)
@@ -127,12 +147,16 @@ def _make_examples(run: RunConfig, base: LoadedBase, items: Sequence[DatasetItem
     examples = []
     for done, item in enumerate(items):
         report(Progress("caching", done, len(items)))
-        crop = choose_crop(item.width, item.height, run.dataset.resolution, run.dataset.bucket_step, run.dataset.max_aspect, run.dataset.allow_upscale)
+        crop = choose_crop(
+            item.width, item.height, run.dataset.resolution, run.dataset.bucket_step, run.dataset.max_aspect, run.dataset.allow_upscale
+        )
         key = cache.latents_key(item.sha256, crop, vae_hash)
-        latents = cache.cached(key, lambda: cache.encode_picture(pipe.vae, cache.to_pixels(item.path, crop)))
+        latents = cache.cached(key, partial(_encode, pipe.vae, item.path, crop))
         name = item.path.relative_to(root).as_posix()
         if not all(torch.isfinite(tensor).all() for tensor in latents.values()):
-            log.append(Warned(f"{name} is left out: the base turns it into numbers that are not finite. Save the picture anew, or leave it out."))
+            log.append(
+                Warned(f"{name} is left out: the base turns it into numbers that are not finite. Save the picture anew, or leave it out.")
+            )
             continue
         conditioning = _conditioning(base, item.caption, encoder_hash) if frozen_text else None
         mean, std, fingerprint = latents["mean"], latents["std"], f"{key}:{item.caption}"
@@ -146,6 +170,10 @@ def _make_examples(run: RunConfig, base: LoadedBase, items: Sequence[DatasetItem
         for part in text_encoders:
             part.to("cpu")
     return examples, no_caption
+
+
+def _encode(vae: nn.Module, path: Path, crop: Crop) -> dict[str, Tensor]:
+    return cache.encode_picture(vae, cache.to_pixels(path, crop))
 
 
 def weight_files(base: LoadedBase, *parts: str) -> list[Path]:
@@ -176,7 +204,12 @@ def _warn_of_long_captions(base: LoadedBase, items: Sequence[DatasetItem], log: 
     counts, limit = base.family.token_counts(base.pipe, [item.caption for item in items])
     too_long = [item.path.name for item, count in zip(items, counts, strict=True) if count > limit]
     if too_long:
-        log.append(Warned(f"{len(too_long)} captions are longer than the {limit} tokens that the text encoder reads, such as that of {too_long[0]}; their ends are not seen."))
+        log.append(
+            Warned(
+                f"{len(too_long)} captions are longer than the {limit} tokens that the text "
+                f"encoder reads, such as that of {too_long[0]}; their ends are not seen."
+            )
+        )
 
 
 def _hold_out(run: RunConfig, examples: list[Example]) -> tuple[list[Example], list[Example]]:
@@ -207,7 +240,10 @@ def _inject(run: RunConfig, base: LoadedBase, device: torch.device) -> dict[str,
 
 def _optimizer(run: RunConfig, components: dict[str, nn.Module]) -> torch.optim.Optimizer:
     rates = {"unet": run.training.learning_rate}
-    groups = [(list(adapters.trainable(module).values()), rates.get(name, run.training.text_encoder_learning_rate)) for name, module in components.items()]
+    groups = [
+        (list(adapters.trainable(module).values()), rates.get(name, run.training.text_encoder_learning_rate))
+        for name, module in components.items()
+    ]
     return build_optimizer(groups, run)
 
 

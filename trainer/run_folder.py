@@ -168,7 +168,10 @@ def status(folder: Path) -> RunStatus:
         result.state = "queued"
     elif not alive and result.is_active:
         result.state = "interrupted"
-        result.message = "The trainer ended without a word: it was killed (often for memory) or the machine went down. The last state is kept; press Resume."
+        result.message = (
+            "The trainer ended without a word: it was killed (often for memory) "
+            "or the machine went down. The last state is kept; press Resume."
+        )
     elif alive and requested(folder, "stop") and result.is_active:
         result.state = "stopping"
     return result

@@ -47,7 +47,9 @@ class SampleRequest:
 
 
 @torch.no_grad()
-def generate(pipe: Any, *, prompt: str, negative_prompt: str, seed: int, inference_steps: int, guidance_scale: float, width: int = 0, height: int = 0) -> Image.Image:
+def generate(
+    pipe: Any, *, prompt: str, negative_prompt: str, seed: int, inference_steps: int, guidance_scale: float, width: int = 0, height: int = 0
+) -> Image.Image:
     """One picture from a pipeline on its device; sides are rounded down to whole latents, 0 is the base's own size.
 
     The noise is drawn on the CPU, so that a seed means the same everywhere.
@@ -55,19 +57,32 @@ def generate(pipe: Any, *, prompt: str, negative_prompt: str, seed: int, inferen
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)  # fresh: schedulers keep state
     own = pipe.unet.config.sample_size * pipe.vae_scale_factor
     width, height = (max(pipe.vae_scale_factor, (side or own) // pipe.vae_scale_factor * pipe.vae_scale_factor) for side in (width, height))
-    latents = pipe(prompt, negative_prompt=negative_prompt or None, width=width, height=height, num_inference_steps=inference_steps,
-                   guidance_scale=guidance_scale, generator=torch.Generator("cpu").manual_seed(seed), output_type="latent").images
+    latents = pipe(
+        prompt,
+        negative_prompt=negative_prompt or None,
+        width=width,
+        height=height,
+        num_inference_steps=inference_steps,
+        guidance_scale=guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        output_type="latent",
+    ).images
     # Decoded here, since the VAE stays in float32 while the denoiser may not.
     decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor, return_dict=False)[0]
     return pipe.image_processor.postprocess(decoded, output_type="pil", do_denormalize=[True])[0]
 
 
-def save_sample(path: Path, image: Image.Image, *, prompt: str, negative_prompt: str, seed: int, inference_steps: int, guidance_scale: float, note: str) -> None:
+def save_sample(
+    path: Path, image: Image.Image, *, prompt: str, negative_prompt: str, seed: int, inference_steps: int, guidance_scale: float, note: str
+) -> None:
     """A PNG with its settings in A1111's text, so that the picture can be repeated there."""
     info = PngInfo()
     negative = f"Negative prompt: {negative_prompt}\n" if negative_prompt else ""
-    info.add_itxt("parameters", f"{prompt}\n{negative}Steps: {inference_steps}, Sampler: {SAMPLER}, CFG scale: {guidance_scale:g}, Seed: {seed}, "
-                                f"Size: {image.width}x{image.height}, RNG: CPU, {note}")
+    info.add_itxt(
+        "parameters",
+        f"{prompt}\n{negative}Steps: {inference_steps}, Sampler: {SAMPLER}, CFG scale: {guidance_scale:g}, Seed: {seed}, "
+        f"Size: {image.width}x{image.height}, RNG: CPU, {note}",
+    )
     buffer = BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +105,9 @@ class Sampler:
         settings = {name: getattr(request, name) for name in ("prompt", "negative_prompt", "seed", "inference_steps", "guidance_scale")}
         image = generate(base.pipe, **settings, width=request.width, height=request.height)
         names = ", ".join(f"{Path(a.file).stem}: {a.strength:g}" for a in request.adapters)
-        save_sample(Path(request.target), image, **settings, note=f"Model: {Path(request.base.model).name}" + (f", Lora: {names}" if names else ""))
+        save_sample(
+            Path(request.target), image, **settings, note=f"Model: {Path(request.base.model).name}" + (f", Lora: {names}" if names else "")
+        )
         return Path(request.target)
 
     def _load(self, base: Base) -> LoadedBase:
@@ -131,7 +148,9 @@ def load_adapter(base: LoadedBase, path: Path, name: str) -> None:
         base.pipe.load_lora_weights(tensors, adapter_name=name)
     except (RuntimeError, ValueError, KeyError, AttributeError, IndexError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{path.name} does not fit the base model {base.folder.path.name}: it was trained on another one ({reason[:150]}).") from None
+        raise ModelError(
+            f"{path.name} does not fit the base model {base.folder.path.name}: it was trained on another one ({reason[:150]})."
+        ) from None
 
 
 def parse_request(data: Any) -> SampleRequest:
@@ -153,7 +172,11 @@ def serve(requests: TextIO = sys.stdin, replies: TextIO = sys.stdout) -> None:
         except TrainerError as error:
             reply = {"error": str(error)}
         except torch.OutOfMemoryError:
-            reply = {"error": "The device has too little free memory for this picture. Choose a smaller size, or wait until the training is done."}
+            reply = {
+                "error": (
+                    "The device has too little free memory for this picture. Choose a smaller size, or wait until the training is done."
+                )
+            }
         except (ValueError, RuntimeError, OSError) as error:
             print(f"preview failed: {error!r}", file=sys.stderr, flush=True)
             reply = {"error": f"The picture could not be made: {(str(error).splitlines() or ['unknown error'])[0][:200]}"}

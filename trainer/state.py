@@ -124,11 +124,13 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises StateError that says what differs between the run's first start and now."""
     if before["config"] != now["config"]:
         raise StateError(
-            "The settings in run.toml were changed since the run started, so it cannot go on as the same training. Start a new run with them."
+            "The settings in run.toml were changed since the run started, so "
+            "it cannot go on as the same training. Start a new run with them."
         )
     if before["dataset"] != now["dataset"]:
         old, new = before["dataset"], now["dataset"]
         changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
         raise StateError(
-            f"The dataset changed since the run started ({len(changed)} pictures or captions, such as {changed[0]}). Put it back, or start a new run."
+            f"The dataset changed since the run started ({len(changed)} pictures "
+            f"or captions, such as {changed[0]}). Put it back, or start a new run."
         )

@@ -67,7 +67,9 @@ def validation_loss(session: Session) -> float:
     timesteps = ((torch.arange(VALIDATION_TIMESTEPS) + 0.5) / VALIDATION_TIMESTEPS * total).long()
     losses = []
     for index, example in enumerate(session.held_out):
-        noise = torch.randn(VALIDATION_TIMESTEPS, *example.mean.shape, generator=generator_for(session.run.training.seed, "validation", index))
+        noise = torch.randn(
+            VALIDATION_TIMESTEPS, *example.mean.shape, generator=generator_for(session.run.training.seed, "validation", index)
+        )
         conditioning = _conditioning(session, [example], [False])
         conditioning = {name: t.expand(VALIDATION_TIMESTEPS, *t.shape[1:]) for name, t in conditioning.items()}
         sizes = _size_ids(session, [example]).expand(VALIDATION_TIMESTEPS, -1)

@@ -9,7 +9,21 @@ from trainer import adapters, cache, estimate, export, run_folder
 from trainer.config import RunConfig, fingerprint
 from trainer.device import device_name
 from trainer.errors import ModelError, NotLearning
-from trainer.events import AdapterSaved, Continued, EventLog, Finished, Paused, Progress, SampleSaved, Started, StateSaved, StepDone, Stopped, Validated, Warned
+from trainer.events import (
+    AdapterSaved,
+    Continued,
+    EventLog,
+    Finished,
+    Paused,
+    Progress,
+    SampleSaved,
+    Started,
+    StateSaved,
+    StepDone,
+    Stopped,
+    Validated,
+    Warned,
+)
 from trainer.optimizers import lr_factor, set_learning_rate
 from trainer.prepare import Session, prepare, weight_files
 from trainer.sample import generate, load_adapter, save_sample
@@ -65,7 +79,13 @@ def train(run: RunConfig, folder: Path, log: EventLog) -> Path:
 
 def restore(session: Session) -> tuple[dict, int]:
     """Puts the last state into the session. Returns what is stored along with it, and its step."""
-    facts = {"config": fingerprint(session.run), "dataset": session.dataset_fingerprints(), "started": time.time(), "elapsed": 0.0, "loss_scale": 2.0**16}
+    facts = {
+        "config": fingerprint(session.run),
+        "dataset": session.dataset_fingerprints(),
+        "started": time.time(),
+        "elapsed": 0.0,
+        "loss_scale": 2.0**16,
+    }
     state, passed_over = load_state(session.folder)
     for sentence in passed_over:
         session.log.append(Warned(sentence))
@@ -78,9 +98,17 @@ def restore(session: Session) -> tuple[dict, int]:
 
 
 def started_event(session: Session, step: int) -> Started:
-    return Started(step=step, total_steps=session.total_steps, pictures=len(session.examples), held_out=estimate.held_out_count(session.run, len(session.dataset_fingerprints())),
-                   trainable_parameters=sum(p.numel() for p in session.parameters.values()), device=device_name(session.device),
-                   precision=session.precision, attention=session.attention, family=session.base.family.name)
+    return Started(
+        step=step,
+        total_steps=session.total_steps,
+        pictures=len(session.examples),
+        held_out=estimate.held_out_count(session.run, len(session.dataset_fingerprints())),
+        trainable_parameters=sum(p.numel() for p in session.parameters.values()),
+        device=device_name(session.device),
+        precision=session.precision,
+        attention=session.attention,
+        family=session.base.family.name,
+    )
 
 
 def forward_backward(session: Session, buckets: list[list[int]], step: int, scaler: torch.amp.GradScaler) -> torch.Tensor:
@@ -114,15 +142,20 @@ def check_gradients_arrive(session: Session) -> None:
     for part, module in session.components.items():
         gradients = [p.grad for name, p in adapters.trainable(module).items()]
         if not any(g is not None and (bool(g.any()) or (dropping and part != "unet")) for g in gradients):
-            raise NotLearning(f"No gradient reached the adapter in the {part}, so nothing can be learned. The attention in use ({session.attention}) gives a wrong backward pass, or the settings freeze everything.")
+            raise NotLearning(
+                f"No gradient reached the adapter in the {part}, so nothing can be learned. "
+                f"The attention in use ({session.attention}) gives a wrong backward pass, or the settings freeze everything."
+            )
 
 
 def skip_bad_step(session: Session, step: int, bad_steps: int) -> int:
     """The weights stay as they were. Raises NotLearning after some such steps in a row."""
     bad_steps += 1
     if bad_steps >= BAD_STEPS_IN_A_ROW:
-        raise NotLearning(f"The loss or its gradients were not finite in {bad_steps} steps in a row, up to step {step}. The last state is kept. "
-                          f"Lower the learning rate (now {session.run.training.learning_rate:g}), or use base.precision = fp32.")
+        raise NotLearning(
+            f"The loss or its gradients were not finite in {bad_steps} steps in a row, up to step {step}. The last state is kept. "
+            f"Lower the learning rate (now {session.run.training.learning_rate:g}), or use base.precision = fp32."
+        )
     session.log.append(Warned(f"Step {step} was skipped: its loss or gradients were not finite."))
     return bad_steps
 
@@ -152,9 +185,20 @@ def keep_adapter(session: Session, step: int, facts: dict) -> None:
     """The adapter as a file, and its loss on the held-out pictures."""
     run, base = session.run, session.base
     metadata = export.metadata_for(
-        run, base.family, step=step, total_steps=session.total_steps, pictures=len(session.examples), captions=[e.caption for e in session.examples],
-        base_hash=cache.legacy_model_hash(weight_files(base, "unet")[0]), prediction_type=session.objective.prediction_type, started=facts["started"], finished=time.time())
-    tensors = export.to_kohya(adapters.adapted_modules(session.components), base.family, run.adapter.alpha, export.DTYPES[run.saving.precision])
+        run,
+        base.family,
+        step=step,
+        total_steps=session.total_steps,
+        pictures=len(session.examples),
+        captions=[e.caption for e in session.examples],
+        base_hash=cache.legacy_model_hash(weight_files(base, "unet")[0]),
+        prediction_type=session.objective.prediction_type,
+        started=facts["started"],
+        finished=time.time(),
+    )
+    tensors = export.to_kohya(
+        adapters.adapted_modules(session.components), base.family, run.adapter.alpha, export.DTYPES[run.saving.precision]
+    )
     name = adapter_name(run, step)
     export.write_adapter(session.folder / name, tensors, metadata)
     session.log.append(AdapterSaved(step, name, measure(session, step)))
@@ -179,8 +223,13 @@ def sample(session: Session, step: int) -> None:
             part.to(session.device)
         for index, prompt in enumerate(prompts):
             session.log.append(Progress("sampling", index, len(prompts)))
-            settings = {"prompt": prompt, "negative_prompt": chosen.negative_prompt, "seed": chosen.seed + index,
-                        "inference_steps": chosen.inference_steps, "guidance_scale": chosen.guidance_scale}
+            settings = {
+                "prompt": prompt,
+                "negative_prompt": chosen.negative_prompt,
+                "seed": chosen.seed + index,
+                "inference_steps": chosen.inference_steps,
+                "guidance_scale": chosen.guidance_scale,
+            }
             image = generate(pipe, **settings, width=side, height=side)
             file = f"samples/{step:06d}-{index}{run_folder.SAMPLE_SUFFIX}"
             save_sample(session.folder / file, image, **settings, note=f"Step: {step}")
@@ -222,10 +271,15 @@ def verify_file(session: Session, path: Path) -> None:
     reloaded = {(m.component, m.name): m for m in adapters.adapted_modules(session.components, "reloaded")}
     pipe.unload_lora_weights()
     if trained.keys() != reloaded.keys():
-        raise ModelError(f"The saved file {path.name} reaches {len(reloaded)} modules instead of {len(trained)}. The state is kept; please report this.")
+        raise ModelError(
+            f"The saved file {path.name} reaches {len(reloaded)} modules instead of {len(trained)}. The state is kept; please report this."
+        )
     norms = {key: float(module.delta.norm()) for key, module in trained.items()}
     negligible = max(norms.values()) / 1000  # a query over a single token gets no gradient: what is left of it rounds to nothing in fp16
     for key, module in trained.items():
         error = float((reloaded[key].delta - module.delta).norm()) / max(norms[key], negligible)
         if not error <= FILE_ERROR_LIMIT:
-            raise ModelError(f"The saved file {path.name} does not do what was trained (off by {error:.1%} in {'.'.join(key)}). The state is kept; please report this.")
+            raise ModelError(
+                f"The saved file {path.name} does not do what was trained (off by "
+                f"{error:.1%} in {'.'.join(key)}). The state is kept; please report this."
+            )

@@ -101,7 +101,8 @@ def _check_complete(folder: Path, part: str, module: nn.Module, stored: set[str]
     missing = [name for name in state if name.removeprefix("text_model.") not in stored and not name.endswith("position_ids")]
     if missing:
         raise ModelError(
-            f"{folder.name}/{part} lacks {len(missing)} of {len(state)} tensors (such as {missing[0]}); the file is incomplete. Download it again."
+            f"{folder.name}/{part} lacks {len(missing)} of {len(state)} tensors (such as {missing[0]}); "
+            "the file is incomplete. Download it again."
         )
     for name, tensor in state.items():
         if tensor.is_meta or not torch.isfinite(tensor).all():
