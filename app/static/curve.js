@@ -1,7 +1,7 @@
 // Loss over steps as SVG: pale means, a smoothed line, validation points, and a mark at each save.
 drawWith((root, view) => {
   if (!(view.loss || []).length) { root.replaceChildren(); return; }
-  const width = 640, height = 220, left = 52, right = 12, top = 12, bottom = 26;
+  const width = 640, height = 220, left = 62, right = 12, top = 12, bottom = 26;
   const validation = view.validation || [];
   const values = [...view.smooth, ...view.loss, ...validation].map((point) => point[1]);
   const sorted = [...values].sort((a, b) => a - b);
@@ -11,7 +11,7 @@ drawWith((root, view) => {
   const y = (value) => top + (height - top - bottom) * (1 - (Math.min(value, high) - low) / (high - low));
   const line = (points, style) => el("polyline", { class: style, points: points.map(([step, value]) => `${x(step).toFixed(1)},${y(value).toFixed(1)}`).join(" ") });
   const ticks = [low, (low + high) / 2, high].map((value) => el("g", {}, el("line", { class: "at-rule", x1: left, x2: width - right, y1: y(value), y2: y(value) }),
-    el("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, value.toPrecision(3))));
+    el("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, value.toPrecision(2))));
   const saves = (view.saves || []).map((step) => el("g", {}, el("line", { class: "at-save", x1: x(step), x2: x(step), y1: top, y2: height - bottom }),
     el("text", { class: step === view.best ? "at-star" : "", x: x(step), y: height - 8, "text-anchor": step > 0.95 * last ? "end" : "middle" }, step === view.best ? `★ ${step}` : String(step))));
   const now = view.smooth[view.smooth.length - 1];

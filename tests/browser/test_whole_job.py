@@ -15,7 +15,10 @@ from trainer.base_model import EMBEDDED_FOLDER
 EXAMPLE = datasets.EXAMPLES / "subject"
 PROMPT = "a zorbit on a green background"
 
-pytestmark = pytest.mark.skipif(not (EMBEDDED_FOLDER / "model_index.json").is_file(), reason="the embedded base is not there yet")
+pytestmark = [
+    pytest.mark.skipif(not (EMBEDDED_FOLDER / "model_index.json").is_file(), reason="the embedded base is not there"),
+    pytest.mark.timeout(1200),  # a minute on an idle machine
+]
 
 
 def test_pictures_in_adapter_out(open_page, server, tmp_path: Path) -> None:
@@ -65,12 +68,12 @@ def start_training(page) -> None:
     page.locator("#field-sampling-prompts textarea").fill(PROMPT)
     page.locator("#advanced > button").click()
     page.locator("#section-training > button").click()
-    page.locator("#field-training-steps input").fill("40")
+    page.locator("#field-training-steps input").fill("16")
     page.locator("#section-sampling > button").click()
     page.locator("#field-sampling-inference_steps input").fill("6")
     page.locator("#section-saving > button").click()
     page.locator("#field-saving-saves input").fill("2")
-    page.wait_for_function("document.querySelector('#estimate').innerText.includes('= 40 steps')")
+    page.wait_for_function("document.querySelector('#estimate').innerText.includes('= 16 steps')")
     page.locator("#start-training").click()
     page.wait_for_selector("#progress .at-panel")
 
@@ -85,7 +88,7 @@ def wait_until_finished(page, server) -> Path:
         "['Finished', 'Failed'].includes(document.querySelector('#progress .at-pill')?.innerText)", timeout=2 * PATIENCE * 1000
     )
     assert page.locator("#progress .at-pill").inner_text() == "Finished", page.locator("#progress").inner_text()
-    assert page.locator("#progress .at-figures").inner_text().startswith("40 / 40")
+    assert page.locator("#progress .at-figures").inner_text().startswith("16 / 16")
     captions = page.locator("#samples figcaption").all_inner_texts()
     assert captions[0] == "Base" and len(captions) == 3 and sum("★" in caption for caption in captions) == 1
     assert page.locator("#curve svg polyline").count() >= 2
