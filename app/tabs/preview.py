@@ -54,7 +54,7 @@ def _controls() -> tuple[dict[str, gr.components.Component], gr.Button]:
     with gr.Group(elem_classes="at-form"):
         fields["run"] = gr.Dropdown(_run_choices(), label="Adapter", elem_id="preview-run", filterable=False)
         fields["save"] = gr.Dropdown(
-            [], label="Save", info="Each save of the run; the finished file is the best of them.", elem_id="preview-save", filterable=False
+            [], label="Save", info="Each save of the run. ★ has the lowest validation loss.", elem_id="preview-save", filterable=False
         )
         fields["prompt"] = gr.Textbox(label="Prompt", lines=2, elem_id="preview-prompt")
         fields["strength"] = gr.Slider(
@@ -142,7 +142,7 @@ def _save_choices(folder: Path) -> list[tuple[str, str]]:
         (f"Step {saved.step}{' ★ best' if saved.step == current.best_step else ''}", saved.file) for saved in reversed(current.adapters)
     ]
     if current.finished:
-        saves.insert(0, (f"The finished file (step {current.finished.best_step})", current.finished.file))
+        saves.insert(0, (f"The finished file (step {current.finished.step})", current.finished.file))
     return [(label, file) for label, file in saves if (folder / file).is_file()]
 
 
