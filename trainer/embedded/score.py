@@ -6,13 +6,15 @@ trained on drawings of the same world with other seeds, never on a picture of th
 
 from __future__ import annotations
 
+import argparse
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from trainer.embedded import world
 
@@ -183,21 +185,36 @@ def load_base():
     import torch
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(BASE, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def main() -> None:
-    from collections import Counter
+def save_grid(path: Path, images: Sequence[Image.Image], scenes: Sequence[world.Scene], columns: int = 8) -> None:
+    """Pictures at twice their size, each over what was asked for."""
+    side, label = 2 * world.PIXELS, 26
+    grid = Image.new("RGB", (columns * (side + 4), -(-len(images) // columns) * (side + label + 4)), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, (image, scene) in enumerate(zip(images, scenes, strict=True)):
+        x, y = i % columns * (side + 4), i // columns * (side + label + 4)
+        grid.paste(image.resize((side, side), Image.Resampling.BICUBIC), (x, y))
+        outline = "outline of a " if scene.style == "outline" else ""
+        draw.multiline_text((x + 2, y + side), f"{outline}{scene.colour} {scene.object}\n{scene.background}", fill="black", spacing=1)
+    grid.quantize(255).save(path, optimize=True)
 
-    pipe = load_base()
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Scores the embedded base on 200 fixed prompts.")
+    parser.add_argument("--grid", type=Path, help="also save the first 40 pictures here")
+    args = parser.parse_args()
     texts, scenes = zip(*fixed_prompts(200), strict=True)
-    images = draw_prompts(pipe, texts)
+    images = draw_prompts(load_base(), texts)
     print(f"200 prompts, 20 steps: {judge(images, scenes)}")
     named = classify(images).argmax(-1)
     asked, right = Counter(s.object for s in scenes), Counter(s.object for s, n in zip(scenes, named, strict=True) if LABELS[n] == s.object)
     print("  ".join(f"{name} {right[name]}/{asked[name]}" for name in world.OBJECTS))
+    if args.grid:
+        save_grid(args.grid, images[:40], scenes[:40])
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def make_tokenizer(folder: Path, captions: list[str]) -> None:
     merges = learn_merges(words, 2048 - 2 * len(letters) - len(specials))
     pieces = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in merges] + specials
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n", encoding="utf-8")
     tokenizer = CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=77)
     tokenizer.save_pretrained(folder)
 
