@@ -81,3 +81,14 @@ def test_the_page_calls_no_shell_and_runs_no_text() -> None:
             if isinstance(node, ast.Call):
                 assert ast.unparse(node.func) not in ("eval", "exec", "os.system", "os.popen"), path
                 assert not any(word.arg == "shell" for word in node.keywords), path
+
+
+def test_recipes_suit_the_base_and_a_model_of_ones_own(tmp_path):
+    from tests.tiny import save_tiny_base
+
+    assert {preset.config.base.model for preset in train.recipes("embedded")} == {"embedded"}
+    for own, base in (("", train.SD15), ("someone/realistic", train.SD15), ("someone/juggernautXL", train.SDXL), ("/nowhere", train.SD15)):
+        assert {preset.config.base.model for preset in train.recipes(train.OWN, own)} == {base}, own
+    folder = save_tiny_base(tmp_path / "xl-in-name-only")
+    assert train.recipes(train.OWN, str(folder))[0].config.base.model == train.SD15
+    assert set(train.BASE_TITLES) == {base for _, base in train._base_choices()} - {train.OWN}

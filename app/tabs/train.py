@@ -8,13 +8,14 @@ import gradio as gr
 from app import datasets, form, runs, views
 from app.drawn import drawn
 from app.page import Page
-from trainer import config, estimate, presets
+from trainer import base_model, config, estimate, presets
 from trainer.config import EMBEDDED, RunConfig
 from trainer.errors import TrainerError
 
 ID, TITLE = "train", "Train"
 OWN = "own"
-BASE_TITLES = {EMBEDDED: "Built-in, small", "stable-diffusion-v1-5/stable-diffusion-v1-5": "Stable Diffusion 1.5"}
+SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
+BASE_TITLES = {EMBEDDED: "Built-in, small", SD15: "Stable Diffusion 1.5", SDXL: "Stable Diffusion XL"}
 BASIC = ("name", "dataset.folder", "dataset.trigger", "sampling.prompts")  # beside the base and the recipe, which have widgets of their own
 HIDDEN = ("preset", "base.model")
 SECTION_TITLES = {
@@ -75,7 +76,11 @@ def _settings_form() -> dict[str, gr.components.Component]:
         )
         fields["own_base"] = form.widget("base.model", value="", visible=False, label="Folder or Hugging Face id", max_lines=1)
         fields["preset"] = gr.Radio(
-            _recipe_choices(first.config.base.model), value=first.name, label="Purpose", elem_id="field-preset", elem_classes="at-cards"
+            _recipe_choices(recipes(first.config.base.model)),
+            value=first.name,
+            label="Purpose",
+            elem_id="field-preset",
+            elem_classes="at-cards",
         )
         fields["dataset.trigger"] = form.widget("dataset.trigger", label="Trigger word", max_lines=1)
         fields["sampling.prompts"] = form.widget(
@@ -101,15 +106,24 @@ def _base_choices() -> list[tuple[str, str]]:
     return [*((BASE_TITLES.get(base, base), base) for base in bases), ("My own…", OWN)]
 
 
-def recipes(base: str) -> list[presets.Preset]:
-    """The presets for a base; a model of one's own is of the family of the last one listed."""
-    known = presets.load_presets().values()
-    bases = list(dict.fromkeys(preset.config.base.model for preset in known))
-    return [preset for preset in known if preset.config.base.model == (base if base in bases else bases[-1])]
+def recipes(base: str, own_base: str = "") -> list[presets.Preset]:
+    """The presets for a base; for a model of one's own those of its kind."""
+    base = _kind_of(own_base) if base == OWN else base
+    return [preset for preset in presets.load_presets().values() if preset.config.base.model == base]
 
 
-def _recipe_choices(base: str) -> list[tuple[str, str]]:
-    return [(f"{preset.title}\n{preset.purpose} {preset.pictures} pictures, {preset.time}.", preset.name) for preset in recipes(base)]
+def _kind_of(own_base: str) -> str:
+    """The base whose recipes suit a model of one's own: told by the model where it is on this machine, else by its name."""
+    try:
+        folder = base_model.locate(config.Base(model=own_base)) if own_base else None
+        is_xl = base_model.inspect(folder).pipeline == "StableDiffusionXLPipeline" if folder else "xl" in own_base.lower()
+    except TrainerError:  # told at the start of a run, with the reason
+        is_xl = False
+    return SDXL if is_xl else SD15
+
+
+def _recipe_choices(choices: list[presets.Preset]) -> list[tuple[str, str]]:
+    return [(f"{preset.title}\n{preset.purpose} {preset.pictures} pictures, {preset.time}.", preset.name) for preset in choices]
 
 
 def _wire(page: Page, own: dict) -> None:
@@ -125,8 +139,12 @@ def _wire(page: Page, own: dict) -> None:
     line_update = {"fn": estimated, "inputs": inputs, "outputs": line, **QUIET}
     own["line_update"] = line_update
     gr.on([field.input for name, field in fields.items() if name not in ("base", "preset")], trigger_mode="always_last", **line_update)
-    fields["base"].input(
-        choose_base, [fields["base"], fields["preset"]], [fields["own_base"], fields["preset"], *_recipe_widgets(fields)], **QUIET
+    gr.on(
+        [fields["base"].input, fields["own_base"].blur],
+        choose_base,
+        [fields["base"], fields["preset"], fields["own_base"]],
+        [fields["own_base"], fields["preset"], *_recipe_widgets(fields)],
+        **QUIET,
     ).then(**line_update)
     fields["preset"].input(choose_recipe, fields["preset"], _recipe_widgets(fields), **QUIET).then(**line_update)
     fields["dataset.folder"].input(choose_dataset, fields["dataset.folder"], own["dataset_outputs"], **QUIET).then(**line_update)
@@ -149,12 +167,12 @@ def _recipe_widgets(fields: dict) -> list:
     return [fields[path] for path in advanced_paths()]
 
 
-def choose_base(base: str, preset: str) -> list:
+def choose_base(base: str, preset: str, own_base: str) -> list:
     """The recipes for a base: the one with the same title stays chosen."""
-    choices = recipes(base)
+    choices = recipes(base, own_base)
     title = presets.load_presets()[preset].title if preset in presets.load_presets() else ""
     chosen = next((recipe for recipe in choices if recipe.title == title), choices[0])
-    return [gr.Textbox(visible=base == OWN), gr.Radio(_recipe_choices(base), value=chosen.name), *choose_recipe(chosen.name)]
+    return [gr.Textbox(visible=base == OWN), gr.Radio(_recipe_choices(choices), value=chosen.name), *choose_recipe(chosen.name)]
 
 
 def choose_recipe(name: str) -> list:
@@ -181,7 +199,7 @@ def show_settings(run: RunConfig) -> list:
     values = {
         "base": base,
         "own_base": gr.Textbox(value=run.base.model if base == OWN else "", visible=base == OWN),
-        "preset": gr.Radio(_recipe_choices(base), value=run.preset if run.preset in known else None),
+        "preset": gr.Radio(_recipe_choices(recipes(base, run.base.model)), value=run.preset if run.preset in known else None),
         "dataset.folder": gr.Dropdown(datasets.names(), value=dataset),
     }
     paths = [*BASIC, *advanced_paths()]
