@@ -127,7 +127,7 @@ def test_the_base_does_not_know_the_examples():
     assert score.TRIGGER not in captions and "blueprint" not in captions
 
 
-FLOOR = score.Score(background=0.9, colour=0.85, object=0.75)
+FLOOR = score.Score(background=0.95, colour=0.85, object=0.85)
 """A little under the model card's table, because 32 prompts scatter more than its 200."""
 
 

@@ -99,15 +99,15 @@ def nearest_background(pixels: np.ndarray) -> str:
 
 
 def dominant_colour(pixels: np.ndarray, background: str) -> str:
-    """The colour of what stands before `background`; a pixel counts by how much it differs from the background there."""
+    """The commonest colour among the pixels that clearly differ from `background`."""
     inner = slice(6, -6)
     front = pixels[inner, inner].reshape(-1, 3)
     behind = background_array(background)[inner, inner].reshape(-1, 3)
-    weight = np.square(front - behind).sum(1)
-    weight[weight < 70**2] = 0
+    front = front[np.square(front - behind).sum(1) > 70**2]
     palette = np.array(list(world.COLOURS.values()), dtype=np.float32)
     nearest = np.square(front[:, None] - palette).sum(-1).argmin(1)
-    return list(world.COLOURS)[int(np.bincount(nearest, weights=weight, minlength=len(palette)).argmax())]
+    counts = np.bincount(nearest, minlength=len(palette))
+    return list(world.COLOURS)[int(counts.argmax())] if counts.any() else "none"
 
 
 # ---------------------------------------------------------------- the classifier
@@ -198,7 +198,7 @@ def save_grid(path: Path, images: Sequence[Image.Image], scenes: Sequence[world.
     for i, (image, scene) in enumerate(zip(images, scenes, strict=True)):
         x, y = i % columns * (side + 4), i // columns * (side + label + 4)
         grid.paste(image.resize((side, side), Image.Resampling.BICUBIC), (x, y))
-        outline = "outline of a " if scene.style == "outline" else ""
+        outline = f"outline of {world.article(scene.colour)} " if scene.style == "outline" else ""
         draw.multiline_text((x + 2, y + side), f"{outline}{scene.colour} {scene.object}\n{scene.background}", fill="black", spacing=1)
     grid.quantize(255).save(path, optimize=True)
 
