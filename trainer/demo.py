@@ -18,8 +18,8 @@ from trainer.files import atomic_write
 EXAMPLE = EMBEDDED_FOLDER.parent / "examples" / "subject"
 PRESET = "embedded-subject"
 BACKGROUNDS = ("white", "blue", "pink", "yellow", "purple", "black", "orange", "green")
-OTHER_PROMPTS = 16  # prompts without the trigger, from the scorer's fixed list
-STRENGTHS = (0.0, 0.5, 1.0)
+OTHER_PROMPTS = 12  # prompts without the trigger, from the scorer's fixed list
+STRENGTHS = (0.0, 1.0)
 FIRST_SEED = 900
 TILE = 96  # pixels of one picture in the grid
 
@@ -49,16 +49,16 @@ def measure(run: config.RunConfig, folder: Path, adapter: Path) -> dict[str, Any
     prompts = [score.SUBJECT_PROMPT.format(background=background) for background in BACKGROUNDS] + list(texts)
     sampler, chosen = Sampler(), run.sampling
 
-    def draw(name: str, adapters: list[StackedAdapter]) -> list[Image.Image]:
+    def draw(name: str, adapters: list[StackedAdapter], prompts: Sequence[str] = prompts) -> list[Image.Image]:
         files = [folder / "demo" / f"{name}-{i:02d}.png" for i in range(len(prompts))]
         for i, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
             settings = {"seed": FIRST_SEED + i, "inference_steps": chosen.inference_steps, "guidance_scale": chosen.guidance_scale}
             sampler.render(SampleRequest(prompt=prompt, target=str(file), base=run.base, adapters=adapters, **settings))
         return [Image.open(file).convert("RGB") for file in files]
 
-    base = draw("base", [])
-    drawn = {f"{s:g}": draw(f"strength-{s:g}", [StackedAdapter(str(adapter), s)]) for s in STRENGTHS}
     count = len(BACKGROUNDS)
+    base = draw("base", [], prompts[:count])
+    drawn = {f"{s:g}": draw(f"strength-{s:g}", [StackedAdapter(str(adapter), s)]) for s in STRENGTHS}
     rows = [images[part] for part in (slice(count), slice(count, 2 * count)) for images in drawn.values()]
     labels = [f"{kind}, strength {s}" for kind in ("with the trigger", "without it") for s in drawn]
     save_grid(folder / "before-after.png", rows, labels)
@@ -66,7 +66,7 @@ def measure(run: config.RunConfig, folder: Path, adapter: Path) -> dict[str, Any
         "with_trigger": {s: round(score.subject_similarity(images[:count]), 3) for s, images in drawn.items()},
         "without_trigger": {s: round(score.subject_similarity(images[count:]), 3) for s, images in drawn.items()},
         "other_prompts_right": {s: round(_mean(score.judge(images[count:], scenes)), 3) for s, images in drawn.items()},
-        "strength_0_is_base": all(a.tobytes() == b.tobytes() for a, b in zip(base, drawn["0"], strict=True)),
+        "strength_0_is_base": all(a.tobytes() == b.tobytes() for a, b in zip(base, drawn["0"][:count], strict=True)),
     }
 
 
@@ -91,7 +91,7 @@ def write_report(folder: Path, report: dict[str, Any], status: run_folder.RunSta
     lines = f"""# What the adapter learned
 
 {report["steps"]} steps in {report["seconds"]:.0f} s on {report["device"]}; {report["trainable_parameters"]:,} parameters trained.
-At strength 0 all {len(BACKGROUNDS) + OTHER_PROMPTS} pictures {equals} the base's, bit for bit.
+At strength 0 the {len(BACKGROUNDS)} pictures with the trigger {equals} the base's, bit for bit.
 
 | strength | shows the subject: prompts with its trigger | prompts without it | what prompts without it get right |
 |---|---|---|---|
