@@ -19,7 +19,7 @@ IMAGES = Path(__file__).resolve().parent / "images"
 DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 MAX_BYTES = 250_000
 PATIENCE = 900_000  # milliseconds
-STEPS = 60
+STEPS = 400
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of a trainer that shares its cores wait for each other more than they work
 

@@ -252,3 +252,21 @@ def test_no_effect_is_no_success(tiny_run, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: None)
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 1 and "changes nothing" in run_folder.status(folder).message
+
+
+def test_real_photographs_of_mixed_size_and_orientation_train_without_an_edit(outputs):
+    from trainer import config, presets
+    from trainer.base_model import EMBEDDED_FOLDER
+
+    photos = EMBEDDED_FOLDER.parent / "examples" / "photos"
+    changes = {
+        "dataset.folder": str(photos),
+        "training.steps": 2,
+        "saving.saves": 1,
+        "sampling.inference_steps": 1,
+        "sampling.prompts": ["a"],
+    }
+    folder = run_folder.create(config.replace(presets.load_preset("embedded-style").config, changes))
+    assert run_in(folder) == 0
+    status = run_folder.status(folder)
+    assert status.started.pictures + status.started.held_out == 12 and not status.warnings

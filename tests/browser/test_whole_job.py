@@ -9,7 +9,7 @@ from PIL import Image, ImageChops
 
 from app import datasets
 from tests.browser.conftest import PATIENCE
-from trainer import base_model, run_folder
+from trainer import base_model, presets, run_folder
 from trainer.base_model import EMBEDDED_FOLDER
 
 EXAMPLE = datasets.EXAMPLES / "subject"
@@ -143,8 +143,9 @@ def assert_loads_and_draws(file: Path, preview: Image.Image) -> None:
     with safe_open(file, "pt") as opened:
         saved = [key for key in opened.keys() if not key.endswith(".alpha")]  # noqa: SIM118 (not a mapping)
     assert len(loaded) == len(saved) > 0
+    recipe = presets.load_preset("embedded-object").config
     pipe.set_adapters(["zorbit"], [1.1])
-    picture = generate(pipe, prompt=PROMPT, negative_prompt="", seed=1, inference_steps=6, guidance_scale=5.0)
+    picture = generate(pipe, prompt=PROMPT, negative_prompt="", seed=1, inference_steps=6, guidance_scale=recipe.sampling.guidance_scale)
     difference = ImageChops.difference(picture.convert("RGB"), preview)
     assert max(high for _, high in difference.getextrema()) <= 2, "the downloaded file draws another picture than the preview"
     assert torch.isfinite(next(pipe.unet.parameters())).all()
