@@ -102,6 +102,15 @@ def test_half_precision_files_are_found(tiny_base, tmp_path):
     load_base(config.Base(model=str(folder)), torch.float32)
 
 
+def test_of_two_editions_side_by_side_the_one_that_is_loaded_is_named(tiny_base, tmp_path):
+    folder = shutil.copytree(tiny_base, tmp_path / "model")
+    for path in folder.glob("*/*.safetensors"):
+        shutil.copy(path, path.with_suffix(".fp16.safetensors"))
+    inspected = base_model.inspect(folder)
+    assert inspected.variant is None and not any(".fp16." in path.name for path in inspected.weights.values())
+    assert set(inspected.weights) == set(inspected.tensors)
+
+
 def test_a_model_of_the_hub_that_is_not_here_is_said_without_network(monkeypatch):
     base = config.Base(model="someone/not-downloaded")
     assert base_model.locate(base) is None

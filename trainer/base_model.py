@@ -48,6 +48,8 @@ class BaseFolder:
     """config.json of each component."""
     tensors: dict[str, dict[str, TensorInfo]]
     """Tensor name -> type and shape, by component."""
+    weights: dict[str, Path]
+    """The file that each component's tensors were read from; folders often hold several editions side by side."""
     variant: str | None
     """"fp16" where the weights are named *.fp16.safetensors."""
 
@@ -87,7 +89,7 @@ def inspect(folder: Path) -> BaseFolder:
     if pipeline not in PIPELINES:
         raise ModelError(f"{folder.name} is a {pipeline[:80]}; adapters are trained on Stable Diffusion ({' or '.join(PIPELINES)}).")
     _check_other_parts(folder, index)
-    configs, tensors, variants = {}, {}, set()
+    configs, tensors, weights, variants = {}, {}, {}, set()
     for part, allowed in PIPELINES[pipeline].items():
         entry = index.get(part)
         if not isinstance(entry, list) or tuple(entry) not in allowed:
@@ -98,7 +100,8 @@ def inspect(folder: Path) -> BaseFolder:
             )
         if part in WEIGHTS:
             configs[part] = _read_json(folder / part / "config.json")
-            tensors[part], variant = _read_weights(folder / part, WEIGHTS[part])
+            weights[part], variant = _find_weights(folder / part, WEIGHTS[part])
+            tensors[part] = read_header(weights[part]).tensors
             variants.add(variant)
         else:
             _check_tokenizer(folder / part)
@@ -110,7 +113,7 @@ def inspect(folder: Path) -> BaseFolder:
         )
     if configs["vae"].get("latents_mean"):
         raise ModelError(f"{folder.name} has a VAE that shifts its latents (latents_mean); no Stable Diffusion trained here does.")
-    return BaseFolder(folder, pipeline, configs, tensors, variants.pop() if len(variants) == 1 else None)
+    return BaseFolder(folder, pipeline, configs, tensors, weights, variants.pop() if len(variants) == 1 else None)
 
 
 def _check_other_parts(folder: Path, index: dict[str, Any]) -> None:
@@ -143,11 +146,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _read_weights(folder: Path, stem: str) -> tuple[dict[str, TensorInfo], str | None]:
+def _find_weights(folder: Path, stem: str) -> tuple[Path, str | None]:
     for variant in (None, "fp16"):
         name = f"{stem}.safetensors" if variant is None else f"{stem}.{variant}.safetensors"
         if (folder / name).is_file():
-            return read_header(folder / name).tensors, variant
+            return folder / name, variant
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".ckpt", ".pt"))
     if others:
         raise ModelError(

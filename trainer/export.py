@@ -26,8 +26,6 @@ from trainer.files import atomic_write
 from trainer.presets import load_presets
 from trainer.safetensors_header import read_header
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
 
 def to_kohya(modules: Iterable[AdaptedModule], family: ModelFamily, alpha: float, dtype: torch.dtype) -> dict[str, Tensor]:
     """Three tensors a module: lora_down [r, in], lora_up [out, r] and alpha, one value for the whole file.

@@ -137,7 +137,7 @@ def _make_examples(
 ) -> tuple[list[Example], Conditioning | None]:
     """Crops and encodes every picture and caption, or finds them in the cache. Also the empty caption."""
     pipe, root = base.pipe, Path(run.dataset.folder)
-    vae_hash, encoder_hash = cache.file_hash(weight_files(base, "vae")[0]), _encoder_hash(base)
+    vae_hash, encoder_hash = cache.file_hash(base.folder.weights["vae"]), _encoder_hash(base)
     frozen_text = run.training.text_encoder_learning_rate == 0
     _warn_of_long_captions(base, items, log)
     text_encoders = base.family.text_encoders(pipe).values()
@@ -176,11 +176,6 @@ def _encode(vae: nn.Module, path: Path, crop: Crop) -> dict[str, Tensor]:
     return cache.encode_picture(vae, cache.to_pixels(path, crop))
 
 
-def weight_files(base: LoadedBase, *parts: str) -> list[Path]:
-    suffix = f".{base.folder.variant}.safetensors" if base.folder.variant else ".safetensors"
-    return [next(path for path in sorted((base.folder.path / part).glob(f"*{suffix}"))) for part in parts]
-
-
 def size_ids(item: DatasetItem, crop: Crop) -> SizeIds:
     width, height = crop.bucket
     return item.height, item.width, crop.top, crop.left, height, width
@@ -188,7 +183,7 @@ def size_ids(item: DatasetItem, crop: Crop) -> SizeIds:
 
 def _encoder_hash(base: LoadedBase) -> str:
     """Of all text encoders, and of model_index.json, which may say what an empty caption becomes."""
-    files = [base.folder.path / "model_index.json", *weight_files(base, *base.folder.text_encoders)]
+    files = [base.folder.path / "model_index.json", *(base.folder.weights[part] for part in base.folder.text_encoders)]
     return " ".join(cache.file_hash(path) for path in files)
 
 

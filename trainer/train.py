@@ -7,7 +7,7 @@ import torch
 
 from trainer import adapters, cache, estimate, export, run_folder
 from trainer.config import RunConfig, fingerprint
-from trainer.device import device_name
+from trainer.device import DTYPES, device_name
 from trainer.errors import ModelError, NotLearning
 from trainer.events import (
     AdapterSaved,
@@ -25,7 +25,7 @@ from trainer.events import (
     Warned,
 )
 from trainer.optimizers import lr_factor, set_learning_rate
-from trainer.prepare import Session, prepare, weight_files
+from trainer.prepare import Session, prepare
 from trainer.sample import generate, load_adapter, save_sample
 from trainer.state import State, check_unchanged, load_state, optimizer_tensors, restore_optimizer, restore_parameters, save_state
 from trainer.step import microbatch_loss, validation_loss
@@ -191,14 +191,12 @@ def keep_adapter(session: Session, step: int, facts: dict) -> None:
         total_steps=session.total_steps,
         pictures=len(session.examples),
         captions=[e.caption for e in session.examples],
-        base_hash=cache.legacy_model_hash(weight_files(base, "unet")[0]),
+        base_hash=cache.legacy_model_hash(base.folder.weights["unet"]),
         prediction_type=session.objective.prediction_type,
         started=facts["started"],
         finished=time.time(),
     )
-    tensors = export.to_kohya(
-        adapters.adapted_modules(session.components), base.family, run.adapter.alpha, export.DTYPES[run.saving.precision]
-    )
+    tensors = export.to_kohya(adapters.adapted_modules(session.components), base.family, run.adapter.alpha, DTYPES[run.saving.precision])
     name = adapter_name(run, step)
     export.write_adapter(session.folder / name, tensors, metadata)
     session.log.append(AdapterSaved(step, name, measure(session, step)))
