@@ -132,7 +132,7 @@ def test_a_downloaded_model_of_the_hub_trains_offline(tiny_base, tmp_path, monke
         base_model, "try_to_load_from_cache", lambda model, name, revision: str(snapshot / name) if (snapshot / name).exists() else None
     )
     base = load_base(config.Base(model="someone/model"), torch.float32)
-    assert base.folder.path == snapshot
+    assert base.files.path == snapshot
 
 
 def raw(header: bytes, body: bytes = b"") -> bytes:

@@ -98,7 +98,7 @@ def predict(family, pipe):
 
 @pytest.mark.parametrize("kind", TINY)
 def test_the_family_is_told_by_the_folder(base_of, kind):
-    folder = load_base(config.Base(model=str(base_of(kind))), torch.float32).folder
+    folder = load_base(config.Base(model=str(base_of(kind))), torch.float32).files
     assert family_of(folder) is FAMILIES[FAMILY_OF[kind]]
     assert [name for name, family in FAMILIES.items() if family.matches(folder)] == [FAMILY_OF[kind]], "one family, not two"
 

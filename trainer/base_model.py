@@ -38,8 +38,8 @@ CODE_KEYS = ("auto_map", "_attn_implementation_internal", "attn_implementation",
 
 
 @dataclass(frozen=True)
-class BaseFolder:
-    """A model folder in diffusers' layout that passed the checks."""
+class BaseFiles:
+    """The files of a base model that passed the checks."""
 
     path: Path
     pipeline: str
@@ -78,7 +78,7 @@ def _is_hub_id(model: str) -> bool:
     return bool(slash and owner and name) and "/" not in name and not model.startswith((".", "~", "/")) and "\\" not in model
 
 
-def inspect(folder: Path) -> BaseFolder:
+def inspect(folder: Path) -> BaseFiles:
     """Checks a model folder by names and headers. Raises ModelError that names what was found instead."""
     if folder.is_file():
         raise ModelError(f"{folder.name} is a single file; give the folder of a model in diffusers' layout (it has a model_index.json).")
@@ -113,7 +113,7 @@ def inspect(folder: Path) -> BaseFolder:
         )
     if configs["vae"].get("latents_mean"):
         raise ModelError(f"{folder.name} has a VAE that shifts its latents (latents_mean); no Stable Diffusion trained here does.")
-    return BaseFolder(folder, pipeline, configs, tensors, weights, variants.pop() if len(variants) == 1 else None)
+    return BaseFiles(folder, pipeline, configs, tensors, weights, variants.pop() if len(variants) == 1 else None)
 
 
 def _check_other_parts(folder: Path, index: dict[str, Any]) -> None:

@@ -137,7 +137,7 @@ def _make_examples(
 ) -> tuple[list[Example], Conditioning | None]:
     """Crops and encodes every picture and caption, or finds them in the cache. Also the empty caption."""
     pipe, root = base.pipe, Path(run.dataset.folder)
-    vae_hash, encoder_hash = cache.file_hash(base.folder.weights["vae"]), _encoder_hash(base)
+    vae_hash, encoder_hash = cache.file_hash(base.files.weights["vae"]), _encoder_hash(base)
     frozen_text = run.training.text_encoder_learning_rate == 0
     _warn_of_long_captions(base, items, log)
     text_encoders = base.family.text_encoders(pipe).values()
@@ -183,7 +183,7 @@ def size_ids(item: DatasetItem, crop: Crop) -> SizeIds:
 
 def _encoder_hash(base: LoadedBase) -> str:
     """Of all text encoders, and of model_index.json, which may say what an empty caption becomes."""
-    files = [base.folder.path / "model_index.json", *(base.folder.weights[part] for part in base.folder.text_encoders)]
+    files = [base.files.path / "model_index.json", *(base.files.weights[part] for part in base.files.text_encoders)]
     return " ".join(cache.file_hash(path) for path in files)
 
 

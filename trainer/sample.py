@@ -149,7 +149,7 @@ def load_adapter(base: LoadedBase, path: Path, name: str) -> None:
     except (RuntimeError, ValueError, KeyError, AttributeError, IndexError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"{path.name} does not fit the base model {base.folder.path.name}: it was trained on another one ({reason[:150]})."
+            f"{path.name} does not fit the base model {base.files.path.name}: it was trained on another one ({reason[:150]})."
         ) from None
 
 

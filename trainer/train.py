@@ -191,7 +191,7 @@ def keep_adapter(session: Session, step: int, facts: dict) -> None:
         total_steps=session.total_steps,
         pictures=len(session.examples),
         captions=[e.caption for e in session.examples],
-        base_hash=cache.legacy_model_hash(base.folder.weights["unet"]),
+        base_hash=cache.legacy_model_hash(base.files.weights["unet"]),
         prediction_type=session.objective.prediction_type,
         started=facts["started"],
         finished=time.time(),

@@ -33,20 +33,20 @@ class LoadedBase:
 
     family: ModelFamily
     pipe: Any
-    folder: base_model.BaseFolder
+    files: base_model.BaseFiles
 
     @property
     def denoiser(self) -> nn.Module:
         return self.family.denoiser(self.pipe)
 
 
-def family_of(folder: base_model.BaseFolder) -> ModelFamily:
+def family_of(files: base_model.BaseFiles) -> ModelFamily:
     """The one place where the family is decided. Raises ModelError where none fits."""
     for family in FAMILIES.values():
-        if family.matches(folder):
+        if family.matches(files):
             return family
     known = ", ".join(family.name for family in FAMILIES.values())
-    raise ModelError(f"{folder.path.name} is a {folder.pipeline} with another UNet than those that can be trained ({known}).")
+    raise ModelError(f"{files.path.name} is a {files.pipeline} with another UNet than those that can be trained ({known}).")
 
 
 def load_base(base: Base, dtype: torch.dtype) -> LoadedBase:
@@ -54,14 +54,14 @@ def load_base(base: Base, dtype: torch.dtype) -> LoadedBase:
 
     The VAE stays in float32 whatever the dtype: in fp16 it can overflow to black pictures.
     """
-    folder = base_model.inspect(base_model.locate(base) or _download(base))
-    family = family_of(folder)
+    files = base_model.inspect(base_model.locate(base) or _download(base))
+    family = family_of(files)
     try:
         pipe = family.pipeline_class.from_pretrained(
-            folder.path,
+            files.path,
             torch_dtype={"vae": torch.float32, "default": dtype},
             use_safetensors=True,
-            variant=folder.variant,
+            variant=files.variant,
             local_files_only=True,
             **family.pipeline_options,
         )
@@ -69,18 +69,18 @@ def load_base(base: Base, dtype: torch.dtype) -> LoadedBase:
         raise
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"The base model {folder.path.name} does not fit together ({reason[:200]}). Download it again.") from None
+        raise ModelError(f"The base model {files.path.name} does not fit together ({reason[:200]}). Download it again.") from None
     pipe.set_progress_bar_config(disable=True)
-    for part, expected in folder.tensors.items():
+    for part, expected in files.tensors.items():
         module = getattr(pipe, part)
-        _check_complete(folder.path, part, module, set(expected))
+        _check_complete(files.path, part, module, set(expected))
         module.requires_grad_(False).eval()
-    for part in folder.tokenizers:
+    for part in files.tokenizers:
         if (words := len(getattr(pipe, part))) < 300:
             raise ModelError(
-                f"The {part} of {folder.path.name} knows only {words} words; its vocabulary is damaged. Download the model again."
+                f"The {part} of {files.path.name} knows only {words} words; its vocabulary is damaged. Download the model again."
             )
-    return LoadedBase(family, pipe, folder)
+    return LoadedBase(family, pipe, files)
 
 
 def _download(base: Base) -> Path:

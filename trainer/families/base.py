@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from trainer.base_model import BaseFolder
+from trainer.base_model import BaseFiles
 from trainer.objective import DiffusionObjective, Noised
 
 Conditioning = dict[str, Tensor]
@@ -40,8 +40,8 @@ class ModelFamily(Protocol):
     """Ends of the names of the projections that get an adapter in the denoiser."""
     text_encoder_targets: Sequence[str]
 
-    def matches(self, folder: BaseFolder) -> bool:
-        """Whether a checked model folder holds this family."""
+    def matches(self, files: BaseFiles) -> bool:
+        """Whether checked model files hold this family."""
         ...
 
     def denoiser(self, pipe: Any) -> nn.Module: ...

@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from trainer.base_model import BaseFolder
+from trainer.base_model import BaseFiles
 from trainer.families.latent_diffusion import LatentDiffusion
 
 
 class StableDiffusion1(LatentDiffusion):
     name = "Stable Diffusion 1.x"
 
-    def matches(self, folder: BaseFolder) -> bool:
-        return folder.pipeline == "StableDiffusionPipeline" and not folder.configs["unet"].get("use_linear_projection")
+    def matches(self, files: BaseFiles) -> bool:
+        return files.pipeline == "StableDiffusionPipeline" and not files.configs["unet"].get("use_linear_projection")
 
     def metadata(self, prediction_type: str) -> dict[str, Any]:
         v = prediction_type == "v_prediction"

@@ -5,16 +5,16 @@ The published encoder lacks its last layer, so that its output is the penultimat
 
 from typing import Any
 
-from trainer.base_model import BaseFolder
+from trainer.base_model import BaseFiles
 from trainer.families.latent_diffusion import LatentDiffusion
 
 
 class StableDiffusion2(LatentDiffusion):
     name = "Stable Diffusion 2.x"
 
-    def matches(self, folder: BaseFolder) -> bool:
+    def matches(self, files: BaseFiles) -> bool:
         """Told from 1.x by its linear projections around the attention, which shape the very tensors (2 dimensions instead of 4)."""
-        return folder.pipeline == "StableDiffusionPipeline" and bool(folder.configs["unet"].get("use_linear_projection"))
+        return files.pipeline == "StableDiffusionPipeline" and bool(files.configs["unet"].get("use_linear_projection"))
 
     def metadata(self, prediction_type: str) -> dict[str, Any]:
         v = prediction_type == "v_prediction"

@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from trainer.base_model import BaseFolder
+from trainer.base_model import BaseFiles
 from trainer.families.base import Batch, Conditioning
 from trainer.families.latent_diffusion import LatentDiffusion, frozen_dtype, token_ids
 from trainer.objective import Noised
@@ -23,9 +23,9 @@ class StableDiffusionXL(LatentDiffusion):
     pipeline_options = {"feature_extractor": None, "image_encoder": None}
     text_encoder_keys = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
-    def matches(self, folder: BaseFolder) -> bool:
+    def matches(self, files: BaseFiles) -> bool:
         """Smaller UNets in the same pipeline have other block numbers in the file, which no other program would read."""
-        return folder.pipeline == "StableDiffusionXLPipeline" and folder.configs["unet"].get("layers_per_block", 2) == LAYERS_PER_BLOCK
+        return files.pipeline == "StableDiffusionXLPipeline" and files.configs["unet"].get("layers_per_block", 2) == LAYERS_PER_BLOCK
 
     def encode_prompts(self, pipe: Any, prompts: Sequence[str]) -> Conditioning:
         """prompt_embeds [B, 77, 2048]: the penultimate layers of both encoders side by side; pooled_prompt_embeds [B, 1280] of the second.
