@@ -11,9 +11,10 @@ import shutil
 from functools import lru_cache
 from pathlib import Path
 
+from trainer import captions, importing, pictures, run_folder
 from trainer import dataset as reading
-from trainer import importing, pictures, run_folder
 from trainer.errors import DatasetError
+from trainer.findings import Finding
 
 EXAMPLES = Path(reading.__file__).resolve().parent / "embedded" / "examples"
 EXAMPLE_TITLES = {"subject": "A subject", "style": "A style", "photos": "Photographs"}
@@ -73,7 +74,7 @@ def resolve_picture(name: object, file: object) -> Path:
     return path
 
 
-def add(name: str, sources: list[Path], original_names: dict[Path, str]) -> tuple[str, list[reading.Finding]]:
+def add(name: str, sources: list[Path], original_names: dict[Path, str]) -> tuple[str, list[Finding]]:
     """Copies dropped files into a dataset, which is made if it is new. Returns its name and what was found odd."""
     slug = run_folder.slug(name or "my-dataset")
     folder = root() / slug
@@ -106,7 +107,7 @@ def removed_folder(name: str) -> Path:
 def remove_picture(name: object, file: object) -> None:
     """Takes a picture and its caption out; `restore_picture` brings them back."""
     picture = resolve_picture(name, file)
-    for path in (picture, reading.caption_path(picture)):
+    for path in (picture, captions.caption_path(picture)):
         if path.is_file():
             target = removed_folder(str(name)) / path.relative_to(resolve(name))
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +123,7 @@ def restore_picture(name: object, file: object) -> None:
         or picture.suffix.lower() not in pictures.PICTURE_SUFFIXES
     ):
         raise DatasetError("The picture cannot be brought back; add it again.")
-    for path in (picture, reading.caption_path(picture)):
+    for path in (picture, captions.caption_path(picture)):
         if path.is_file():
             shutil.move(path, folder / path.relative_to(kept))
 
@@ -131,7 +132,7 @@ def remove(name: object) -> None:
     shutil.rmtree(resolve(name))
 
 
-def scan(name: str, resolution: int = 64, trigger: str = "") -> tuple[list[reading.DatasetItem], list[reading.Finding]]:
+def scan(name: str, resolution: int = 64, trigger: str = "") -> tuple[list[reading.DatasetItem], list[Finding]]:
     """Pictures and findings of a dataset; read again only when a file in it changed. Raises DatasetError where no picture is usable."""
     folder = resolve(name)
     signature = tuple(sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()))
@@ -139,7 +140,7 @@ def scan(name: str, resolution: int = 64, trigger: str = "") -> tuple[list[readi
 
 
 @lru_cache(maxsize=32)
-def _scan(folder: Path, signature: int, resolution: int, trigger: str) -> tuple[list[reading.DatasetItem], list[reading.Finding]]:
+def _scan(folder: Path, signature: int, resolution: int, trigger: str) -> tuple[list[reading.DatasetItem], list[Finding]]:
     return reading.scan_dataset(folder, resolution=resolution, trigger=trigger)
 
 
@@ -180,7 +181,7 @@ def _card(name: str, folder: Path, item: reading.DatasetItem) -> dict:
     }
 
 
-def _findings(findings: list[reading.Finding]) -> list[dict]:
+def _findings(findings: list[Finding]) -> list[dict]:
     return [_finding(finding.file, finding.level, finding.message) for finding in findings]
 
 
@@ -218,8 +219,8 @@ def _files_by_key(folder: Path, changed: int) -> dict[str, str]:
 
 def suggest_trigger(items: list[reading.DatasetItem]) -> str:
     """The first word that all captions share and that is no ordinary one: what the person already uses as a trigger."""
-    captions = [re.findall(r"[^\s,.;:!?()]+", item.caption.lower()) for item in items]
-    if len(captions) < FEWEST_FOR_TRIGGER:
+    words = [re.findall(r"[^\s,.;:!?()]+", item.caption.lower()) for item in items]
+    if len(words) < FEWEST_FOR_TRIGGER:
         return ""
-    shared = set.intersection(*map(set, captions)) - ORDINARY_WORDS
-    return next((word for word in captions[0] if word in shared), "")
+    shared = set.intersection(*map(set, words)) - ORDINARY_WORDS
+    return next((word for word in words[0] if word in shared), "")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests import corpus
-from trainer.dataset import Finding, scan_dataset
+from trainer.dataset import scan_dataset
+from trainer.findings import Finding
 from trainer.importing import import_files
 from trainer.pictures import PICTURE_SUFFIXES, shown
 

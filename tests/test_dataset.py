@@ -9,18 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.corpus import PNG, encoded, photo
-from trainer.dataset import (
-    Finding,
-    caption_path,
-    clean_caption,
-    decode_text,
-    read_caption,
-    scan_dataset,
-    suffix_of,
-    verdict,
-    write_caption,
-)
+from trainer.captions import caption_path, clean_caption, decode_text, read_caption, suffix_of, write_caption
+from trainer.dataset import scan_dataset, verdict
 from trainer.errors import DatasetError
+from trainer.findings import Finding
 
 
 def put(folder, name, seed=0, caption="a cat", size=(96, 64)):
@@ -100,6 +92,20 @@ def test_kohya_folder_gives_repeats_and_says_so(tmp_path):
     items, findings = scan_dataset(tmp_path, resolution=64)
     assert [item.repeats for item in items] == [10, 1, 1]
     assert "10 repeats" in messages(findings, "10_cat") and not messages(findings, "2024_holiday")
+
+
+def test_masks_are_paired_and_are_no_pictures(tmp_path):
+    pictures = [put(tmp_path, name, seed) for seed, name in enumerate(("a.png", "b.jpg.png", "d/c.png", "plain.png"))]
+    masks = [put(tmp_path, name, 9, None) for name in ("a.mask.png", "b.jpg-masklabel.png", "d/masks/c.png")]
+    put(tmp_path, "gone.mask.png", 7, None)
+    put(tmp_path, "masks/venetian.png", 8)
+    items, findings = scan_dataset(tmp_path, resolution=64)
+    assert {item.path: item.mask for item in items} == {
+        **dict(zip(pictures[:3], masks, strict=True)),
+        pictures[3]: None,
+        tmp_path / "masks" / "venetian.png": None,
+    }
+    assert [finding.file for finding in findings if "mask" in finding.message] == ["gone.mask.png"]
 
 
 def test_trigger_is_put_in_front_once(tmp_path):

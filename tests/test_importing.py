@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tests.corpus import JPG, PNG, encoded, photo
 from trainer import importing
-from trainer.dataset import read_caption, scan_dataset
+from trainer.captions import read_caption
+from trainer.dataset import scan_dataset
 from trainer.errors import DatasetError
 from trainer.importing import import_files, safe_name
 
@@ -78,6 +79,25 @@ def test_importing_twice_adds_nothing(source, tmp_path):
     findings = import_files(files, tmp_path / "set")
     assert names(tmp_path / "set") == ["a.png", "a.txt"]
     assert [(finding.file, finding.level) for finding in findings] == [("a.png", "note")]
+
+
+def test_masks_stay_with_their_pictures_whatever_the_names(source, tmp_path):
+    target, mask = tmp_path / "set", encoded(photo(mode="L"), "PNG")
+    put(target, "a.png", encoded(photo(seed=1), "PNG"))
+    put(source, "d/a.png", PNG)
+    put(source, "d/a.mask.png", mask)
+    put(source, "d/b?.png", encoded(photo(seed=2), "PNG"))
+    put(source, "d/masks/b?.png", mask)
+    put(source, "d/bad.png", b"no picture")
+    put(source, "d/bad.mask.png", mask)
+    files = [path for path in sorted((source / "d").rglob("*")) if path.is_file()]
+    findings = import_files(files, target, {path: path.relative_to(source / "d").as_posix() for path in files})
+    items, _ = scan_dataset(target, resolution=64)
+    assert {item.path.name: item.mask and item.mask.name for item in items} == {
+        "a.png": None, "a-2.png": "a-2.mask.png", "b_.png": "b_.mask.png",
+    }  # fmt: skip
+    assert all(item.mask is None or item.mask.read_bytes() == mask for item in items)
+    assert [finding.level for finding in findings if "bad" in finding.file] == ["error", "warning"]
 
 
 def test_captions_may_come_later_but_replace_none(source, tmp_path):

@@ -21,19 +21,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .dataset import (
-    JUNK_NAMES,
-    MAX_CAPTION_BYTES,
-    METADATA_NAME,
-    Finding,
-    caption_path,
-    check_picture,
-    is_junk,
-    read_metadata,
-    suffix_of,
-)
+from .captions import MAX_CAPTION_BYTES, METADATA_NAME, caption_path, read_metadata, suffix_of
+from .dataset import JUNK_NAMES, MASK_ENDINGS, MASK_FOLDER, check_picture, is_junk
 from .errors import DatasetError
 from .files import atomic_write
+from .findings import Finding
 from .pictures import MAX_FILE_BYTES, PICTURE_SUFFIXES, read_picture, shown
 
 MAX_ENTRIES = 20_000  # files in one zip
@@ -265,7 +257,10 @@ def safe_name(stem: str, room: int = MAX_NAME_BYTES) -> str:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """(stem, ending) such that a picture and its captions, `a.txt` or `a.png.txt`, have the same stem."""
+    """(stem, ending) such that a picture, its captions `a.txt` or `a.png.txt` and its mask `a.mask.png` have the same stem."""
+    mask_ending = next((ending for ending in MASK_ENDINGS if name.lower().endswith(ending)), "")
+    if mask_ending and len(name) > len(mask_ending):
+        return name[: -len(mask_ending)], mask_ending
     ending = suffix_of(name)
     stem = name[: len(name) - len(ending)]
     if ending in _CAPTION_ENDS and suffix_of(stem) in PICTURE_SUFFIXES:
@@ -307,13 +302,16 @@ class _Import:
     def _groups(self, dropped: list[_Dropped]) -> list[dict[str, _Dropped]]:
         """Pictures with their captions, ending -> file. A name that comes a second time begins a group of its own."""
         groups: dict[tuple[tuple[str, ...], str], list[dict[str, _Dropped]]] = {}
+        beside = {(entry.folders, _split(entry.name)[0]) for entry in dropped if _kind(entry.name) == "picture"}
         for entry in dropped:
             if _kind(entry.name) == "other":
                 self.say(entry.shown, "warning", _why_not_kept(entry.name))
             if _kind(entry.name) not in ("picture", "caption"):
                 continue
-            stem, ending = _split(entry.name)
-            same_stem = groups.setdefault((entry.folders, stem), [])
+            folders, (stem, ending) = entry.folders, _split(entry.name)
+            if folders and folders[-1].lower() == MASK_FOLDER and ending == ".png" and (folders[:-1], stem) in beside:
+                folders, ending = folders[:-1], MASK_ENDINGS[0]  # masks/a.png: beside its picture it stays with it under any name
+            same_stem = groups.setdefault((folders, stem), [])
             free = next((group for group in same_stem if ending not in group), None)
             if free is None:
                 same_stem.append(free := {})
@@ -338,10 +336,19 @@ class _Import:
             else:
                 contents[ending] = data
         captions = {ending: entry for ending, entry in group.items() if ending not in PICTURE_SUFFIXES}
+        masks = {ending: captions.pop(ending) for ending in MASK_ENDINGS if ending in captions}
         if pictures and not contents and stem is None:
-            for entry in captions.values():
-                self.say(entry.shown, "warning", "Its picture cannot be used: the caption was not imported.")
+            for what, companions in (("caption", captions), ("mask", masks)):
+                for entry in companions.values():
+                    self.say(entry.shown, "warning", f"Its picture cannot be used: the {what} was not imported.")
             return
+        for ending, entry in masks.items():
+            try:
+                contents[ending] = read_picture(entry.path)
+                check_picture(contents[ending], Path(entry.name))
+            except DatasetError as error:
+                contents.pop(ending, None)
+                self.say(entry.shown, "warning", f"{error} The mask was not imported.")
         for ending, entry in captions.items():
             if (data := self._caption_bytes(entry)) is not None:
                 contents[ending] = data
@@ -358,7 +365,7 @@ class _Import:
             entry, target = group[ending], stem.with_name(stem.name + ending)
             if _key(target) in self.taken:
                 if not target.is_file() or target.read_bytes() != data:
-                    message = "There is another caption of that name already: it was kept, this one was not."
+                    message = "There is another file of that name already: it was kept, this one was not."
                     self.say(entry.shown, "warning", message)
                 continue
             if not target.parent.resolve().is_relative_to(self.dataset_dir.resolve()):

@@ -12,8 +12,7 @@ import gradio as gr
 from app import datasets
 from app.drawn import drawn
 from app.page import Page
-from trainer import dataset as reading
-from trainer import run_folder
+from trainer import captions, run_folder
 from trainer.errors import DatasetError, TrainerError
 
 ID, TITLE = "dataset", "Dataset"
@@ -146,8 +145,8 @@ def add_example(data: dict) -> dict:
 
 def save_caption(data: dict) -> dict:
     picture = datasets.resolve_picture(data.get("dataset"), data.get("file"))
-    reading.write_caption(picture, str(data.get("caption", "")))
-    return {"caption": reading.read_caption(picture)[0]}
+    captions.write_caption(picture, str(data.get("caption", "")))
+    return {"caption": captions.read_caption(picture)[0]}
 
 
 def edit_all(data: dict) -> dict:
@@ -156,12 +155,12 @@ def edit_all(data: dict) -> dict:
     find, replacement, front = (str(data.get(key, "")) for key in ("find", "replace", "front"))
     changed = 0
     for item in datasets.scan(datasets.resolve(name).name)[0]:
-        before = reading.read_caption(item.path)[0]
+        before = captions.read_caption(item.path)[0]
         after = before.replace(find, replacement) if find else before
         if front.strip() and not after.startswith(front.strip()):
             after = f"{front.strip()} {after}".strip()
         if after != before:
-            reading.write_caption(item.path, after)
+            captions.write_caption(item.path, after)
             changed += 1
     return {"name": name, "changed": changed}
 
