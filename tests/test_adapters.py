@@ -77,7 +77,7 @@ def test_the_seed_decides_the_start_and_leaves_the_global_generator_alone(tiny_b
         before = torch.random.get_rng_state()
         adapters.inject(base.pipe.unet, config.Adapter(rank=2), FAMILY.denoiser_targets, seed=seed)
         assert torch.equal(before, torch.random.get_rng_state())
-        return next(adapters.adapted_modules({"unet": base.pipe.unet})).down
+        return next(adapters.adapted_modules({"unet": base.pipe.unet})).tensors["lora_down.weight"]
 
     assert torch.equal(start(1), start(1)) and not torch.equal(start(1), start(2))
 

@@ -29,7 +29,7 @@ TORCH_FREE = {
 LEVELS = [
     {"errors"},
     {"config", "safetensors_header", "files"},
-    {"events", "presets", "base_model", "buckets"},
+    {"events", "presets", "base_model", "buckets", "adapted", "adapter_keys"},
     {"run_folder", "pictures", "findings"},
     {"captions"},
     {"dataset", "estimate", "batches", "device", "libraries", "attention"},

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer import adapters, config, export, run_folder
+from trainer.adapted import AdaptedModule
 from trainer.errors import ModelError
 from trainer.families import FAMILIES, load_base
 from trainer.info import describe
@@ -44,6 +45,10 @@ def trained_base(tiny_base, parts, **adapter):
         for parameter in adapters.trainable(module).values():
             torch.nn.init.normal_(parameter, std=0.2, generator=generator)
     return base, components
+
+
+def lora(name, down, up, scale):
+    return AdaptedModule("unet", name, "lora", {"lora_down.weight": down, "lora_up.weight": up}, scale)
 
 
 def predict(pipe):
@@ -94,7 +99,7 @@ def test_strength_scales_delta_w(tiny_base, tmp_path, strength):
 
 def test_scales_that_vary_are_folded_into_one_alpha():
     def module(rank, scale):
-        return adapters.AdaptedModule("unet", f"block.{rank}", torch.ones(rank, 3), torch.ones(2, rank), scale)
+        return lora(f"block.{rank}", torch.ones(rank, 3), torch.ones(2, rank), scale)
 
     modules = [module(2, 3.0), module(4, 0.25)]
     tensors = export.to_kohya(modules, FAMILY, 8.0, torch.float32)
@@ -104,8 +109,8 @@ def test_scales_that_vary_are_folded_into_one_alpha():
 
 
 def test_no_number_that_is_not_finite_is_saved():
-    broken = adapters.AdaptedModule("unet", "x", torch.ones(1, 2), torch.full((2, 1), float("nan")), 1.0)
-    too_large = adapters.AdaptedModule("unet", "x", torch.ones(1, 2), torch.full((2, 1), 1e6), 1.0)
+    broken = lora("x", torch.ones(1, 2), torch.full((2, 1), float("nan")), 1.0)
+    too_large = lora("x", torch.ones(1, 2), torch.full((2, 1), 1e6), 1.0)
     for module in (broken, too_large):
         with pytest.raises(ModelError, match="not finite"):
             export.to_kohya([module], FAMILY, 1.0, torch.float16)

@@ -1,15 +1,15 @@
 """The adapter in the model: made, found, counted. W' = W + scale B A with W frozen, A random, B zero (Hu et al. 2021, arXiv:2106.09685)."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from trainer import config
+from trainer.adapted import AdaptedModule
 from trainer.batches import seed_for
 
 ADAPTER = "atelier"  # the name of the adapter inside PEFT's layers
@@ -19,26 +19,6 @@ ADAPTERS: dict[str, Callable[[config.Adapter, Sequence[str]], LoraConfig]] = {
         r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, target_modules=list(targets)
     ),
 }
-
-
-@dataclass(frozen=True)
-class AdaptedModule:
-    """One projection with its adapter. delta W = scale * up @ down."""
-
-    component: str
-    """"unet", "text_encoder", ..."""
-    name: str
-    """Its path inside the component."""
-    down: Tensor
-    """A, [rank, inputs], float32."""
-    up: Tensor
-    """B, [outputs, rank], float32."""
-    scale: float
-
-    @property
-    def delta(self) -> Tensor:
-        """delta W, [outputs, inputs], float32."""
-        return self.scale * self.up @ self.down
 
 
 def inject(component: nn.Module, adapter: config.Adapter, targets: Sequence[str], seed: int) -> None:
@@ -63,4 +43,4 @@ def adapted_modules(components: dict[str, nn.Module], adapter: str = ADAPTER) ->
         for name, layer in model.named_modules():
             if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
                 down, up = (weights[adapter].weight.detach().float().cpu().clone() for weights in (layer.lora_A, layer.lora_B))
-                yield AdaptedModule(component, name, down, up, layer.scaling[adapter])
+                yield AdaptedModule(component, name, "lora", {"lora_down.weight": down, "lora_up.weight": up}, layer.scaling[adapter])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from trainer import __version__
-from trainer.adapters import AdaptedModule
+from trainer.adapted import AdaptedModule
 from trainer.config import RunConfig
 from trainer.errors import ModelError
 from trainer.families.base import ModelFamily
@@ -35,9 +35,9 @@ def to_kohya(modules: Iterable[AdaptedModule], family: ModelFamily, alpha: float
     """
     tensors = {}
     for module in modules:
-        key, rank = family.export_key(module.component, module.name), module.down.shape[0]
-        up = module.up * (module.scale * rank / alpha)
-        tensors[f"{key}.lora_down.weight"] = module.down.to(dtype).contiguous()
+        key, rank = family.export_key(module.component, module.name), module.rank
+        up = module.tensors["lora_up.weight"] * (module.scale * rank / alpha)
+        tensors[f"{key}.lora_down.weight"] = module.tensors["lora_down.weight"].to(dtype).contiguous()
         tensors[f"{key}.lora_up.weight"] = up.to(dtype).contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]

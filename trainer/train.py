@@ -261,7 +261,7 @@ def verify_file(session: Session, path: Path) -> None:
     """Loads the saved file the way its user will, and compares each delta W with what was trained. Ends the session's adapter."""
     trained = {(m.component, m.name): m for m in adapters.adapted_modules(session.components)}
     for part in session.components:
-        if not any(m.up.any() for m in trained.values() if m.component == part):
+        if not any(m.delta.any() for m in trained.values() if m.component == part):
             raise NotLearning(f"The adapter changes nothing in the {part}: it was trained too short or with too low a learning rate.")
     pipe = session.base.pipe
     pipe.unload_lora_weights()

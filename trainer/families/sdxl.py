@@ -1,6 +1,5 @@
 """Stable Diffusion XL: two text encoders, and a UNet that is told each picture's size and crop (Podell et al. 2023, arXiv:2307.01952)."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,13 +7,11 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
+from trainer.adapter_keys import LAYERS_PER_BLOCK, to_ldm
 from trainer.base_model import BaseFiles
 from trainer.families.base import Batch, Conditioning
 from trainer.families.latent_diffusion import LatentDiffusion, frozen_dtype, token_ids
 from trainer.objective import Noised
-
-LAYERS_PER_BLOCK = 2
-IN_ATTENTION = re.compile(r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.attentions\.(\d+)\.(.+)")
 
 
 class StableDiffusionXL(LatentDiffusion):
@@ -56,20 +53,7 @@ class StableDiffusionXL(LatentDiffusion):
         )[0]
 
     def export_key(self, component: str, module: str) -> str:
-        return super().export_key(component, ldm_path(module) if component == "unet" else module)
+        return super().export_key(component, to_ldm(module) if component == "unet" else module)
 
     def metadata(self, prediction_type: str) -> dict[str, Any]:
         return {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": False, "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
-
-
-def ldm_path(module: str) -> str:
-    """A module's path in Stability's own UNet, by which SDXL files name it: down_blocks.1.attentions.0.proj_in -> input_blocks.4.1.proj_in.
-
-    There a block's layers and its resampling count on through the whole side, and 0 of the input side is the first convolution.
-    """
-    match = IN_ATTENTION.fullmatch(module)
-    assert match, f"{module} is not inside an attention"
-    side, block, layer, inside = match[1], int(match[2] or 0), int(match[3]), match[4]
-    number = (LAYERS_PER_BLOCK + 1) * block + layer
-    place = {"down_blocks": f"input_blocks.{number + 1}", "mid_block": "middle_block", "up_blocks": f"output_blocks.{number}"}[side]
-    return f"{place}.1.{inside}"
