@@ -106,7 +106,9 @@ class Objective(Section):
     """What the adapter is asked to predict, and how errors are weighed."""
 
     min_snr_gamma: Annotated[float, Field(ge=0)] = 5.0
-    """Caps the weight of steps with little noise, so that training converges sooner (Hang et al. 2023, arXiv:2303.09556). 0 switches it off."""
+    """Caps the weight of steps with little noise, so that training converges sooner (Hang et al. 2023, arXiv:2303.09556). 0 switches it off. Flow matching (Stable Diffusion 3) has no such weight."""
+    timestep_sampling: Literal["auto", "uniform", "logit_normal", "mode", "cosmap"] = "auto"
+    """How much noise the steps are given (Esser et al. 2024, arXiv:2403.03206). uniform: any amount alike; the others more often a middle one, logit_normal the most. auto: uniform, and logit_normal for Stable Diffusion 3."""
     noise_offset: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Shifts the noise of a whole picture a little, so that the adapter can learn very dark or bright pictures. 0.03 to 0.1; 0 switches it off."""
 

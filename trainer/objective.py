@@ -1,12 +1,16 @@
 """What the denoiser learns to predict, as short pure functions with their papers.
 
-Shapes: latents, noise and targets are [B, C, h, w]; timesteps and weights are [B].
+Shapes: latents, noise and targets are [B, C, h, w]; places, timesteps and weights are [B].
+A place is where a timestep stands in the noise schedule: 0 at the picture, 1 at the noise.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from trainer.errors import ModelError
@@ -17,6 +21,20 @@ class Noised:
     noisy_latents: Tensor
     timesteps: Tensor
     target: Tensor
+
+
+MODE_SCALE = 1.29  # rf/mode(1.29) in the tables of Esser et al.
+
+TIMESTEP_SAMPLING: dict[str, Callable[[Tensor], Tensor]] = {
+    "uniform": lambda places: places,
+    "logit_normal": lambda places: torch.special.ndtri(places).sigmoid(),
+    "mode": lambda places: 1 - places - MODE_SCALE * ((math.pi / 2 * places).cos() ** 2 - 1 + places),
+    "cosmap": lambda places: 1 - 1 / ((math.pi / 2 * places).tan() + 1),
+}
+"""Uniform draws to places that are dense where the learning is hard (Esser et al. 2024, arXiv:2403.03206, section 3.1).
+
+Each is the inverse of its distribution function, so that draws which are spread evenly stay so.
+"""
 
 
 def snr(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
@@ -48,6 +66,8 @@ class DiffusionObjective:
     alphas_cumprod: Tensor
     """[T], float32."""
     prediction_type: str
+    timestep_sampling = "uniform"
+    """Where the settings leave it to the base."""
 
     @classmethod
     def from_scheduler(cls, noise_scheduler: Any) -> "DiffusionObjective":
@@ -60,9 +80,10 @@ class DiffusionObjective:
             raise ModelError(f"The base model asks for {prediction_type} prediction; adapters are trained on epsilon or v prediction.")
         return cls(noise_scheduler.alphas_cumprod.float(), prediction_type)
 
-    @property
-    def train_timesteps(self) -> int:
-        return len(self.alphas_cumprod)
+    def timesteps(self, places: Tensor) -> Tensor:
+        """Whole numbers from 0 to T - 1."""
+        total = len(self.alphas_cumprod)
+        return (places * total).long().clamp(max=total - 1)
 
     def to(self, device: torch.device) -> "DiffusionObjective":
         return DiffusionObjective(self.alphas_cumprod.to(device), self.prediction_type)
@@ -82,3 +103,38 @@ class DiffusionObjective:
         """Weighted mean squared error of each picture, float32, [B]."""
         error = (model_pred.float() - noised.target.float()).square().mean(dim=(1, 2, 3))
         return error * self.weights(noised.timesteps, min_snr_gamma)
+
+
+@dataclass(frozen=True)
+class FlowMatchingObjective:
+    """Rectified flow: the straight way from the picture to the noise (Liu et al. 2022, arXiv:2209.03003; Esser et al. 2024, arXiv:2403.03206)."""
+
+    table: Tensor
+    """The timesteps by growing noise, [T], float32, each 1000 times its share of noise (sigma); shifted to more noise as the base has it."""
+    prediction_type: str = "flow"
+    timestep_sampling = "logit_normal"
+
+    @classmethod
+    def from_scheduler(cls, noise_scheduler: Any) -> "FlowMatchingObjective":
+        """Takes the timesteps of a diffusers pipeline with its shift (Esser et al., section 5.3.2). Raises ModelError for another kind."""
+        if not isinstance(noise_scheduler, FlowMatchEulerDiscreteScheduler):
+            name = type(noise_scheduler).__name__
+            raise ModelError(f"The base model's noise schedule ({name}) is not one of flow matching; no adapter can be trained on it.")
+        return cls(noise_scheduler.timesteps.float().flip(0))
+
+    def timesteps(self, places: Tensor) -> Tensor:
+        return self.table[(places * len(self.table)).long().clamp(max=len(self.table) - 1)]
+
+    def to(self, device: torch.device) -> "FlowMatchingObjective":
+        return FlowMatchingObjective(self.table.to(device))
+
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Noised:
+        sigma = timesteps.view(-1, 1, 1, 1) / len(self.table)
+        return Noised((1 - sigma) * latents + sigma * noise, timesteps, noise - latents)
+
+    def loss(self, model_pred: Tensor, noised: Noised, min_snr_gamma: float) -> Tensor:
+        """Mean squared error of each picture, float32, [B]. Unweighted: which timesteps are drawn is the weight."""
+        return (model_pred.float() - noised.target.float()).square().mean(dim=(1, 2, 3))
+
+
+Objective = DiffusionObjective | FlowMatchingObjective

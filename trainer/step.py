@@ -7,19 +7,25 @@ from torch import Tensor
 
 from trainer.batches import batch_at, generator_for, seed_for
 from trainer.families.base import Batch, Conditioning
-from trainer.objective import offset_noise
+from trainer.objective import TIMESTEP_SAMPLING, offset_noise
 from trainer.prepare import Example, Session
 
 VALIDATION_TIMESTEPS = 8
 
 
-def spread_timesteps(count: int, total: int, generator: torch.Generator) -> Tensor:
-    """Timesteps in 0..total-1, [count], each uniform, spread evenly over the range within one batch.
+def spread_places(count: int, generator: torch.Generator) -> Tensor:
+    """Places in 0..1, [count], each uniform, spread evenly over the range within one batch.
 
     Fewer draws of the same noise level in a batch make its loss less noisy (Kingma et al. 2021, arXiv:2107.00630, appendix I.1).
     """
-    places = (torch.rand(1, generator=generator) + torch.arange(count) / count) % 1
-    return (places * total).long().clamp(max=total - 1)
+    return (torch.rand(1, generator=generator) + torch.arange(count) / count) % 1
+
+
+def timesteps_at(session: Session, places: Tensor) -> Tensor:
+    """Uniform places to timesteps as the settings have them sampled, [B], on the training device."""
+    chosen = session.run.objective.timestep_sampling
+    sampling = session.objective.timestep_sampling if chosen == "auto" else chosen
+    return session.objective.timesteps(TIMESTEP_SAMPLING[sampling](places).to(session.device))
 
 
 def microbatch_loss(session: Session, buckets: Sequence[Sequence[int]], microbatch: int) -> Tensor:
@@ -29,7 +35,7 @@ def microbatch_loss(session: Session, buckets: Sequence[Sequence[int]], microbat
     draws = generator_for(seed, "draws", microbatch)
     latents = torch.stack([e.mean + e.std * torch.randn(e.mean.shape, generator=draws) for e in examples])
     noise = offset_noise(torch.randn(latents.shape, generator=draws), session.run.objective.noise_offset, draws)
-    timesteps = spread_timesteps(len(examples), session.objective.train_timesteps, draws)
+    timesteps = timesteps_at(session, spread_places(len(examples), draws))
     dropped = torch.rand(len(examples), generator=draws) < session.run.dataset.caption_dropout
     torch.manual_seed(seed_for(seed, "dropout", microbatch))  # the adapter's dropout draws from the global generator
     batch = Batch(_scaled(session, latents), _conditioning(session, examples, dropped.tolist()), _size_ids(session, examples))
@@ -52,7 +58,7 @@ def _scaled(session: Session, latents: Tensor) -> Tensor:
 
 
 def _loss(session: Session, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
-    noised = session.objective.noised(batch.latents, noise.to(session.device), timesteps.to(session.device))
+    noised = session.objective.noised(batch.latents, noise.to(session.device), timesteps)
     model_pred = session.base.family.predict(session.base.denoiser, noised, batch)
     return session.objective.loss(model_pred, noised, session.run.objective.min_snr_gamma)
 
@@ -63,8 +69,8 @@ def validation_loss(session: Session) -> float:
 
     The loss of a step depends mostly on its random timestep; only this one shows progress.
     """
-    total = session.objective.train_timesteps
-    timesteps = ((torch.arange(VALIDATION_TIMESTEPS) + 0.5) / VALIDATION_TIMESTEPS * total).long()
+    places = (torch.arange(VALIDATION_TIMESTEPS) + 0.5) / VALIDATION_TIMESTEPS
+    timesteps = session.objective.timesteps(places.to(session.device))
     losses = []
     for index, example in enumerate(session.held_out):
         noise = torch.randn(
