@@ -31,7 +31,7 @@ def test_label_help_bounds_and_choices_come_from_the_field() -> None:
     assert rate.label == "Learning rate" and rate.info.startswith(form.all_fields()["training.learning_rate"].description)
     assert form.widget("adapter.rank").info.endswith("(From 1 to 512.)")
     assert form.widget("training.lr_schedule").label == "LR schedule"
-    assert [value for _, value in form.widget("training.lr_schedule").choices] == ["constant", "cosine", "linear"]
+    assert [value for _, value in form.widget("training.lr_schedule").choices][:3] == ["constant", "linear", "cosine"]
     assert isinstance(form.widget("training.gradient_checkpointing"), gr.Checkbox)
     assert all(form.help_text(path) for path in form.all_fields())
 

@@ -90,7 +90,7 @@ def resumed_from(folder):
     return code, started[0]["step"] if started else None
 
 
-@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "half", "flipped"])
 def test_a_damaged_state_is_passed_over_for_the_one_before(stopped, name, damage):
     path = stopped / "state" / "000006" / name

@@ -5,15 +5,17 @@ finished file are generated from here. The docstring under a field is its help e
 A config holds no derived value, no code path and no tensor; `load(save(config)) == config`.
 """
 
+import ast
 import hashlib
 import json
+import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tomlkit
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from trainer.errors import ConfigError
@@ -22,6 +24,27 @@ EMBEDDED = "embedded"  # the name under which the base model that ships with the
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def optimizer_arguments(lines: Iterable[str]) -> dict[str, Any]:
+    """("betas=(0.9, 0.99)", "eps=1e-6") -> {"betas": (0.9, 0.99), "eps": 1e-06}. Only literals: a config can come from a stranger."""
+    found: dict[str, Any] = {}
+    for line in lines:
+        name, equals, text = (part.strip() for part in line.partition("="))
+        if not equals or not re.fullmatch(r"[A-Za-z]\w*", name):
+            raise ValueError(f"{line!r} is not of the form name=value, such as betas=(0.9, 0.99)")
+        if name in ("lr", "params", "weight_decay") or name in found:
+            raise ValueError(f"{name} " + ("is given twice" if name in found else "has a field of its own"))
+        try:
+            found[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+            raise ValueError(f"the value of {name} is no number, True, False, None, text in quotes or (list, of, such)") from None
+    return found
+
+
+def _checked_argument(line: str) -> str:
+    optimizer_arguments([line])
+    return line
 
 
 class Section(BaseModel):
@@ -86,14 +109,26 @@ class Training(Section):
     """Size of the steps of the adapter in the UNet. 0 leaves the UNet as it is. Too high burns the pictures, too low learns nothing."""
     text_encoder_learning_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The same for the text encoder (both, where the base has two). 0 leaves it frozen and out of the file; it then needs no memory either."""
-    lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """How the learning rate moves after the warm-up: stays, or falls to zero along a cosine or a line."""
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the steps in which the learning rate rises from zero."""
-    optimizer: Literal["adamw"] = "adamw"
-    """The rule that turns gradients into steps."""
+    lr_schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "cosine"
+    """How the learning rate moves after the warm-up: stays, or falls to zero along a line, a cosine, several cosines one after the other (Loshchilov & Hutter 2017, arXiv:1608.03983) or a power."""
+    lr_cycles: Annotated[int, Field(ge=1, le=1000)] = 3
+    """How often the learning rate falls in cosine_with_restarts."""
+    lr_power: Annotated[float, Field(gt=0, le=20)] = 2.0
+    """Exponent of polynomial: 1 is a line, 2 falls faster at first."""
+    warmup: Annotated[float, Field(ge=0, le=1_000_000)] = 0.05
+    """How long the learning rate rises from zero: below 1 a share of the steps, from 1 on a number of steps."""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "prodigy", "schedule_free_adamw", "collection"] = "adamw"
+    """The rule that turns gradients into steps. adamw suits most. adamw8bit: the same in a quarter of its memory (NVIDIA only, else adamw is used). adafactor: less memory still. lion: give it a third of the learning rate. prodigy finds the learning rate by itself: set it to 1. schedule_free_adamw averages instead of slowing down: use the constant schedule. collection: any of the pytorch-optimizer package, by its name below."""
+    optimizer_name: Annotated[str, Field(max_length=40)] = ""
+    """Name of the optimiser where collection is chosen, such as came, adopt or soap."""
+    optimizer_args: Annotated[
+        tuple[Annotated[str, Field(max_length=200), AfterValidator(_checked_argument)], ...], Field(max_length=20)
+    ] = ()
+    """Further arguments of the optimiser, one a line, such as betas=(0.9, 0.99) or eps=1e-6."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """How strongly AdamW pulls the adapter back to zero (times the learning rate)."""
+    """How strongly the optimiser pulls the adapter back to zero (times the learning rate)."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Save, sample and measure a running average of the adapter instead of its last weights: each step keeps this share of the average, less of it early in the run. 0.99 to 0.999 smooths a restless training; 0 switches it off."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients longer than this are shortened to it. 0 switches that off."""
     gradient_checkpointing: bool = False
@@ -163,6 +198,25 @@ class RunConfig(Section):
             raise ValueError(
                 "training.learning_rate and training.text_encoder_learning_rate are both 0, so nothing would be trained; set one of them"
             )
+        if training.warmup >= 1 and not training.warmup.is_integer():
+            raise ValueError(f"training.warmup ({training.warmup:g}) is neither a share below 1 nor a whole number of steps")
+        if (training.optimizer == "collection") != bool(training.optimizer_name):
+            raise ValueError('training.optimizer_name names the optimiser where training.optimizer is "collection", and only there')
+        optimizer = (training.optimizer_name or training.optimizer).lower()
+        if optimizer == "prodigy" and (
+            training.learning_rate not in (0, rate := training.learning_rate or training.text_encoder_learning_rate)
+            or training.text_encoder_learning_rate not in (0, rate)
+            or rate < 0.1
+        ):
+            raise ValueError(
+                "the optimiser prodigy finds the learning rate itself and multiplies it with that of the settings: set "
+                "training.learning_rate to 1, and training.text_encoder_learning_rate to 1 or 0"
+            )
+        if optimizer.replace("_", "").startswith("schedulefree"):
+            if training.lr_schedule != "constant":
+                raise ValueError("a schedule-free optimiser takes the place of a schedule: set training.lr_schedule to constant")
+            if training.ema_decay:
+                raise ValueError("a schedule-free optimiser averages by itself: set training.ema_decay to 0")
         if self.dataset.bucket_step > self.dataset.resolution:
             raise ValueError(
                 f"dataset.bucket_step ({self.dataset.bucket_step}) is larger than dataset.resolution ({self.dataset.resolution}); make it smaller"

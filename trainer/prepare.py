@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from trainer import adapters, cache, estimate
+from trainer import adapters, cache, config, estimate
 from trainer.attention import choose_attention, use_attention
 from trainer.batches import generator_for
 from trainer.buckets import Crop, choose_crop
 from trainer.config import RunConfig
 from trainer.dataset import DatasetItem, scan_dataset
 from trainer.device import DTYPES, choose_device, choose_precision
-from trainer.errors import DatasetError
+from trainer.errors import ConfigError, DatasetError
 from trainer.events import Event, EventLog, Progress, Warned
 from trainer.families import LoadedBase, load_base
 from trainer.families.base import Conditioning, SizeIds
 from trainer.objective import DiffusionObjective
-from trainer.optimizers import build_optimizer
+from trainer.optimizers import build_optimizer, try_optimizer, warmup_steps
 
 MEASURED_WITHOUT_HOLD_OUT = 8  # training pictures that are measured where too few are there to keep some out
 
@@ -61,6 +62,8 @@ class Session:
     components: dict[str, nn.Module]
     """The adapted parts of the base: {"unet": ..., "text_encoder": ...}."""
     optimizer: torch.optim.Optimizer
+    average: EMAModel | None
+    """Of the parameters, in their order."""
     examples: list[Example]
     held_out: list[Example]
     no_caption: Conditioning | None
@@ -113,6 +116,9 @@ def prepare(run: RunConfig, folder: Path, log: EventLog) -> Session:
     examples, held_out = _hold_out(run, examples)
     components = _inject(run, base, device)
     views = sum(example.repeats for example in examples)
+    total_steps = estimate.total_steps(run, views)
+    warmup_steps(run, total_steps)
+    parameters = [p for module in components.values() for p in adapters.trainable(module).values()]
     session = Session(
         run=run,
         folder=folder,
@@ -123,11 +129,12 @@ def prepare(run: RunConfig, folder: Path, log: EventLog) -> Session:
         base=base,
         objective=base.family.objective(base.pipe).to(device),
         components=components,
-        optimizer=_optimizer(run, components),
+        optimizer=_optimizer(run, components, device, log),
+        average=EMAModel(parameters, decay=run.training.ema_decay) if run.training.ema_decay else None,
         examples=examples,
         held_out=held_out,
         no_caption=no_caption,
-        total_steps=estimate.total_steps(run, views),
+        total_steps=total_steps,
     )
     return session
 
@@ -233,7 +240,15 @@ def _inject(run: RunConfig, base: LoadedBase, device: torch.device) -> dict[str,
     return components
 
 
-def _optimizer(run: RunConfig, components: dict[str, nn.Module]) -> torch.optim.Optimizer:
+def _optimizer(run: RunConfig, components: dict[str, nn.Module], device: torch.device, log: EventLog) -> torch.optim.Optimizer:
+    """The chosen one, tried out first. AdamW in 8 bits has a stand-in, since it takes the same steps; no other has."""
+    try:
+        try_optimizer(run, device)
+    except (ImportError, OSError, RuntimeError, ConfigError) as error:
+        if run.training.optimizer != "adamw8bit":
+            raise
+        log.append(Warned(f"adamw8bit cannot be used here ({str(error)[:200]}); adamw is used, with the same steps and more memory."))
+        run = config.replace(run, {"training.optimizer": "adamw"})
     rates = {"unet": run.training.learning_rate}
     groups = [
         (list(adapters.trainable(module).values()), rates.get(name, run.training.text_encoder_learning_rate))

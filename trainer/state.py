@@ -1,6 +1,6 @@
 """What resuming needs, saved whole, checked by hash, and never as pickle.
 
-    state/000120/  adapter.safetensors  optimizer.safetensors  state.json
+    state/000120/  adapter.safetensors  optimizer.safetensors  average.safetensors  state.json
 
 Random draws are functions of the step, so no generator state is kept. The last two states stay, and
 the newest one that is whole is taken.
@@ -22,9 +22,9 @@ from torch import Tensor
 from trainer.errors import StateError
 from trainer.files import atomic_folder
 
-VERSION = 1
+VERSION = 2
 KEPT = 2
-TENSOR_FILES = ("adapter.safetensors", "optimizer.safetensors")
+TENSOR_FILES = ("adapter", "optimizer", "average")
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,17 @@ class State:
     step: int
     adapter: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    average: dict[str, Tensor]
+    """Of the adapter over the steps; empty where none is asked for."""
     facts: dict[str, Any]
-    """What must be the same for the run to go on: {"config": fingerprint, "dataset": {...}, "started": ...}."""
+    """What must be the same for the run to go on, and what is no tensor: {"config": fingerprint, "dataset": {...}, "started": ...}."""
 
 
 def save_state(folder: Path, state: State) -> None:
     """Writes state/<step>/ and then drops all but the newest two."""
     root = folder / "state"
     root.mkdir(exist_ok=True)
-    contents = {"adapter.safetensors": save_tensors(state.adapter), "optimizer.safetensors": save_tensors(state.optimizer)}
+    contents = {f"{part}.safetensors": save_tensors(getattr(state, part)) for part in TENSOR_FILES}
     with atomic_folder(root / f"{state.step:06d}") as temporary:
         for name, content in contents.items():
             (temporary / name).write_bytes(content)
@@ -82,33 +84,15 @@ def _read(path: Path) -> State:
         raise StateError("state.json is not what was written")
     if document["version"] != VERSION:
         raise StateError(f"it was written by another version ({document['version']})")
-    contents = {name: (path / name).read_bytes() for name in TENSOR_FILES}
+    contents = {f"{part}.safetensors": (path / f"{part}.safetensors").read_bytes() for part in TENSOR_FILES}
     for name, content in contents.items():
         if hashlib.sha256(content).hexdigest() != document["sha256"][name]:
             raise StateError(f"{name} is not what was written")
-    return State(document["step"], load_tensors(contents[TENSOR_FILES[0]]), load_tensors(contents[TENSOR_FILES[1]]), document["facts"])
+    return State(document["step"], *map(load_tensors, contents.values()), document["facts"])
 
 
 def _digest(document: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's memory, flat: {"3.exp_avg": ...} for the fourth parameter."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
-        for index, entry in state.items()
-        for name, value in entry.items()
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def restore_parameters(parameters: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,8 @@
 """The training: one visible loop, and what it does at each of its stations."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,10 +26,10 @@ from trainer.events import (
     Validated,
     Warned,
 )
-from trainer.optimizers import lr_factor, set_learning_rate
+from trainer.optimizers import lr_factor, optimizer_state, restore_optimizer, set_learning_rate
 from trainer.prepare import Session, prepare
 from trainer.sample import generate, load_adapter, save_sample
-from trainer.state import State, check_unchanged, load_state, optimizer_tensors, restore_optimizer, restore_parameters, save_state
+from trainer.state import State, check_unchanged, load_state, restore_parameters, save_state
 from trainer.step import microbatch_loss, validation_loss
 
 BAD_STEPS_IN_A_ROW = 3
@@ -52,8 +54,9 @@ def train(run: RunConfig, folder: Path, log: EventLog) -> Path:
             facts |= {"elapsed": time.monotonic() - clock, "loss_scale": scaler.get_scale() or 1.0}
             keep_state(session, step, facts)
         if step and (step in saves or ending):
-            keep_adapter(session, step, facts)
-            sample(session, step)
+            with final_weights(session):
+                keep_adapter(session, step, facts)
+                sample(session, step)
         if ending:
             break
         wait_while_paused(session, step)
@@ -67,6 +70,8 @@ def train(run: RunConfig, folder: Path, log: EventLog) -> Path:
             if step == first_step + 1:
                 check_gradients_arrive(session)
             scaler.step(session.optimizer)
+            if session.average:
+                session.average.step(session.parameters.values())
             bad_steps = 0
         elif not (scaler.is_enabled() and torch.isfinite(loss)):  # the scaler meets its limit by overflowing now and then
             bad_steps = skip_bad_step(session, step, bad_steps)
@@ -74,7 +79,8 @@ def train(run: RunConfig, folder: Path, log: EventLog) -> Path:
         session.optimizer.zero_grad(set_to_none=True)
         if not bad_steps:
             log.append(StepDone(step, float(loss), learning_rate, time.monotonic() - begin))
-    return finish(session, step, clock)
+    with final_weights(session):
+        return finish(session, step, clock)
 
 
 def restore(session: Session) -> tuple[dict, int]:
@@ -93,7 +99,10 @@ def restore(session: Session) -> tuple[dict, int]:
         return facts, 0
     check_unchanged(state.facts, facts)
     restore_parameters(session.parameters, state.adapter)
-    restore_optimizer(session.optimizer, state.optimizer)
+    restore_optimizer(session.optimizer, state.optimizer, state.facts["optimizer"])
+    if session.average:
+        session.average.shadow_params = [state.average[name].to(session.device) for name in session.parameters]
+        session.average.optimization_step = state.facts["averaged_steps"]
     return state.facts, state.step
 
 
@@ -171,8 +180,38 @@ def wait_while_paused(session: Session, step: int) -> None:
 
 def keep_state(session: Session, step: int, facts: dict) -> None:
     adapter = {name: parameter.detach().cpu().contiguous() for name, parameter in session.parameters.items()}
-    save_state(session.folder, State(step, adapter, optimizer_tensors(session.optimizer), facts))
+    average = {}
+    if session.average:
+        average = {name: tensor.cpu() for name, tensor in zip(session.parameters, session.average.shadow_params, strict=True)}
+        facts["averaged_steps"] = session.average.optimization_step
+    tensors, facts["optimizer"] = optimizer_state(session.optimizer)
+    save_state(session.folder, State(step, adapter, tensors, average, facts))
     session.log.append(StateSaved(step))
+
+
+@contextmanager
+def final_weights(session: Session) -> Iterator[None]:
+    """Inside, the adapter holds the weights that are saved, measured and sampled: their average, where the settings or the optimiser
+    (schedule-free: Defazio et al. 2024, arXiv:2405.15682) ask for one. Afterwards those of the training are back, to the bit.
+    """
+    averaging = hasattr(session.optimizer, "eval")
+    if not averaging and not session.average:
+        yield
+        return
+    parameters = list(session.parameters.values())
+    training = [p.detach().clone() for p in parameters]
+    if averaging:
+        session.optimizer.eval()
+    if session.average:
+        session.average.copy_to(parameters)
+    try:
+        yield
+    finally:
+        if averaging:
+            session.optimizer.train()
+        with torch.no_grad():
+            for parameter, before in zip(parameters, training, strict=True):
+                parameter.copy_(before)
 
 
 def measure(session: Session, step: int) -> float:
