@@ -5,10 +5,11 @@ The trainer uses the very same functions, so that what the page says is what hap
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from trainer import config, run_folder
-from trainer.base_model import inspect, locate
+from trainer.base_model import BaseFiles, inspect, locate
 from trainer.config import RunConfig
 from trainer.safetensors_header import TensorInfo
 
@@ -87,3 +88,186 @@ def _speed_key(run: RunConfig) -> Sequence[object]:
         training.text_encoder_learning_rate > 0,
         training.learning_rate > 0,
     )
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one image costs in a kind of model, in units that do not depend on its size.
+
+    Counted with torch's flop counter and saved-tensor hooks on the full-size models; the parameters are those of the published ones,
+    for a model that is not on this machine yet.
+    """
+
+    kept: float
+    """Numbers that a training step keeps per latent position and channel of the denoiser's first level."""
+    kept_checkpointed: float
+    """The same with gradient checkpointing, at the peak."""
+    operations: float
+    """Of a LoRA step, per latent position and parameter of the denoiser (a multiply-add is two)."""
+    operations_checkpointed: float
+    parameters: dict[str, float]
+    width: int
+    latent_step: int = 8
+    """Pixels per latent position along a side."""
+
+
+COSTS = {
+    "StableDiffusionPipeline": Costs(305, 80, 0.51, 0.68, {"unet": 860e6, "text_encoder": 123e6, "vae": 84e6}, 320),
+    "StableDiffusionXLPipeline": Costs(
+        535, 58, 0.35, 0.47, {"unet": 2567e6, "text_encoder": 123e6, "text_encoder_2": 695e6, "vae": 84e6}, 320
+    ),
+    "StableDiffusion3Pipeline": Costs(
+        154,
+        15,
+        0.71,
+        0.99,
+        {"transformer": 2474e6, "text_encoder": 123e6, "text_encoder_2": 695e6, "text_encoder_3": 4762e6, "vae": 84e6},
+        1536,
+    ),
+}
+# Coefficients that hold for every kind. Assumed from the libraries' code; to be replaced by measurements.
+LIBRARIES_BYTES = {"cuda": 0.7e9, "cpu": 0.9e9}  # torch, its kernels and the context of the device
+FRAGMENTS = 1.08  # what the allocator cannot use, as a factor on activations
+ADAPTER_BYTES = 16  # per parameter: weight, gradient and two moments of AdamW, all float32
+TEXT_KEPT = 0.4  # bytes that a trained text encoder keeps per parameter and image
+FORWARD_KEPT = 12  # as Costs.kept, where no gradient is wanted
+VAE_ENCODE, VAE_DECODE = 5, 8  # feature maps of full size and first width (float32) alive at the peak
+VAE_WIDTH = 128
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+OPERATIONS_PER_SECOND = {
+    "cuda": 25e12,
+    "cpu": 5e10,
+}  # what a step reaches on a middling card, and on one core; only until a step was measured
+STEP_OVERHEAD = {"cuda": 0.12, "cpu": 0.12}  # seconds
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the training device at the peak of each phase. On a CPU all parts stay in the same memory."""
+
+    load: float
+    cache: float
+    step: float
+    sample: float
+
+    @property
+    def peak(self) -> float:
+        return max(self.load, self.cache, self.step, self.sample)
+
+    @property
+    def worst(self) -> str:
+        return max(("load", "cache", "step", "sample"), key=lambda phase: getattr(self, phase))
+
+
+@dataclass(frozen=True)
+class Size:
+    """The base model in numbers."""
+
+    costs: Costs
+    parameters: dict[str, float]
+    """By component."""
+    width: int
+    latent_step: int
+    vae_width: int = VAE_WIDTH
+
+    @property
+    def denoiser(self) -> float:
+        return self.parameters.get("unet", 0) + self.parameters.get("transformer", 0)
+
+    @property
+    def text_encoders(self) -> float:
+        return sum(count for part, count in self.parameters.items() if part.startswith("text_encoder"))
+
+
+def size_of(run: RunConfig) -> Size:
+    """Measured from the tensor headers; for a model that is not on this machine, that of its kind, told by its name."""
+    folder = locate(run.base)
+    if folder is None:
+        costs = COSTS[_kind_by_name(run.base.model)]
+        return Size(costs, costs.parameters, costs.width, costs.latent_step)
+    return _measured_size(inspect(folder))
+
+
+def _kind_by_name(model: str) -> str:
+    name = model.lower()
+    is_3 = "stable-diffusion-3" in name or "sd3" in name
+    return "StableDiffusion3Pipeline" if is_3 else "StableDiffusionXLPipeline" if "xl" in name else "StableDiffusionPipeline"
+
+
+def _measured_size(base: BaseFiles) -> Size:
+    costs = COSTS.get(base.pipeline, COSTS["StableDiffusionPipeline"])
+    counted = {part: float(sum(info.numel for info in tensors.values())) for part, tensors in base.tensors.items()}
+    levels = base.configs["vae"].get("block_out_channels") or [VAE_WIDTH] * 4
+    widths = base.configs.get("unet", {}).get("block_out_channels") or [costs.width]
+    return Size(costs, counted, int(widths[0]), 2 ** (len(levels) - 1), int(levels[0]))
+
+
+def memory(run: RunConfig, device: str) -> Memory:
+    """Bytes at the peak of each phase on a "cuda" or "cpu" device.
+
+    Weights at their precision, 16 bytes per trained number, and activations that grow with latent positions x width x images
+    (see COSTS). Raises TrainerError for a base that cannot be read.
+    """
+    size, training = size_of(run), run.training
+    bytes_each = BYTES.get(run.base.precision, 2 if device == "cuda" else 4)
+    weights = {"denoiser": size.denoiser * bytes_each, "text": size.text_encoders * bytes_each, "vae": size.parameters.get("vae", 0) * 4}
+    unit = (run.dataset.resolution / size.latent_step) ** 2 * size.width * bytes_each * FRAGMENTS
+    pixels = run.dataset.resolution**2 * size.vae_width * 4 * FRAGMENTS
+    kept = size.costs.kept_checkpointed if training.gradient_checkpointing else size.costs.kept
+    trained_text = size.text_encoders if training.text_encoder_learning_rate else 0
+    adapter = _adapter_parameters(run, size) * ADAPTER_BYTES
+    base = LIBRARIES_BYTES[device]
+    resident = base + weights["denoiser"] + adapter
+    activations = training.batch_size * (kept * unit + trained_text * TEXT_KEPT)
+    drawing = max(2 * FORWARD_KEPT * unit, VAE_DECODE * pixels)
+    if device == "cpu":
+        everything = base + sum(weights.values())
+        return Memory(everything, everything + VAE_ENCODE * pixels, everything + adapter + activations, everything + adapter + drawing)
+    return Memory(
+        load=base,
+        cache=base + weights["vae"] + weights["text"] + VAE_ENCODE * pixels,
+        step=resident + (weights["text"] if trained_text else 0) + activations,
+        sample=resident + weights["vae"] + weights["text"] + drawing,
+    )
+
+
+def _adapter_parameters(run: RunConfig, size: Size) -> float:
+    """Counted where the base is here; else about rank x 200 per million parameters, as in the published models."""
+    counted = trainable_parameters(run)
+    return size.denoiser / 1e6 * 200 * run.adapter.rank if counted is None else counted
+
+
+def fit(run: RunConfig, device: str, available: float) -> dict[str, object]:
+    """The fewest changes, by dotted path, that bring a run under so many bytes; what costs no quality goes first.
+
+    The batch that the optimiser sees stays the same: what a smaller batch takes away, accumulation gives back. Where even the last
+    rung is too large all of them are returned; ask `memory` again.
+    """
+    changes: dict[str, object] = {}
+
+    def fits() -> bool:
+        return memory(config.replace(run, changes), device).peak <= available
+
+    if not fits() and run.base.precision == "fp32" and device == "cuda":
+        changes["base.precision"] = "auto"
+    if not fits() and not run.training.gradient_checkpointing:
+        changes["training.gradient_checkpointing"] = True
+    effective = run.training.batch_size * run.training.gradient_accumulation_steps
+    batch = run.training.batch_size
+    while not fits() and batch > 1:
+        batch = max(n for n in range(1, batch) if effective % n == 0)
+        changes |= {"training.batch_size": batch, "training.gradient_accumulation_steps": effective // batch}
+    if not fits() and device == "cpu" and run.base.precision in ("auto", "fp32"):
+        changes["base.precision"] = "bf16"
+    return changes
+
+
+def expected_seconds_per_step(run: RunConfig, device: str, cores: int = 1) -> float:
+    """A first guess from counted operations, good to a factor of two or three; only until a step was measured."""
+    size, training = size_of(run), run.training
+    each = size.costs.operations_checkpointed if training.gradient_checkpointing else size.costs.operations
+    positions = (run.dataset.resolution / size.latent_step) ** 2
+    passes, images = training.gradient_accumulation_steps, training.batch_size
+    operations = each * positions * size.denoiser * images * passes
+    speed = OPERATIONS_PER_SECOND[device] * (max(1, cores) ** 0.8 if device == "cpu" else 1)
+    return operations / speed + STEP_OVERHEAD[device] * passes

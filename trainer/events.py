@@ -48,6 +48,9 @@ class Started(Event):
     precision: str
     attention: str
     family: str
+    saves: int = 0
+    """How often the run is measured, saved and sampled in all."""
+    images_per_step: int = 1
 
 
 @dataclass(frozen=True)

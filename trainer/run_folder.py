@@ -132,6 +132,11 @@ class RunStatus:
     """Why it failed, in a sentence."""
     finished: events.Finished | None = None
     launched_at: float = 0.0
+    stations: list[float] = field(default_factory=list)
+    """Seconds that each measuring, saving and sampling took."""
+    last_step_at: float | None = None
+    """When the last step ended; None where what came since was no work (a pause)."""
+    at_station: bool = False
 
     @property
     def is_active(self) -> bool:
@@ -147,9 +152,20 @@ class RunStatus:
         return statistics.median(self.step_seconds[-50:]) if self.step_seconds else None
 
     @property
-    def seconds_left(self) -> float | None:
+    def images_per_second(self) -> float | None:
         speed = self.seconds_per_step
-        return None if speed is None else speed * (self.total_steps - self.step)
+        return self.started.images_per_step / speed if speed and self.started else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of the steps at the present speed, and of the saves (with their samples) that are still to come."""
+        speed = self.seconds_per_step
+        if speed is None:
+            return None
+        saves = self.started.saves if self.started else 0
+        saves_left = saves - max(0, self.step - 1) * saves // max(1, self.total_steps)  # one is counted until it is done
+        station = statistics.median(self.stations) if self.stations else 0.0
+        return speed * (self.total_steps - self.step) + station * saves_left
 
     @property
     def best_step(self) -> int | None:
@@ -185,15 +201,20 @@ def _apply(result: RunStatus, event: events.Event) -> None:
             result.state, result.phase_done, result.phase_total = event.phase, event.done, event.total
         case events.Started():
             result.started, result.total_steps = event, event.total_steps
+            result.last_step_at, result.at_station = event.time, False
             _forget_after(result, event.step)
             result.state = "training"
         case events.StepDone():
+            if result.at_station and result.last_step_at is not None:
+                result.stations.append(max(0.0, event.time - result.last_step_at - event.seconds))
+            result.last_step_at, result.at_station = event.time, False
             result.state, result.step = "training", event.step
             result.losses.append((event.step, event.loss))
             result.learning_rates.append((event.step, event.learning_rate))
             result.step_seconds.append(event.seconds)
         case events.Validated():
             result.validation = [point for point in result.validation if point[0] != event.step] + [(event.step, event.loss)]
+            result.at_station = True
         case events.SampleSaved():
             result.samples = [saved for saved in result.samples if saved.file != event.file] + [event]
         case events.AdapterSaved():
@@ -201,7 +222,7 @@ def _apply(result: RunStatus, event: events.Event) -> None:
         case events.Warned():
             result.warnings.append(event.message)
         case events.Paused():
-            result.state = "paused"
+            result.state, result.last_step_at = "paused", None
         case events.Continued():
             result.state = "training"
         case events.Stopped():

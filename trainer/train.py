@@ -117,6 +117,8 @@ def started_event(session: Session, step: int) -> Started:
         precision=session.precision,
         attention=session.attention,
         family=session.base.family.name,
+        saves=session.run.saving.saves,
+        images_per_step=session.run.training.batch_size * session.run.training.gradient_accumulation_steps,
     )
 
 
