@@ -11,7 +11,7 @@ import shutil
 from functools import lru_cache
 from pathlib import Path
 
-from trainer import captions, importing, pictures, run_folder
+from trainer import captions, doctor, importing, pictures, run_folder
 from trainer import dataset as reading
 from trainer.errors import DatasetError
 from trainer.findings import Finding
@@ -159,7 +159,7 @@ def view(name: str | None) -> dict:
         "examples": examples(),
         "cards": [_card(name, folder, item) for item in items],
         "findings": _findings(findings),
-        "verdict": reading.verdict(items, findings),
+        "verdict": doctor.verdict(len(items), findings),
     }
 
 
@@ -167,7 +167,7 @@ def summary(name: object) -> dict:
     """The part of the view that changes with a caption."""
     resolve(name)
     items, findings = scan(str(name))
-    return {"findings": _findings(findings), "verdict": reading.verdict(items, findings)}
+    return {"findings": _findings(findings), "verdict": doctor.verdict(len(items), findings)}
 
 
 def _card(name: str, folder: Path, item: reading.DatasetItem) -> dict:

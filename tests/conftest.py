@@ -14,6 +14,12 @@ import pytest
 from trainer import config, run_folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_outputs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What a test keeps without asking for `outputs` is kept here, not in the working directory."""
+    os.environ["ATELIER_OUTPUTS"] = str(tmp_path_factory.mktemp("outputs"))
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import save_tiny_base

@@ -37,10 +37,10 @@ ROWS: list[Row] = []
 
 
 def photo(width: int = 96, height: int = 64, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    """A smooth picture with some noise, so that every encoder has something to write."""
+    """A smooth picture with some noise, so that every encoder has something to write; seeds give pictures of different looks."""
     y, x = np.mgrid[0:height, 0:width]
     noise = np.random.default_rng(seed).integers(0, 40, (height, width))
-    channels = [(x * 2 + noise) % 256, (y * 3 + noise) % 256, (x + y + noise) % 256]
+    channels = [(x * 2 + 67 * seed + noise) % 256, (y * 3 + 113 * seed + noise) % 256, (x + y + noise) % 256]
     return Image.fromarray(np.stack(channels, -1).astype(np.uint8)).convert(mode)
 
 

@@ -34,9 +34,10 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 
 
 def about(findings: list[Finding], subject: Path, folder: Path) -> list[Finding]:
-    """Findings naming the subject, or, where it is a caption, the picture it belongs to."""
+    """Findings naming the subject, or, where it is a caption, its picture; that a made picture is plain grey is none."""
     name = shown(subject.relative_to(folder).as_posix())
     picture = name.removesuffix(".txt") + ".png"
+    findings = [f for f in findings if f.kind not in ("rotated", "transparent", "converted", "flat")]
     return [f for f in findings if f.file in (name, picture) or f.file.endswith(f"/{name}")]
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tests.corpus import PNG, encoded, photo
 from trainer.captions import caption_path, clean_caption, decode_text, read_caption, suffix_of, write_caption
-from trainer.dataset import scan_dataset, verdict
+from trainer.dataset import scan_dataset
+from trainer.doctor import verdict
 from trainer.errors import DatasetError
 from trainer.findings import Finding
 
@@ -36,8 +37,8 @@ def test_items_are_sorted_measured_and_hashed(tmp_path):
     assert order == ["B.png", "a.png", "a/z.png", "b.png", "ä.png"]
     assert {(item.width, item.height, item.repeats, item.caption) for item in items} == {(96, 64, 1, "a cat")}
     assert items[0].sha256 == hashlib.sha256((tmp_path / "B.png").read_bytes()).hexdigest()
-    assert [finding.file for finding in findings] == ["B.png"]
-    assert verdict(items, findings) == "5 of 5 pictures are usable, 5 have captions."
+    assert [(finding.file, finding.kind) for finding in findings] == [("B.png", "case-twin"), ("all captions", "shared-tag")]
+    assert verdict(len(items), findings) == "5 of 5 pictures are usable, 5 have captions. Few: enough to try; ten or more learn better."
 
 
 def test_verdict_counts_what_is_left_out_and_uncaptioned(tmp_path):
@@ -46,7 +47,7 @@ def test_verdict_counts_what_is_left_out_and_uncaptioned(tmp_path):
     put(tmp_path, "c.png", 3, caption=" ")
     (tmp_path / "d.png").write_bytes(b"<html>")
     items, findings = scan_dataset(tmp_path, resolution=64)
-    assert verdict(items, findings) == "3 of 4 pictures are usable, 1 has a caption."
+    assert verdict(len(items), findings) == "3 of 4 pictures are usable, 1 has a caption. Too few to learn from: use ten or more."
     assert "d.png" in messages(findings, "d.png") and "no caption" in messages(findings, "b.png")
     assert {finding.level for finding in findings if finding.file == "d.png"} == {"error"}
 
@@ -114,7 +115,7 @@ def test_trigger_is_put_in_front_once(tmp_path):
     put(tmp_path, "c.png", 3, caption=None)
     items, findings = scan_dataset(tmp_path, resolution=64, trigger="maya")
     assert [item.caption for item in items] == ["a photo of Maya, smiling", "maya, a mayan temple", "maya"]
-    assert verdict(items, findings) == "3 of 3 pictures are usable, 2 have captions."
+    assert verdict(len(items), findings) == "3 of 3 pictures are usable, 2 have captions. Too few to learn from: use ten or more."
     assert (tmp_path / "b.txt").read_text(encoding="utf-8") == "a mayan temple"
 
 

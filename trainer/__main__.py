@@ -225,15 +225,17 @@ def _stacked(text: str) -> dict[str, object]:
 
 
 def check_command(options: argparse.Namespace) -> int:
-    from trainer.dataset import scan_dataset, verdict
+    from trainer.dataset import scan_dataset
+    from trainer.doctor import verdict
 
     items, findings = scan_dataset(options.dataset, resolution=options.resolution, trigger=options.trigger)
     if options.json:
-        print(json.dumps({"verdict": verdict(items, findings), "pictures": len(items), "findings": [vars(f) for f in findings]}, indent=1))
+        found = [vars(finding) for finding in findings]
+        print(json.dumps({"verdict": verdict(len(items), findings), "pictures": len(items), "findings": found}, indent=1))
         return 0
     for finding in findings:
         print(f"{finding.level:8} {finding.file}: {finding.message}")
-    print(verdict(items, findings))
+    print(verdict(len(items), findings))
     return 0
 
 

@@ -22,7 +22,6 @@ METADATA_NAME = "metadata.jsonl"  # one JSON object a line, as in a Hugging Face
 METADATA_KEYS = ("text", "caption", "prompt")
 MAX_CAPTION_BYTES = 2**20
 MAX_METADATA_BYTES = 64 * 2**20
-LONG_CAPTION = 75  # tokens that the text encoders of Stable Diffusion read at once
 
 
 def suffix_of(name: str) -> str:
@@ -86,17 +85,19 @@ def caption_of(picture: Path, folder: Path, metadata: "Metadata") -> tuple[str, 
     present = list({path.name.lower(): path for path in reversed(candidates)}.values())[::-1]  # x.txt may be x.TXT
     if not present:
         text, notes = clean_caption(metadata.caption_of(picture))
-        return text, [Finding(relative(picture, folder), "note", f"Its caption in {METADATA_NAME} {note}.") for note in notes]
+        return text, [
+            Finding(relative(picture, folder), "note", f"Its caption in {METADATA_NAME} {note}.", "odd-caption") for note in notes
+        ]
     text, findings = "", []
     for used, ignored in itertools.pairwise(present):
         message = f"The picture has several captions: {shown(used.name)} is used before this one."
-        findings.append(Finding(relative(ignored, folder), "note", message))
+        findings.append(Finding(relative(ignored, folder), "note", message, "several-captions"))
     path = present[0]
     try:
         text, notes = clean_caption(*decode_text(_read_regular(path, MAX_CAPTION_BYTES)))
-        findings += [Finding(relative(path, folder), "note", f"The caption {note}.") for note in notes]
+        findings += [Finding(relative(path, folder), "note", f"The caption {note}.", "odd-caption") for note in notes]
     except DatasetError as error:
-        findings.append(Finding(relative(path, folder), "warning", f"The caption {error}; it was not read."))
+        findings.append(Finding(relative(path, folder), "warning", f"The caption {error}; it was not read.", "unread-caption"))
     return text, findings
 
 
@@ -177,7 +178,7 @@ _INVISIBLE = re.compile("[\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]") 
 
 
 def clean_caption(text: str, notes: list[str] | None = None) -> tuple[str, list[str]]:
-    """`text` as one line of visible characters, and `notes` with what was removed or may be cut. See `read_caption`."""
+    """`text` as one line of visible characters, and `notes` with what was removed. See `read_caption`."""
     notes = list(notes or [])
     lines = _INVISIBLE.sub("", text).replace("\t", " ").splitlines()
     joined = ""
@@ -187,8 +188,6 @@ def clean_caption(text: str, notes: list[str] | None = None) -> tuple[str, list[
     visible = "".join(c for c in visible if unicodedata.category(c) not in ("Cc", "Cs")).strip()
     if visible != joined:
         notes.append("held control characters: they were removed")
-    if len(visible) > 20 * LONG_CAPTION or len(re.findall(r"\w+|[^\w\s]", visible)) > LONG_CAPTION:
-        notes.append(f"is longer than the {LONG_CAPTION} tokens Stable Diffusion reads at once: its end may not be seen")
     return visible, notes
 
 

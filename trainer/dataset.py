@@ -3,21 +3,19 @@
 It never changes the folder, and never leaves anything out without naming it.
 """
 
-import hashlib
-import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .buckets import MAX_ASPECT
+from . import doctor, tokens
 from .captions import METADATA_NAME, Metadata, caption_candidates, caption_of, relative, stem_of, suffix_of
 from .errors import DatasetError
-from .findings import Finding, Level
-from .pictures import PICTURE_SUFFIXES, SMALLEST_SIDE, decode_picture, read_picture, shown
+from .findings import OWN_FOLDER, Finding, Level
+from .inspection import inspect_all
+from .pictures import PICTURE_SUFFIXES, shown
 
 MAX_REPEATS = 200  # `2024_holiday` is a date
 MASK_ENDINGS = (".mask.png", "-masklabel.png")  # the second is OneTrainer's
@@ -27,7 +25,6 @@ OTHER_PICTURE_SUFFIXES = frozenset((
     ".dds", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2",
 ))  # fmt: skip
 JUNK_NAMES = frozenset(("thumbs.db", "desktop.ini", ".ds_store", "__macosx", "ehthumbs.db", "icon\r"))
-UNCAPTIONED = "The picture has no caption"
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,8 @@ class DatasetItem:
     sha256: str = ""
     mask: Path | None = None
     """A grey picture of where to look: white is learned from in full, black not at all."""
+    focus: tuple[float, float] = (0.5, 0.5)
+    """Where the picture is most interesting, from left and top, 0 to 1 (`inspection.focus_of`)."""
 
 
 def is_junk(name: str) -> bool:
@@ -54,12 +53,14 @@ def scan_dataset(
     *,
     resolution: int = 512,
     trigger: str = "",
+    tokenizer: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[DatasetItem], list[Finding]]:
     """Every usable picture under `folder`, by relative path in code-point order, and what was found on the way.
 
-    Each picture is decoded in full. `resolution` only decides what counts as small. A caption without the word
-    `trigger` gets it in front, in the item, not in the file. `progress(done, total)` counts pictures.
+    Each picture is decoded in full, once for each content. `resolution` only decides what counts as small. A caption
+    without the word `trigger` gets it in front, in the item, not in the file. Captions are measured with the
+    `tokenizer` folder of the base, without one roughly. `progress(done, total)` counts pictures.
     Raises `DatasetError` when there is no folder or no usable picture.
     """
     folder = Path(folder)
@@ -72,40 +73,25 @@ def scan_dataset(
     findings += _about_other_files(folder, files, set(pictures), set(masks.values()), metadata) + _about_case_twins(folder, pictures)
 
     items: list[DatasetItem] = []
-    first_with: dict[str, str] = {}
-    for done, (path, checked) in enumerate(zip(pictures, _check_all(pictures), strict=True), 1):
+    used = []
+    for path, facts in zip(pictures, inspect_all(pictures, progress), strict=True):
         file = relative(path, folder)
-        if isinstance(checked, DatasetError):
-            findings.append(Finding(file, "error", f"{checked} It was left out."))
-        else:
-            width, height, notes, sha256 = checked
-            findings += _about_picture(file, path.name, notes) + _about_size(file, width, height, resolution)
-            if (twin := first_with.setdefault(sha256, file)) != file:
-                message = f"Is the same picture as {twin}: it counts twice; remove one."
-                findings.append(Finding(file, "warning", message))
-            caption, about_caption = caption_of(path, folder, metadata)
-            findings += about_caption
-            if not caption:
-                use = f"the trigger word “{trigger}” is used alone" if trigger else "it is trained without words"
-                message = f"{UNCAPTIONED}: {use}; write one to say what it shows."
-                findings.append(Finding(file, "warning", message))
-            caption = _with_trigger(caption, trigger)
-            items.append(DatasetItem(path, caption, width, height, _repeats(path, folder), sha256, masks.get(path)))
-        if progress:
-            progress(done, len(pictures))
-    findings += _about_repeats(folder, pictures)
+        if facts.error:
+            findings.append(Finding(file, "error", f"{shown(path.name)}{facts.error} It was left out.", "unreadable"))
+            continue
+        findings += doctor.about_picture(file, path.name, facts, resolution)
+        caption, about_caption = caption_of(path, folder, metadata)
+        findings += about_caption
+        items.append(
+            DatasetItem(path, caption, facts.width, facts.height, _repeats(path, folder), facts.sha256, masks.get(path), facts.focus)
+        )
+        used.append((file, facts))
+    findings += doctor.about_twins(used) + doctor.about_sizes(used, resolution)
+    captions = [(file, item.caption) for (file, _), item in zip(used, items, strict=True)]
+    findings += doctor.about_captions(captions, trigger, tokens.counter(tokenizer)) + _about_repeats(folder, pictures)
     if not items:
         raise DatasetError(_nothing_usable(folder, findings))
-    return items, findings
-
-
-def verdict(items: list[DatasetItem], findings: list[Finding]) -> str:
-    """The scan in one sentence: "22 of 24 pictures are usable, 20 have captions."."""
-    total = len(items) + sum(finding.level == "error" for finding in findings)
-    captioned = len(items) - sum(finding.message.startswith(UNCAPTIONED) for finding in findings)
-    are = "picture is" if total == 1 else "pictures are"
-    have = "has a caption" if captioned == 1 else "have captions"
-    return f"{len(items)} of {total} {are} usable, {captioned} {have}."
+    return [replace(item, caption=_with_trigger(item.caption, trigger)) for item in items], findings
 
 
 # Walking
@@ -132,7 +118,8 @@ def _walk(folder: Path, findings: list[Finding]) -> list[Path]:
                 skip(path, "Was put there by the operating system: ignored.")
             elif entry.is_dir(follow_symlinks=False):
                 if entry.name.startswith("."):
-                    skip(path, "Is a hidden folder: ignored.")
+                    if entry.name != OWN_FOLDER:
+                        skip(path, "Is a hidden folder: ignored.")
                     continue
                 if is_picture:
                     skip(path, "Is a folder named like a picture: only what is inside it is used.", "warning")
@@ -188,17 +175,17 @@ def _about_other_files(folder: Path, files: list[Path], pictures: set[Path], mas
             continue
         if path.name.lower().endswith(MASK_ENDINGS):
             message = "Is a mask, but no picture has its name: it is not used; rename one of the two."
-            findings.append(Finding(relative(path, folder), "warning", message))
+            findings.append(Finding(relative(path, folder), "warning", message, "orphan"))
             continue
         if suffix in (".txt", ".caption"):
             message = "Is a caption, but no picture has its name: rename one of the two."
-            findings.append(Finding(relative(path, folder), "warning", message))
+            findings.append(Finding(relative(path, folder), "warning", message, "orphan"))
         elif suffix in OTHER_PICTURE_SUFFIXES:
             message = f"Is a picture of a kind that cannot be used ({suffix}): it was left out; save it as JPEG or PNG."
-            findings.append(Finding(relative(path, folder), "error", message))
+            findings.append(Finding(relative(path, folder), "error", message, "unreadable"))
         elif _looks_like_picture(path):
             message = "Looks like a picture, but its name does not end in .jpg or the like: it was left out; rename it."
-            findings.append(Finding(relative(path, folder), "error", message))
+            findings.append(Finding(relative(path, folder), "error", message, "misnamed"))
         else:
             strange.setdefault(suffix, []).append(path)
     for suffix, paths in strange.items():
@@ -227,62 +214,11 @@ def _about_case_twins(folder: Path, pictures: list[Path]) -> list[Finding]:
         twin = later.setdefault(stem.casefold(), stem)
         if twin != stem:
             message = "Differs from another name only in capitals: on Windows and macOS they share a caption; rename one."
-            findings.append(Finding(relative(path, folder), "warning", message))
+            findings.append(Finding(relative(path, folder), "warning", message, "case-twin"))
     return findings
 
 
-# Pictures
-
-
-def check_picture(data: bytes, path: Path) -> tuple[int, int, tuple[str, ...]]:
-    """(width, height, notes) of a picture that can be trained on. Raises `DatasetError` for one that cannot."""
-    image, notes = decode_picture(data, path)
-    if min(image.size) < SMALLEST_SIDE:
-        size = f"{image.width} x {image.height}"
-        raise DatasetError(f"{shown(path.name)} has {size} pixels, too few to train on: use a larger one.")
-    return *image.size, notes
-
-
-def _check(path: Path) -> tuple[int, int, tuple[str, ...], str] | DatasetError:
-    try:
-        data = read_picture(path)
-        return *check_picture(data, path), hashlib.sha256(data).hexdigest()
-    except DatasetError as error:
-        return error
-
-
-def _check_all(pictures: list[Path]) -> Iterator[tuple[int, int, tuple[str, ...], str] | DatasetError]:
-    if len(pictures) <= 50:
-        yield from map(_check, pictures)
-        return
-    with ThreadPoolExecutor(2) as pool:  # threads, as decoders let go of the interpreter; two, as each may hold 0.5 GB
-        yield from pool.map(_check, pictures)
-
-
-def _about_picture(file: str, name: str, notes: tuple[str, ...]) -> list[Finding]:
-    findings = [Finding(file, "note", f"The picture {note}.") for note in notes]
-    if any("\udc80" <= character <= "\udcff" for character in name):
-        findings.append(Finding(file, "note", "Its name is not UTF-8 and is shown with escapes: rename it."))
-    return findings
-
-
-def _about_size(file: str, width: int, height: int, resolution: int) -> list[Finding]:
-    findings = []
-    enlargement = resolution / math.sqrt(width * height)
-    if enlargement > 1.05:
-        message = (
-            f"The picture ({width} x {height}) is smaller than the resolution of {resolution}: it is trained small, "
-            f"or blurred by being upscaled {enlargement:.1f} times; use a larger one."
-        )
-        findings.append(Finding(file, "warning", message))
-    kept = MAX_ASPECT * min(width, height) / max(width, height)
-    if kept < 0.75:
-        message = (
-            f"The picture ({width} x {height}) is so narrow that only the middle {max(1, round(100 * kept))} % of it "
-            "is seen: crop it to the part that matters."
-        )
-        findings.append(Finding(file, "warning", message))
-    return findings
+# Folders
 
 
 def _repeats_of_folder(folder: Path) -> int:
@@ -311,10 +247,7 @@ def _nothing_usable(folder: Path, findings: list[Finding]) -> str:
     return f"{shown(folder)} holds no usable picture. {listed}{more}."
 
 
-# Captions
-
-
 def _with_trigger(caption: str, trigger: str) -> str:
-    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
+    if not trigger or doctor.has_word(caption, trigger):
         return caption
     return f"{trigger}, {caption}" if caption else trigger

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+OWN_FOLDER = ".atelier"  # in a dataset: what this program keeps beside the pictures (crops, the journal); never read as pictures
+
 Level = Literal["error", "warning", "note"]
 
 

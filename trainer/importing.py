@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .captions import MAX_CAPTION_BYTES, METADATA_NAME, caption_path, read_metadata, suffix_of
-from .dataset import JUNK_NAMES, MASK_ENDINGS, MASK_FOLDER, check_picture, is_junk
+from .dataset import JUNK_NAMES, MASK_ENDINGS, MASK_FOLDER, is_junk
 from .errors import DatasetError
 from .files import atomic_write
 from .findings import Finding
+from .inspection import check_picture
 from .pictures import MAX_FILE_BYTES, PICTURE_SUFFIXES, read_picture, shown
 
 MAX_ENTRIES = 20_000  # files in one zip

@@ -149,6 +149,34 @@ def decode_picture(
         return rgb, tuple(notes + colour_notes)
 
 
+def conversions(data: bytes, path: Path) -> tuple[tuple[str, str], ...]:
+    """What decoding converts in a sound picture as a matter of course: (kind, words that follow "The picture").
+
+    From the header only. Raises `DatasetError` as `open_picture` does.
+    """
+    with _sentences(path):
+        image = _open(io.BytesIO(data))
+        found = []
+        with contextlib.suppress(*PICTURE_ERRORS):
+            if Image.Image.getexif(image).get(_ORIENTATION, 1) in _UPRIGHT:
+                found.append(("rotated", "lies on its side in the file and is turned upright, as its EXIF data says"))
+        if image.has_transparency_data:
+            found.append(("transparent", "is transparent in parts: they are shown on white"))
+        sixteen = image.mode.startswith("I;16") or (image.format == "PNG" and data[24] == 16)
+        if sixteen or image.mode == "CMYK":
+            found.append(("converted", f"has {'16 bits a channel' if sixteen else 'CMYK colours'}: it is converted to 8-bit RGB"))
+        icc = image.info.get("icc_profile")
+        if icc and not _is_srgb(icc):
+            found.append(("converted", "has a colour profile: its colours are converted to sRGB"))
+        return tuple(found)
+
+
+def _is_srgb(icc: bytes) -> bool:
+    with contextlib.suppress(ImageCms.PyCMSError, *PICTURE_ERRORS):
+        return "srgb" in (ImageCms.ImageCmsProfile(io.BytesIO(icc)).profile.profile_description or "").lower()
+    return True  # damaged: `decode_picture` says so
+
+
 @contextlib.contextmanager
 def _sentences(path: Path) -> Iterator[None]:
     """Turn what decoders raise into one sentence that begins with the name of the file."""
