@@ -27,12 +27,13 @@ TORCH_FREE = {
     "base_model",
     "safetensors_header",
     "files",
+    "foreign_configs",
 }
 # Each module of the engine may import those on the levels below its own, and on its own level none.
 LEVELS = [
     {"errors"},
     {"config", "safetensors_header", "files"},
-    {"events", "presets", "base_model", "buckets", "adapted", "adapter_keys"},
+    {"events", "presets", "base_model", "buckets", "foreign_configs", "adapted", "adapter_keys"},
     {"run_folder", "pictures", "findings"},
     {"captions", "inspection", "tokens"},
     {"doctor"},

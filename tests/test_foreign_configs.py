@@ -1,0 +1,119 @@
+"""Settings of other trainers: what maps arrives, and what does not is said."""
+
+import json
+
+import pytest
+
+from trainer import config, foreign_configs
+from trainer.errors import ConfigError
+
+KOHYA_GUI = {
+    "LoRA_type": "Standard", "network_dim": 32, "network_alpha": 16, "learning_rate": 0.0001, "unet_lr": 0.0002, "text_encoder_lr": 5e-05,
+    "lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 2, "lr_warmup": 10, "lr_warmup_steps": 0, "optimizer": "AdamW8bit",
+    "optimizer_args": "weight_decay=0.1 betas=0.9,0.99", "max_train_steps": 1600, "epoch": 3, "train_batch_size": 2,
+    "max_resolution": "512,768",    "mixed_precision": "bf16", "save_precision": "fp16", "min_snr_gamma": 5, "noise_offset": 0.05, "output_name": "maya",
+    "cache_latents": True,    "pretrained_model_name_or_path": "runwayml/stable-diffusion-v1-5", "loss_type": "huber", "flip_aug": True, "xformers": "xformers",
+    "gradient_checkpointing": True, "seed": 7, "sample_prompts": "a cat --n ugly --w 512\n# no prompt\na dog", "huber_schedule": "snr",
+}  # fmt: skip
+SD_SCRIPTS = """
+[model]
+pretrained_model_name_or_path = "/models/xl.safetensors"
+[network]
+network_module = "networks.lora"
+network_dim = 8
+network_train_unet_only = true
+[train]
+learning_rate = 1e-4
+max_train_epochs = 12
+optimizer_type = "Prodigy"
+resolution = "1024,1024"
+weird_new_thing = "on"
+"""
+ONE_TRAINER = {
+    "__version": 10, "training_method": "LORA", "model_type": "STABLE_DIFFUSION_15",
+    "base_model_name": "a/b", "lora_rank": 16, "lora_alpha": 1.0,
+    "learning_rate": 0.0003, "text_encoder": {"train": False, "learning_rate": None}, "epochs": 100, "batch_size": 4, "resolution": "512",
+    "train_dtype": "FLOAT_16", "output_dtype": "FLOAT_32", "optimizer": {"optimizer": "ADAFACTOR", "weight_decay": 0.02},
+    "learning_rate_scheduler": "CONSTANT", "loss_weight_fn": "MIN_SNR_GAMMA", "loss_weight_strength": 5.0, "gradient_checkpointing": "ON",
+    "clip_grad_norm": 1.0, "offset_noise_weight": 0.02, "masked_training": True, "tensorboard": True,
+}  # fmt: skip
+AI_TOOLKIT = """
+job: extension
+config:
+  name: "my_first_lora_v1"
+  process:
+    - type: 'sd_trainer'
+      training_folder: "output"
+      trigger_word: "p3r5on"
+      network: {type: "lora", linear: 32, linear_alpha: 16}
+      save: {dtype: float16, save_every: 250}
+      datasets:
+        - folder_path: "/path/to/images"
+          caption_dropout_rate: 0.1
+          shuffle_tokens: true
+          resolution: [512, 768, 1024]
+        - folder_path: "/path/to/more"
+      train: {batch_size: 1, steps: 2000, lr: 1e-4, dtype: bf16, optimizer: "adamw8bit", train_unet: true, train_text_encoder: false,
+              gradient_checkpointing: true, ema_config: {use_ema: true, ema_decay: 0.99}}
+      model: {name_or_path: "stabilityai/stable-diffusion-xl-base-1.0", is_xl: true, quantize: true}
+      sample: {prompts: ["a cat", "a dog --w 64"], neg: "blurry", seed: 42, guidance_scale: 4, sample_steps: 20, sampler: "ddpm"}
+"""
+
+
+def carried(text: str) -> tuple[config.RunConfig, list[str]]:
+    return foreign_configs.apply(foreign_configs.read(text), config.RunConfig())
+
+
+def test_kohya_gui() -> None:
+    run, left_out = carried(json.dumps(KOHYA_GUI))
+    assert (run.name, run.adapter.rank, run.adapter.alpha) == ("maya", 32, 16)
+    training = run.training
+    assert (training.learning_rate, training.text_encoder_learning_rate, training.warmup) == (2e-4, 5e-5, 0.1)
+    assert (training.steps, training.views_per_picture, training.lr_schedule, training.lr_cycles) == (1600, 80, "cosine_with_restarts", 2)
+    assert (training.optimizer, training.weight_decay, training.optimizer_args) == ("adamw8bit", 0.1, ("betas=(0.9,0.99)",))
+    assert run.dataset.resolution == 624 and run.base.precision == "bf16" and run.sampling.prompts == ("a cat", "a dog")
+    assert left_out == ["loss_type = huber", "flip_aug = True"]
+
+
+def test_sd_scripts() -> None:
+    run, left_out = carried(SD_SCRIPTS.replace('"Prodigy"', '"AdamW"'))
+    assert run.base.model == "/models/xl.safetensors" and run.adapter.rank == 8 and run.adapter.alpha == 1, (
+        "its alpha is 1 where none is named"
+    )
+    assert run.training.text_encoder_learning_rate == 0 and run.training.views_per_picture == 12 and run.training.steps == 0
+    assert left_out == ["weird_new_thing = on"]
+
+
+def test_what_does_not_fit_together_is_said() -> None:
+    with pytest.raises(ConfigError, match="(?s)kohya do not fit together.*prodigy"):
+        carried(SD_SCRIPTS)
+
+
+def test_one_trainer() -> None:
+    run, left_out = carried(json.dumps(ONE_TRAINER))
+    assert (run.adapter.rank, run.adapter.alpha, run.training.learning_rate) == (16, 1, 3e-4)
+    assert run.training.text_encoder_learning_rate == 0 and run.training.views_per_picture == 100 and run.training.batch_size == 4
+    assert (run.base.precision, run.saving.precision, run.training.optimizer) == ("fp16", "fp32", "adafactor")
+    assert run.objective.noise_offset == 0.02 and run.training.gradient_checkpointing and run.training.lr_schedule == "constant"
+    assert left_out == ["masked_training = True"]
+
+
+def test_ai_toolkit() -> None:
+    run, left_out = carried(AI_TOOLKIT)
+    assert (run.name, run.dataset.trigger, run.dataset.resolution) == ("my_first_lora_v1", "p3r5on", 1024)
+    assert (run.adapter.rank, run.training.steps, run.training.ema_decay) == (32, 2000, 0.99)
+    assert run.sampling.prompts == ("a cat", "a dog") and run.sampling.negative_prompt == "blurry" and run.sampling.guidance_scale == 4
+    assert run.training.learning_rate == 1e-4 and run.training.text_encoder_learning_rate == 0
+    assert left_out == ["model.quantize = True", "datasets.shuffle_tokens = True", "1 more datasets"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "just text", '{"a": 1}', "a: [", "\x00", "{" * 2000, "x" * 1_000_001])
+def test_what_is_no_settings_file_is_refused_in_a_sentence(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^The file|^These are settings of no trainer"):
+        foreign_configs.read(text)
+
+
+def test_a_value_out_of_bounds_is_left_out_and_the_rest_arrives() -> None:
+    run, left_out = carried(json.dumps(KOHYA_GUI | {"network_dim": 100_000, "optimizer": "SomethingNew", "lr_scheduler": None}))
+    assert run.adapter.rank == 16 and run.training.optimizer == "adamw" and run.name == "maya"
+    assert "adapter.rank = 100000" in left_out and "optimizer = SomethingNew" in left_out
