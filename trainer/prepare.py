@@ -110,6 +110,11 @@ def prepare(run: RunConfig, folder: Path, log: EventLog) -> Session:
     device = choose_device()
     precision = choose_precision(run.base.precision, device)
     base = load_base(run.base, DTYPES[precision])
+    objective = base.family.objective(base.pipe).to(device)
+    if run.objective.weighting not in objective.weightings:
+        raise ConfigError(
+            f"objective.weighting: {run.objective.weighting} does not suit {base.family.name}; choose {' or '.join(objective.weightings)}."
+        )
     attention, why = choose_attention(device, DTYPES[precision])
     use_attention(base.denoiser, attention)
     examples, no_caption = _make_examples(run, base, items, device, log)
@@ -127,7 +132,7 @@ def prepare(run: RunConfig, folder: Path, log: EventLog) -> Session:
         precision=precision,
         attention=why,
         base=base,
-        objective=base.family.objective(base.pipe).to(device),
+        objective=objective,
         components=components,
         optimizer=_optimizer(run, components, device, log),
         average=EMAModel(parameters, decay=run.training.ema_decay) if run.training.ema_decay else None,

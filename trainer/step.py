@@ -1,13 +1,14 @@
 """One forward pass to a loss, for every family. All random draws come from (seed, position)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from trainer.batches import batch_at, generator_for, seed_for
 from trainer.families.base import Batch, Conditioning
-from trainer.objective import TIMESTEP_SAMPLING, offset_noise
+from trainer.objective import offset_noise, picture_losses, pyramid_noise, sample_places
 from trainer.prepare import Example, Session
 
 VALIDATION_TIMESTEPS = 8
@@ -25,7 +26,7 @@ def timesteps_at(session: Session, places: Tensor) -> Tensor:
     """Uniform places to timesteps as the settings have them sampled, [B], on the training device."""
     chosen = session.run.objective.timestep_sampling
     sampling = session.objective.timestep_sampling if chosen == "auto" else chosen
-    return session.objective.timesteps(TIMESTEP_SAMPLING[sampling](places).to(session.device))
+    return session.objective.timesteps(sample_places(places, sampling, session.run.objective).to(session.device))
 
 
 def microbatch_loss(session: Session, buckets: Sequence[Sequence[int]], microbatch: int) -> Tensor:
@@ -34,12 +35,21 @@ def microbatch_loss(session: Session, buckets: Sequence[Sequence[int]], microbat
     examples = [session.examples[i] for i in batch_at(buckets, training.batch_size, seed, microbatch)]
     draws = generator_for(seed, "draws", microbatch)
     latents = torch.stack([e.mean + e.std * torch.randn(e.mean.shape, generator=draws) for e in examples])
-    noise = offset_noise(torch.randn(latents.shape, generator=draws), session.run.objective.noise_offset, draws)
+    noise = _noise(session, latents.shape, draws)
     timesteps = timesteps_at(session, spread_places(len(examples), draws))
     dropped = torch.rand(len(examples), generator=draws) < session.run.dataset.caption_dropout
     torch.manual_seed(seed_for(seed, "dropout", microbatch))  # the adapter's dropout draws from the global generator
     batch = Batch(_scaled(session, latents), _conditioning(session, examples, dropped.tolist()), _size_ids(session, examples))
-    return _loss(session, batch, noise, timesteps).mean()
+    perturbed = None
+    if strength := session.run.objective.input_perturbation:
+        perturbed = noise + strength * torch.randn(noise.shape, generator=draws)
+    return _losses(session, batch, noise, timesteps, perturbed).mean()
+
+
+def _noise(session: Session, shape: torch.Size, draws: torch.Generator) -> Tensor:
+    settings = session.run.objective
+    noise = pyramid_noise(torch.randn(shape, generator=draws), settings.pyramid_noise, draws)
+    return offset_noise(noise, settings.noise_offset, draws, settings.noise_offset_random)
 
 
 def _conditioning(session: Session, examples: Sequence[Example], dropped: Sequence[bool]) -> Conditioning:
@@ -57,10 +67,14 @@ def _scaled(session: Session, latents: Tensor) -> Tensor:
     return (latents * session.base.pipe.vae.config.scaling_factor).to(session.device)
 
 
-def _loss(session: Session, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
+def _losses(session: Session, batch: Batch, noise: Tensor, timesteps: Tensor, perturbed: Tensor | None = None) -> Tensor:
+    """Of each picture, [B]. With `perturbed` noise in its place, the denoiser is still asked for `noise`."""
     noised = session.objective.noised(batch.latents, noise.to(session.device), timesteps)
+    if perturbed is not None:
+        seen = session.objective.noised(batch.latents, perturbed.to(session.device), timesteps)
+        noised = replace(noised, noisy_latents=seen.noisy_latents)
     model_pred = session.base.family.predict(session.base.denoiser, noised, batch)
-    return session.objective.loss(model_pred, noised, session.run.objective.min_snr_gamma)
+    return picture_losses(session.objective, model_pred, noised, session.run.objective)
 
 
 @torch.no_grad()
@@ -80,5 +94,5 @@ def validation_loss(session: Session) -> float:
         conditioning = {name: t.expand(VALIDATION_TIMESTEPS, *t.shape[1:]) for name, t in conditioning.items()}
         sizes = _size_ids(session, [example]).expand(VALIDATION_TIMESTEPS, -1)
         batch = Batch(_scaled(session, example.mean.expand_as(noise)), conditioning, sizes)
-        losses.append(_loss(session, batch, noise, timesteps).mean())
+        losses.append(_losses(session, batch, noise, timesteps).mean())
     return float(torch.stack(losses).mean())
