@@ -8,13 +8,37 @@ from trainer import config, foreign_configs
 from trainer.errors import ConfigError
 
 KOHYA_GUI = {
-    "LoRA_type": "Standard", "network_dim": 32, "network_alpha": 16, "learning_rate": 0.0001, "unet_lr": 0.0002, "text_encoder_lr": 5e-05,
-    "lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 2, "lr_warmup": 10, "lr_warmup_steps": 0, "optimizer": "AdamW8bit",
-    "optimizer_args": "weight_decay=0.1 betas=0.9,0.99", "max_train_steps": 1600, "epoch": 3, "train_batch_size": 2,
-    "max_resolution": "512,768",    "mixed_precision": "bf16", "save_precision": "fp16", "min_snr_gamma": 5, "noise_offset": 0.05, "output_name": "maya",
-    "cache_latents": True,    "pretrained_model_name_or_path": "runwayml/stable-diffusion-v1-5", "loss_type": "huber", "flip_aug": True, "xformers": "xformers",
-    "gradient_checkpointing": True, "seed": 7, "sample_prompts": "a cat --n ugly --w 512\n# no prompt\na dog", "huber_schedule": "snr",
-}  # fmt: skip
+    "LoRA_type": "Standard",
+    "network_dim": 32,
+    "network_alpha": 16,
+    "learning_rate": 0.0001,
+    "unet_lr": 0.0002,
+    "text_encoder_lr": 5e-05,
+    "lr_scheduler": "cosine_with_restarts",
+    "lr_scheduler_num_cycles": 2,
+    "lr_warmup": 10,
+    "lr_warmup_steps": 0,
+    "optimizer": "AdamW8bit",
+    "optimizer_args": "weight_decay=0.1 betas=0.9,0.99",
+    "max_train_steps": 1600,
+    "epoch": 3,
+    "train_batch_size": 2,
+    "max_resolution": "512,768",
+    "mixed_precision": "bf16",
+    "save_precision": "fp16",
+    "min_snr_gamma": 5,
+    "noise_offset": 0.05,
+    "output_name": "maya",
+    "cache_latents": True,
+    "pretrained_model_name_or_path": "runwayml/stable-diffusion-v1-5",
+    "loss_type": "huber",
+    "flip_aug": True,
+    "xformers": "xformers",
+    "gradient_checkpointing": True,
+    "seed": 7,
+    "sample_prompts": "a cat --n ugly --w 512\n# no prompt\na dog",
+    "huber_schedule": "snr",
+}
 SD_SCRIPTS = """
 [model]
 pretrained_model_name_or_path = "/models/xl.safetensors"
@@ -30,13 +54,29 @@ resolution = "1024,1024"
 weird_new_thing = "on"
 """
 ONE_TRAINER = {
-    "__version": 10, "training_method": "LORA", "model_type": "STABLE_DIFFUSION_15",
-    "base_model_name": "a/b", "lora_rank": 16, "lora_alpha": 1.0,
-    "learning_rate": 0.0003, "text_encoder": {"train": False, "learning_rate": None}, "epochs": 100, "batch_size": 4, "resolution": "512",
-    "train_dtype": "FLOAT_16", "output_dtype": "FLOAT_32", "optimizer": {"optimizer": "ADAFACTOR", "weight_decay": 0.02},
-    "learning_rate_scheduler": "CONSTANT", "loss_weight_fn": "MIN_SNR_GAMMA", "loss_weight_strength": 5.0, "gradient_checkpointing": "ON",
-    "clip_grad_norm": 1.0, "offset_noise_weight": 0.02, "masked_training": True, "tensorboard": True,
-}  # fmt: skip
+    "__version": 10,
+    "training_method": "LORA",
+    "model_type": "STABLE_DIFFUSION_15",
+    "base_model_name": "a/b",
+    "lora_rank": 16,
+    "lora_alpha": 1.0,
+    "learning_rate": 0.0003,
+    "text_encoder": {"train": False, "learning_rate": None},
+    "epochs": 100,
+    "batch_size": 4,
+    "resolution": "512",
+    "train_dtype": "FLOAT_16",
+    "output_dtype": "FLOAT_32",
+    "optimizer": {"optimizer": "ADAFACTOR", "weight_decay": 0.02},
+    "learning_rate_scheduler": "CONSTANT",
+    "loss_weight_fn": "MIN_SNR_GAMMA",
+    "loss_weight_strength": 5.0,
+    "gradient_checkpointing": "ON",
+    "clip_grad_norm": 1.0,
+    "offset_noise_weight": 0.02,
+    "masked_training": True,
+    "tensorboard": True,
+}
 AI_TOOLKIT = """
 job: extension
 config:

@@ -271,3 +271,16 @@ def test_real_photographs_of_mixed_size_and_orientation_train_without_an_edit(ou
     assert run_in(folder) == 0
     status = run_folder.status(folder)
     assert status.started.pictures + status.started.held_out == 12 and not status.warnings
+
+
+def test_save_now_and_sample_now_alter_nothing(tiny_run, train_tiny):
+    asked = run_folder.create(tiny_run())
+    for what in ("save", "sample"):
+        run_folder.request(asked, what)
+    assert run_in(asked) == 0
+    plain = train_tiny()
+    happened = list(events.read_events(asked / "events.jsonl"))
+    assert [e.step for e in happened if isinstance(e, events.AdapterSaved)] == [1, 3, 6]
+    assert [e.step for e in happened if isinstance(e, events.SampleSaved)] == [0, 1, 3, 6]
+    assert not run_folder.requested(asked, "save") and not run_folder.requested(asked, "sample")
+    assert same(adapter_of(asked), adapter_of(plain))

@@ -271,9 +271,22 @@ KOHYA_QUIET = re.compile(
     r"mem_eff_attn|metadata_\w+|min_bucket_reso|model_list|multi_gpu|no_half_vae|num_\w+|output_dir|persistent\w*|resume\w*|sample_every\w*|"
     r"sample_sampler|save_(as|every|last|model|state)\w*|sdxl\w*|sdpa|training_comment|use_wandb|v2|wandb\w*|xformers|LyCORIS_preset|dataset_config"
 )
-KOHYA_DEFAULTS = {"loss_type": "l2", "prior_loss_weight": 1, "max_timestep": 1000, "noise_offset_type": "Original", "huber_schedule": "snr",
-                  "huber_c": 0.1, "huber_scale": 1, "factor": -1, "unit": 1, "conv_dim": 1, "conv_alpha": 1, "multires_noise_discount": 0.3,
-                  "ip_noise_gamma": 0, "block_lr_zero_threshold": ""}  # fmt: skip
+KOHYA_DEFAULTS = {
+    "loss_type": "l2",
+    "prior_loss_weight": 1,
+    "max_timestep": 1000,
+    "noise_offset_type": "Original",
+    "huber_schedule": "snr",
+    "huber_c": 0.1,
+    "huber_scale": 1,
+    "factor": -1,
+    "unit": 1,
+    "conv_dim": 1,
+    "conv_alpha": 1,
+    "multires_noise_discount": 0.3,
+    "ip_noise_gamma": 0,
+    "block_lr_zero_threshold": "",
+}
 
 # -- OneTrainer --
 
@@ -329,9 +342,19 @@ ONE_TRAINER_QUIET = re.compile(
     r"include_train_config|.*weight_dtype|fallback_train_dtype|unet\..*|text_encoder(_\d)?\..*|prior\..*|vae\..*|optimizer\..*|enable_\w+|"
     r"only_cache|secrets.*|attention_mechanism|cloud\..*|.*_filename|.*offload.*|compile|frames|embedding\..*|non_blocking|gradient_\w+"
 )
-ONE_TRAINER_DEFAULTS = {"learning_rate_scaler": "NONE", "learning_rate_min_factor": 0.0, "mse_strength": 1.0,
-    "timestep_distribution": "UNIFORM",                        "max_noising_strength": 1.0, "ema": "OFF", "ema_update_step_interval": 5, "loss_scaler": "NONE",
-                        "lora_layer_preset": "full", "unmasked_probability": 0.1, "unmasked_weight": 0.1}  # fmt: skip
+ONE_TRAINER_DEFAULTS = {
+    "learning_rate_scaler": "NONE",
+    "learning_rate_min_factor": 0.0,
+    "mse_strength": 1.0,
+    "timestep_distribution": "UNIFORM",
+    "max_noising_strength": 1.0,
+    "ema": "OFF",
+    "ema_update_step_interval": 5,
+    "loss_scaler": "NONE",
+    "lora_layer_preset": "full",
+    "unmasked_probability": 0.1,
+    "unmasked_weight": 0.1,
+}
 
 # -- ai-toolkit --
 

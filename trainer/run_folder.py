@@ -8,7 +8,7 @@
       samples/000500-2.png     step 500, prompt 2
       maya-000500.safetensors  adapters as exported
       maya.safetensors         the chosen one
-      queued | stop | pause    requests: their presence is the message
+      queued | stop | pause    requests: their presence is the message; save | sample are used up
 
 A run is alive while its trainer holds the lock; the system lets go of it however the process ends.
 """
@@ -97,12 +97,21 @@ def is_alive(folder: Path) -> bool:
 
 
 def request(folder: Path, what: str) -> None:
-    """Asks the trainer for "stop", "pause" or (of the page) "queued"."""
+    """Asks the trainer for "stop", "pause", "save" or "sample", or the page for "queued"."""
     atomic_write(folder / what, f"{time.time_ns()}\n")
 
 
 def withdraw(folder: Path, what: str) -> None:
     (folder / what).unlink(missing_ok=True)
+
+
+def take(folder: Path, what: str) -> bool:
+    """Whether something was asked for; the request is used up."""
+    try:
+        (folder / what).unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def requested(folder: Path, what: str) -> bool:

@@ -59,6 +59,7 @@ def train(run: RunConfig, folder: Path, log: EventLog) -> Path:
                 sample(session, step)
         if ending:
             break
+        answer_requests(session, step, facts)
         wait_while_paused(session, step)
 
         # One step.
@@ -169,6 +170,19 @@ def skip_bad_step(session: Session, step: int, bad_steps: int) -> int:
         )
     session.log.append(Warned(f"Step {step} was skipped: its loss or gradients were not finite."))
     return bad_steps
+
+
+def answer_requests(session: Session, step: int, facts: dict) -> None:
+    """What the person asks for between the saves: "save" keeps the adapter as it is now, "sample" draws with it. Neither alters the training."""
+    if step == 0:
+        return
+    saving, sampling = (run_folder.take(session.folder, what) for what in ("save", "sample"))
+    if saving or sampling:
+        with final_weights(session):
+            if saving:
+                keep_adapter(session, step, facts)
+            if sampling:
+                sample(session, step)
 
 
 def wait_while_paused(session: Session, step: int) -> None:
