@@ -75,6 +75,14 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--resolution", type=int, default=512)
     check.add_argument("--trigger", default="")
     check.add_argument("--json", action="store_true")
+    check.add_argument(
+        "--fix",
+        action="append",
+        default=[],
+        metavar="KIND[:CURE]",
+        help="cure all findings of a kind, named in brackets in the list; --undo takes it back",
+    )
+    check.add_argument("--undo", action="store_true", help="take back the last change made to the dataset")
     check.set_defaults(command=check_command)
 
     info = commands.add_parser("info", help="say what an adapter file holds")
@@ -225,16 +233,31 @@ def _stacked(text: str) -> dict[str, object]:
 
 
 def check_command(options: argparse.Namespace) -> int:
+    from trainer import cures, journal
     from trainer.dataset import scan_dataset
     from trainer.doctor import verdict
 
-    items, findings = scan_dataset(options.dataset, resolution=options.resolution, trigger=options.trigger)
+    def scan() -> tuple:
+        return scan_dataset(options.dataset, resolution=options.resolution, trigger=options.trigger)
+
+    if options.undo:
+        label, kept = journal.undo(options.dataset)
+        print(f"Taken back: {label}.", *(f"{name} was changed since and stays." for name in kept), file=sys.stderr)
+    for wanted in options.fix:
+        kind, _, name = wanted.partition(":")
+        if kind not in cures.FOR_KIND:
+            raise ConfigError(f"--fix takes the kind of a finding, one of {', '.join(cures.FOR_KIND)}; got {kind}.")
+        found = [finding for finding in scan()[1] if finding.kind == kind]
+        if found:
+            name = name or cures.FOR_KIND[kind][0]
+            print(f"{cures.CURES[name].label}: {cures.apply(options.dataset, found, name)} files changed.", file=sys.stderr)
+    items, findings = scan()
     if options.json:
-        found = [vars(finding) for finding in findings]
+        found = [vars(finding) | {"cures": cures.FOR_KIND.get(finding.kind, ())} for finding in findings]
         print(json.dumps({"verdict": verdict(len(items), findings), "pictures": len(items), "findings": found}, indent=1))
         return 0
     for finding in findings:
-        print(f"{finding.level:8} {finding.file}: {finding.message}")
+        print(f"{finding.level:8} {finding.file}: {finding.message}{f' [{finding.kind}]' if finding.kind else ''}")
     print(verdict(len(items), findings))
     return 0
 

@@ -135,6 +135,11 @@ def _walk(folder: Path, findings: list[Finding]) -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
 
 
+def files_of(folder: Path) -> list[Path]:
+    """All files that a scan looks at, sorted."""
+    return _walk(folder, [])
+
+
 def pair_masks(files: Iterable[Path]) -> tuple[list[Path], dict[Path, Path]]:
     """Pictures, and the mask of each that has one: `<stem>.mask.png`, `<stem>-masklabel.png` or `masks/<stem>.png` beside it.
 

@@ -171,6 +171,25 @@ def conversions(data: bytes, path: Path) -> tuple[tuple[str, str], ...]:
         return tuple(found)
 
 
+def picture_format(data: bytes, path: Path) -> str:
+    """The format by content, one of `PICTURE_FORMATS`. Raises `DatasetError`."""
+    with _sentences(path):
+        return str(_open(io.BytesIO(data)).format)
+
+
+def alpha_mask(path: Path) -> Image.Image | None:
+    """What of a picture is not transparent, white, as an upright grey picture; None where all of it is. Raises `DatasetError`."""
+    data = read_picture(path)
+    decode_picture(data, path)  # all that may be wrong with it
+    with _sentences(path):
+        image = _open(io.BytesIO(data))
+        if not image.has_transparency_data:
+            return None
+        orientation = _orientation(image)
+        alpha = image.convert("RGBA").getchannel("A")
+        return alpha.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else alpha
+
+
 def _is_srgb(icc: bytes) -> bool:
     with contextlib.suppress(ImageCms.PyCMSError, *PICTURE_ERRORS):
         return "srgb" in (ImageCms.ImageCmsProfile(io.BytesIO(icc)).profile.profile_description or "").lower()
