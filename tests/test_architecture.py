@@ -44,7 +44,7 @@ LEVELS = [
     {"importing", "cures", "cache", "adapters", "objective", "optimizers", "state"},
     {"families.base"},
     {"families.latent_diffusion"},
-    {"families.sd1", "families.sd2", "families.sdxl"},
+    {"families.sd1", "families.sd2", "families.sd3", "families.sdxl"},
     {"families"},
     {"export"},
     {"sample", "prepare", "info"},

@@ -37,8 +37,8 @@ CASES = {
     "dir_custom_pipe": (lambda d: edit_json(d / "model_index.json", _class_name="pipeline"), "is a pipeline"),
     "dir_relclass": (lambda d: edit_json(d / "model_index.json", unet=["diffusers", "..UNet2DConditionModel"]), "names .* as unet"),
     "dir_other_pipe": (
-        lambda d: edit_json(d / "model_index.json", _class_name="StableDiffusion3Pipeline"),
-        "is a StableDiffusion3Pipeline",
+        lambda d: edit_json(d / "model_index.json", _class_name="FluxPipeline"),
+        "is a FluxPipeline",
     ),
     "dir_said_to_be_xl": (
         lambda d: edit_json(d / "model_index.json", _class_name="StableDiffusionXLPipeline"),
@@ -107,7 +107,7 @@ def test_of_two_editions_side_by_side_the_one_that_is_loaded_is_named(tiny_base,
     for path in folder.glob("*/*.safetensors"):
         shutil.copy(path, path.with_suffix(".fp16.safetensors"))
     inspected = base_model.inspect(folder)
-    assert inspected.variant is None and not any(".fp16." in path.name for path in inspected.weights.values())
+    assert inspected.variant is None and not any(".fp16." in path.name for paths in inspected.weights.values() for path in paths)
     assert set(inspected.weights) == set(inspected.tensors)
 
 

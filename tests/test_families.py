@@ -16,9 +16,11 @@ from trainer.families import FAMILIES, HUB_FILES, HUB_FILES_LEFT, family_of, loa
 from trainer.families.base import Batch
 from trainer.objective import Noised
 from trainer.optimizers import set_learning_rate
+from trainer.safetensors_header import read_header
 from trainer.sample import Sampler, SampleRequest, StackedAdapter
 
 FAMILY_OF = {"sd1": "sd1", "sd2": "sd2", "sd2-v": "sd2", "sdxl": "sdxl", "sdxl-v": "sdxl"}
+FAMILY_OF |= {"sd3": "sd3m", "sd35-medium": "sd35m", "sd35-large": "sd35l"}
 NEW = [kind for kind in TINY if kind != "sd1"]  # the other tests stand on sd1
 
 PROJECTIONS = [f"{attention}_{projection}" for attention in ("attn1", "attn2") for projection in ("to_q", "to_k", "to_v", "to_out_0")]
@@ -44,11 +46,24 @@ def text_keys(*prefixes):
     }
 
 
+def transformer_keys(dual=()):
+    """Of two blocks, the last of which gives no text on, so that the text's stream has no way out of its attention."""
+    image, text = ["to_q", "to_k", "to_v", "to_out.0"], ["add_q_proj", "add_k_proj", "add_v_proj"]
+    keys = {f"transformer_blocks.{block}.attn.{projection}" for block in (0, 1) for projection in image + text}
+    keys |= {f"transformer_blocks.{block}.attn2.{projection}" for block in dual for projection in image}
+    keys.add("transformer_blocks.0.attn.to_add_out")
+    encoders = ["text_encoder", "text_encoder_2"]
+    layers = [f"text_model.encoder.layers.{layer}.self_attn.{projection}" for layer in (0, 1) for projection in TEXT_PROJECTIONS]
+    return {f"transformer.{key}" for key in keys} | {f"{encoder}.{layer}" for encoder in encoders for layer in layers}
+
+
 ONE_ENCODER = unet_keys(
     ["down_blocks_0_attentions_0", "mid_block_attentions_0", "up_blocks_1_attentions_0", "up_blocks_1_attentions_1"], depth=1
 ) | text_keys("lora_te")
 XL_PLACES = ["input_blocks_4_1", "input_blocks_5_1", "middle_block_1", "output_blocks_0_1", "output_blocks_1_1", "output_blocks_2_1"]
 GOLDEN = {"sd1": ONE_ENCODER, "sd2": ONE_ENCODER, "sdxl": unet_keys(XL_PLACES, depth=2) | text_keys("lora_te1", "lora_te2")}
+GOLDEN |= {"sd3m": transformer_keys(), "sd35m": transformer_keys(dual=[0]), "sd35l": transformer_keys()}
+ENDS = {"kohya": ("lora_down.weight", "lora_up.weight", "alpha"), "diffusers": ("lora_A.weight", "lora_B.weight")}
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +104,8 @@ def train_steps(session, count):
 
 @torch.no_grad()
 def predict(family, pipe):
-    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    channels = family.denoiser(pipe).config.in_channels
+    latents = torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(0))
     batch = Batch(
         latents, family.encode_prompts(pipe, ["a red star, żółć", ""]), torch.tensor([[40.0, 24.0, 8.0, 0.0, 16.0, 24.0]]).repeat(2, 1)
     )
@@ -115,18 +131,21 @@ def test_what_was_trained_is_what_diffusers_reads(base_of, session_of, tmp_path,
     train_steps(session, 3)
     trained = predict(family, session.base.pipe)
 
-    tensors = export.to_kohya(adapters.adapted_modules(session.components), family, 5.0, torch.float32)
-    assert set(tensors) == {f"{key}.{end}" for key in GOLDEN[FAMILY_OF[kind]] for end in ("lora_down.weight", "lora_up.weight", "alpha")}
+    tensors = export.to_file(adapters.adapted_modules(session.components), family, 5.0, torch.float32)
+    ends = ENDS[family.dialect]
+    assert set(tensors) == {f"{key}.{end}" for key in GOLDEN[FAMILY_OF[kind]] for end in ends}
     export.write_adapter(tmp_path / "a.safetensors", tensors, {})
-    fresh = family.pipeline_class.from_pretrained(base_of(kind), **family.pipeline_options)
+    left_out = dict.fromkeys(session.base.files.left_out)
+    fresh = family.pipeline_class.from_pretrained(base_of(kind), **family.pipeline_options, **left_out)
     fresh.load_lora_weights(str(tmp_path / "a.safetensors"))
-    loaded = list(adapters.adapted_modules({"unet": fresh.unet, **family.text_encoders(fresh)}, "default_0"))
-    assert {family.export_key(m.component, m.name) for m in loaded} == GOLDEN[FAMILY_OF[kind]] and len(tensors) == 3 * len(loaded)
+    parts = {family.denoiser_name: family.denoiser(fresh), **family.text_encoders(fresh)}
+    loaded = list(adapters.adapted_modules(parts, "default_0"))
+    assert {family.export_key(m.component, m.name) for m in loaded} == GOLDEN[FAMILY_OF[kind]] and len(tensors) == len(ends) * len(loaded)
     assert (trained - plain).norm() > 0.02 * plain.norm()
     torch.testing.assert_close(predict(family, fresh), trained, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["sd2-v", "sdxl-v"])
+@pytest.mark.parametrize("kind", ["sd2-v", "sdxl-v", "sd3", "sd35-medium"])
 def test_a_whole_run_with_samples_and_a_preview_of_its_file(base_of, train_tiny, tmp_path, kind):
     folder = train_tiny(
         {"base.model": str(base_of(kind)), "training.text_encoder_learning_rate": 1e-2, "training.steps": 3, "saving.saves": 1}
@@ -135,6 +154,7 @@ def test_a_whole_run_with_samples_and_a_preview_of_its_file(base_of, train_tiny,
     file = folder / status.finished.file
     assert [s.step for s in status.samples] == [0, 3] and not status.warnings
     assert {name.rsplit(".lora_", 1)[0].removesuffix(".alpha") for name in load_file(file)} == GOLDEN[FAMILY_OF[kind]]
+    assert read_header(file).metadata["modelspec.prediction_type"] == ("flow" if kind.startswith("sd3") else "v")
     sampler, pictures = Sampler(), []
     for strength in (0.0, 1.0):
         target, adapter = str(tmp_path / f"{strength}.png"), StackedAdapter(str(file), strength)

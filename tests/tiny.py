@@ -11,12 +11,23 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 TEXT_WIDTH = 32
 
@@ -52,15 +63,15 @@ def tiny_unet(**changes: Any) -> UNet2DConditionModel:
 
 
 def tiny_vae(**changes: Any) -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        sample_size=16,
-        **changes,
-    )
+    settings = {
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "latent_channels": 4,
+        "sample_size": 16,
+    }
+    return AutoencoderKL(**(settings | changes))
 
 
 def tiny_text_config(**changes: Any) -> CLIPTextConfig:
@@ -138,12 +149,51 @@ def tiny_sdxl(work: Path, **schedule: Any) -> StableDiffusionXLPipeline:
     )
 
 
+def tiny_t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
+    """T5 with one piece for each printable letter of the first 600."""
+    letters = sorted({chr(code) for code in range(33, 600) if chr(code).isprintable()})
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *letters]
+    tokenizer = T5TokenizerFast(vocab=[(piece, 0.0 if piece.startswith("<") else -2.0) for piece in pieces])
+    shape = {"d_model": 2 * TEXT_WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
+    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), **shape)), tokenizer
+
+
+def tiny_sd3(work: Path, t5: bool = True, shift: float = 3.0, **changes: Any) -> StableDiffusion3Pipeline:
+    """A Stable Diffusion 3: two blocks, 16 latent channels, patches of two by two; T5 as wide as both CLIP encoders together."""
+    settings = {
+        "sample_size": 8,
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 2 * TEXT_WIDTH,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 16 + 24,
+        "pos_embed_max_size": 16,
+    }
+    text_encoder_3, tokenizer_3 = tiny_t5() if t5 else (None, None)
+    plain = {"use_quant_conv": False, "use_post_quant_conv": False}
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(**(settings | changes)),
+        vae=tiny_vae(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, **plain),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        text_encoder=CLIPTextModelWithProjection(tiny_text_config(projection_dim=16)),
+        text_encoder_2=CLIPTextModelWithProjection(tiny_text_config(hidden_act="gelu", projection_dim=24)),
+        text_encoder_3=text_encoder_3,
+        tokenizer=tiny_tokenizer(work / "words"),
+        tokenizer_2=tiny_tokenizer(work / "words_2"),
+        tokenizer_3=tokenizer_3,
+    )
+
+
 TINY: dict[str, Callable[[Path], Any]] = {
     "sd1": tiny_sd1,
     "sd2": tiny_sd2,
     "sd2-v": lambda work: tiny_sd2(work, "v_prediction"),
     "sdxl": tiny_sdxl,
     "sdxl-v": lambda work: tiny_sdxl(work, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"),
+    "sd3": tiny_sd3,
+    "sd35-medium": lambda work: tiny_sd3(work, t5=False, qk_norm="rms_norm", dual_attention_layers=(0,)),
+    "sd35-large": lambda work: tiny_sd3(work, qk_norm="rms_norm"),
 }
 
 

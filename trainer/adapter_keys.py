@@ -77,6 +77,13 @@ def place_of(key: str) -> Place | None:
     return Place(*_as_in_diffusers(component, path), leaf, dialect)
 
 
+def diffusers_key(component: str, module: str) -> str:
+    """Where a module stands in a file for diffusers: ("transformer", "...to_q") -> "transformer...to_q"."""
+    if component.startswith("text_encoder"):
+        module = f"text_model.{module.removeprefix('text_model.')}"  # the level that readers expect, whatever transformers has
+    return f"{component}.{module}"
+
+
 def _old_projection(written: str, path: str) -> str:
     """What diffusers called its projections before PEFT: attn1.processor.to_out_lora is attn1.to_out.0, in a text encoder out_proj."""
     match = re.fullmatch(r"(?:processor\.)?to_(q|k|v|out)_lora", written)

@@ -30,10 +30,24 @@ PIPELINES: dict[str, Parts] = {
     "StableDiffusionPipeline": STABLE_DIFFUSION,
     "StableDiffusionXLPipeline": STABLE_DIFFUSION
     | {"text_encoder_2": {("transformers", "CLIPTextModelWithProjection")}, "tokenizer_2": TOKENIZERS},
+    "StableDiffusion3Pipeline": {
+        "transformer": {("diffusers", "SD3Transformer2DModel")},
+        "vae": {("diffusers", "AutoencoderKL")},
+        "text_encoder": {("transformers", "CLIPTextModelWithProjection")},
+        "tokenizer": TOKENIZERS,
+        "text_encoder_2": {("transformers", "CLIPTextModelWithProjection")},
+        "tokenizer_2": TOKENIZERS,
+        "text_encoder_3": {("transformers", "T5EncoderModel")},
+        "tokenizer_3": {("transformers", "T5TokenizerFast"), ("transformers", "T5Tokenizer")},
+    },
 }
 ALL_PARTS = {"scheduler"}.union(*PIPELINES.values())
+T5_PARTS = ("text_encoder_3", "tokenizer_3")  # a Stable Diffusion 3 also works without them
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
+DENOISERS = {"unet": "UNet", "transformer": "transformer"}
+WEIGHTS = dict.fromkeys((*DENOISERS, "vae"), "diffusion_pytorch_model") | dict.fromkeys(
+    ("text_encoder", "text_encoder_2", "text_encoder_3"), "model"
+)
 CODE_KEYS = ("auto_map", "_attn_implementation_internal", "attn_implementation", "_attn_implementation", "custom_pipelines")
 
 
@@ -48,18 +62,33 @@ class BaseFiles:
     """config.json of each component."""
     tensors: dict[str, dict[str, TensorInfo]]
     """Tensor name -> type and shape, by component."""
-    weights: dict[str, Path]
-    """The file that each component's tensors were read from; folders often hold several editions side by side."""
+    weights: dict[str, list[Path]]
+    """The file that each component's tensors were read from, several where it is cut into parts; folders often hold several editions."""
     variant: str | None
     """"fp16" where the weights are named *.fp16.safetensors."""
+
+    @property
+    def denoiser(self) -> str:
+        """Name of the component that takes the noise away."""
+        return next(part for part in DENOISERS if part in self.tensors)
 
     @property
     def text_encoders(self) -> list[str]:
         return [part for part in self.tensors if part.startswith("text_encoder")]
 
     @property
+    def trainable_text_encoders(self) -> list[str]:
+        """T5 is never trained: it is larger than all the rest together."""
+        return [part for part in self.text_encoders if part not in T5_PARTS]
+
+    @property
     def tokenizers(self) -> list[str]:
-        return [part for part in PIPELINES[self.pipeline] if part.startswith("tokenizer")]
+        return [part for part in PIPELINES[self.pipeline] if part.startswith("tokenizer") and part not in self.left_out]
+
+    @property
+    def left_out(self) -> list[str]:
+        """Parts that the pipeline has and this model does without."""
+        return [part for part in T5_PARTS if part in PIPELINES[self.pipeline] and "text_encoder_3" not in self.tensors]
 
 
 def locate(base: Base) -> Path | None:
@@ -78,8 +107,8 @@ def _is_hub_id(model: str) -> bool:
     return bool(slash and owner and name) and "/" not in name and not model.startswith((".", "~", "/")) and "\\" not in model
 
 
-def inspect(folder: Path) -> BaseFiles:
-    """Checks a model folder by names and headers. Raises ModelError that names what was found instead."""
+def inspect(folder: Path, t5: bool = True) -> BaseFiles:
+    """Checks a model folder by names and headers, without its T5 if so asked. Raises ModelError that names what was found instead."""
     if folder.is_file():
         raise ModelError(f"{folder.name} is a single file; give the folder of a model in diffusers' layout (it has a model_index.json).")
     if not folder.is_dir():
@@ -92,28 +121,33 @@ def inspect(folder: Path) -> BaseFiles:
     configs, tensors, weights, variants = {}, {}, {}, set()
     for part, allowed in PIPELINES[pipeline].items():
         entry = index.get(part)
+        if part in T5_PARTS and (not t5 or index.get("text_encoder_3") in (None, [None, None])):
+            continue
         if not isinstance(entry, list) or tuple(entry) not in allowed:
             wanted = " or ".join(name for _, name in sorted(allowed))
             raise ModelError(
                 f"{folder.name}/model_index.json names {str(entry)[:80]} as {part}; "
                 f"it must be {wanted}. The file is damaged or not to be trusted."
             )
+        if part in T5_PARTS and not (folder / part).is_dir():
+            raise ModelError(f"{folder.name} lacks its {part} (T5). Download it, or train without T5: set base.t5 to false.")
         if part in WEIGHTS:
             configs[part] = _read_json(folder / part / "config.json")
             weights[part], variant = _find_weights(folder / part, WEIGHTS[part])
-            tensors[part] = read_header(weights[part]).tensors
+            tensors[part] = {name: info for path in weights[part] for name, info in read_header(path).tensors.items()}
             variants.add(variant)
         else:
             _check_tokenizer(folder / part)
-    channels = configs["unet"].get("in_channels")
-    if channels != 4:
+    files = BaseFiles(folder, pipeline, configs, tensors, weights, variants.pop() if len(variants) == 1 else None)
+    channels, latents = configs[files.denoiser].get("in_channels"), configs["vae"].get("latent_channels", 4)
+    if channels != latents:
         raise ModelError(
-            f"{folder.name} has a UNet with {channels} input channels (an inpainting or depth model); "
-            "train on the ordinary model of the same family."
+            f"{folder.name} has a {DENOISERS[files.denoiser]} with {channels} input channels for latents of {latents} "
+            "(an inpainting or depth model); train on the ordinary model of the same family."
         )
     if configs["vae"].get("latents_mean"):
         raise ModelError(f"{folder.name} has a VAE that shifts its latents (latents_mean); no Stable Diffusion trained here does.")
-    return BaseFiles(folder, pipeline, configs, tensors, weights, variants.pop() if len(variants) == 1 else None)
+    return files
 
 
 def _check_other_parts(folder: Path, index: dict[str, Any]) -> None:
@@ -146,17 +180,33 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _find_weights(folder: Path, stem: str) -> tuple[Path, str | None]:
+def _find_weights(folder: Path, stem: str) -> tuple[list[Path], str | None]:
+    """The whole file, or all the parts that its index names, in the first edition that is there."""
     for variant in (None, "fp16"):
-        name = f"{stem}.safetensors" if variant is None else f"{stem}.{variant}.safetensors"
-        if (folder / name).is_file():
-            return folder / name, variant
+        named, index = (stem, "index") if variant is None else (f"{stem}.{variant}", f"index.{variant}")
+        if (folder / f"{named}.safetensors").is_file():
+            return [folder / f"{named}.safetensors"], variant
+        if (folder / f"{stem}.safetensors.{index}.json").is_file():
+            return _find_parts(folder, named, f"{stem}.safetensors.{index}.json"), variant
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".ckpt", ".pt"))
     if others:
         raise ModelError(
             f"{folder.name} has only {others[0]}, a pickle file, which can run code when opened; convert the model to .safetensors first."
         )
     raise ModelError(f"The weights {folder.name}/{stem}.safetensors are missing; the model folder is incomplete. Download it again.")
+
+
+def _find_parts(folder: Path, named: str, index: str) -> list[Path]:
+    placed = _read_json(folder / index).get("weight_map")
+    names = sorted(set(map(str, placed.values()))) if isinstance(placed, dict) else []
+    strange = [name for name in names if not re.fullmatch(re.escape(named) + r"-\d{5}-of-\d{5}\.safetensors", name)]
+    if not names or strange:
+        found = f"names {strange[0][:80]}" if strange else "names no file"
+        raise ModelError(f"{folder.name}/{index} {found}; it is damaged or not to be trusted. Download the model again.")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(f"The weights {folder.name}/{missing[0]} are missing; the model folder is incomplete. Download it again.")
+    return [folder / name for name in names]
 
 
 def _check_tokenizer(folder: Path) -> None:

@@ -60,6 +60,8 @@ class Base(Section):
     """Branch, tag or commit of a Hugging Face model. Empty: the main one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the frozen base. auto: bf16 where the GPU has it, else fp16 on a GPU and fp32 on a CPU. The adapter itself is always trained in float32."""
+    t5: bool = True
+    """Stable Diffusion 3 only: read captions with T5 too, its third and largest text encoder. Off saves 10 GB of download and memory; long captions are then understood less well, in training and in samples."""
 
 
 class Dataset(Section):

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer import config, run_folder
-from trainer.base_model import BaseFiles, inspect, locate
+from trainer.base_model import T5_PARTS, BaseFiles, inspect, locate
 from trainer.config import RunConfig
 from trainer.safetensors_header import TensorInfo
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "to_add_out", "q_proj", "k_proj", "v_proj", "out_proj")  # also add_q_proj, ...
 FILE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 SMALLEST_SET_TO_HOLD_OUT = 10
 
@@ -46,8 +46,9 @@ def trainable_parameters(run: RunConfig) -> int | None:
     folder = locate(run.base)
     if folder is None:
         return None
-    base, training = inspect(folder), run.training
-    parts = [*(["unet"] if training.learning_rate else []), *(base.text_encoders if training.text_encoder_learning_rate else [])]
+    base, training = inspect(folder, run.base.t5), run.training
+    trained_text = base.trainable_text_encoders if training.text_encoder_learning_rate else []
+    parts = [*([base.denoiser] if training.learning_rate else []), *trained_text]
     return sum(lora_parameters(base.tensors[part], run.adapter.rank) for part in parts)
 
 
@@ -184,8 +185,9 @@ def size_of(run: RunConfig) -> Size:
     folder = locate(run.base)
     if folder is None:
         costs = COSTS[_kind_by_name(run.base.model)]
-        return Size(costs, costs.parameters, costs.width, costs.latent_step)
-    return _measured_size(inspect(folder))
+        parameters = {part: count for part, count in costs.parameters.items() if run.base.t5 or part not in T5_PARTS}
+        return Size(costs, parameters, costs.width, costs.latent_step)
+    return _measured_size(inspect(folder, run.base.t5))
 
 
 def _kind_by_name(model: str) -> str:

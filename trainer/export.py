@@ -40,6 +40,25 @@ def to_kohya(modules: Iterable[AdaptedModule], family: ModelFamily, alpha: float
         tensors[f"{key}.lora_down.weight"] = module.tensors["lora_down.weight"].to(dtype).contiguous()
         tensors[f"{key}.lora_up.weight"] = up.to(dtype).contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+    return _finite(tensors)
+
+
+def to_diffusers(modules: Iterable[AdaptedModule], family: ModelFamily, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Two tensors a module, lora_A [r, in] and lora_B [out, r]: without an alpha readers take it as the rank, so the scale is in lora_B."""
+    tensors = {}
+    for module in modules:
+        key = family.export_key(module.component, module.name)
+        tensors[f"{key}.lora_A.weight"] = module.tensors["lora_down.weight"].to(dtype).contiguous()
+        tensors[f"{key}.lora_B.weight"] = (module.tensors["lora_up.weight"] * module.scale).to(dtype).contiguous()
+    return _finite(tensors)
+
+
+def to_file(modules: Iterable[AdaptedModule], family: ModelFamily, alpha: float, dtype: torch.dtype) -> dict[str, Tensor]:
+    """In the dialect of the family. Raises ModelError for a weight that is not finite."""
+    return to_diffusers(modules, family, dtype) if family.dialect == "diffusers" else to_kohya(modules, family, alpha, dtype)
+
+
+def _finite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ModelError(
@@ -105,7 +124,7 @@ def metadata_for(
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": run.name,
         "modelspec.resolution": f"{side}x{side}",
-        "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
+        "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else prediction_type,
         "modelspec.date": datetime.fromtimestamp(finished, UTC).strftime("%Y-%m-%dT%H:%M:%S"),
         "modelspec.usage_hint": f"Trained on {base_name}. Start at strength 0.8 to 1.",
         "atelier_version": __version__,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trainer import adapters, cache, config, estimate
 from trainer.attention import choose_attention, use_attention
+from trainer.base_model import DENOISERS
 from trainer.batches import generator_for
 from trainer.buckets import Crop, choose_crop
 from trainer.config import RunConfig
@@ -21,8 +22,8 @@ from trainer.device import DTYPES, choose_device, choose_precision
 from trainer.errors import ConfigError, DatasetError
 from trainer.events import Event, EventLog, Progress, Warned
 from trainer.families import LoadedBase, load_base
-from trainer.families.base import Conditioning, SizeIds
-from trainer.objective import DiffusionObjective
+from trainer.families.base import Conditioning, SizeIds, pixel_step
+from trainer.objective import Objective
 from trainer.optimizers import build_optimizer, try_optimizer, warmup_steps
 
 MEASURED_WITHOUT_HOLD_OUT = 8  # training pictures that are measured where too few are there to keep some out
@@ -58,9 +59,9 @@ class Session:
     precision: str
     attention: str
     base: LoadedBase
-    objective: DiffusionObjective
+    objective: Objective
     components: dict[str, nn.Module]
-    """The adapted parts of the base: {"unet": ..., "text_encoder": ...}."""
+    """The adapted parts of the base by their names in the pipeline: {"unet": ..., "text_encoder": ...}."""
     optimizer: torch.optim.Optimizer
     average: EMAModel | None
     """Of the parameters, in their order."""
@@ -115,6 +116,10 @@ def prepare(run: RunConfig, folder: Path, log: EventLog) -> Session:
         raise ConfigError(
             f"objective.weighting: {run.objective.weighting} does not suit {base.family.name}; choose {' or '.join(objective.weightings)}."
         )
+    if run.dataset.bucket_step % pixel_step(base.pipe):
+        raise ConfigError(
+            f"dataset.bucket_step ({run.dataset.bucket_step}) must be a multiple of {pixel_step(base.pipe)} for {base.family.name}."
+        )
     attention, why = choose_attention(device, DTYPES[precision])
     use_attention(base.denoiser, attention)
     examples, no_caption = _make_examples(run, base, items, device, log)
@@ -149,7 +154,7 @@ def _make_examples(
 ) -> tuple[list[Example], Conditioning | None]:
     """Crops and encodes every picture and caption, or finds them in the cache. Also the empty caption."""
     pipe, root = base.pipe, Path(run.dataset.folder)
-    vae_hash, encoder_hash = cache.file_hash(base.files.weights["vae"]), _encoder_hash(base)
+    vae_hash, encoder_hash = _hash_of(base.files.weights["vae"]), _encoder_hash(base)
     frozen_text = run.training.text_encoder_learning_rate == 0
     _warn_of_long_captions(base, items, log)
     text_encoders = base.family.text_encoders(pipe).values()
@@ -193,10 +198,14 @@ def size_ids(item: DatasetItem, crop: Crop) -> SizeIds:
     return item.height, item.width, crop.top, crop.left, height, width
 
 
+def _hash_of(files: Sequence[Path]) -> str:
+    return " ".join(cache.file_hash(path) for path in files)
+
+
 def _encoder_hash(base: LoadedBase) -> str:
     """Of all text encoders, and of model_index.json, which may say what an empty caption becomes."""
-    files = [base.files.path / "model_index.json", *(base.files.weights[part] for part in base.files.text_encoders)]
-    return " ".join(cache.file_hash(path) for path in files)
+    weights = [path for part in base.files.text_encoders for path in base.files.weights[part]]
+    return _hash_of([base.files.path / "model_index.json", *weights])
 
 
 def _conditioning(base: LoadedBase, caption: str, encoder_hash: str) -> Conditioning:
@@ -233,10 +242,10 @@ def _inject(run: RunConfig, base: LoadedBase, device: torch.device) -> dict[str,
     family, training = base.family, run.training
     components: dict[str, nn.Module] = {}
     if training.learning_rate > 0:
-        components["unet"] = base.denoiser
+        components[family.denoiser_name] = base.denoiser
         adapters.inject(base.denoiser, run.adapter, family.denoiser_targets, training.seed)
     if training.text_encoder_learning_rate > 0:
-        for name, encoder in family.text_encoders(base.pipe).items():
+        for name, encoder in family.trainable_text_encoders(base.pipe).items():
             components[name] = encoder
             adapters.inject(encoder, run.adapter, family.text_encoder_targets, training.seed)
     if training.gradient_checkpointing:
@@ -254,7 +263,7 @@ def _optimizer(run: RunConfig, components: dict[str, nn.Module], device: torch.d
             raise
         log.append(Warned(f"adamw8bit cannot be used here ({str(error)[:200]}); adamw is used, with the same steps and more memory."))
         run = config.replace(run, {"training.optimizer": "adamw"})
-    rates = {"unet": run.training.learning_rate}
+    rates = dict.fromkeys(DENOISERS, run.training.learning_rate)
     groups = [
         (list(adapters.trainable(module).values()), rates.get(name, run.training.text_encoder_learning_rate))
         for name, module in components.items()

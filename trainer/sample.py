@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import TypeAdapter, ValidationError
@@ -19,9 +19,10 @@ from trainer.device import DTYPES, choose_device, choose_precision
 from trainer.errors import ModelError, TrainerError
 from trainer.export import read_adapter
 from trainer.families import LoadedBase, load_base
+from trainer.families.base import denoiser_of, pixel_step
 from trainer.files import atomic_write
 
-SAMPLER = "DPM++ 2M"  # as A1111 calls it
+SAMPLERS = {DPMSolverMultistepScheduler: "DPM++ 2M", FlowMatchEulerDiscreteScheduler: "Euler"}  # as A1111 calls them
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,16 @@ class SampleRequest:
     height: int = 0
 
 
+def sampler_of(pipe: Any) -> type:
+    """A way through flow matching is nearly straight, and Euler's steps do; elsewhere DPM++ needs fewer."""
+    flow = isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
+    return FlowMatchEulerDiscreteScheduler if flow else DPMSolverMultistepScheduler
+
+
+def sampler_name(pipe: Any) -> str:
+    return SAMPLERS[sampler_of(pipe)]
+
+
 @torch.no_grad()
 def generate(
     pipe: Any, *, prompt: str, negative_prompt: str, seed: int, inference_steps: int, guidance_scale: float, width: int = 0, height: int = 0
@@ -54,9 +65,9 @@ def generate(
 
     The noise is drawn on the CPU, so that a seed means the same everywhere.
     """
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)  # fresh: schedulers keep state
-    own = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    width, height = (max(pipe.vae_scale_factor, (side or own) // pipe.vae_scale_factor * pipe.vae_scale_factor) for side in (width, height))
+    pipe.scheduler = sampler_of(pipe).from_config(pipe.scheduler.config)  # fresh: schedulers keep state
+    step, own = pixel_step(pipe), denoiser_of(pipe).config.sample_size * pipe.vae_scale_factor
+    width, height = (max(step, (side or own) // step * step) for side in (width, height))
     latents = pipe(
         prompt,
         negative_prompt=negative_prompt or None,
@@ -68,19 +79,29 @@ def generate(
         output_type="latent",
     ).images
     # Decoded here, since the VAE stays in float32 while the denoiser may not.
-    decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    latents = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor + (pipe.vae.config.shift_factor or 0)
+    decoded = pipe.vae.decode(latents, return_dict=False)[0]
     return pipe.image_processor.postprocess(decoded, output_type="pil", do_denormalize=[True])[0]
 
 
 def save_sample(
-    path: Path, image: Image.Image, *, prompt: str, negative_prompt: str, seed: int, inference_steps: int, guidance_scale: float, note: str
+    path: Path,
+    image: Image.Image,
+    *,
+    prompt: str,
+    negative_prompt: str,
+    seed: int,
+    inference_steps: int,
+    guidance_scale: float,
+    sampler: str,
+    note: str,
 ) -> None:
     """A PNG with its settings in A1111's text, so that the picture can be repeated there."""
     info = PngInfo()
     negative = f"Negative prompt: {negative_prompt}\n" if negative_prompt else ""
     info.add_itxt(
         "parameters",
-        f"{prompt}\n{negative}Steps: {inference_steps}, Sampler: {SAMPLER}, CFG scale: {guidance_scale:g}, Seed: {seed}, "
+        f"{prompt}\n{negative}Steps: {inference_steps}, Sampler: {sampler}, CFG scale: {guidance_scale:g}, Seed: {seed}, "
         f"Size: {image.width}x{image.height}, RNG: CPU, {note}",
     )
     buffer = BytesIO()
@@ -105,9 +126,8 @@ class Sampler:
         settings = {name: getattr(request, name) for name in ("prompt", "negative_prompt", "seed", "inference_steps", "guidance_scale")}
         image = generate(base.pipe, **settings, width=request.width, height=request.height)
         names = ", ".join(f"{Path(a.file).stem}: {a.strength:g}" for a in request.adapters)
-        save_sample(
-            Path(request.target), image, **settings, note=f"Model: {Path(request.base.model).name}" + (f", Lora: {names}" if names else "")
-        )
+        note = f"Model: {Path(request.base.model).name}" + (f", Lora: {names}" if names else "")
+        save_sample(Path(request.target), image, **settings, sampler=sampler_name(base.pipe), note=note)
         return Path(request.target)
 
     def _load(self, base: Base) -> LoadedBase:

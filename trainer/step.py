@@ -64,7 +64,9 @@ def _size_ids(session: Session, examples: Sequence[Example]) -> Tensor:
 
 
 def _scaled(session: Session, latents: Tensor) -> Tensor:
-    return (latents * session.base.pipe.vae.config.scaling_factor).to(session.device)
+    """As the denoiser knows them: around zero, with a spread of about one."""
+    vae = session.base.pipe.vae.config
+    return ((latents - (vae.shift_factor or 0)) * vae.scaling_factor).to(session.device)
 
 
 def _losses(session: Session, batch: Batch, noise: Tensor, timesteps: Tensor, perturbed: Tensor | None = None) -> Tensor:

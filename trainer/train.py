@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from trainer import adapters, cache, estimate, export, run_folder
+from trainer.base_model import DENOISERS
 from trainer.config import RunConfig, fingerprint
 from trainer.device import DTYPES, device_name
 from trainer.errors import ModelError, NotLearning
@@ -28,7 +29,7 @@ from trainer.events import (
 )
 from trainer.optimizers import lr_factor, optimizer_state, restore_optimizer, set_learning_rate
 from trainer.prepare import Session, prepare
-from trainer.sample import generate, load_adapter, save_sample
+from trainer.sample import generate, load_adapter, sampler_name, save_sample
 from trainer.state import State, check_unchanged, load_state, restore_parameters, save_state
 from trainer.step import microbatch_loss, validation_loss
 
@@ -153,7 +154,7 @@ def check_gradients_arrive(session: Session) -> None:
     dropping = session.run.dataset.caption_dropout > 0
     for part, module in session.components.items():
         gradients = [p.grad for name, p in adapters.trainable(module).items()]
-        if not any(g is not None and (bool(g.any()) or (dropping and part != "unet")) for g in gradients):
+        if not any(g is not None and (bool(g.any()) or (dropping and part not in DENOISERS)) for g in gradients):
             raise NotLearning(
                 f"No gradient reached the adapter in the {part}, so nothing can be learned. "
                 f"The attention in use ({session.attention}) gives a wrong backward pass, or the settings freeze everything."
@@ -246,12 +247,12 @@ def keep_adapter(session: Session, step: int, facts: dict) -> None:
         total_steps=session.total_steps,
         pictures=len(session.examples),
         captions=[e.caption for e in session.examples],
-        base_hash=cache.legacy_model_hash(base.files.weights["unet"]),
+        base_hash=cache.legacy_model_hash(base.files.weights[base.files.denoiser][0]),
         prediction_type=session.objective.prediction_type,
         started=facts["started"],
         finished=time.time(),
     )
-    tensors = export.to_kohya(adapters.adapted_modules(session.components), base.family, run.adapter.alpha, DTYPES[run.saving.precision])
+    tensors = export.to_file(adapters.adapted_modules(session.components), base.family, run.adapter.alpha, DTYPES[run.saving.precision])
     name = adapter_name(run, step)
     export.write_adapter(session.folder / name, tensors, metadata)
     session.log.append(AdapterSaved(step, name, measure(session, step)))
@@ -285,7 +286,7 @@ def sample(session: Session, step: int) -> None:
             }
             image = generate(pipe, **settings, width=side, height=side)
             file = f"samples/{step:06d}-{index}{run_folder.SAMPLE_SUFFIX}"
-            save_sample(session.folder / file, image, **settings, note=f"Step: {step}")
+            save_sample(session.folder / file, image, **settings, sampler=sampler_name(pipe), note=f"Step: {step}")
             session.log.append(SampleSaved(step, prompt, settings["seed"], file))
     except (RuntimeError, OSError) as error:
         session.log.append(Warned(f"The samples of step {step} could not be made ({str(error)[:200]}); the training goes on."))

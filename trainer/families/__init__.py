@@ -15,16 +15,22 @@ from trainer.errors import ModelError
 from trainer.families.base import ModelFamily
 from trainer.families.sd1 import StableDiffusion1
 from trainer.families.sd2 import StableDiffusion2
+from trainer.families.sd3 import StableDiffusion3
 from trainer.families.sdxl import StableDiffusionXL
 
-FAMILIES: dict[str, ModelFamily] = {"sd1": StableDiffusion1(), "sd2": StableDiffusion2(), "sdxl": StableDiffusionXL()}
+FAMILIES: dict[str, ModelFamily] = {
+    "sd1": StableDiffusion1(),
+    "sd2": StableDiffusion2(),
+    "sdxl": StableDiffusionXL(),
+    **{f"sd{size}": StableDiffusion3(size) for size in ("3m", "35m", "35l")},
+}
 
 # The folders of the parts only: repositories also hold single files, other formats and older VAEs.
 HUB_FILES = [
     "model_index.json",
     *(f"{part}/{files}" for part in sorted(base_model.ALL_PARTS) for files in ("*.json", "merges.txt", "*.safetensors")),
 ]
-HUB_FILES_LEFT = ["*.fp16.safetensors", "*.non_ema.safetensors"]
+HUB_FILES_LEFT = ["*.fp16.safetensors", "*.fp16-*.safetensors", "*.non_ema.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,8 @@ def family_of(files: base_model.BaseFiles) -> ModelFamily:
     for family in FAMILIES.values():
         if family.matches(files):
             return family
-    known = ", ".join(family.name for family in FAMILIES.values())
-    raise ModelError(f"{files.path.name} is a {files.pipeline} with another UNet than those that can be trained ({known}).")
+    known, denoiser = ", ".join(family.name for family in FAMILIES.values()), base_model.DENOISERS[files.denoiser]
+    raise ModelError(f"{files.path.name} is a {files.pipeline} with another {denoiser} than those that can be trained ({known}).")
 
 
 def load_base(base: Base, dtype: torch.dtype) -> LoadedBase:
@@ -54,7 +60,7 @@ def load_base(base: Base, dtype: torch.dtype) -> LoadedBase:
 
     The VAE stays in float32 whatever the dtype: in fp16 it can overflow to black pictures.
     """
-    files = base_model.inspect(base_model.locate(base) or _download(base))
+    files = base_model.inspect(base_model.locate(base) or _download(base), base.t5)
     family = family_of(files)
     try:
         pipe = family.pipeline_class.from_pretrained(
@@ -64,6 +70,7 @@ def load_base(base: Base, dtype: torch.dtype) -> LoadedBase:
             variant=files.variant,
             local_files_only=True,
             **family.pipeline_options,
+            **dict.fromkeys(files.left_out),
         )
     except torch.OutOfMemoryError:
         raise
@@ -85,7 +92,8 @@ def load_base(base: Base, dtype: torch.dtype) -> LoadedBase:
 
 def _download(base: Base) -> Path:
     try:
-        return Path(snapshot_download(base.model, revision=base.revision or None, allow_patterns=HUB_FILES, ignore_patterns=HUB_FILES_LEFT))
+        left = HUB_FILES_LEFT + ([] if base.t5 else [f"{part}/*" for part in base_model.T5_PARTS])
+        return Path(snapshot_download(base.model, revision=base.revision or None, allow_patterns=HUB_FILES, ignore_patterns=left))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ModelError(
@@ -98,7 +106,8 @@ def _check_complete(folder: Path, part: str, module: nn.Module, stored: set[str]
     """Loaders fill what a file lacks with random numbers, or leave it out, and say so only in a log."""
     stored = {name.removeprefix("text_model.") for name in stored}
     state = module.state_dict()
-    missing = [name for name in state if name.removeprefix("text_model.") not in stored and not name.endswith("position_ids")]
+    held = {tensor.data_ptr() for name, tensor in state.items() if name.removeprefix("text_model.") in stored}  # T5 has one twice
+    missing = [name for name, tensor in state.items() if tensor.data_ptr() not in held and not name.endswith("position_ids")]
     if missing:
         raise ModelError(
             f"{folder.name}/{part} lacks {len(missing)} of {len(state)} tensors (such as {missing[0]}); "

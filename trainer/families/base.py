@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
 from trainer.base_model import BaseFiles
-from trainer.objective import DiffusionObjective, Noised
+from trainer.objective import Noised, Objective
 
 Conditioning = dict[str, Tensor]
 """What the denoiser is told about the pictures, by name, each with the batch first: {"prompt_embeds": [B, 77, D]}."""
@@ -28,6 +28,16 @@ class Batch:
     """The SizeIds of each picture, [B, 6], float32."""
 
 
+def denoiser_of(pipe: Any) -> nn.Module:
+    """The UNet or transformer of a pipeline of any family."""
+    return pipe.components.get("transformer") or pipe.components["unet"]
+
+
+def pixel_step(pipe: Any) -> int:
+    """Sides of a picture are multiples of this: pixels per latent, times latents per patch where the denoiser cuts them into patches."""
+    return pipe.vae_scale_factor * getattr(denoiser_of(pipe).config, "patch_size", 1)
+
+
 class ModelFamily(Protocol):
     """Stateless: everything it needs is handed over."""
 
@@ -36,6 +46,8 @@ class ModelFamily(Protocol):
     """The diffusers pipeline that loads and samples this family."""
     pipeline_options: Mapping[str, Any]
     """What its `from_pretrained` is told, so that parts which no training needs are not loaded."""
+    denoiser_name: str
+    """Of its component in the pipeline: "unet" or "transformer"."""
     denoiser_targets: Sequence[str]
     """Ends of the names of the projections that get an adapter in the denoiser."""
     text_encoder_targets: Sequence[str]
@@ -50,7 +62,11 @@ class ModelFamily(Protocol):
         """The text encoders by the name of their component: {"text_encoder": ...}."""
         ...
 
-    def objective(self, pipe: Any) -> DiffusionObjective: ...
+    def trainable_text_encoders(self, pipe: Any) -> dict[str, nn.Module]:
+        """Those of them that get an adapter where one is asked for."""
+        ...
+
+    def objective(self, pipe: Any) -> Objective: ...
 
     def encode_prompts(self, pipe: Any, prompts: Sequence[str]) -> Conditioning:
         """With gradients where a text encoder is trained. Prompts longer than the encoder reads are cut."""
@@ -64,8 +80,11 @@ class ModelFamily(Protocol):
         """The denoiser's output, in the shape of the target."""
         ...
 
+    dialect: Literal["kohya", "diffusers"]
+    """What its files are written in: what most programs read."""
+
     def export_key(self, component: str, module: str) -> str:
-        """Where a module stands in a kohya file: ("unet", "mid_block...to_q") -> "lora_unet_mid_block_..._to_q"."""
+        """Where a module stands in a file of its dialect: ("unet", "mid_block...to_q") -> "lora_unet_mid_block_..._to_q"."""
         ...
 
     def metadata(self, prediction_type: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from trainer.families.base import Batch, Conditioning
+from trainer.families.base import Batch, Conditioning, denoiser_of
 from trainer.objective import DiffusionObjective, Noised
 
 
@@ -16,16 +16,21 @@ class LatentDiffusion:
 
     pipeline_class = StableDiffusionPipeline
     pipeline_options = {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
+    denoiser_name = "unet"
     denoiser_targets = ("to_q", "to_k", "to_v", "to_out.0")
     text_encoder_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
     text_encoder_keys = {"text_encoder": "lora_te"}
     """How kohya files name each text encoder."""
+    dialect = "kohya"
 
     def denoiser(self, pipe: Any) -> nn.Module:
-        return pipe.unet
+        return denoiser_of(pipe)
 
     def text_encoders(self, pipe: Any) -> dict[str, nn.Module]:
         return {name: getattr(pipe, name) for name in self.text_encoder_keys}
+
+    def trainable_text_encoders(self, pipe: Any) -> dict[str, nn.Module]:
+        return self.text_encoders(pipe)
 
     def objective(self, pipe: Any) -> DiffusionObjective:
         return DiffusionObjective.from_scheduler(pipe.scheduler)
