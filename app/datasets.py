@@ -11,7 +11,7 @@ import shutil
 from functools import lru_cache
 from pathlib import Path
 
-from trainer import captions, doctor, importing, pictures, run_folder
+from trainer import buckets, captions, config, doctor, importing, pictures, run_folder
 from trainer import dataset as reading
 from trainer.errors import DatasetError
 from trainer.findings import Finding
@@ -179,6 +179,12 @@ def _card(name: str, folder: Path, item: reading.DatasetItem) -> dict:
         "size": f"{item.width} × {item.height}",
         "src": f"/thumb/{name}/{_key(file)}?v={version}",
     }
+
+
+def crop_shown(item: reading.DatasetItem, settings: config.Dataset) -> dict:
+    """The overlay of a picture: the part that is trained on, from 0 to 1, and its size in pixels."""
+    crop = reading.crop_of(item, settings)
+    return {"box": [round(side, 5) for side in buckets.box_of(crop)], "bucket": list(crop.bucket), "moved": item.crop_centre is not None}
 
 
 def _findings(findings: list[Finding]) -> list[dict]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -224,7 +225,7 @@ def test_bad_patterns_are_sentences_and_change_nothing(monkeypatch):
         with pytest.raises(DatasetError):
             caption_edits.plan([("x.png", "a" * 60 + "b")], caption_edits.replace(find, replacement, True))
     with pytest.raises(DatasetError, match="larger than"):
-        caption_edits.plan([("x.png", "a" * 2000)], caption_edits.replace("a", "b" * 1000))
+        caption_edits.plan([(Path("x.png"), "a" * 2000)], caption_edits.replace("a", "b" * 1000))
 
 
 def test_tags_are_counted_and_filtered():

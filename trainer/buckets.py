@@ -18,7 +18,7 @@ class Crop:
     bucket: tuple[int, int]
     """Size of the pixels fed to the VAE."""
     scaled: tuple[int, int]
-    """Size of the whole picture after resizing; at least `bucket` on both sides."""
+    """Size of the whole picture after resizing, at least `bucket` on both sides. Equal to it, the picture may be squeezed a little."""
     left: int
     top: int
 
@@ -46,8 +46,11 @@ def choose_crop(
     step: int,
     max_aspect: float = MAX_ASPECT,
     allow_upscale: bool = False,
+    centre: tuple[float, float] = (0.5, 0.5),
 ) -> Crop:
-    """The centred crop in the bucket whose aspect ratio is nearest to that of a `width` x `height` picture.
+    """The crop in the bucket whose aspect ratio is nearest to that of a `width` x `height` picture.
+
+    The point `centre` of the picture (from left and top, 0 to 1) is as near to the middle of the crop as the edges let it be.
 
     Where that bucket is larger than the picture and `allow_upscale` is off, the largest size in multiples of `step`
     that fits the picture (same limits on area and ratio) takes its place. A side below `step` is enlarged to one step.
@@ -64,7 +67,31 @@ def choose_crop(
         bucket = min(fitting, key=lambda size: (-size[0] * size[1], distance(size), size))
     scale = max(bucket[0] / width, bucket[1] / height)
     scaled = max(bucket[0], round(width * scale)), max(bucket[1], round(height * scale))
-    return Crop(bucket, scaled, (scaled[0] - bucket[0]) // 2, (scaled[1] - bucket[1]) // 2)
+    left, top = (
+        min(max(math.floor(place * whole - part / 2), 0), whole - part) for place, whole, part in zip(centre, scaled, bucket, strict=True)
+    )
+    return Crop(bucket, scaled, left, top)
+
+
+def whole_picture(width: int, height: int, resolution: int, step: int, allow_upscale: bool = False) -> Crop:
+    """Nothing is cut off: the picture is squeezed into the size, in multiples of `step`, that is nearest to its own shape.
+
+    Of the sizes that waste at most a quarter of the pixels the least squeezed; within the same limits on area and enlarging
+    as `choose_crop`.
+    """
+    assert width > 0 and height > 0
+    enlargement = max(1.0, resolution / math.sqrt(width * height)) if allow_upscale else 1.0
+    widest, highest = max(step, int(width * enlargement + 0.5)), max(step, int(height * enlargement + 0.5))
+    sizes = []
+    for w in range(step, min(widest, resolution**2 // step) // step * step + 1, step):
+        h = min(round(w * height / width / step) * step, highest // step * step, resolution**2 // w // step * step)
+        sizes.append((w, max(h, step)))
+    sizes = [size for size in sizes if size[0] * size[1] <= resolution**2] or [(step, step)]
+    largest = max(w * h for w, h in sizes)
+    ratio = math.log(width / height)
+    roomy = [size for size in sizes if size[0] * size[1] >= 0.75 * largest]
+    bucket = min(roomy, key=lambda size: (abs(math.log(size[0] / size[1]) - ratio), -size[0] * size[1]))
+    return Crop(bucket, bucket, 0, 0)
 
 
 def _sizes_within(width: int, height: int, resolution: int, step: int, max_aspect: float) -> list[tuple[int, int]]:
@@ -77,17 +104,18 @@ def _sizes_within(width: int, height: int, resolution: int, step: int, max_aspec
     return sizes
 
 
+def box_of(crop: Crop) -> tuple[float, float, float, float]:
+    """The part of the picture that is seen: left, top, right and bottom, each from 0 to 1."""
+    (width, height), (right, bottom) = crop.scaled, (crop.left + crop.bucket[0], crop.top + crop.bucket[1])
+    return crop.left / width, crop.top / height, right / width, bottom / height
+
+
 def apply_crop(image: Image.Image, crop: Crop) -> Image.Image:
     """The pixels of `crop`, resampled with LANCZOS.
 
     Only the part that is seen is resized: a strip of 1 x 9000 pixels would else become 64 x 576,000.
     """
-    horizontal, vertical = image.width / crop.scaled[0], image.height / crop.scaled[1]
-    right, bottom = crop.left + crop.bucket[0], crop.top + crop.bucket[1]
-    box = (
-        crop.left * horizontal,
-        crop.top * vertical,
-        min(right * horizontal, image.width),  # rounding may step over the edge by a hair, which Pillow refuses
-        min(bottom * vertical, image.height),
-    )
+    left, top, right, bottom = box_of(crop)
+    # Rounding may step over the edge by a hair, which Pillow refuses.
+    box = left * image.width, top * image.height, min(right * image.width, image.width), min(bottom * image.height, image.height)
     return image.resize(crop.bucket, Image.Resampling.LANCZOS, box=box)

@@ -79,6 +79,8 @@ class Dataset(Section):
     """Pictures longer than this (long side / short side) are cropped to it."""
     allow_upscale: bool = False
     """Enlarge pictures that are smaller than the resolution. Off: they are trained at their own size, which avoids teaching blur."""
+    crop: Literal["centre", "salient", "none"] = "centre"
+    """Which part is kept where the shape of a picture fits no bucket: its middle, what stands out in it, or all of it, squeezed a little. A crop moved by hand on the Dataset tab comes before this."""
     caption_dropout: Share = 0.05
     """Share of training steps that see no caption. A little keeps guidance working; much weakens the trigger."""
     hold_out: Annotated[float, Field(ge=0, le=0.5)] = 0.1

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import doctor, tokens
+from . import config, crops, doctor, tokens
+from .buckets import Crop, choose_crop, whole_picture
 from .captions import METADATA_NAME, Metadata, caption_candidates, caption_of, relative, stem_of, suffix_of
 from .errors import DatasetError
 from .findings import OWN_FOLDER, Finding, Level
@@ -41,6 +42,8 @@ class DatasetItem:
     """A grey picture of where to look: white is learned from in full, black not at all."""
     focus: tuple[float, float] = (0.5, 0.5)
     """Where the picture is most interesting, from left and top, 0 to 1 (`inspection.focus_of`)."""
+    crop_centre: crops.Centre | None = None
+    """Where a person moved its crop to."""
 
 
 def is_junk(name: str) -> bool:
@@ -73,7 +76,7 @@ def scan_dataset(
     findings += _about_other_files(folder, files, set(pictures), set(masks.values()), metadata) + _about_case_twins(folder, pictures)
 
     items: list[DatasetItem] = []
-    used = []
+    used, moved = [], crops.read(folder)
     for path, facts in zip(pictures, inspect_all(pictures, progress), strict=True):
         file = relative(path, folder)
         if facts.error:
@@ -83,7 +86,17 @@ def scan_dataset(
         caption, about_caption = caption_of(path, folder, metadata)
         findings += about_caption
         items.append(
-            DatasetItem(path, caption, facts.width, facts.height, _repeats(path, folder), facts.sha256, masks.get(path), facts.focus)
+            DatasetItem(
+                path,
+                caption,
+                facts.width,
+                facts.height,
+                _repeats(path, folder),
+                facts.sha256,
+                masks.get(path),
+                facts.focus,
+                moved.get(stem_of(path)),
+            )  # fmt: skip
         )
         used.append((file, facts))
     findings += doctor.about_twins(used) + doctor.about_sizes(used, resolution)
@@ -92,6 +105,16 @@ def scan_dataset(
     if not items:
         raise DatasetError(_nothing_usable(folder, findings))
     return [replace(item, caption=_with_trigger(item.caption, trigger)) for item in items], findings
+
+
+def crop_of(item: DatasetItem, settings: config.Dataset) -> Crop:
+    """The part of a picture that is trained on: what the page shows is what the VAE is given."""
+    if settings.crop == "none" and item.crop_centre is None:
+        return whole_picture(item.width, item.height, settings.resolution, settings.bucket_step, settings.allow_upscale)
+    centre = item.crop_centre or (item.focus if settings.crop == "salient" else (0.5, 0.5))
+    return choose_crop(
+        item.width, item.height, settings.resolution, settings.bucket_step, settings.max_aspect, settings.allow_upscale, centre
+    )
 
 
 # Walking

@@ -150,6 +150,8 @@ def focus_of(grey: Image.Image) -> tuple[float, float]:
     "Saliency Detection: A Spectral Residual Approach"), at 64 x 64, smoothed, weighed by its square. It knows no faces.
     """
     pixels = np.asarray(grey.resize((64, 64), Image.Resampling.BOX), dtype=np.float64)
+    if pixels.std() < 1:  # plain: what would stand out is rounding
+        return 0.5, 0.5
     spectrum = np.fft.fft2(pixels)
     log_size = np.log(np.abs(spectrum) + 1e-6)
     residual = log_size - _box_mean(log_size, 1)

@@ -15,9 +15,9 @@ from trainer import adapters, cache, config, estimate
 from trainer.attention import choose_attention, use_attention
 from trainer.base_model import DENOISERS
 from trainer.batches import generator_for
-from trainer.buckets import Crop, choose_crop
+from trainer.buckets import Crop
 from trainer.config import RunConfig
-from trainer.dataset import DatasetItem, scan_dataset
+from trainer.dataset import DatasetItem, crop_of, scan_dataset
 from trainer.device import DTYPES, choose_device, choose_precision
 from trainer.errors import ConfigError, DatasetError
 from trainer.events import Event, EventLog, Progress, Warned
@@ -164,9 +164,7 @@ def _make_examples(
     examples = []
     for done, item in enumerate(items):
         report(Progress("caching", done, len(items)))
-        crop = choose_crop(
-            item.width, item.height, run.dataset.resolution, run.dataset.bucket_step, run.dataset.max_aspect, run.dataset.allow_upscale
-        )
+        crop = crop_of(item, run.dataset)
         key = cache.latents_key(item.sha256, crop, vae_hash)
         latents = cache.cached(key, partial(_encode, pipe.vae, item.path, crop))
         name = item.path.relative_to(root).as_posix()
