@@ -42,7 +42,7 @@ LEVELS = [
     {"captions", "inspection", "tokens", "journal"},
     {"doctor", "crops"},
     {"dataset", "caption_edits", "estimate", "batches", "device", "libraries", "attention"},
-    {"importing", "cures", "cache", "adapters", "objective", "optimizers", "state"},
+    {"importing", "cures", "cache", "adapters", "objective", "optimizers", "state", "memory"},
     {"families.base"},
     {"families.latent_diffusion"},
     {"families.sd1", "families.sd2", "families.sd3", "families.sdxl"},

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer import __version__, config, presets, run_folder
-from trainer.errors import ConfigError, OutOfMemory, StateError, TrainerError
+from trainer.errors import ConfigError, StateError, TrainerError
 from trainer.events import EventLog, Failed, Launched
 from trainer.terminal import TerminalLog
 
@@ -147,7 +147,7 @@ def run_in(folder: Path) -> int:
 def _train(run: config.RunConfig, folder: Path, log: EventLog) -> int:
     import torch  # seconds, which wrong usage need not wait for
 
-    from trainer import libraries
+    from trainer import libraries, memory
 
     libraries.settle()
     from trainer.train import train
@@ -155,7 +155,7 @@ def _train(run: config.RunConfig, folder: Path, log: EventLog) -> int:
     try:
         chosen = train(run, folder, log)
     except (TrainerError, torch.OutOfMemoryError, MemoryError) as error:
-        sentence = str(error if isinstance(error, TrainerError) else out_of_memory(run))
+        sentence = str(error) if isinstance(error, TrainerError) else memory.advice(run)
         log.append(Failed(sentence))
         print(f"\n{sentence}", file=sys.stderr)
         return 1
@@ -179,15 +179,6 @@ def _train(run: config.RunConfig, folder: Path, log: EventLog) -> int:
         return 1
     print(f"\n{chosen}")
     return 0
-
-
-def out_of_memory(run: config.RunConfig) -> OutOfMemory:
-    advice = [f"training.batch_size to {max(1, run.training.batch_size // 2)}"] if run.training.batch_size > 1 else []
-    advice += [] if run.training.gradient_checkpointing else ["training.gradient_checkpointing to true"]
-    advice += [f"dataset.resolution to {run.dataset.resolution * 3 // 4 // 64 * 64 or run.dataset.resolution // 2}"]
-    return OutOfMemory(
-        f"The device ran out of memory. Set {', or '.join(advice)}, and press Resume or start again; the last state is kept."
-    )
 
 
 def sample_command(options: argparse.Namespace) -> int:

@@ -95,6 +95,27 @@ class Warned(Event):
 
 
 @dataclass(frozen=True)
+class MemoryRelieved(Event):
+    """Memory ran out in a phase ("load", "cache", "step", "validate", "sample") and a measure of `memory.LADDER` was taken."""
+
+    step: int
+    phase: str
+    rung: str
+    message: str
+
+
+@dataclass(frozen=True)
+class RolledBack(Event):
+    """The numbers went wrong: training goes on from an earlier step with a lower learning rate."""
+
+    step: int
+    from_step: int
+    lr_scale: float
+    """What the learning rate of the settings is multiplied with from here on."""
+    message: str
+
+
+@dataclass(frozen=True)
 class Paused(Event):
     step: int
 

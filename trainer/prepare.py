@@ -23,6 +23,7 @@ from trainer.errors import ConfigError, DatasetError
 from trainer.events import Event, EventLog, Progress, Warned
 from trainer.families import LoadedBase, load_base
 from trainer.families.base import Conditioning, SizeIds, pixel_step
+from trainer.memory import Ladder, set_tiling
 from trainer.objective import Objective
 from trainer.optimizers import build_optimizer, try_optimizer, warmup_steps
 
@@ -69,6 +70,7 @@ class Session:
     held_out: list[Example]
     no_caption: Conditioning | None
     total_steps: int
+    ladder: Ladder
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -95,8 +97,9 @@ def to_device(conditioning: Conditioning, device: torch.device) -> Conditioning:
     return {name: tensor.to(device) for name, tensor in conditioning.items()}
 
 
-def prepare(run: RunConfig, folder: Path, log: EventLog) -> Session:
+def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None = None) -> Session:
     """Loads, checks, caches and injects. Raises TrainerError in a sentence for whatever cannot work."""
+    ladder = ladder or Ladder(run, log)
     log.append(Progress("loading"))
     report = _throttled(log.append)
     items, findings = scan_dataset(
@@ -110,7 +113,7 @@ def prepare(run: RunConfig, folder: Path, log: EventLog) -> Session:
             log.append(Warned(f"{finding.file} is left out: {finding.message}"))
     device = choose_device()
     precision = choose_precision(run.base.precision, device)
-    base = load_base(run.base, DTYPES[precision])
+    base = ladder.attempt("load", 0, lambda: load_base(run.base, DTYPES[precision]))
     objective = base.family.objective(base.pipe).to(device)
     if run.objective.weighting not in objective.weightings:
         raise ConfigError(
@@ -122,9 +125,11 @@ def prepare(run: RunConfig, folder: Path, log: EventLog) -> Session:
         )
     attention, why = choose_attention(device, DTYPES[precision])
     use_attention(base.denoiser, attention)
-    examples, no_caption = _make_examples(run, base, items, device, log)
+    ladder.catch_up("cache", 0)
+    examples, no_caption = ladder.attempt("cache", 0, lambda: _make_examples(run, base, items, device, log, "cache" in ladder.tiled))
     examples, held_out = _hold_out(run, examples)
-    components = _inject(run, base, device)
+    components = _inject(run, base)
+    ladder.attempt("load", 0, lambda: base.denoiser.to(device))
     views = sum(example.repeats for example in examples)
     total_steps = estimate.total_steps(run, views)
     warmup_steps(run, total_steps)
@@ -139,18 +144,19 @@ def prepare(run: RunConfig, folder: Path, log: EventLog) -> Session:
         base=base,
         objective=objective,
         components=components,
-        optimizer=_optimizer(run, components, device, log),
+        optimizer=optimizer_for(run, components, device, log),
         average=EMAModel(parameters, decay=run.training.ema_decay) if run.training.ema_decay else None,
         examples=examples,
         held_out=held_out,
         no_caption=no_caption,
         total_steps=total_steps,
+        ladder=ladder,
     )
     return session
 
 
 def _make_examples(
-    run: RunConfig, base: LoadedBase, items: Sequence[DatasetItem], device: torch.device, log: EventLog
+    run: RunConfig, base: LoadedBase, items: Sequence[DatasetItem], device: torch.device, log: EventLog, tiled: bool
 ) -> tuple[list[Example], Conditioning | None]:
     """Crops and encodes every picture and caption, or finds them in the cache. Also the empty caption."""
     pipe, root = base.pipe, Path(run.dataset.folder)
@@ -160,6 +166,8 @@ def _make_examples(
     text_encoders = base.family.text_encoders(pipe).values()
     for part in (pipe.vae, *text_encoders):
         part.to(device)
+    set_tiling(pipe.vae, tiled)
+    vae_hash += " tiled" if tiled else ""  # other latents than those of the whole picture, if only a little
     report = _throttled(log.append)
     examples = []
     for done, item in enumerate(items):
@@ -236,7 +244,7 @@ def _hold_out(run: RunConfig, examples: list[Example]) -> tuple[list[Example], l
     return [e for i, e in enumerate(examples) if i not in kept], [e for i, e in enumerate(examples) if i in kept]
 
 
-def _inject(run: RunConfig, base: LoadedBase, device: torch.device) -> dict[str, nn.Module]:
+def _inject(run: RunConfig, base: LoadedBase) -> dict[str, nn.Module]:
     family, training = base.family, run.training
     components: dict[str, nn.Module] = {}
     if training.learning_rate > 0:
@@ -248,11 +256,10 @@ def _inject(run: RunConfig, base: LoadedBase, device: torch.device) -> dict[str,
             adapters.inject(encoder, run.adapter, family.text_encoder_targets, training.seed)
     if training.gradient_checkpointing:
         base.denoiser.enable_gradient_checkpointing()
-    base.denoiser.to(device)
     return components
 
 
-def _optimizer(run: RunConfig, components: dict[str, nn.Module], device: torch.device, log: EventLog) -> torch.optim.Optimizer:
+def optimizer_for(run: RunConfig, components: dict[str, nn.Module], device: torch.device, log: EventLog) -> torch.optim.Optimizer:
     """The chosen one, tried out first. AdamW in 8 bits has a stand-in, since it takes the same steps; no other has."""
     try:
         try_optimizer(run, device)

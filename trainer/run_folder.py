@@ -228,8 +228,11 @@ def _apply(result: RunStatus, event: events.Event) -> None:
             result.samples = [saved for saved in result.samples if saved.file != event.file] + [event]
         case events.AdapterSaved():
             result.adapters = [saved for saved in result.adapters if saved.file != event.file] + [event]
-        case events.Warned():
+        case events.Warned() | events.MemoryRelieved():
             result.warnings.append(event.message)
+        case events.RolledBack():
+            result.warnings.append(event.message)
+            _forget_after(result, event.step)
         case events.Paused():
             result.state, result.last_step_at = "paused", None
         case events.Continued():

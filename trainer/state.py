@@ -8,7 +8,7 @@ the newest one that is whole is taken.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -39,7 +39,7 @@ class State:
 
 
 def save_state(folder: Path, state: State) -> None:
-    """Writes state/<step>/ and then drops all but the newest two."""
+    """Writes state/<step>/ and then drops all but the newest two, and those ahead of it: the run went back behind them."""
     root = folder / "state"
     root.mkdir(exist_ok=True)
     contents = {f"{part}.safetensors": save_tensors(getattr(state, part)) for part in TENSOR_FILES}
@@ -53,16 +53,20 @@ def save_state(folder: Path, state: State) -> None:
             "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
         }
         (temporary / "state.json").write_text(json.dumps(document | {"self": _digest(document)}), encoding="utf-8")
-    for old in _folders(folder)[KEPT:]:
+    folders = _folders(folder)
+    ahead = [path for path in folders if int(path.name) > state.step]
+    for old in [*ahead, *folders[len(ahead) + KEPT :]]:
         rmtree(old)
 
 
-def load_state(folder: Path) -> tuple[State | None, list[str]]:
-    """The newest whole state (None without one), and a sentence for each damaged one that was passed over."""
+def load_state(folder: Path, wanted: Callable[[State], bool] = lambda state: True) -> tuple[State | None, list[str]]:
+    """The newest whole state that is wanted (None without one), and a sentence for each damaged one that was passed over."""
     passed_over = []
     for path in _folders(folder):
         try:
-            return _read(path), passed_over
+            state = _read(path)
+            if wanted(state):
+                return state, passed_over
         except (OSError, ValueError, KeyError, TypeError, StateError) as error:
             passed_over.append(f"The state of step {int(path.name)} is damaged ({str(error)[:100]}); an older one is used.")
     return None, passed_over

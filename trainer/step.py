@@ -29,8 +29,12 @@ def timesteps_at(session: Session, places: Tensor) -> Tensor:
     return session.objective.timesteps(sample_places(places, sampling, session.run.objective).to(session.device))
 
 
-def microbatch_loss(session: Session, buckets: Sequence[Sequence[int]], microbatch: int) -> Tensor:
-    """The loss of the microbatch with this number since the start of the training; a float32 scalar with gradients."""
+def microbatch_loss(session: Session, buckets: Sequence[Sequence[int]], microbatch: int, piece: int = 0, pieces: int = 1) -> Tensor:
+    """The loss of the microbatch with this number since the start of the training; a float32 scalar with gradients.
+
+    Where memory is short it goes through the model in pieces: the share of one of them is returned, and the shares sum to the loss.
+    Pictures, noise, timesteps and dropped captions are those of the whole; only the adapter's own dropout is drawn anew for each piece.
+    """
     training, seed = session.run.training, session.run.training.seed
     examples = [session.examples[i] for i in batch_at(buckets, training.batch_size, seed, microbatch)]
     draws = generator_for(seed, "draws", microbatch)
@@ -38,12 +42,18 @@ def microbatch_loss(session: Session, buckets: Sequence[Sequence[int]], microbat
     noise = _noise(session, latents.shape, draws)
     timesteps = timesteps_at(session, spread_places(len(examples), draws))
     dropped = torch.rand(len(examples), generator=draws) < session.run.dataset.caption_dropout
-    torch.manual_seed(seed_for(seed, "dropout", microbatch))  # the adapter's dropout draws from the global generator
-    batch = Batch(_scaled(session, latents), _conditioning(session, examples, dropped.tolist()), _size_ids(session, examples))
     perturbed = None
     if strength := session.run.objective.input_perturbation:
         perturbed = noise + strength * torch.randn(noise.shape, generator=draws)
-    return _losses(session, batch, noise, timesteps, perturbed).mean()
+    place = (microbatch, piece) if piece else (microbatch,)
+    torch.manual_seed(seed_for(seed, "dropout", *place))  # the adapter's dropout draws from the global generator
+    part = slice(piece * len(examples) // pieces, (piece + 1) * len(examples) // pieces)
+    share = len(examples[part]) / len(examples)
+    if not share:
+        return torch.zeros((), requires_grad=True)  # more pieces than pictures
+    conditioning = _conditioning(session, examples[part], dropped[part].tolist())
+    batch = Batch(_scaled(session, latents[part]), conditioning, _size_ids(session, examples[part]))
+    return _losses(session, batch, noise[part], timesteps[part], None if perturbed is None else perturbed[part]).mean() * share
 
 
 def _noise(session: Session, shape: torch.Size, draws: torch.Generator) -> Tensor:
@@ -85,16 +95,19 @@ def validation_loss(session: Session) -> float:
 
     The loss of a step depends mostly on its random timestep; only this one shows progress.
     """
+    return float(torch.stack([measured_loss(session, example, index) for index, example in enumerate(session.held_out)]).mean())
+
+
+@torch.no_grad()
+def measured_loss(session: Session, example: Example, index: int = 0) -> Tensor:
+    """Mean loss of one picture over fixed timesteps, with the noise of this index."""
     places = (torch.arange(VALIDATION_TIMESTEPS) + 0.5) / VALIDATION_TIMESTEPS
     timesteps = session.objective.timesteps(places.to(session.device))
+    noise = torch.randn(VALIDATION_TIMESTEPS, *example.mean.shape, generator=generator_for(session.run.training.seed, "validation", index))
+    conditioning, sizes = _conditioning(session, [example], [False]), _size_ids(session, [example])
     losses = []
-    for index, example in enumerate(session.held_out):
-        noise = torch.randn(
-            VALIDATION_TIMESTEPS, *example.mean.shape, generator=generator_for(session.run.training.seed, "validation", index)
-        )
-        conditioning = _conditioning(session, [example], [False])
-        conditioning = {name: t.expand(VALIDATION_TIMESTEPS, *t.shape[1:]) for name, t in conditioning.items()}
-        sizes = _size_ids(session, [example]).expand(VALIDATION_TIMESTEPS, -1)
-        batch = Batch(_scaled(session, example.mean.expand_as(noise)), conditioning, sizes)
-        losses.append(_losses(session, batch, noise, timesteps).mean())
-    return float(torch.stack(losses).mean())
+    for part in torch.arange(VALIDATION_TIMESTEPS).chunk(session.ladder.pieces["validate"]):
+        repeated = {name: t.expand(len(part), *t.shape[1:]) for name, t in conditioning.items()}
+        batch = Batch(_scaled(session, example.mean.expand_as(noise[part])), repeated, sizes.expand(len(part), -1))
+        losses.append(_losses(session, batch, noise[part], timesteps[part]))
+    return torch.cat(losses).mean()

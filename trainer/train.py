@@ -1,17 +1,21 @@
 """The training: one visible loop, and what it does at each of its stations."""
 
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 
-from trainer import adapters, cache, estimate, export, run_folder
+from trainer import adapters, cache, estimate, events, export, memory, run_folder
 from trainer.base_model import DENOISERS
-from trainer.config import RunConfig, fingerprint
+from trainer.batches import batch_at
+from trainer.config import RunConfig, fingerprint, replace
 from trainer.device import DTYPES, device_name
-from trainer.errors import ModelError, NotLearning
+from trainer.errors import ConfigError, ModelError, NotLearning, OutOfMemory
 from trainer.events import (
     AdapterSaved,
     Continued,
@@ -19,6 +23,7 @@ from trainer.events import (
     Finished,
     Paused,
     Progress,
+    RolledBack,
     SampleSaved,
     Started,
     StateSaved,
@@ -27,23 +32,28 @@ from trainer.events import (
     Validated,
     Warned,
 )
-from trainer.optimizers import lr_factor, optimizer_state, restore_optimizer, set_learning_rate
-from trainer.prepare import Session, prepare
+from trainer.optimizers import lr_factor, optimizer_state, restore_optimizer, set_learning_rate, try_optimizer
+from trainer.prepare import Session, optimizer_for, prepare
 from trainer.sample import generate, load_adapter, sampler_name, save_sample
 from trainer.state import State, check_unchanged, load_state, restore_parameters, save_state
-from trainer.step import microbatch_loss, validation_loss
+from trainer.step import VALIDATION_TIMESTEPS, measured_loss, microbatch_loss, validation_loss
 
-BAD_STEPS_IN_A_ROW = 3
+BAD_STEPS_IN_A_ROW = 3  # then the run goes back to its last good state
+ROLLBACKS = 2  # then it stops
+LOWER = 0.5  # what the learning rate is multiplied with at each
+SMALLEST_LOSS_SCALE = 2.0**-10  # of fp16; gradients that overflow even so are no accident
 FILE_ERROR_LIMIT = 0.02  # of a module's delta W; rounding to fp16 or bf16 stays well below
 
 
 def train(run: RunConfig, folder: Path, log: EventLog) -> Path:
     """Trains, or goes on from the last state; returns the chosen adapter file. Raises TrainerError."""
-    session = prepare(run, folder, log)
+    ladder = memory.Ladder(run, log, memory.earlier(events.read_events(folder / "events.jsonl")))
+    session = prepare(run, folder, log, ladder)
+    ladder.use = partial(relieve, session)
     facts, step = restore(session)
     clock = time.monotonic() - facts["elapsed"]
     log.append(started_event(session, step))
-    saves, buckets, bad_steps, first_step = estimate.save_steps(session.total_steps, run.saving.saves), session.buckets, 0, step
+    saves, buckets, first_step = estimate.save_steps(session.total_steps, run.saving.saves), session.buckets, step
     scaler = torch.amp.GradScaler(session.device.type, enabled=session.precision == "fp16", init_scale=facts["loss_scale"])
     if step == 0:
         measure(session, 0)
@@ -51,7 +61,11 @@ def train(run: RunConfig, folder: Path, log: EventLog) -> Path:
     while True:
         # Keep what the last step left.
         ending = step == session.total_steps or run_folder.requested(folder, "stop")
-        if step in saves or ending or step % run.saving.state_every == 0:
+        keeping = step in saves or ending or step % run.saving.state_every == 0
+        if keeping and not finite_weights(session):
+            step = roll_back(session, buckets, step, facts)
+            continue
+        if keeping and (ending or not facts["bad_steps"]):
             facts |= {"elapsed": time.monotonic() - clock, "loss_scale": scaler.get_scale() or 1.0}
             keep_state(session, step, facts)
         if step and (step in saves or ending):
@@ -66,21 +80,27 @@ def train(run: RunConfig, folder: Path, log: EventLog) -> Path:
         # One step.
         step += 1
         begin = time.monotonic()
-        learning_rate = set_learning_rate(session.optimizer, lr_factor(run, step, session.total_steps))
-        loss = forward_backward(session, buckets, step, scaler)
+        ladder.catch_up("step", step)
+        learning_rate = set_learning_rate(session.optimizer, facts["lr_scale"] * lr_factor(run, step, session.total_steps))
+        loss = ladder.attempt("step", step, partial(forward_backward, session, buckets, step, scaler), run.training.batch_size)
         if finite_gradients(session, scaler) and torch.isfinite(loss):
             if step == first_step + 1:
                 check_gradients_arrive(session)
             scaler.step(session.optimizer)
             if session.average:
                 session.average.step(session.parameters.values())
-            bad_steps = 0
-        elif not (scaler.is_enabled() and torch.isfinite(loss)):  # the scaler meets its limit by overflowing now and then
-            bad_steps = skip_bad_step(session, step, bad_steps)
+            facts["bad_steps"] = 0
+        elif not (torch.isfinite(loss) and scaler.is_enabled() and scaler.get_scale() > SMALLEST_LOSS_SCALE):
+            facts["bad_steps"] += 1  # the scaler of fp16 meets its limit by overflowing now and then; this is more
         scaler.update()
         session.optimizer.zero_grad(set_to_none=True)
-        if not bad_steps:
+        if not facts["bad_steps"]:
             log.append(StepDone(step, float(loss), learning_rate, time.monotonic() - begin))
+        elif facts["bad_steps"] < BAD_STEPS_IN_A_ROW:
+            cause = find_cause(session, buckets, step)
+            log.append(Warned(f"Step {step} was skipped: its loss or gradients were not finite. {cause}"))
+        else:
+            step = roll_back(session, buckets, step, facts)
     with final_weights(session):
         return finish(session, step, clock)
 
@@ -93,6 +113,9 @@ def restore(session: Session) -> tuple[dict, int]:
         "started": time.time(),
         "elapsed": 0.0,
         "loss_scale": 2.0**16,
+        "lr_scale": 1.0,
+        "rollbacks": 0,
+        "bad_steps": 0,
     }
     state, passed_over = load_state(session.folder)
     for sentence in passed_over:
@@ -100,12 +123,17 @@ def restore(session: Session) -> tuple[dict, int]:
     if state is None:
         return facts, 0
     check_unchanged(state.facts, facts)
+    session.ladder.catch_up("step", state.step)  # it may have changed the optimiser
+    put_back(session, state)
+    return facts | state.facts, state.step
+
+
+def put_back(session: Session, state: State) -> None:
     restore_parameters(session.parameters, state.adapter)
     restore_optimizer(session.optimizer, state.optimizer, state.facts["optimizer"])
     if session.average:
         session.average.shadow_params = [state.average[name].to(session.device) for name in session.parameters]
         session.average.optimization_step = state.facts["averaged_steps"]
-    return state.facts, state.step
 
 
 def started_event(session: Session, step: int) -> Started:
@@ -126,14 +154,16 @@ def started_event(session: Session, step: int) -> Started:
 
 def forward_backward(session: Session, buckets: list[list[int]], step: int, scaler: torch.amp.GradScaler) -> torch.Tensor:
     """Sums the gradients of all microbatches of a step. Returns their mean loss, without gradients."""
-    count = session.run.training.gradient_accumulation_steps
+    count, pieces = session.run.training.gradient_accumulation_steps, session.ladder.pieces["step"]
+    session.optimizer.zero_grad(set_to_none=True)  # of a try that ran out of memory
     for module in session.components.values():
         module.train()
     total = torch.zeros((), device=session.device)
     for part in range(count):
-        loss = microbatch_loss(session, buckets, (step - 1) * count + part) / count
-        scaler.scale(loss).backward()
-        total += loss.detach()
+        for piece in range(pieces):
+            loss = microbatch_loss(session, buckets, (step - 1) * count + part, piece, pieces) / count
+            scaler.scale(loss).backward()
+            total += loss.detach()
     for module in session.components.values():
         module.eval()
     return total
@@ -161,16 +191,70 @@ def check_gradients_arrive(session: Session) -> None:
             )
 
 
-def skip_bad_step(session: Session, step: int, bad_steps: int) -> int:
-    """The weights stay as they were. Raises NotLearning after some such steps in a row."""
-    bad_steps += 1
-    if bad_steps >= BAD_STEPS_IN_A_ROW:
-        raise NotLearning(
-            f"The loss or its gradients were not finite in {bad_steps} steps in a row, up to step {step}. The last state is kept. "
-            f"Lower the learning rate (now {session.run.training.learning_rate:g}), or use base.precision = fp32."
+def finite_weights(session: Session) -> bool:
+    return all(bool(torch.isfinite(parameter).all()) for parameter in session.parameters.values())
+
+
+def roll_back(session: Session, buckets: list[list[int]], step: int, facts: dict) -> int:
+    """Puts the last good state back and lowers the learning rate; returns its step. Raises NotLearning with the cause after some times.
+
+    What was decided goes into the facts, and with them into the state: a resumed run goes the same way.
+    """
+    cause = find_cause(session, buckets, step)
+    state, _ = load_state(session.folder, lambda state: not state.facts.get("bad_steps"))
+    if state is None or facts["rollbacks"] >= ROLLBACKS:
+        raise NotLearning(f"The numbers of the training were not finite any more, up to step {step}. {cause} The last state is kept.")
+    put_back(session, state)
+    facts |= {"lr_scale": facts["lr_scale"] * LOWER, "rollbacks": facts["rollbacks"] + 1, "bad_steps": 0}
+    keep_state(session, state.step, facts)
+    session.log.append(
+        RolledBack(
+            state.step,
+            step,
+            facts["lr_scale"],
+            f"The numbers were not finite up to step {step}, so the training went back to step {state.step} and goes on with "
+            f"{facts['lr_scale']:g} times the learning rate. {cause}",
         )
-    session.log.append(Warned(f"Step {step} was skipped: its loss or gradients were not finite."))
-    return bad_steps
+    )
+    return state.step
+
+
+def find_cause(session: Session, buckets: list[list[int]], step: int) -> str:
+    """What made the numbers of a step not finite, told by its pictures on the base without the adapter; and what to do."""
+    training = session.run.training
+    parts = range((step - 1) * training.gradient_accumulation_steps, step * training.gradient_accumulation_steps)
+    seen = [session.examples[i] for part in parts for i in batch_at(buckets, training.batch_size, training.seed, part)]
+    for module in session.components.values():
+        module.disable_adapters()
+    try:
+        for example in seen:
+            if not (torch.isfinite(example.mean).all() and torch.isfinite(example.std).all()):
+                return f"The latents of {example.name} are not finite: save that picture anew, or leave it out."
+            if not torch.isfinite(measured_loss(session, example)):
+                return f"The base itself gives no finite numbers for {example.name} in {session.precision}: " + (
+                    "leave that picture out." if session.precision == "fp32" else "use base.precision = fp32, or leave that picture out."
+                )
+    finally:
+        for module in session.components.values():
+            module.enable_adapters()
+    return f"Lower the learning rate (now {training.learning_rate:g}), or use base.precision = fp32 (now {session.precision})."
+
+
+def relieve(session: Session, rung: str) -> bool:
+    """Takes a measure of the ladder against want of memory on the model; whether that was possible."""
+    denoiser = session.base.denoiser
+    if rung == memory.CHECKPOINT and not denoiser.is_gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+        return True
+    if rung == memory.EIGHT_BIT and session.run.training.optimizer == "adamw":
+        smaller = replace(session.run, {"training.optimizer": "adamw8bit"})
+        try:
+            try_optimizer(smaller, session.device)
+        except (ImportError, OSError, RuntimeError, ConfigError):  # not on this machine
+            return False
+        session.optimizer = optimizer_for(smaller, session.components, session.device, session.log)
+        return True
+    return False
 
 
 def answer_requests(session: Session, step: int, facts: dict) -> None:
@@ -231,8 +315,14 @@ def final_weights(session: Session) -> Iterator[None]:
                 parameter.copy_(before)
 
 
-def measure(session: Session, step: int) -> float:
-    loss = validation_loss(session)
+def measure(session: Session, step: int) -> float | None:
+    """The validation loss; None, with a warning, where it needs more memory than there is."""
+    session.ladder.catch_up("validate", step)
+    try:
+        loss = session.ladder.attempt("validate", step, lambda: validation_loss(session), VALIDATION_TIMESTEPS)
+    except OutOfMemory:
+        session.log.append(Warned(f"The validation loss of step {step} could not be measured for want of memory; the training goes on."))
+        return None
     session.log.append(Validated(step, loss))
     return loss
 
@@ -272,9 +362,15 @@ def sample(session: Session, step: int) -> None:
     chosen, pipe, side = session.run.sampling, session.base.pipe, session.run.dataset.resolution
     homes = {part: part.device for part in (pipe.vae, *session.base.family.text_encoders(pipe).values())}
     prompts = sample_prompts(session)
-    try:
+    session.ladder.catch_up("sample", step)
+
+    def draw(settings: dict) -> Image.Image:
+        memory.set_tiling(pipe.vae, "sample" in session.ladder.tiled)
         for part in homes:
             part.to(session.device)
+        return generate(pipe, **settings, width=side, height=side)
+
+    try:
         for index, prompt in enumerate(prompts):
             session.log.append(Progress("sampling", index, len(prompts)))
             settings = {
@@ -284,11 +380,12 @@ def sample(session: Session, step: int) -> None:
                 "inference_steps": chosen.inference_steps,
                 "guidance_scale": chosen.guidance_scale,
             }
-            image = generate(pipe, **settings, width=side, height=side)
+            image = session.ladder.attempt("sample", step, partial(draw, settings))
             file = f"samples/{step:06d}-{index}{run_folder.SAMPLE_SUFFIX}"
             save_sample(session.folder / file, image, **settings, sampler=sampler_name(pipe), note=f"Step: {step}")
             session.log.append(SampleSaved(step, prompt, settings["seed"], file))
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # whatever it is, the training itself is fine; the log has the details
+        traceback.print_exc()
         session.log.append(Warned(f"The samples of step {step} could not be made ({str(error)[:200]}); the training goes on."))
     finally:
         for part, home in homes.items():

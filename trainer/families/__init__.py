@@ -17,6 +17,7 @@ from trainer.families.sd1 import StableDiffusion1
 from trainer.families.sd2 import StableDiffusion2
 from trainer.families.sd3 import StableDiffusion3
 from trainer.families.sdxl import StableDiffusionXL
+from trainer.memory import ran_out
 
 FAMILIES: dict[str, ModelFamily] = {
     "sd1": StableDiffusion1(),
@@ -72,9 +73,9 @@ def load_base(base: Base, dtype: torch.dtype) -> LoadedBase:
             **family.pipeline_options,
             **dict.fromkeys(files.left_out),
         )
-    except torch.OutOfMemoryError:
-        raise
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
+        if ran_out(error):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"The base model {files.path.name} does not fit together ({reason[:200]}). Download it again.") from None
     pipe.set_progress_bar_config(disable=True)
