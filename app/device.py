@@ -1,36 +1,88 @@
-"""Which device this machine trains on, found without torch."""
+"""Which device this machine trains on and how full it is, found without torch."""
 
+import os
 import platform
-import shutil
-import subprocess
+import time
+from dataclasses import dataclass
 from functools import cache
+
+import psutil
+import pynvml
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes of memory and share of time at work. `total` 0: not known."""
+
+    total: int
+    used: int
+    busy: float
+
+    @property
+    def free(self) -> int:
+        return self.total - self.used
 
 
 @cache
-def nvidia() -> str:
-    """Name and memory of the first NVIDIA GPU, else ""."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return ""
+def _gpu() -> object | None:
+    """The first NVIDIA GPU that a training would take, or None."""
     try:
-        answer = subprocess.run(
-            [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=20
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    name, _, memory = answer.stdout.partition("\n")[0].rpartition(",")
-    if answer.returncode != 0 or not memory.strip().isdigit():
-        return ""
-    return f"{name.strip()} · {round(int(memory) / 1024)} GB"
+        pynvml.nvmlInit()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+        if visible in ("", "-1"):
+            return None
+        return pynvml.nvmlDeviceGetHandleByIndex(int(visible)) if visible.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(visible)
+    except pynvml.NVMLError:
+        return None
 
 
 def has_cuda() -> bool:
-    return bool(nvidia())
+    return _gpu() is not None
 
 
+def kind() -> str:
+    """ "cuda" or "cpu", as `trainer.estimate` counts."""
+    return "cuda" if has_cuda() else "cpu"
+
+
+def usage() -> Usage:
+    """Of the training device now: the GPU's memory, else that of the machine."""
+    if (gpu := _gpu()) is not None:
+        try:
+            memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
+            return Usage(int(memory.total), int(memory.used), pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100)
+        except pynvml.NVMLError:  # such as a card that tells no utilisation
+            return Usage(0, 0, 0.0)
+    return host()
+
+
+def host() -> Usage:
+    memory = psutil.virtual_memory()
+    return Usage(memory.total, memory.total - memory.available, psutil.cpu_percent(None) / 100)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
 def describe() -> str:
-    if has_cuda():
-        return nvidia()
+    if (gpu := _gpu()) is not None:
+        name = pynvml.nvmlDeviceGetName(gpu)
+        return f"{name} · {round(pynvml.nvmlDeviceGetMemoryInfo(gpu).total / 2**30)} GB"
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         return "Apple GPU"
     return "CPU · slow, good for trying out"
+
+
+_measured: tuple[float, Usage, Usage] | None = None
+MEASURED_FOR = 2.0  # seconds; a number that moves each tick would be sent each tick
+
+
+def measured() -> tuple[Usage, Usage]:
+    """Device and host, measured every other second."""
+    global _measured
+    now = time.monotonic()
+    if _measured is None or now - _measured[0] > MEASURED_FOR:
+        _measured = (now, usage(), host())
+    return _measured[1:]

@@ -4,6 +4,7 @@ User text only ever becomes a text node. (Gradio evaluates what an `html_templat
 template literal, so a caption put there would run as code; the templates here are therefore constant.)
 """
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,13 +20,13 @@ def read_static(name: str) -> str:
     return (STATIC / name).read_text(encoding="utf-8")
 
 
-def drawn(script: str, data: Any = None, *, elem_id: str, server_functions: list[Callable] | None = None) -> gr.HTML:
-    """A view drawn by `static/<script>.js` from JSON-like data."""
+def drawn(script: str, data: Any = None, *, elem_id: str, server_functions: list[Callable] | None = None, constant: Any = None) -> gr.HTML:
+    """A view drawn by `static/<script>.js` from JSON-like data; `constant` is what never changes, there as CONSTANT."""
     return gr.HTML(
         data,
         html_template='<div class="atelier"></div>',
         apply_default_css=False,
         elem_id=elem_id,
-        js_on_load=read_static("common.js") + read_static(f"{script}.js"),
+        js_on_load=f"const CONSTANT = {json.dumps(constant)};\n" + read_static("common.js") + read_static(f"{script}.js"),
         server_functions=server_functions,
     )

@@ -71,6 +71,24 @@ def to_widget(value: Any) -> Any:
     return "\n".join(value) if isinstance(value, tuple) else value
 
 
+def to_widgets(changes: Mapping[str, Any]) -> dict[str, Any]:
+    return {path: to_widget(value) for path, value in changes.items()}
+
+
+def changed(run: RunConfig, recipe: RunConfig, paths: Sequence[str]) -> list[dict[str, str]]:
+    """The fields that differ from the recipe, with both values as texts."""
+    pairs = [(path, config.get(recipe, path), config.get(run, path)) for path in paths]
+    return [{"path": path, "label": label(path), "was": shown(old), "now": shown(new)} for path, old, new in pairs if old != new]
+
+
+def shown(value: Any) -> str:
+    """A value in a few characters."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    text = f"{value:g}" if isinstance(value, float) else str(to_widget(value))
+    return text if len(text) <= 40 else text[:39] + "…"
+
+
 def from_widget(path: str, value: Any) -> Any:
     """What the browser sent as what the field expects; left as it is where it does not fit, so that the check can name it."""
     field = all_fields()[path]

@@ -16,7 +16,7 @@ APP = Path(form.__file__).parent
 @pytest.fixture(scope="module")
 def fields() -> dict:
     with gr.Blocks():
-        return train._settings_form() | train._advanced_form()
+        return train._settings_form() | train._advanced_form()[0]
 
 
 def test_every_field_has_a_widget(fields: dict) -> None:
@@ -86,9 +86,9 @@ def test_the_page_calls_no_shell_and_runs_no_text() -> None:
 def test_recipes_suit_the_base_and_a_model_of_ones_own(tmp_path):
     from tests.tiny import save_tiny_base
 
-    assert {preset.config.base.model for preset in train.recipes("embedded")} == {"embedded"}
+    assert {preset.config.base.model for preset in train.recipes_for("embedded")} == {"embedded"}
     for own, base in (("", train.SD15), ("someone/realistic", train.SD15), ("someone/juggernautXL", train.SDXL), ("/nowhere", train.SD15)):
-        assert {preset.config.base.model for preset in train.recipes(train.OWN, own)} == {base}, own
+        assert {preset.config.base.model for preset in train.recipes_for(train.OWN, own)} == {base}, own
     folder = save_tiny_base(tmp_path / "xl-in-name-only")
-    assert train.recipes(train.OWN, str(folder))[0].config.base.model == train.SD15
+    assert train.recipes_for(train.OWN, str(folder))[0].config.base.model == train.SD15
     assert set(train.BASE_TITLES) == {base for _, base in train._base_choices()} - {train.OWN}

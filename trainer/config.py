@@ -325,13 +325,21 @@ def _fault(error: Mapping[str, Any]) -> str:
 def load(path: Path) -> RunConfig:
     """Reads a run.toml or a preset. Raises ConfigError with the file's name and every fault in it."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return parse(path.read_text(encoding="utf-8-sig"), str(path))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not a TOML file: {error}.") from None
+
+
+def parse(text: str, source: str = "the file") -> RunConfig:
+    """A config from the text of a run.toml or a preset. Raises ConfigError with every fault in it."""
+    try:
+        data = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"{source} is not a TOML file: {error}.") from None
     data.pop("about", None)  # a preset's own description
-    return from_dict(data, source=f"settings in {path}")
+    return from_dict(data, source=f"settings in {source}")
 
 
 def to_toml(config: RunConfig) -> str:

@@ -35,7 +35,7 @@ class Preset:
 @cache
 def load_presets() -> dict[str, Preset]:
     """All presets by name, in the order in which the page shows them."""
-    presets = [_read(path) for path in PRESETS_FOLDER.glob("*.toml")]
+    presets = [read(path) for path in PRESETS_FOLDER.glob("*.toml")]
     return {preset.name: preset for preset in sorted(presets, key=lambda p: (p.order, p.name))}
 
 
@@ -47,7 +47,8 @@ def load_preset(name: str) -> Preset:
     return presets[name]
 
 
-def _read(path: Path) -> Preset:
+def read(path: Path) -> Preset:
+    """One preset file. Raises ConfigError for one that cannot be used."""
     content = path.read_bytes()
     about = tomllib.loads(content.decode("utf-8"))["about"]
     recipe = config.load(path)

@@ -5,12 +5,12 @@ from typing import Any
 
 import gradio as gr
 
-from app import datasets, form, runs, views
+from app import datasets, form, preflight, recipes, runs, views
 from app.drawn import drawn
 from app.page import Page
-from trainer import base_model, config, estimate, presets
+from trainer import base_model, config, foreign_configs, presets, run_folder
 from trainer.config import EMBEDDED, RunConfig
-from trainer.errors import TrainerError
+from trainer.errors import ConfigError, TrainerError
 
 ID, TITLE = "train", "Train"
 OWN = "own"
@@ -28,7 +28,6 @@ SECTION_TITLES = {
     "saving": "Saving",
 }
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
-FEW_PICTURES = 5
 
 
 def advanced_paths() -> list[str]:
@@ -41,7 +40,8 @@ def build(page: Page) -> dict[str, Any]:
             fields = _settings_form()
             line = drawn("estimate", elem_id="estimate")
             start = gr.Button("Start training", variant="primary", size="lg", elem_id="start-training")
-            fields |= _advanced_form()
+            advanced, tools = _advanced_form()
+            fields |= advanced
         with gr.Column(scale=3, min_width=330):
             progress = drawn("progress", elem_id="progress", server_functions=[act, read_log])
             curve = drawn("curve", elem_id="curve")
@@ -49,7 +49,7 @@ def build(page: Page) -> dict[str, Any]:
     page.follow(progress, lambda: views.progress(page.device))
     page.follow(curve, views.curve)
     page.follow(samples, views.samples)
-    own = {"fields": fields, "line": line, "start": start, "progress": progress, "outputs": list(fields.values())}
+    own = {"fields": fields, "line": line, "tools": tools, "start": start, "progress": progress, "outputs": list(fields.values())}
     own["choose_dataset"], own["show_settings"] = choose_dataset, show_settings
     own["dataset_outputs"] = [fields["dataset.folder"], fields["name"], fields["dataset.trigger"]]
     _wire(page, own)
@@ -76,7 +76,7 @@ def _settings_form() -> dict[str, gr.components.Component]:
         )
         fields["own_base"] = form.widget("base.model", value="", visible=False, label="Folder or Hugging Face id", max_lines=1)
         fields["preset"] = gr.Radio(
-            _recipe_choices(recipes(first.config.base.model)),
+            _recipe_choices(recipes_for(first.config.base.model)),
             value=first.name,
             label="Purpose",
             elem_id="field-preset",
@@ -89,16 +89,25 @@ def _settings_form() -> dict[str, gr.components.Component]:
     return fields
 
 
-def _advanced_form() -> dict[str, gr.components.Component]:
-    """Every other field of RunConfig, a closed section each, in the order of declaration."""
+def _advanced_form() -> tuple[dict[str, gr.components.Component], gr.HTML]:
+    """Every other field of RunConfig, a closed section each, in the order of declaration; above them the tools."""
     fields, recipe = {}, next(iter(presets.load_presets().values())).config
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+        tools = drawn("advanced", {}, elem_id="advanced-tools", constant=_searchable())
         for section in dict.fromkeys(path.partition(".")[0] for path in advanced_paths()):
             with gr.Accordion(SECTION_TITLES[section], open=False, elem_id=f"section-{section}"), gr.Row(elem_classes="at-section"):
                 for path in advanced_paths():
                     if path.startswith(f"{section}."):
                         fields[path] = form.widget(path, value=form.to_widget(config.get(recipe, path)), min_width=180)
-    return fields
+    return fields, tools
+
+
+def _searchable() -> list[dict[str, str]]:
+    """What the search looks through: path, section, and the words of label and help."""
+    return [
+        {"path": path, "section": path.partition(".")[0], "text": f"{path} {form.label(path)} {form.help_text(path)}".lower()}
+        for path in advanced_paths()
+    ]
 
 
 def _base_choices() -> list[tuple[str, str]]:
@@ -106,10 +115,10 @@ def _base_choices() -> list[tuple[str, str]]:
     return [*((BASE_TITLES.get(base, base), base) for base in bases), ("My own…", OWN)]
 
 
-def recipes(base: str, own_base: str = "") -> list[presets.Preset]:
-    """The presets for a base; for a model of one's own those of its kind."""
-    base = _kind_of(own_base) if base == OWN else base
-    return [preset for preset in presets.load_presets().values() if preset.config.base.model == base]
+def recipes_for(base: str, own_base: str = "") -> list[presets.Preset]:
+    """The recipes for a base; for a model of one's own those of its kind."""
+    bases = {_kind_of(own_base), own_base} if base == OWN else {base}
+    return [recipe for recipe in recipes.every().values() if recipe.config.base.model in bases]
 
 
 def _kind_of(own_base: str) -> str:
@@ -130,13 +139,14 @@ def _wire(page: Page, own: dict) -> None:
     fields, line = own["fields"], own["line"]
     names, inputs = list(fields), list(fields.values())
 
-    def estimated(*values) -> dict:
-        return summary(dict(zip(names, values, strict=True)))
+    def estimated(*values) -> list[dict]:
+        by_name = dict(zip(names, values, strict=True))
+        return [summary(by_name), changes(by_name)]
 
     def started(*values) -> dict:
         return start(dict(zip(names, values, strict=True)))
 
-    line_update = {"fn": estimated, "inputs": inputs, "outputs": line, **QUIET}
+    line_update = {"fn": estimated, "inputs": inputs, "outputs": [line, own["tools"]], **QUIET}
     own["line_update"] = line_update
     gr.on([field.input for name, field in fields.items() if name not in ("base", "preset")], trigger_mode="always_last", **line_update)
     gr.on(
@@ -149,8 +159,53 @@ def _wire(page: Page, own: dict) -> None:
     fields["preset"].input(choose_recipe, fields["preset"], _recipe_widgets(fields), **QUIET).then(**line_update)
     fields["dataset.folder"].input(choose_dataset, fields["dataset.folder"], own["dataset_outputs"], **QUIET).then(**line_update)
     own["start"].click(started, inputs, line, **QUIET)
+    _wire_cures(own, names, inputs, line_update)
+    _wire_tools(own, names, inputs, line_update)
     page.on_load(lambda: choose_dataset(next(iter(datasets.names()), "")), own["dataset_outputs"], then=line_update)
     page.follow(fields["dataset.folder"], datasets.names, lambda names: gr.Dropdown(names))
+
+
+def _wire_cures(own: dict, names: list[str], inputs: list, line_update: dict) -> None:
+    """One click on a line of the list mends what it says."""
+    fields, line = own["fields"], own["line"]
+
+    def cured(event: gr.EventData) -> list:
+        return _changed_fields(names, event.changes)
+
+    def based(event: gr.EventData, preset: str) -> list:
+        return [event.base, *choose_base(event.base, preset, "")]
+
+    def exemplified(event: gr.EventData) -> list:
+        return choose_dataset(datasets.add_example(event.example))
+
+    line.cure(cured, None, inputs, **QUIET).then(**line_update)
+    based_on = [fields["base"], fields["own_base"], fields["preset"], *_recipe_widgets(fields)]
+    line.take_base(based, fields["preset"], based_on, **QUIET).then(**line_update)
+    line.take_example(exemplified, None, own["dataset_outputs"], **QUIET).then(**line_update)
+    for view in (line, own["tools"]):
+        view.reset(reset, fields["preset"], inputs, **QUIET).then(**line_update)
+
+
+def _wire_tools(own: dict, names: list[str], inputs: list, line_update: dict) -> None:
+    """Own recipes, and settings from and to files."""
+    fields, tools = own["fields"], own["tools"]
+
+    def saved(event: gr.EventData, *values) -> list:
+        return save_recipe(event.title, dict(zip(names, values, strict=True)))
+
+    def removed(event: gr.EventData, *values) -> list:
+        return remove_recipe(dict(zip(names, values, strict=True)))
+
+    def exported(*values) -> dict:
+        return export(dict(zip(names, values, strict=True)))
+
+    def imported(event: gr.EventData, *values) -> list:
+        return take_settings(event.text, dict(zip(names, values, strict=True)))
+
+    tools.save_recipe(saved, inputs, [fields["preset"], tools], **QUIET)
+    tools.remove_recipe(removed, inputs, [fields["preset"], tools], **QUIET).then(**line_update)
+    tools.export_settings(exported, inputs, tools, **QUIET)
+    tools.import_settings(imported, inputs, [tools, *inputs], **QUIET).then(**line_update)
 
 
 def connect(page: Page, own: dict, others: dict[str, dict]) -> None:
@@ -161,6 +216,7 @@ def connect(page: Page, own: dict, others: dict[str, dict]) -> None:
 
     own["progress"].open_preview(open_preview, None, [page.tabs, *preview["run_outputs"]], **QUIET)
     own["fields"]["dataset.folder"].change(**own["line_update"])
+    own["line"].go_dataset(lambda: gr.Tabs(selected="dataset"), None, page.tabs, **QUIET)
 
 
 def _recipe_widgets(fields: dict) -> list:
@@ -169,14 +225,15 @@ def _recipe_widgets(fields: dict) -> list:
 
 def choose_base(base: str, preset: str, own_base: str) -> list:
     """The recipes for a base: the one with the same title stays chosen."""
-    choices = recipes(base, own_base)
-    title = presets.load_presets()[preset].title if preset in presets.load_presets() else ""
+    choices = recipes_for(base, own_base)
+    known = recipes.every()
+    title = known[preset].title if preset in known else ""
     chosen = next((recipe for recipe in choices if recipe.title == title), choices[0])
     return [gr.Textbox(visible=base == OWN), gr.Radio(_recipe_choices(choices), value=chosen.name), *choose_recipe(chosen.name)]
 
 
 def choose_recipe(name: str) -> list:
-    return form.write(advanced_paths(), presets.load_preset(name).config)
+    return form.write(advanced_paths(), recipes.every()[name].config)
 
 
 def choose_dataset(name: str) -> list:
@@ -193,13 +250,13 @@ def choose_dataset(name: str) -> list:
 def show_settings(run: RunConfig) -> list:
     """Updates of all fields that bring back the settings of an earlier run."""
     base = run.base.model if run.base.model in dict.fromkeys(value for _, value in _base_choices()) else OWN
-    known = presets.load_presets()
+    known = recipes.every()
     folder = Path(run.dataset.folder)
     dataset = folder.name if folder.parent == datasets.root() and folder.name in datasets.names() else None
     values = {
         "base": base,
         "own_base": gr.Textbox(value=run.base.model if base == OWN else "", visible=base == OWN),
-        "preset": gr.Radio(_recipe_choices(recipes(base, run.base.model)), value=run.preset if run.preset in known else None),
+        "preset": gr.Radio(_recipe_choices(recipes_for(base, run.base.model)), value=run.preset if run.preset in known else None),
         "dataset.folder": gr.Dropdown(datasets.names(), value=dataset),
     }
     paths = [*BASIC, *advanced_paths()]
@@ -220,68 +277,117 @@ def _by_path(values: dict[str, Any]) -> dict[str, Any]:
     return by_path
 
 
+def _read(values: dict[str, Any]) -> RunConfig:
+    return form.read(_by_path(values))
+
+
 def summary(values: dict[str, Any]) -> dict:
-    """The live line: steps, time, parameters and size before anything starts; or what stands in the way."""
+    """The live line: steps, time and memory before anything starts, and the list of what stands in the way."""
     if values["base"] == OWN and not (values["own_base"] or "").strip():
-        return {"hint": "Give the folder of your base model, or its Hugging Face id."}
+        return {"checks": [preflight.check("bad", "Give the folder of your base model, or its Hugging Face id.")]}
     wrong = form.faults(_by_path(values))
     if wrong:
-        return {"faults": [f"{form.label(path)}: {text}" if path else text for path, text in wrong.items()]}
-    run = form.read(_by_path(values))
-    if not run.dataset.folder:
-        return {"hint": "Add pictures on the Dataset tab first, or try one of its examples."}
+        return {"checks": [_fault_check(path, text) for path, text in wrong.items()]}
+    return preflight.view(_read(values), values["dataset.folder"], recipes.every().get(values["preset"]))
+
+
+def _fault_check(path: str, text: str) -> dict:
+    """A fault of one field can be reset by itself; a contradiction takes back all that was changed."""
+    if path in BASIC:
+        return preflight.check("bad", f"{form.label(path)}: {text}")
+    if path:
+        return preflight.check("bad", f"{form.label(path)}: {text}", "Reset it", reset=[path])
+    return preflight.check("bad", text, "Back to the recipe", reset=advanced_paths())
+
+
+def changes(values: dict[str, Any]) -> dict:
+    """What differs from the recipe, for the tools above the advanced fields."""
+    recipe = recipes.every().get(values["preset"])
+    if recipe is None or form.faults(_by_path(values)):
+        return {"changed": [], "own": values["preset"] in recipes.own()}
+    return {"changed": form.changed(_read(values), recipe.config, advanced_paths()), "own": recipe.name in recipes.own()}
+
+
+def _changed_fields(names: list[str], changed: object) -> list:
+    """Updates of all fields for some of them by path; what is no advanced field is left alone."""
+    wanted = changed if isinstance(changed, dict) else {}
+    return [wanted[name] if name in wanted and name in advanced_paths() else gr.skip() for name in names]
+
+
+def reset(event: gr.EventData, preset: str) -> list:
+    """The recipe's values of some fields."""
+    recipe = recipes.every().get(preset)
+    source = recipe.config if recipe else RunConfig()
+    paths = [path for path in event.paths if path in advanced_paths()]
+    return _changed_fields(_field_names(), dict(zip(paths, form.write(paths, source), strict=True)))
+
+
+def save_recipe(title: object, values: dict[str, Any]) -> list:
+    """Keeps the form as a recipe of one's own, which is then the chosen one."""
     try:
-        items, findings = datasets.scan(values["dataset.folder"], run.dataset.resolution)
-        return _estimate(run, len(items), sum(item.repeats for item in items)) | {"notes": _notes(run, items, findings)}
+        name = recipes.save(str(title or ""), _read(values))
     except TrainerError as error:
-        return {"faults": [str(error)]}
+        return [gr.skip(), {"problem": str(error)}]
+    choices = _recipe_choices(recipes_for(values["base"], values["own_base"] or ""))
+    return [gr.Radio(choices, value=name), {"changed": [], "own": True, "said": f"Saved: {recipes.own()[name].title}."}]
 
 
-def _estimate(run: RunConfig, pictures: int, views_per_pass: int) -> dict:
-    training = run.training
-    steps = estimate.steps_for(run, views_per_pass)
-    batch = training.batch_size * training.gradient_accumulation_steps
-    views_text = "" if training.steps else f" × {training.views_per_picture} views"
-    seconds = estimate.measured_seconds_per_step(run, runs.all_runs()[:20])
-    parameters = estimate.trainable_parameters(run)
-    held_out = estimate.held_out_count(run, pictures)
-    facts = [f"about {views.duration(seconds * steps)}" if seconds else "the time is known after the first steps"]
-    if parameters is None:
-        facts.append("the base model is downloaded first")
-    else:
-        facts.append(f"{views.count(parameters)} parameters, {views.size(estimate.file_bytes(run))} file")
-    return {
-        "sum": f"{pictures - held_out} pictures{views_text}, batch {batch} = ",
-        "steps": f"{steps} steps",
-        "facts": facts,
-        "held_out": f"{held_out} more held out for measuring" if held_out else "",
-    }
+def remove_recipe(values: dict[str, Any]) -> list:
+    try:
+        recipes.remove(values["preset"])
+    except TrainerError as error:
+        return [gr.skip(), {"problem": str(error)}]
+    left = recipes_for(values["base"], values["own_base"] or "")
+    return [gr.Radio(_recipe_choices(left), value=left[0].name), {"said": "The recipe was removed. The fields stay as they are."}]
 
 
-def _notes(run: RunConfig, items: list, findings: list) -> list[str]:
-    """What deserves a second look before the start; nothing here forbids it."""
-    notes = []
-    if len(items) < FEW_PICTURES:
-        notes.append(f"Only {len(items)} picture{'' if len(items) == 1 else 's'}: ten or more varied ones give a far better result.")
-    bare = sum(not item.caption.strip() for item in items)
-    if bare:
-        notes.append(f"{bare} of {len(items)} pictures have no caption.")
-    left_out = sum(finding.level == "error" for finding in findings)
+def export(values: dict[str, Any]) -> dict:
+    """The form as the text of a run.toml."""
+    try:
+        run = _read(values)
+    except TrainerError as error:
+        return {"problem": str(error)}
+    return {"download": {"name": f"{run_folder.slug(run.name)}.toml", "text": config.to_toml(run)}}
+
+
+def take_settings(text: object, values: dict[str, Any]) -> list:
+    """Fills the form from a run.toml, a preset, or the settings of another trainer. The pictures stay those that are chosen."""
+    try:
+        run, said = read_settings(str(text or ""), values)
+    except TrainerError as error:
+        return [{"problem": str(error)}, *[gr.skip()] * len(_field_names())]
+    shown = show_settings(run)
+    if datasets.root() not in Path(run.dataset.folder).parents:
+        shown[_field_names().index("dataset.folder")] = gr.skip()
+    return [{"said": said}, *shown]
+
+
+def read_settings(text: str, values: dict[str, Any]) -> tuple[RunConfig, str]:
+    """Our own settings, else another trainer's as changes to what the form holds. Raises ConfigError."""
+    try:
+        return config.parse(text), "The settings are those of the file."
+    except ConfigError as own_fault:
+        try:
+            foreign = foreign_configs.read(text)
+        except ConfigError as error:
+            raise (own_fault if "cannot be used" in str(own_fault) and "[training]" in text else error) from None
+    run, left_out = foreign_configs.apply(foreign, _read(values))
+    said = f"Taken from {foreign.program}: {len(foreign.changes)} settings."
     if left_out:
-        notes.append(f"{left_out} files cannot be used and are left out; the Dataset tab says why.")
-    return notes
+        said += "\nNot carried over, since there is no counterpart here:\n" + "\n".join(f"· {each}" for each in left_out)
+    return config.replace(run, {"preset": ""}), said
 
 
 def start(values: dict[str, Any]) -> dict:
     """Puts the run into the queue. What stands in the way is said, and every field stays as it is."""
     view = summary(values)
-    if "steps" not in view:
-        return {"faults": view.get("faults") or [view["hint"]]}
+    if "steps" not in view or any(each["level"] == "bad" for each in view["checks"]):
+        return view | {"refused": "The training cannot start yet:"}
     busy = runs.active() is not None
     try:
-        runs.start(form.read(_by_path(values)))
+        runs.start(_read(values))
     except TrainerError as error:
-        return {"faults": [str(error)]}
+        return view | {"refused": str(error)}
     return view | {"started": "It waits in the queue until the present run ends." if busy else ""}
 
 

@@ -1,0 +1,60 @@
+"""The recipes to choose from: those that ship, and those that the person saved from the form (`outputs/presets/own-*.toml`)."""
+
+from pathlib import Path
+
+import tomlkit
+
+from trainer import config, presets, run_folder
+from trainer.config import RunConfig
+from trainer.errors import ConfigError
+from trainer.files import atomic_write
+from trainer.presets import Preset
+
+OF_ONE_RUN = ("name", "dataset.folder", "dataset.trigger", "sampling.prompts")  # what belongs to the pictures, not to the recipe
+
+
+def folder() -> Path:
+    return run_folder.outputs_folder() / "presets"
+
+
+def every() -> dict[str, Preset]:
+    """All recipes by name; one's own last."""
+    return presets.load_presets() | own()
+
+
+def own() -> dict[str, Preset]:
+    found = {}
+    for path in sorted(folder().glob("own-*.toml")) if folder().is_dir() else []:
+        try:
+            found[path.stem] = presets.read(path)
+        except (ConfigError, KeyError, TypeError):  # changed by hand; it is looked at again when it is mended
+            continue
+    return found
+
+
+def save(title: str, run: RunConfig) -> str:
+    """Keeps the settings as a recipe of one's own; one of the same title is replaced. Returns its name."""
+    title = " ".join(title.split())[:60]
+    if not title:
+        raise ConfigError("Give the recipe a name.")
+    name = f"own-{run_folder.slug(title)}"
+    bare = config.replace(run, {path: config.get(RunConfig(), path) for path in OF_ONE_RUN} | {"preset": ""})
+    about = tomlkit.document()
+    about["about"] = {
+        "title": title,
+        "purpose": f"My own recipe, {bare.adapter.rank} ranks at {bare.training.learning_rate:g}.",
+        "pictures": "Any number of",
+        "memory": "",
+        "time": "as long as it takes",
+        "order": 100,
+    }
+    folder().mkdir(parents=True, exist_ok=True)
+    atomic_write(folder() / f"{name}.toml", config.to_toml(bare) + "\n" + tomlkit.dumps(about))
+    return name
+
+
+def remove(name: str) -> None:
+    """Takes a recipe of one's own away. Raises ConfigError for any other."""
+    if name not in own():
+        raise ConfigError("Only recipes of your own can be removed.")
+    (folder() / f"{name}.toml").unlink()
