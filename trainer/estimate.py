@@ -200,7 +200,9 @@ def _measured_size(base: BaseFiles) -> Size:
     costs = COSTS.get(base.pipeline, COSTS["StableDiffusionPipeline"])
     counted = {part: float(sum(info.numel for info in tensors.values())) for part, tensors in base.tensors.items()}
     levels = base.configs["vae"].get("block_out_channels") or [VAE_WIDTH] * 4
-    widths = base.configs.get("unet", {}).get("block_out_channels") or [costs.width]
+    denoiser = base.configs.get("transformer") or base.configs.get("unet") or {}
+    heads = denoiser.get("num_attention_heads"), denoiser.get("attention_head_dim")
+    widths = denoiser.get("block_out_channels") or [heads[0] * heads[1] if "transformer" in base.configs else costs.width]
     return Size(costs, counted, int(widths[0]), 2 ** (len(levels) - 1), int(levels[0]))
 
 
