@@ -85,6 +85,22 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--undo", action="store_true", help="take back the last change made to the dataset")
     check.set_defaults(command=check_command)
 
+    caption = commands.add_parser("caption", help="let models write captions for the pictures of a dataset")
+    caption.add_argument("dataset", type=Path)
+    caption.add_argument(
+        "--model",
+        default="",
+        metavar="ID|DIR",
+        help="writes sentences: a BLIP, BLIP-2, GIT or Florence-2",
+    )
+    caption.add_argument("--tagger", default="", metavar="ID|DIR", help="writes tags: one of the WD14 kind")
+    caption.add_argument("--prefix", default="", help="put in front of each caption")
+    caption.add_argument("--overwrite", action="store_true", help="also where there is a caption; else it is kept")
+    caption.add_argument("--threshold", type=float, default=0.35, help="tags less sure than this are left out (default: %(default)s)")
+    caption.add_argument("--character-threshold", type=float, default=0.85, help="the same for names of characters (default: %(default)s)")
+    caption.add_argument("--blacklist", default="", metavar="TAG,TAG", help="tags that are never written")
+    caption.set_defaults(command=caption_command)
+
     info = commands.add_parser("info", help="say what an adapter file holds")
     info.add_argument("file", type=Path)
     info.add_argument("--json", action="store_true")
@@ -250,6 +266,27 @@ def check_command(options: argparse.Namespace) -> int:
     for finding in findings:
         print(f"{finding.level:8} {finding.file}: {finding.message}{f' [{finding.kind}]' if finding.kind else ''}")
     print(verdict(len(items), findings))
+    return 0
+
+
+def caption_command(options: argparse.Namespace) -> int:
+    from trainer import caption
+
+    if not options.dataset.is_dir():
+        raise ConfigError(f"{options.dataset} is not a folder: give the folder with the pictures.")
+    wish = caption.Wish(
+        options.model,
+        options.tagger,
+        options.prefix,
+        options.overwrite,
+        options.threshold,
+        options.character_threshold,
+        tuple(filter(None, map(str.strip, options.blacklist.split(",")))),
+    )
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: run_folder.request(caption.job_folder(options.dataset), "stop"))
+    written = caption.caption_dataset(options.dataset, wish, lambda text: print(text, flush=True))
+    print(f"{written} captions written; python -m trainer check {options.dataset} --undo takes them back.")
     return 0
 
 

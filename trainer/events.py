@@ -146,6 +146,24 @@ class Finished(Event):
     seconds: float
 
 
+@dataclass(frozen=True)
+class Captioned(Event):
+    """A picture of a dataset got a caption by a model."""
+
+    file: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class CaptionsDone(Event):
+    """A captioning job ended, by itself or because it was asked to."""
+
+    written: int
+    kept: int
+    """Pictures that had a caption already and kept it."""
+    stopped: bool = False
+
+
 KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclasses__()}
 
 

@@ -49,8 +49,8 @@ class Entry:
 def apply(dataset: Path, label: str, edits: Sequence[Edit], merge: str = "") -> int:
     """Make a change: all of it, or what an undo takes back. Returns the number of files that became others.
 
-    Edits that change nothing are left out. A change with the same `merge` word as the last one, to the same files,
-    which nobody touched since, becomes part of it: typing a caption is one change, not fifty.
+    Edits that change nothing are left out. A change with the same `merge` word as the last one becomes part of it, unless
+    somebody touched its files since: typing a caption is one change, not fifty, and so is a job that writes many.
     Raises `DatasetError` for a path outside the dataset, a link or a folder; `OSError` where nothing can be written.
     """
     dataset = Path(dataset)
@@ -59,20 +59,22 @@ def apply(dataset: Path, label: str, edits: Sequence[Edit], merge: str = "") -> 
         contents = {_name(dataset, edit.path): edit.content for edit in edits}
         if not rows:
             return 0
-        if merge and _merged(dataset, rows, merge):
-            for row in rows:
-                _place(dataset / row["file"], contents[row["file"]])
-            return len(rows)
-        entry = _new_entry(dataset)
-        for number, row in enumerate(rows):
-            path = dataset / row["file"]
+        new = {"label": label, "time": time.time(), "merge": merge, "edits": []}
+        entry, data = _mergeable(dataset, rows, merge) or (_new_entry(dataset), new)
+        numbers = {row["file"]: number for number, row in enumerate(data["edits"])}
+        for row in rows:
+            if row["file"] in numbers:
+                data["edits"][numbers[row["file"]]]["after"] = row["after"]
+                continue
+            numbers[row["file"]] = len(data["edits"])
+            data["edits"].append(row)
             if row["before"] is not None and not _is_moved(row):
-                atomic_write(entry / str(number), path.read_bytes())
-        _write_entry(entry, {"label": label, "time": time.time(), "merge": merge, "edits": rows})
-        for number, row in enumerate(rows):
+                atomic_write(entry / str(numbers[row["file"]]), (dataset / row["file"]).read_bytes())
+        _write_entry(entry, data)
+        for row in rows:
             path = dataset / row["file"]
             if _is_moved(row):
-                os.replace(path, entry / str(number))
+                os.replace(path, entry / str(numbers[row["file"]]))
             else:
                 _place(path, contents[row["file"]])
         return len(rows)
@@ -109,7 +111,7 @@ def undo(dataset: Path) -> tuple[str, list[str]]:
                 os.replace(path, folder / f"{number}.after")
             if row["before"] is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if _is_moved(row):
+                if row["after"] is None:
                     os.replace(folder / str(number), path)
                 else:
                     atomic_write(path, (folder / str(number)).read_bytes())
@@ -159,12 +161,9 @@ def _hash(path: Path) -> str | None:
         return None
 
 
-def _place(path: Path, content: bytes | None) -> None:
-    if content is None:
-        path.unlink()
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, content)
+def _place(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, content)
 
 
 def _new_entry(dataset: Path) -> Path:
@@ -197,18 +196,14 @@ def _last_folder(dataset: Path) -> Path | None:
     return max(entries, key=lambda path: path.name, default=None)
 
 
-def _merged(dataset: Path, rows: list[dict[str, Any]], merge: str) -> bool:
-    """Whether the rows could be added to the last entry."""
-    folder = _last_folder(dataset)
+def _mergeable(dataset: Path, rows: list[dict[str, Any]], merge: str) -> tuple[Path, dict[str, Any]] | None:
+    """The last entry, where the rows can become part of it."""
+    folder = _last_folder(dataset) if merge else None
     if folder is None:
-        return False
+        return None
     data = _read_entry(folder)
-    earlier = {row["file"]: row for row in data["edits"]}
+    earlier = {row["file"]: row["after"] for row in data["edits"]}
     fits = data["merge"] == merge and all(
-        row["after"] is not None and row["file"] in earlier and earlier[row["file"]]["after"] == row["before"] for row in rows
+        row["after"] is not None and earlier.get(row["file"], row["before"]) == row["before"] for row in rows
     )
-    if fits:
-        for row in rows:
-            earlier[row["file"]]["after"] = row["after"]
-        _write_entry(folder, data)
-    return fits
+    return (folder, data) if fits else None
