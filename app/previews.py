@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from app import runs
 from trainer import run_folder
@@ -32,7 +32,7 @@ class Adapter:
 class PreviewRequest:
     """Everything that decides a picture; the engine's request but for the file to write."""
 
-    base: dict[str, str]
+    base: dict[str, Any]
     prompt: str
     adapters: list[Adapter] = field(default_factory=list)
     negative_prompt: str = ""
@@ -41,6 +41,7 @@ class PreviewRequest:
     guidance_scale: float = 7.0
     width: int = 0
     height: int = 0
+    caption_tokens: int = 75
 
     def key(self) -> str:
         files = [(Path(adapter.file).stat().st_size, Path(adapter.file).stat().st_mtime_ns) for adapter in self.adapters]

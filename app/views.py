@@ -14,6 +14,7 @@ LABELS = {
     "new": "Not started",
     "queued": "Waiting",
     "loading": "Loading the model",
+    "downloading": "Downloading the model",
     "caching": "Reading the pictures",
     "sampling": "Drawing samples",
     "training": "Training",
@@ -107,8 +108,8 @@ def progress(device: str) -> dict:
 
 
 def _phase(current: RunStatus) -> str:
-    if current.state in ("loading", "caching", "sampling") and current.phase_total:
-        return f"{current.phase_done} of {current.phase_total}"
+    if current.state in ("loading", "downloading", "caching", "sampling") and current.phase_total:
+        return f"{current.phase_done:,} of {current.phase_total:,}{' MB' if current.state == 'downloading' else ''}"
     return ""
 
 

@@ -60,7 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--adapter", action="append", default=[], metavar="FILE[:STRENGTH]", help="a .safetensors adapter, as often as wanted"
     )
-    sample.add_argument("--base", default=config.EMBEDDED, help="base model: embedded, a folder or a Hugging Face id")
+    sample.add_argument("--base", default=config.EMBEDDED, help="base model: embedded, a .safetensors file, a folder or a Hugging Face id")
+    sample.add_argument("--vae", default="", help="another VAE than the base's own")
+    sample.add_argument("--clip-skip", type=int, default=1, help="as the adapter was trained (base.clip_skip)")
+    sample.add_argument("--caption-tokens", type=int, default=75, help="as the adapter was trained (dataset.caption_tokens)")
     sample.add_argument("--negative-prompt", default="")
     sample.add_argument("--seed", type=int, default=1)
     sample.add_argument("--steps", type=int, default=20)
@@ -115,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _settings_help() -> str:
     lines = ["settings for --set (their defaults are those of the recipe):"]
     for path, field in config.fields():
-        words = f" one of {', '.join(config.choices(field))}." if config.choices(field) else ""
+        words = f" one of {', '.join(map(str, config.choices(field)))}." if config.choices(field) else ""
         lines.append(f"  {path}\n      {field.description}{words}")
     return "\n".join(lines).replace("%", "%%")
 
@@ -136,8 +139,8 @@ def train_command(options: argparse.Namespace) -> int:
 
 def _with_whole_paths(run: config.RunConfig) -> config.RunConfig:
     """A run must be found again from any working directory."""
-    paths = {path: config.get(run, path) for path in ("dataset.folder", "base.model")}
-    return config.replace(run, {path: str(Path(value).resolve()) for path, value in paths.items() if Path(value).exists()})
+    paths = {path: config.get(run, path) for path in ("dataset.folder", "base.model", "base.vae")}
+    return config.replace(run, {path: str(Path(value).resolve()) for path, value in paths.items() if value and Path(value).exists()})
 
 
 def run_in(folder: Path) -> int:
@@ -220,7 +223,8 @@ def sample_command(options: argparse.Namespace) -> int:
             "width": width,
             "height": height,
             "adapters": stack,
-            "base": {"model": options.base},
+            "base": {"model": options.base, "vae": options.vae, "clip_skip": options.clip_skip},
+            "caption_tokens": options.caption_tokens,
             "target": str(options.output),
         }
     )

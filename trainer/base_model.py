@@ -5,12 +5,13 @@ Only names, JSON and tensor headers are read here; nothing of a model folder is 
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
+from trainer.checkpoint import PICKLES, VAE, read_checkpoint, vae_config, what_it_is
 from trainer.config import EMBEDDED, Base
 from trainer.errors import ModelError
 from trainer.safetensors_header import TensorInfo, read_header
@@ -48,6 +49,7 @@ DENOISERS = {"unet": "UNet", "transformer": "transformer"}
 WEIGHTS = dict.fromkeys((*DENOISERS, "vae"), "diffusion_pytorch_model") | dict.fromkeys(
     ("text_encoder", "text_encoder_2", "text_encoder_3"), "model"
 )
+VAE_DEFAULTS = {"latent_channels": 4, "scaling_factor": 0.18215}  # AutoencoderKL's own
 CODE_KEYS = ("auto_map", "_attn_implementation_internal", "attn_implementation", "_attn_implementation", "custom_pipelines")
 
 
@@ -56,16 +58,21 @@ class BaseFiles:
     """The files of a base model that passed the checks."""
 
     path: Path
+    """A folder in diffusers' layout, or a single .safetensors file."""
     pipeline: str
     """Class of the diffusers pipeline."""
     configs: dict[str, dict[str, Any]]
-    """config.json of each component."""
+    """config.json of each component, and of the scheduler; worked out from the tensors' shapes where the file has none."""
     tensors: dict[str, dict[str, TensorInfo]]
     """Tensor name -> type and shape, by component."""
     weights: dict[str, list[Path]]
     """The file that each component's tensors were read from, several where it is cut into parts; folders often hold several editions."""
-    variant: str | None
-    """"fp16" where the weights are named *.fp16.safetensors."""
+    variant: str | None = None
+    """"fp16" where a folder's weights are named *.fp16.safetensors."""
+    template: str | None = None
+    """Name of the shipped configurations a single file is loaded with; None for a folder."""
+    notes: tuple[str, ...] = ()
+    """What is odd about it, in whole sentences."""
 
     @property
     def denoiser(self) -> str:
@@ -95,22 +102,33 @@ def locate(base: Base) -> Path | None:
     """The folder of a base model on this machine; None for a Hugging Face model that is not downloaded yet."""
     if base.model == EMBEDDED:
         return EMBEDDED_FOLDER
-    path = Path(base.model).expanduser()
-    if path.exists() or not _is_hub_id(base.model):
+    return _on_this_machine(base.model, "model_index.json", base.revision)
+
+
+def locate_vae(base: Base) -> Path | None:
+    """The folder or file of `base.vae` on this machine; None where it is not downloaded yet."""
+    return _on_this_machine(base.vae, "config.json")
+
+
+def _on_this_machine(model: str, file: str, revision: str = "") -> Path | None:
+    path = Path(model).expanduser()
+    if path.exists() or not is_hub_id(model):
         return path
-    cached = try_to_load_from_cache(base.model, "model_index.json", revision=base.revision or None)
+    cached = try_to_load_from_cache(model, file, revision=revision or None)
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def _is_hub_id(model: str) -> bool:
+def is_hub_id(model: str) -> bool:
     owner, slash, name = model.partition("/")
     return bool(slash and owner and name) and "/" not in name and not model.startswith((".", "~", "/")) and "\\" not in model
 
 
 def inspect(folder: Path, t5: bool = True) -> BaseFiles:
-    """Checks a model folder by names and headers, without its T5 if so asked. Raises ModelError that names what was found instead."""
+    """Checks a base model by names and headers, without its T5 if so asked. Raises ModelError that names what was found instead."""
     if folder.is_file():
-        raise ModelError(f"{folder.name} is a single file; give the folder of a model in diffusers' layout (it has a model_index.json).")
+        found = read_checkpoint(folder)
+        weights = {part: [folder] for part in found.tensors}
+        return BaseFiles(folder, found.pipeline, found.configs, found.tensors, weights, template=found.template, notes=found.notes)
     if not folder.is_dir():
         raise ModelError(f"There is no base model at {folder}.")
     index = _read_json(folder / "model_index.json")
@@ -118,7 +136,8 @@ def inspect(folder: Path, t5: bool = True) -> BaseFiles:
     if pipeline not in PIPELINES:
         raise ModelError(f"{folder.name} is a {pipeline[:80]}; adapters are trained on Stable Diffusion ({' or '.join(PIPELINES)}).")
     _check_other_parts(folder, index)
-    configs, tensors, weights, variants = {}, {}, {}, set()
+    configs = {"scheduler": _read_json(folder / "scheduler" / "scheduler_config.json")}
+    editions: dict[str, dict[str | None, list[Path]]] = {}
     for part, allowed in PIPELINES[pipeline].items():
         entry = index.get(part)
         if part in T5_PARTS and (not t5 or index.get("text_encoder_3") in (None, [None, None])):
@@ -133,12 +152,14 @@ def inspect(folder: Path, t5: bool = True) -> BaseFiles:
             raise ModelError(f"{folder.name} lacks its {part} (T5). Download it, or train without T5: set base.t5 to false.")
         if part in WEIGHTS:
             configs[part] = _read_json(folder / part / "config.json")
-            weights[part], variant = _find_weights(folder / part, WEIGHTS[part])
-            tensors[part] = {name: info for path in weights[part] for name, info in read_header(path).tensors.items()}
-            variants.add(variant)
+            editions[part] = _find_weights(folder / part, WEIGHTS[part])
         else:
             _check_tokenizer(folder / part)
-    files = BaseFiles(folder, pipeline, configs, tensors, weights, variants.pop() if len(variants) == 1 else None)
+    # Diffusers takes the fp16 edition of every part that has one, where it is asked for one at all.
+    variant = None if all(None in found for found in editions.values()) else "fp16"
+    weights = {part: found[variant] if variant in found else found[None] for part, found in editions.items()}
+    tensors = {part: {name: info for path in paths for name, info in read_header(path).tensors.items()} for part, paths in weights.items()}
+    files = BaseFiles(folder, pipeline, configs, tensors, weights, variant)
     channels, latents = configs[files.denoiser].get("in_channels"), configs["vae"].get("latent_channels", 4)
     if channels != latents:
         raise ModelError(
@@ -148,6 +169,56 @@ def inspect(folder: Path, t5: bool = True) -> BaseFiles:
     if configs["vae"].get("latents_mean"):
         raise ModelError(f"{folder.name} has a VAE that shifts its latents (latents_mean); no Stable Diffusion trained here does.")
     return files
+
+
+def with_vae(files: BaseFiles, path: Path) -> BaseFiles:
+    """The same base with the VAE of a diffusers folder or a single file. Raises ModelError for one that does not fit the base."""
+    own = files.configs["vae"]
+    if path.is_dir():
+        folder = path if (path / "config.json").is_file() else path / "vae"
+        config = _read_json(folder / "config.json")
+        weights = next(iter(_find_weights(folder, WEIGHTS["vae"]).values()))
+        tensors = {name: info for path in weights for name, info in read_header(path).tensors.items()}
+        if config.get("_class_name") != "AutoencoderKL":
+            raise ModelError(f"{path.name} is a {str(config.get('_class_name'))[:80]}; base.vae must be an AutoencoderKL like the base's.")
+    else:
+        weights, tensors = [path], _vae_tensors(path)
+        try:
+            config = vae_config(tensors, own)
+        except (KeyError, ValueError):
+            raise ModelError(f"{path.name} is no whole VAE; give a VAE as a diffusers folder or a .safetensors file as base.vae.") from None
+    for key, words in {"latent_channels": "latent channels", "scaling_factor": "as its scaling factor"}.items():
+        if config.get(key, VAE_DEFAULTS[key]) != own.get(key, VAE_DEFAULTS[key]):
+            raise ModelError(
+                f"The VAE {path.name} has {config.get(key)} {words} and that of {files.path.name} has {own.get(key, VAE_DEFAULTS[key])}; "
+                "it belongs to another family. Use a VAE made for this base."
+            )
+    if len(config["block_out_channels"]) != len(own["block_out_channels"]):
+        raise ModelError(
+            f"The VAE {path.name} shrinks pictures by another factor than that of {files.path.name}; use one made for this base."
+        )
+    return replace(
+        files,
+        configs=files.configs | {"vae": config},
+        tensors=files.tensors | {"vae": tensors},
+        weights=files.weights | {"vae": weights},
+    )
+
+
+def _vae_tensors(path: Path) -> dict[str, TensorInfo]:
+    """Of a VAE in a file of its own, under LDM names; those of a whole checkpoint's VAE begin with first_stage_model."""
+    if not path.is_file():
+        raise ModelError(f"There is no VAE at {path}.")
+    if path.suffix.lower() in PICKLES:
+        raise ModelError(f"{path.name} is a pickle file, which can run code when opened; convert it to .safetensors first.")
+    tensors = read_header(path).tensors
+    if any(name.startswith(VAE) for name in tensors):
+        return {name.removeprefix(VAE): info for name, info in tensors.items() if name.startswith(VAE)}
+    if not {"encoder.conv_in.weight", "decoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight"} <= set(tensors):
+        raise ModelError(
+            f"{path.name} is {what_it_is(tensors)}; base.vae takes a VAE with Stability's tensor names, or a diffusers folder."
+        )
+    return tensors
 
 
 def _check_other_parts(folder: Path, index: dict[str, Any]) -> None:
@@ -180,14 +251,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _find_weights(folder: Path, stem: str) -> tuple[list[Path], str | None]:
-    """The whole file, or all the parts that its index names, in the first edition that is there."""
+def _find_weights(folder: Path, stem: str) -> dict[str | None, list[Path]]:
+    """The whole file, or all the parts that its index names, by edition. Never empty."""
+    found: dict[str | None, list[Path]] = {}
     for variant in (None, "fp16"):
         named, index = (stem, "index") if variant is None else (f"{stem}.{variant}", f"index.{variant}")
         if (folder / f"{named}.safetensors").is_file():
-            return [folder / f"{named}.safetensors"], variant
-        if (folder / f"{stem}.safetensors.{index}.json").is_file():
-            return _find_parts(folder, named, f"{stem}.safetensors.{index}.json"), variant
+            found[variant] = [folder / f"{named}.safetensors"]
+        elif (folder / f"{stem}.safetensors.{index}.json").is_file():
+            found[variant] = _find_parts(folder, named, f"{stem}.safetensors.{index}.json")
+    if found:
+        return found
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".ckpt", ".pt"))
     if others:
         raise ModelError(

@@ -55,13 +55,21 @@ class Base(Section):
     """The model the adapter is trained on."""
 
     model: str = EMBEDDED
-    """"embedded" for the small model that ships with the program, the path of a diffusers folder, or a Hugging Face id such as stable-diffusion-v1-5/stable-diffusion-v1-5."""
+    """"embedded" for the small model that ships with the program, the path of a .safetensors checkpoint or of a diffusers folder, or a Hugging Face id such as stable-diffusion-v1-5/stable-diffusion-v1-5."""
     revision: str = ""
     """Branch, tag or commit of a Hugging Face model. Empty: the main one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the frozen base. auto: bf16 where the GPU has it, else fp16 on a GPU and fp32 on a CPU. The adapter itself is always trained in float32."""
     t5: bool = True
     """Stable Diffusion 3 only: read captions with T5 too, its third and largest text encoder. Off saves 10 GB of download and memory; long captions are then understood less well, in training and in samples."""
+    vae: str = ""
+    """Another VAE than the base's own: a .safetensors file, a diffusers folder or a Hugging Face id. Empty: the base's own."""
+    prediction: Literal["auto", "epsilon", "v"] = "auto"
+    """What the base predicts. auto: what its files say. Choose only where they do not, or where the samples of the plain base are noise."""
+    zero_terminal_snr: Literal["auto", "on", "off"] = "auto"
+    """Whether the last step of the base's schedule is pure noise (Lin et al. 2024, arXiv:2305.08891), as in many models with v prediction. auto: what its files say."""
+    clip_skip: Annotated[int, Field(ge=1, le=12)] = 1
+    """Which layer of the text encoder is read, counted from its end: 1 is the last; 2 for most models drawn from anime, which were trained so. For Stable Diffusion 1.x and 2.x only."""
 
 
 class Dataset(Section):
@@ -81,6 +89,8 @@ class Dataset(Section):
     """Enlarge pictures that are smaller than the resolution. Off: they are trained at their own size, which avoids teaching blur."""
     crop: Literal["centre", "salient", "none"] = "centre"
     """Which part is kept where the shape of a picture fits no bucket: its middle, what stands out in it, or all of it, squeezed a little. A crop moved by hand on the Dataset tab comes before this."""
+    caption_tokens: Literal[75, 150, 225] = 75
+    """How much of a caption is read, in tokens (about 50, 100 or 150 words). Above 75 it is encoded in pieces of 75 set side by side, as A1111 does with long prompts; each takes memory and time."""
     caption_dropout: Share = 0.05
     """Share of training steps that see no caption. A little keeps guidance working; much weakens the trigger."""
     hold_out: Annotated[float, Field(ge=0, le=0.5)] = 0.1
@@ -252,6 +262,11 @@ class RunConfig(Section):
             )
         if self.objective.noise_offset_random and not self.objective.noise_offset:
             raise ValueError("objective.noise_offset_random needs an objective.noise_offset above 0")
+        if self.base.prediction == "epsilon" and self.base.zero_terminal_snr == "on":
+            raise ValueError(
+                "base.zero_terminal_snr = on needs v prediction: from pure noise nothing can be told of the noise in a picture; "
+                "set base.prediction = v, or base.zero_terminal_snr = off"
+            )
         if self.dataset.bucket_step > self.dataset.resolution:
             raise ValueError(
                 f"dataset.bucket_step ({self.dataset.bucket_step}) is larger than dataset.resolution ({self.dataset.resolution}); make it smaller"
@@ -269,8 +284,8 @@ def fields() -> Iterator[tuple[str, FieldInfo]]:
             yield name, field
 
 
-def choices(field: FieldInfo) -> tuple[str, ...]:
-    """The allowed words of a field that has only some, else ()."""
+def choices(field: FieldInfo) -> tuple[Any, ...]:
+    """The allowed values of a field that has only some, else ()."""
     return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
 
 

@@ -28,7 +28,7 @@ class Launched(Event):
 
 @dataclass(frozen=True)
 class Progress(Event):
-    """How far a phase other than the steps has come: "loading", "caching" or "sampling"."""
+    """How far a phase other than the steps has come: "loading", "downloading" (in megabytes), "caching" or "sampling"."""
 
     phase: str
     done: int = 0

@@ -102,7 +102,8 @@ def metadata_for(
         "ss_sd_model_name": base_name,
         "ss_sd_model_hash": base_hash,
         "ss_resolution": f"({side}, {side})",
-        "ss_clip_skip": "None",
+        "ss_clip_skip": run.base.clip_skip if run.base.clip_skip > 1 else "None",
+        "ss_max_token_length": run.dataset.caption_tokens if run.dataset.caption_tokens > 75 else "None",
         "ss_num_train_images": pictures,
         "ss_steps": step,
         "ss_max_train_steps": total_steps,
@@ -145,7 +146,9 @@ def shared_config(run: RunConfig) -> str:
     """The settings as JSON, to repeat the run; without paths, and without prompts unless captions may be told."""
     data = run.model_dump(mode="json")
     data["dataset"]["folder"] = ""
-    data["base"]["model"] = Path(run.base.model).name if Path(run.base.model).is_absolute() else run.base.model
+    for name in ("model", "vae"):
+        path = Path(data["base"][name])
+        data["base"][name] = path.name if path.is_absolute() else data["base"][name]
     if not run.saving.include_captions:
         data["sampling"].update(prompts=[], negative_prompt="")
     return json.dumps(data, ensure_ascii=False)

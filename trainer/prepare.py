@@ -22,7 +22,7 @@ from trainer.device import DTYPES, choose_device, choose_precision
 from trainer.errors import ConfigError, DatasetError
 from trainer.events import Event, EventLog, Progress, Warned
 from trainer.families import LoadedBase, load_base
-from trainer.families.base import Conditioning, SizeIds, pixel_step
+from trainer.families.base import PLAIN_READING, Conditioning, SizeIds, pixel_step
 from trainer.memory import Ladder, set_tiling
 from trainer.objective import Objective
 from trainer.optimizers import build_optimizer, try_optimizer, warmup_steps
@@ -87,7 +87,7 @@ class Session:
 
     def encode(self, captions: Sequence[str]) -> Conditioning:
         """With gradients where the caller has them on."""
-        return to_device(self.base.family.encode_prompts(self.base.pipe, captions), self.device)
+        return to_device(self.base.encode(captions), self.device)
 
     def dataset_fingerprints(self) -> dict[str, str]:
         return {example.name: example.fingerprint for example in [*self.examples, *self.held_out]}
@@ -113,7 +113,9 @@ def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None =
             log.append(Warned(f"{finding.file} is left out: {finding.message}"))
     device = choose_device()
     precision = choose_precision(run.base.precision, device)
-    base = ladder.attempt("load", 0, lambda: load_base(run.base, DTYPES[precision]))
+    base = ladder.attempt("load", 0, lambda: load_base(run.base, DTYPES[precision], run.dataset.caption_tokens, report))
+    for note in base.files.notes:
+        log.append(Warned(note))
     objective = base.family.objective(base.pipe).to(device)
     if run.objective.weighting not in objective.weightings:
         raise ConfigError(
@@ -160,7 +162,7 @@ def _make_examples(
 ) -> tuple[list[Example], Conditioning | None]:
     """Crops and encodes every picture and caption, or finds them in the cache. Also the empty caption."""
     pipe, root = base.pipe, Path(run.dataset.folder)
-    vae_hash, encoder_hash = _hash_of(base.files.weights["vae"]), _encoder_hash(base)
+    vae_hash, encoder_hash = base_hashes(base)
     frozen_text = run.training.text_encoder_learning_rate == 0
     _warn_of_long_captions(base, items, log)
     text_encoders = base.family.text_encoders(pipe).values()
@@ -204,32 +206,37 @@ def size_ids(item: DatasetItem, crop: Crop) -> SizeIds:
     return item.height, item.width, crop.top, crop.left, height, width
 
 
-def _hash_of(files: Sequence[Path]) -> str:
-    return " ".join(cache.file_hash(path) for path in files)
+def base_hashes(base: LoadedBase) -> tuple[str, str]:
+    """What latents and conditioning depend on: the file of the VAE; those of the text encoders, and how they are read.
 
-
-def _encoder_hash(base: LoadedBase) -> str:
-    """Of all text encoders, and of model_index.json, which may say what an empty caption becomes."""
-    weights = [path for part in base.files.text_encoders for path in base.files.weights[part]]
-    return _hash_of([base.files.path / "model_index.json", *weights])
+    In a folder model_index.json may say what an empty caption becomes.
+    """
+    files = base.files
+    read = {path for part in ("vae", *files.text_encoders) for path in files.weights[part]}
+    hashes = {path: cache.file_hash(path) for path in read}  # all one and the same, where the base is a single file
+    index = [] if files.path.is_file() else [cache.file_hash(files.path / "model_index.json")]
+    encoders = [hashes[path] for part in files.text_encoders for path in files.weights[part]]
+    reading = [] if base.reading == PLAIN_READING else [repr(base.reading)]
+    return " ".join(hashes[path] for path in files.weights["vae"]), " ".join([*index, *encoders, *reading])
 
 
 def _conditioning(base: LoadedBase, caption: str, encoder_hash: str) -> Conditioning:
     @torch.no_grad()
     def make() -> Conditioning:
-        return {name: tensor[0] for name, tensor in base.family.encode_prompts(base.pipe, [caption]).items()}
+        return {name: tensor[0] for name, tensor in base.encode([caption]).items()}
 
     return cache.cached(cache.conditioning_key(caption, encoder_hash), make)
 
 
 def _warn_of_long_captions(base: LoadedBase, items: Sequence[DatasetItem], log: EventLog) -> None:
     counts, limit = base.family.token_counts(base.pipe, [item.caption for item in items])
+    limit *= base.reading.chunks
     too_long = [item.path.name for item, count in zip(items, counts, strict=True) if count > limit]
     if too_long:
         log.append(
             Warned(
-                f"{len(too_long)} captions are longer than the {limit} tokens that the text "
-                f"encoder reads, such as that of {too_long[0]}; their ends are not seen."
+                f"{len(too_long)} captions are longer than the {limit} tokens that are read, such as that of {too_long[0]}; "
+                "their ends are not seen. dataset.caption_tokens sets how many are."
             )
         )
 

@@ -124,7 +124,7 @@ class RunStatus:
 
     name: str
     state: str = "new"
-    """new, queued, loading, caching, sampling, training, paused, stopping, stopped, finished, failed or interrupted."""
+    """new, queued, loading, downloading, caching, sampling, training, paused, stopping, stopped, finished, failed or interrupted."""
     phase_done: int = 0
     phase_total: int = 0
     step: int = 0
@@ -149,7 +149,7 @@ class RunStatus:
 
     @property
     def is_active(self) -> bool:
-        return self.state in ("loading", "caching", "sampling", "training", "paused", "stopping")
+        return self.state in ("loading", "downloading", "caching", "sampling", "training", "paused", "stopping")
 
     @property
     def can_resume(self) -> bool:

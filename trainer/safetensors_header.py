@@ -74,7 +74,7 @@ def _check_tensors(path: Path, data: dict[str, Any], body: int) -> dict[str, Ten
             raise _refuse(path, f"the tensor {name} is described wrongly") from None
         if dtype not in ITEM_SIZE or any(type(n) is not int or not 0 <= n < 2**48 for n in numbers):
             raise _refuse(path, f"the tensor {name} has an unknown type or impossible size")
-        if 0 in shape or math.prod(shape) * ITEM_SIZE[dtype] != end - begin:
+        if (0 in shape and shape != (0,)) or math.prod(shape) * ITEM_SIZE[dtype] != end - begin:
             raise _refuse(path, f"the size of the tensor {name} does not fit its data")
         tensors[name] = TensorInfo(dtype, shape)
         spans.append((begin, end))

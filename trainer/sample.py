@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
@@ -19,7 +19,7 @@ from trainer.device import DTYPES, choose_device, choose_precision
 from trainer.errors import ModelError, TrainerError
 from trainer.export import read_adapter
 from trainer.families import LoadedBase, load_base
-from trainer.families.base import denoiser_of, pixel_step
+from trainer.families.base import PLAIN_READING, denoiser_of, pixel_step
 from trainer.files import atomic_write
 
 SAMPLERS = {DPMSolverMultistepScheduler: "DPM++ 2M", FlowMatchEulerDiscreteScheduler: "Euler"}  # as A1111 calls them
@@ -45,6 +45,8 @@ class SampleRequest:
     guidance_scale: float = 7.0
     width: int = 0
     height: int = 0
+    caption_tokens: Literal[75, 150, 225] = 75
+    """How much of the prompts is read: as much as of the captions that the adapter was trained on."""
 
 
 def sampler_of(pipe: Any) -> type:
@@ -59,18 +61,26 @@ def sampler_name(pipe: Any) -> str:
 
 @torch.no_grad()
 def generate(
-    pipe: Any, *, prompt: str, negative_prompt: str, seed: int, inference_steps: int, guidance_scale: float, width: int = 0, height: int = 0
+    base: LoadedBase,
+    *,
+    prompt: str,
+    negative_prompt: str,
+    seed: int,
+    inference_steps: int,
+    guidance_scale: float,
+    width: int = 0,
+    height: int = 0,
 ) -> Image.Image:
-    """One picture from a pipeline on its device; sides are rounded down to whole latents, 0 is the base's own size.
+    """One picture from a base on its device; sides are rounded down to whole latents, 0 is the base's own size.
 
     The noise is drawn on the CPU, so that a seed means the same everywhere.
     """
+    pipe = base.pipe
     pipe.scheduler = sampler_of(pipe).from_config(pipe.scheduler.config)  # fresh: schedulers keep state
     step, own = pixel_step(pipe), denoiser_of(pipe).config.sample_size * pipe.vae_scale_factor
     width, height = (max(step, (side or own) // step * step) for side in (width, height))
     latents = pipe(
-        prompt,
-        negative_prompt=negative_prompt or None,
+        **read_prompts(base, prompt, negative_prompt),
         width=width,
         height=height,
         num_inference_steps=inference_steps,
@@ -82,6 +92,14 @@ def generate(
     latents = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor + (pipe.vae.config.shift_factor or 0)
     decoded = pipe.vae.decode(latents, return_dict=False)[0]
     return pipe.image_processor.postprocess(decoded, output_type="pil", do_denormalize=[True])[0]
+
+
+def read_prompts(base: LoadedBase, prompt: str, negative_prompt: str) -> dict[str, Any]:
+    """The prompts as the pipeline takes them: as text, or encoded where the run reads them in a way that the pipeline does not know."""
+    if base.reading == PLAIN_READING:
+        return {"prompt": prompt, "negative_prompt": negative_prompt or None}
+    encoded = base.encode([prompt, negative_prompt])
+    return {name: tensor[:1] for name, tensor in encoded.items()} | {f"negative_{name}": tensor[1:] for name, tensor in encoded.items()}
 
 
 def save_sample(
@@ -114,29 +132,29 @@ class Sampler:
     """Keeps the base and the adapters it has read, so that only the denoising is left to do for the next picture."""
 
     def __init__(self) -> None:
-        self._base: Base | None = None
+        self._base: tuple[Base, int] | None = None
         self._loaded: LoadedBase | None = None
         self._names: dict[tuple[str, int], str] = {}
         """Name inside the pipeline of each adapter file, by path and time of its last change."""
 
     def render(self, request: SampleRequest) -> Path:
         """Makes the picture and writes it to its target. Raises TrainerError."""
-        base = self._load(request.base)
+        base = self._load(request.base, request.caption_tokens)
         self._apply(base, request.adapters)
         settings = {name: getattr(request, name) for name in ("prompt", "negative_prompt", "seed", "inference_steps", "guidance_scale")}
-        image = generate(base.pipe, **settings, width=request.width, height=request.height)
+        image = generate(base, **settings, width=request.width, height=request.height)
         names = ", ".join(f"{Path(a.file).stem}: {a.strength:g}" for a in request.adapters)
         note = f"Model: {Path(request.base.model).name}" + (f", Lora: {names}" if names else "")
         save_sample(Path(request.target), image, **settings, sampler=sampler_name(base.pipe), note=note)
         return Path(request.target)
 
-    def _load(self, base: Base) -> LoadedBase:
-        if self._loaded is None or self._base != base:
+    def _load(self, base: Base, caption_tokens: int) -> LoadedBase:
+        if self._loaded is None or self._base != (base, caption_tokens):
             self._loaded, self._names = None, {}  # the old one goes before the new one comes
             device = choose_device()
-            loaded = load_base(base, DTYPES[choose_precision(base.precision, device)])
+            loaded = load_base(base, DTYPES[choose_precision(base.precision, device)], caption_tokens)
             loaded.pipe.to(device)
-            self._base, self._loaded = base, loaded
+            self._base, self._loaded = (base, caption_tokens), loaded
         return self._loaded
 
     def _apply(self, base: LoadedBase, adapters: list[StackedAdapter]) -> None:

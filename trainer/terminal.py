@@ -24,6 +24,8 @@ class TerminalLog(EventLog):
                 self.bar = tqdm(
                     total=event.total_steps, initial=event.step, unit="step", file=sys.stdout, dynamic_ncols=True, disable=None
                 )  # a log file wants no bar
+            case events.Progress(phase="downloading"):
+                self._say(f"Downloading the base model: {event.done:,}/{event.total:,} MB")
             case events.Progress(phase="caching"):
                 self._say(f"Caching pictures and captions: {event.done}/{event.total}")
             case events.StepDone() if self.bar is not None:

@@ -368,7 +368,7 @@ def sample(session: Session, step: int) -> None:
         memory.set_tiling(pipe.vae, "sample" in session.ladder.tiled)
         for part in homes:
             part.to(session.device)
-        return generate(pipe, **settings, width=side, height=side)
+        return generate(session.base, **settings, width=side, height=side)
 
     try:
         for index, prompt in enumerate(prompts):

@@ -172,10 +172,11 @@ def _request(values: dict[str, Any], save: str | None, strength: float) -> Previ
     folder = runs.resolve(values["run"])
     if save is not None and save not in [value for _, value in _save_choices(folder)]:
         raise TrainerError("That save is not there any more; choose another.")
-    base = runs.settings(folder).base
+    run = runs.settings(folder)
     adapters = [Adapter(str(folder / save), round(strength, 4))] if save is not None and strength else []
     return PreviewRequest(
-        base={"model": base.model, "revision": base.revision},
+        base=run.base.model_dump(exclude={"precision"}),
+        caption_tokens=run.dataset.caption_tokens,
         adapters=adapters,
         prompt=str(values["prompt"] or ""),
         seed=int(values["seed"] or 0),

@@ -74,7 +74,7 @@ def _settings_form() -> dict[str, gr.components.Component]:
         fields["base"] = gr.Radio(
             _base_choices(), value=first.config.base.model, label="Base model", info="What the adapter is trained on.", elem_id="field-base"
         )
-        fields["own_base"] = form.widget("base.model", value="", visible=False, label="Folder or Hugging Face id", max_lines=1)
+        fields["own_base"] = form.widget("base.model", value="", visible=False, label="File, folder or Hugging Face id", max_lines=1)
         fields["preset"] = gr.Radio(
             _recipe_choices(recipes_for(first.config.base.model)),
             value=first.name,
@@ -284,7 +284,7 @@ def _read(values: dict[str, Any]) -> RunConfig:
 def summary(values: dict[str, Any]) -> dict:
     """The live line: steps, time and memory before anything starts, and the list of what stands in the way."""
     if values["base"] == OWN and not (values["own_base"] or "").strip():
-        return {"checks": [preflight.check("bad", "Give the folder of your base model, or its Hugging Face id.")]}
+        return {"checks": [preflight.check("bad", "Give the .safetensors file or the folder of your base model, or its Hugging Face id.")]}
     wrong = form.faults(_by_path(values))
     if wrong:
         return {"checks": [_fault_check(path, text) for path, text in wrong.items()]}

@@ -126,6 +126,7 @@ def assert_loads_and_draws(file: Path, preview: Image.Image) -> None:
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
 
+    from trainer.families import FAMILIES, LoadedBase
     from trainer.sample import generate
 
     said = io.StringIO()
@@ -145,7 +146,8 @@ def assert_loads_and_draws(file: Path, preview: Image.Image) -> None:
     assert len(loaded) == len(saved) > 0
     recipe = presets.load_preset("embedded-object").config
     pipe.set_adapters(["zorbit"], [1.1])
-    picture = generate(pipe, prompt=PROMPT, negative_prompt="", seed=1, inference_steps=6, guidance_scale=recipe.sampling.guidance_scale)
+    base = LoadedBase(FAMILIES["sd1"], pipe, base_model.inspect(base_model.EMBEDDED_FOLDER))
+    picture = generate(base, prompt=PROMPT, negative_prompt="", seed=1, inference_steps=6, guidance_scale=recipe.sampling.guidance_scale)
     difference = ImageChops.difference(picture.convert("RGB"), preview)
     assert max(high for _, high in difference.getextrema()) <= 2, "the downloaded file draws another picture than the preview"
     assert torch.isfinite(next(pipe.unet.parameters())).all()

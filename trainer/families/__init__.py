@@ -1,18 +1,19 @@
 """The model families, one file each, and the loading that is the same for all."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from diffusers import DDIMScheduler
 from torch import nn
 
-from trainer import base_model
+from trainer import base_model, hub
 from trainer.config import Base
 from trainer.errors import ModelError
-from trainer.families.base import ModelFamily
+from trainer.families import single_file
+from trainer.families.base import PLAIN_READING, Conditioning, ModelFamily, Reading
 from trainer.families.sd1 import StableDiffusion1
 from trainer.families.sd2 import StableDiffusion2
 from trainer.families.sd3 import StableDiffusion3
@@ -26,13 +27,6 @@ FAMILIES: dict[str, ModelFamily] = {
     **{f"sd{size}": StableDiffusion3(size) for size in ("3m", "35m", "35l")},
 }
 
-# The folders of the parts only: repositories also hold single files, other formats and older VAEs.
-HUB_FILES = [
-    "model_index.json",
-    *(f"{part}/{files}" for part in sorted(base_model.ALL_PARTS) for files in ("*.json", "merges.txt", "*.safetensors")),
-]
-HUB_FILES_LEFT = ["*.fp16.safetensors", "*.fp16-*.safetensors", "*.non_ema.safetensors"]
-
 
 @dataclass(frozen=True)
 class LoadedBase:
@@ -41,6 +35,11 @@ class LoadedBase:
     family: ModelFamily
     pipe: Any
     files: base_model.BaseFiles
+    reading: Reading = PLAIN_READING
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """As this run reads captions and prompts; with gradients where the caller has them on."""
+        return self.family.encode_prompts(self.pipe, prompts, self.reading)
 
     @property
     def denoiser(self) -> nn.Module:
@@ -56,64 +55,121 @@ def family_of(files: base_model.BaseFiles) -> ModelFamily:
     raise ModelError(f"{files.path.name} is a {files.pipeline} with another {denoiser} than those that can be trained ({known}).")
 
 
-def load_base(base: Base, dtype: torch.dtype) -> LoadedBase:
+def load_base(base: Base, dtype: torch.dtype, caption_tokens: int = 75, report: hub.Report = lambda event: None) -> LoadedBase:
     """Loads a base model. Raises ModelError in a sentence when it is missing, incomplete or not what it says.
 
     The VAE stays in float32 whatever the dtype: in fp16 it can overflow to black pictures.
     """
-    files = base_model.inspect(base_model.locate(base) or _download(base), base.t5)
+    files = find_files(base, report)
     family = family_of(files)
+    reading = _reading(base, caption_tokens, files, family)
     try:
-        pipe = family.pipeline_class.from_pretrained(
-            files.path,
-            torch_dtype={"vae": torch.float32, "default": dtype},
-            use_safetensors=True,
-            variant=files.variant,
-            local_files_only=True,
-            **family.pipeline_options,
-            **dict.fromkeys(files.left_out),
-        )
+        pipe = _load_pipeline(files, family, dtype)
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
         if ran_out(error):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = "tensors are missing" if "meta tensor" in str(error) else (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"The base model {files.path.name} does not fit together ({reason[:200]}). Download it again.") from None
     pipe.set_progress_bar_config(disable=True)
-    for part, expected in files.tensors.items():
+    for part, stored in files.tensors.items():
         module = getattr(pipe, part)
-        _check_complete(files.path, part, module, set(expected))
+        _check_complete(files.weights[part][0], part, module, set(stored))
         module.requires_grad_(False).eval()
     for part in files.tokenizers:
         if (words := len(getattr(pipe, part))) < 300:
             raise ModelError(
                 f"The {part} of {files.path.name} knows only {words} words; its vocabulary is damaged. Download the model again."
             )
-    return LoadedBase(family, pipe, files)
+    _settle_schedule(pipe, base, files.path.name)
+    return LoadedBase(family, pipe, files, reading)
 
 
-def _download(base: Base) -> Path:
-    try:
-        left = HUB_FILES_LEFT + ([] if base.t5 else [f"{part}/*" for part in base_model.T5_PARTS])
-        return Path(snapshot_download(base.model, revision=base.revision or None, allow_patterns=HUB_FILES, ignore_patterns=left))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+def find_files(base: Base, report: hub.Report = lambda event: None) -> base_model.BaseFiles:
+    """The checked files of a base and its VAE, downloaded where they are not on this machine."""
+    wanted = [pattern for pattern in hub.MODEL_FILES if base.t5 or not pattern.startswith(base_model.T5_PARTS)]
+    files = base_model.inspect(base_model.locate(base) or hub.download(base.model, base.revision, wanted, report), base.t5)
+    if base.vae:
+        files = base_model.with_vae(files, base_model.locate_vae(base) or hub.download(base.vae, "", hub.VAE_FILES, report))
+    return files
+
+
+def _load_pipeline(files: base_model.BaseFiles, family: ModelFamily, dtype: torch.dtype) -> Any:
+    options = dict(family.pipeline_options) | dict.fromkeys(files.left_out)
+    if files.template or not files.weights["vae"][0].is_relative_to(files.path):
+        options["vae"] = single_file.load_vae(files)
+    if files.template:
+        return single_file.load_pipeline(files, family.pipeline_class, options, dtype)
+    return family.pipeline_class.from_pretrained(
+        files.path,
+        torch_dtype={"vae": torch.float32, "default": dtype},
+        use_safetensors=True,
+        variant=files.variant,
+        local_files_only=True,
+        **options,
+    )
+
+
+def _reading(base: Base, caption_tokens: int, files: base_model.BaseFiles, family: ModelFamily) -> Reading:
+    """Raises ModelError for settings that this base has no use for."""
+    if base.clip_skip > 1 and not family.skips_layers:
+        raise ModelError(f"base.clip_skip = {base.clip_skip} does not apply to {family.name}, which reads a fixed layer; set it to 1.")
+    if base.clip_skip > (layers := files.configs["text_encoder"].get("num_hidden_layers", 12)):
         raise ModelError(
-            f"The base model {base.model} is not on this machine and could not be downloaded ({reason}). "
-            "Check its name and the network, or give the path of a model folder."
-        ) from None
+            f"base.clip_skip = {base.clip_skip} is more than the {layers} layers of {files.path.name}'s text encoder; set it to 1 or 2."
+        )
+    if caption_tokens > 75 and not family.reads_in_chunks:
+        raise ModelError(f"dataset.caption_tokens = {caption_tokens} does not apply to {family.name}; set it to 75.")
+    return Reading(base.clip_skip, caption_tokens // 75)
 
 
-def _check_complete(folder: Path, part: str, module: nn.Module, stored: set[str]) -> None:
+def _settle_schedule(pipe: Any, base: Base, name: str) -> None:
+    """The noise schedule of the files, or of the settings where these say something. Training and sampling both follow it.
+
+    With zero terminal SNR the steps of a sample are spaced from the last one ("trailing"), or its pure noise is never met
+    (Lin et al. 2024, arXiv:2305.08891, section 3.3).
+    """
+    config = pipe.scheduler.config
+    changes = {}
+    if base.prediction != "auto":
+        changes["prediction_type"] = {"epsilon": "epsilon", "v": "v_prediction"}[base.prediction]
+    if base.zero_terminal_snr != "auto":
+        changes["rescale_betas_zero_snr"] = base.zero_terminal_snr == "on"
+    if changes and not hasattr(pipe.scheduler, "alphas_cumprod"):
+        raise ModelError(
+            f"base.prediction and base.zero_terminal_snr do not apply to {name}, which is trained by flow matching; set both to auto."
+        )
+    settled = dict(config) | changes
+    if settled.get("prediction_type", "") is None:
+        raise ModelError(
+            f"Nothing in {name} tells whether it predicts epsilon or v. "
+            "Set base.prediction to v for a 768 pixel model of Stable Diffusion 2, else to epsilon."
+        )
+    if settled.get("rescale_betas_zero_snr"):
+        if settled.get("prediction_type") == "epsilon":
+            raise ModelError(
+                f"{name} predicts epsilon, which zero terminal SNR rules out; set base.zero_terminal_snr = off, or base.prediction = v."
+            )
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if any(config.get(key) != value for key, value in changes.items()):
+        # DDIM's scheduler knows all of these; what samples are made with is chosen from its settings.
+        pipe.scheduler = DDIMScheduler.from_config(config, **changes)
+
+
+def _check_complete(weights: Path, part: str, module: nn.Module, stored: set[str]) -> None:
     """Loaders fill what a file lacks with random numbers, or leave it out, and say so only in a log."""
+    place = f"The {part} in {weights.name}"
     stored = {name.removeprefix("text_model.") for name in stored}
     state = module.state_dict()
     held = {tensor.data_ptr() for name, tensor in state.items() if name.removeprefix("text_model.") in stored}  # T5 has one twice
-    missing = [name for name, tensor in state.items() if tensor.data_ptr() not in held and not name.endswith("position_ids")]
+    missing = [
+        name
+        for name, tensor in state.items()
+        if tensor.is_meta or (part != "vae" and tensor.data_ptr() not in held and not name.endswith("position_ids"))
+    ]
     if missing:
         raise ModelError(
-            f"{folder.name}/{part} lacks {len(missing)} of {len(state)} tensors (such as {missing[0]}); "
-            "the file is incomplete. Download it again."
+            f"{place} lacks {len(missing)} of {len(state)} tensors (such as {missing[0]}); the file is incomplete. Download it again."
         )
     for name, tensor in state.items():
-        if tensor.is_meta or not torch.isfinite(tensor).all():
-            raise ModelError(f"{folder.name}/{part} holds numbers that are not finite (in {name}); the file is damaged. Download it again.")
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{place} holds numbers that are not finite (in {name}); the file is damaged. Download it again.")

@@ -18,6 +18,19 @@ SizeIds = tuple[int, int, int, int, int, int]
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How captions and prompts are read, in training and in samples alike."""
+
+    clip_skip: int = 1
+    """Which layer of the text encoder, from the end: 1 is the last."""
+    chunks: int = 1
+    """Pieces of 75 tokens, each encoded by itself between a start and an end mark, then set side by side as A1111 does."""
+
+
+PLAIN_READING = Reading()
+
+
+@dataclass(frozen=True)
 class Batch:
     """One forward pass."""
 
@@ -51,6 +64,9 @@ class ModelFamily(Protocol):
     denoiser_targets: Sequence[str]
     """Ends of the names of the projections that get an adapter in the denoiser."""
     text_encoder_targets: Sequence[str]
+    skips_layers: bool
+    """Whether `Reading.clip_skip` means something; where the family fixes the layer it does not."""
+    reads_in_chunks: bool
 
     def matches(self, files: BaseFiles) -> bool:
         """Whether checked model files hold this family."""
@@ -68,8 +84,8 @@ class ModelFamily(Protocol):
 
     def objective(self, pipe: Any) -> Objective: ...
 
-    def encode_prompts(self, pipe: Any, prompts: Sequence[str]) -> Conditioning:
-        """With gradients where a text encoder is trained. Prompts longer than the encoder reads are cut."""
+    def encode_prompts(self, pipe: Any, prompts: Sequence[str], reading: Reading = PLAIN_READING) -> Conditioning:
+        """With gradients where a text encoder is trained. Prompts longer than is read are cut; all come out equally long."""
         ...
 
     def token_counts(self, pipe: Any, prompts: Sequence[str]) -> tuple[list[int], int]:

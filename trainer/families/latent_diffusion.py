@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from trainer.families.base import Batch, Conditioning, denoiser_of
+from trainer.families.base import PLAIN_READING, Batch, Conditioning, Reading, denoiser_of
 from trainer.objective import DiffusionObjective, Noised
 
 
@@ -22,6 +22,8 @@ class LatentDiffusion:
     text_encoder_keys = {"text_encoder": "lora_te"}
     """How kohya files name each text encoder."""
     dialect = "kohya"
+    skips_layers = True
+    reads_in_chunks = True
 
     def denoiser(self, pipe: Any) -> nn.Module:
         return denoiser_of(pipe)
@@ -35,8 +37,16 @@ class LatentDiffusion:
     def objective(self, pipe: Any) -> DiffusionObjective:
         return DiffusionObjective.from_scheduler(pipe.scheduler)
 
-    def encode_prompts(self, pipe: Any, prompts: Sequence[str]) -> Conditioning:
-        return {"prompt_embeds": pipe.text_encoder(token_ids(pipe.tokenizer, prompts).to(pipe.text_encoder.device))[0]}
+    def encode_prompts(self, pipe: Any, prompts: Sequence[str], reading: Reading = PLAIN_READING) -> Conditioning:
+        """prompt_embeds [B, 77 x chunks, D]: the last layer, or an earlier one with the last layer's norm on it, as A1111 has it."""
+        encoder = pipe.text_encoder
+        ids = token_ids(pipe.tokenizer, prompts, reading.chunks).to(encoder.device)
+        if reading.clip_skip == 1:
+            embeds = encoder(ids)[0]
+        else:
+            hidden_states = encoder(ids, output_hidden_states=True).hidden_states
+            embeds = getattr(encoder, "text_model", encoder).final_layer_norm(hidden_states[-reading.clip_skip])
+        return {"prompt_embeds": side_by_side(embeds, reading.chunks)}
 
     def token_counts(self, pipe: Any, prompts: Sequence[str]) -> tuple[list[int], int]:
         tokenized = pipe.tokenizer(list(prompts), truncation=False, verbose=False).input_ids
@@ -59,11 +69,22 @@ class LatentDiffusion:
         return f"{self.text_encoder_keys[component]}_text_model_{path.removeprefix('text_model_')}"
 
 
-def token_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """[B, 77], cut or padded to what the encoder reads."""
-    return tokenizer(
-        list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
-    ).input_ids
+def token_ids(tokenizer: Any, prompts: Sequence[str], chunks: int = 1) -> Tensor:
+    """[B x chunks, 77], cut or padded to what the encoder reads; the chunks of a prompt follow one another."""
+    length = tokenizer.model_max_length
+    if chunks == 1:
+        return tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+    rows = []
+    for words in tokenizer(list(prompts), add_special_tokens=False, truncation=False, verbose=False).input_ids:
+        for start in range(0, chunks * (length - 2), length - 2):
+            row = [tokenizer.bos_token_id, *words[start : start + length - 2], tokenizer.eos_token_id]
+            rows.append(row + [tokenizer.pad_token_id] * (length - len(row)))
+    return torch.tensor(rows)
+
+
+def side_by_side(embeds: Tensor, chunks: int) -> Tensor:
+    """[B x chunks, 77, D] -> [B, chunks x 77, D]."""
+    return embeds.reshape(-1, chunks * embeds.shape[1], embeds.shape[2])
 
 
 def frozen_dtype(denoiser: nn.Module) -> torch.dtype:

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from trainer.adapter_keys import diffusers_key
 from trainer.base_model import BaseFiles
-from trainer.families.base import Batch, Conditioning
+from trainer.families.base import PLAIN_READING, Batch, Conditioning, Reading
 from trainer.families.latent_diffusion import LatentDiffusion, frozen_dtype, token_ids
 from trainer.objective import FlowMatchingObjective, Noised
 
@@ -35,6 +35,8 @@ class StableDiffusion3(LatentDiffusion):
     """Of the image's and of the text's stream, and of the second attention of 3.5 Medium (attn2)."""
     text_encoder_keys = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     dialect = "diffusers"
+    skips_layers = False  # always the penultimate ones
+    reads_in_chunks = False  # what is long is T5's
 
     def __init__(self, size: str) -> None:
         self.name, self.architecture = SIZES[size]
@@ -56,7 +58,7 @@ class StableDiffusion3(LatentDiffusion):
     def objective(self, pipe: Any) -> FlowMatchingObjective:
         return FlowMatchingObjective.from_scheduler(pipe.scheduler)
 
-    def encode_prompts(self, pipe: Any, prompts: Sequence[str]) -> Conditioning:
+    def encode_prompts(self, pipe: Any, prompts: Sequence[str], reading: Reading = PLAIN_READING) -> Conditioning:
         """prompt_embeds [B, 77 + 256, 4096]: the penultimate layers of both CLIP encoders side by side, then T5;
         pooled_prompt_embeds [B, 2048]: the projections of both CLIP encoders."""
         clips = [

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from trainer.adapter_keys import LAYERS_PER_BLOCK, to_ldm
 from trainer.base_model import BaseFiles
-from trainer.families.base import Batch, Conditioning
-from trainer.families.latent_diffusion import LatentDiffusion, frozen_dtype, token_ids
+from trainer.families.base import PLAIN_READING, Batch, Conditioning, Reading
+from trainer.families.latent_diffusion import LatentDiffusion, frozen_dtype, side_by_side, token_ids
 from trainer.objective import Noised
 
 
@@ -19,22 +19,26 @@ class StableDiffusionXL(LatentDiffusion):
     pipeline_class = StableDiffusionXLPipeline
     pipeline_options = {"feature_extractor": None, "image_encoder": None}
     text_encoder_keys = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+    skips_layers = False  # always the penultimate one
 
     def matches(self, files: BaseFiles) -> bool:
         """Smaller UNets in the same pipeline have other block numbers in the file, which no other program would read."""
         return files.pipeline == "StableDiffusionXLPipeline" and files.configs["unet"].get("layers_per_block", 2) == LAYERS_PER_BLOCK
 
-    def encode_prompts(self, pipe: Any, prompts: Sequence[str]) -> Conditioning:
-        """prompt_embeds [B, 77, 2048]: the penultimate layers of both encoders side by side; pooled_prompt_embeds [B, 1280] of the second.
+    def encode_prompts(self, pipe: Any, prompts: Sequence[str], reading: Reading = PLAIN_READING) -> Conditioning:
+        """prompt_embeds [B, 77 x chunks, 2048]: the penultimate layers of both encoders side by side;
+        pooled_prompt_embeds [B, 1280] of the second encoder and the first chunk.
 
         An empty prompt is all zeros where the pipeline says so, as its sampler has it for the missing negative prompt.
         The last layer of the first encoder is read by nobody; an adapter there stays zero.
         """
         pairs = ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))
         first, second = (
-            encoder(token_ids(tokenizer, prompts).to(encoder.device), output_hidden_states=True) for tokenizer, encoder in pairs
+            encoder(token_ids(tokenizer, prompts, reading.chunks).to(encoder.device), output_hidden_states=True)
+            for tokenizer, encoder in pairs
         )
-        prompt_embeds, pooled = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+        prompt_embeds = side_by_side(torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), reading.chunks)
+        pooled = second.text_embeds[:: reading.chunks]
         if pipe.config.force_zeros_for_empty_prompt:
             empty = torch.tensor([not prompt for prompt in prompts], device=pooled.device)
             prompt_embeds, pooled = prompt_embeds.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
