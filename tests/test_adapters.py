@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer import adapters, config, estimate
+from trainer import adapters, config, estimate, targets
 from trainer.families import FAMILIES, load_base
 
 FAMILY = FAMILIES["sd1"]
@@ -16,8 +16,7 @@ def base(tiny_base):
 
 def inject(base, part="unet", **changes):
     module = getattr(base.pipe, part)
-    targets = FAMILY.denoiser_targets if part == "unet" else FAMILY.text_encoder_targets
-    adapters.inject(module, config.Adapter(**({"rank": 2, "alpha": 4.0} | changes)), targets, seed=1)
+    adapters.inject(module, part, config.Adapter(**({"rank": 2, "alpha": 4.0} | changes)), seed=1)
     return module
 
 
@@ -42,7 +41,7 @@ def test_a_fresh_adapter_changes_nothing_and_a_trained_one_does(base):
 
 def test_every_attention_projection_is_adapted_and_nothing_else(base):
     unet, text = inject(base), inject(base, "text_encoder")
-    for module, ends in ((unet, FAMILY.denoiser_targets), (text, FAMILY.text_encoder_targets)):
+    for module, ends in ((unet, targets.ATTENTION), (text, targets.TEXT_ATTENTION)):
         expected = {
             name.removesuffix(".base_layer")
             for name, layer in module.named_modules()
@@ -75,7 +74,7 @@ def test_the_seed_decides_the_start_and_leaves_the_global_generator_alone(tiny_b
         torch.manual_seed(5)
         base = load_base(config.Base(model=str(tiny_base)), torch.float32)
         before = torch.random.get_rng_state()
-        adapters.inject(base.pipe.unet, config.Adapter(rank=2), FAMILY.denoiser_targets, seed=seed)
+        adapters.inject(base.pipe.unet, "unet", config.Adapter(rank=2), seed=seed)
         assert torch.equal(before, torch.random.get_rng_state())
         return next(adapters.adapted_modules({"unet": base.pipe.unet})).tensors["lora_down.weight"]
 

@@ -38,8 +38,8 @@ def trained_base(tiny_base, parts, **adapter):
     for part, module in components.items():
         adapters.inject(
             module,
+            part,
             config.Adapter(**({"rank": 3, "alpha": 5.0} | adapter)),
-            FAMILY.denoiser_targets if part == "unet" else FAMILY.text_encoder_targets,
             seed=1,
         )
         for parameter in adapters.trainable(module).values():

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.tiny import TINY, save_tiny_base
-from trainer import adapters, config, estimate, events, export, hub, prepare, run_folder, step, train
+from trainer import adapters, config, estimate, events, export, hub, prepare, run_folder, step, targets, train
 from trainer.errors import ModelError
 from trainer.families import FAMILIES, family_of, load_base
 from trainer.families.base import Batch
@@ -221,7 +221,7 @@ def test_no_projection_of_an_open_clip_encoder_is_alone(load, kind):
     """A1111 fuses q, k, v, out of these encoders and passes over an attention that lacks one."""
     base = load(kind)
     name, encoder = list(base.family.text_encoders(base.pipe).items())[-1]
-    adapters.inject(encoder, config.Adapter(), base.family.text_encoder_targets, seed=1)
+    adapters.inject(encoder, name, config.Adapter(), seed=1)
     by_attention = {}
     for module in adapters.adapted_modules({name: encoder}):
         attention, projection = module.name.rsplit(".", 1)
@@ -341,9 +341,7 @@ def test_sdxl_in_full_size_has_stabilitys_keys():
     with torch.device("meta"):
         unet = UNet2DConditionModel(**XL_UNET)
     family = FAMILIES["sdxl"]
-    projections = [
-        name for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear) and name.endswith(family.denoiser_targets)
-    ]
+    projections = [name for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear) and name.endswith(targets.ATTENTION)]
     keys = {name: family.export_key("unet", name) for name in projections}
     expected = unet_keys(["input_blocks_4_1", "input_blocks_5_1", "output_blocks_3_1", "output_blocks_4_1", "output_blocks_5_1"], depth=2)
     expected |= unet_keys(

@@ -1,5 +1,6 @@
 """One projection with its adapter, of whatever kind and wherever it comes from: the model in training or a file."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,6 +59,12 @@ class AdaptedModule:
 
     def to(self, dtype: torch.dtype) -> "AdaptedModule":
         return replace(self, tensors={name: tensor.to(dtype) for name, tensor in self.tensors.items()})
+
+
+def kind_of(tensors: Iterable[str]) -> str:
+    """Told by the names of its tensors."""
+    marks = {"hada_w1_a": "loha", "lokr_w1": "lokr", "lokr_w1_a": "lokr", "dora_scale": "dora"}
+    return next((kind for mark, kind in marks.items() if mark in tensors), "lora")
 
 
 def _lora(tensors: dict[str, Tensor]) -> Tensor:

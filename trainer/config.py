@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import regex
 import tomlkit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -45,6 +46,37 @@ def optimizer_arguments(lines: Iterable[str]) -> dict[str, Any]:
 def _checked_argument(line: str) -> str:
     optimizer_arguments([line])
     return line
+
+
+def numbers_by_name(text: str) -> dict[str, float]:
+    """ "mid_block=32, attn2=8" -> {"mid_block": 32.0, "attn2": 8.0}. Raises ValueError with how to write it."""
+    found = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = regex.fullmatch(r"([A-Za-z_][\w.]*)\s*=\s*(\d+(?:\.\d+)?)", part)
+        if not match or not float(match[2]) <= 4096:
+            raise ValueError(f"write it as mid_block=32, attn2=8 (a name, =, a number up to 4096); {part[:40]!r} is something else")
+        found[match[1]] = float(match[2])
+    return found
+
+
+def _ranks(text: str) -> str:
+    if any(value != int(value) or value > 512 for value in numbers_by_name(text).values()):
+        raise ValueError("ranks are whole numbers up to 512")
+    return text
+
+
+def _alphas(text: str) -> str:
+    if not all(numbers_by_name(text).values()):
+        raise ValueError("an alpha is above 0; to leave a part out, set its rank to 0")
+    return text
+
+
+def _pattern(text: str) -> str:
+    try:
+        regex.compile(text)
+    except regex.error as error:
+        raise ValueError(f"this is no regular expression ({error})") from None
+    return text
 
 
 class Section(BaseModel):
@@ -98,14 +130,38 @@ class Dataset(Section):
 
 
 class Adapter(Section):
-    """The LoRA itself: W' = W + (alpha / rank) B A, with W frozen."""
+    """What is trained beside the frozen base: W' = W + (alpha / rank) B A, or one of its relatives."""
 
+    kind: Literal["lora", "rslora", "dora", "loha", "lokr"] = "lora"
+    """lora: read everywhere. rslora: scale alpha / sqrt(rank), for high ranks. dora: direction and length of the weights apart, slower. loha, lokr: products with more rank for their size, in LyCORIS's names."""
+    targets: Literal["attention", "attention+feed-forward", "linear", "linear+conv"] = "attention"
+    """Which layers of the UNet learn. linear: also the projections around the attention; linear+conv: also the convolutions (LoCon), good for styles. More layers learn more and give a larger file."""
+    target_pattern: Annotated[str, Field(max_length=200), AfterValidator(_pattern)] = ""
+    """Instead of the targets: a regular expression, searched in the path of every layer of the UNet, such as up_blocks.*attn2. Empty: the targets."""
+    text_encoder_targets: Literal["attention", "all"] = "attention"
+    """Which layers of a trained text encoder learn: its attention, or its feed-forward layers too."""
     rank: Annotated[int, Field(ge=1, le=512)] = 16
     """Capacity of the adapter. 8 to 16 suits a subject, 16 to 64 a style with many details; the file grows with it."""
     alpha: Annotated[float, Field(gt=0, le=4096)] = 16.0
     """Strength of the adapter relative to its rank (scale = alpha / rank). Changing it acts like changing the learning rate."""
+    conv_rank: Annotated[int, Field(ge=0, le=512)] = 0
+    """Rank of the adapters of convolutions larger than 1 x 1. 0: the rank of the others."""
+    conv_alpha: Annotated[float, Field(ge=0, le=4096)] = 0.0
+    """Alpha of the adapters of those convolutions. 0: in proportion to their rank."""
+    ranks: Annotated[str, Field(max_length=2000), AfterValidator(_ranks)] = ""
+    """Ranks of single blocks or layers by name, the last one that fits counts: mid_block=32, attn2=8, down_blocks.0=0. With 0 a block learns nothing. The alpha keeps its proportion."""
+    alphas: Annotated[str, Field(max_length=2000), AfterValidator(_alphas)] = ""
+    """Alphas of single blocks or layers, written in the same way."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    """How the adapter starts. pissa: along the strongest directions of each weight (Meng et al. 2024, arXiv:2404.02948), which learns faster; olora: along its QR factors (arXiv:2406.01775). The file of these two has twice the rank."""
+    lokr_factor: Annotated[int, Field(ge=0, le=512)] = 0
+    """Size of the smaller of the two matrices of lokr: 4 to 16 for a large adapter, 0 for the smallest."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs left out at random in each step. 0.1 slows memorising of small datasets."""
+    rank_dropout: Annotated[float, Field(ge=0, le=0.8)] = 0.0
+    """Share of the ranks (of the outputs, for loha and lokr) left out at random in each step."""
+    module_dropout: Annotated[float, Field(ge=0, le=0.8)] = 0.0
+    """Share of the adapted layers that act as in the base in each step."""
 
 
 class Training(Section):
@@ -271,7 +327,29 @@ class RunConfig(Section):
             raise ValueError(
                 f"dataset.bucket_step ({self.dataset.bucket_step}) is larger than dataset.resolution ({self.dataset.resolution}); make it smaller"
             )
+        for problem in _unfit(self.adapter):
+            raise ValueError(problem)
         return self
+
+
+def _unfit(adapter: Adapter) -> Iterator[str]:
+    """What of an adapter's settings cannot go together."""
+    if adapter.init in ("pissa", "olora") and adapter.module_dropout:
+        yield f"adapter.module_dropout does not go with adapter.init = {adapter.init}, whose layers are not the base without their adapter"
+    if adapter.kind in ("loha", "lokr"):
+        if adapter.dropout:
+            yield f"adapter.dropout does not exist for {adapter.kind}, which has no low-rank input; use adapter.rank_dropout or adapter.module_dropout"
+        if adapter.init != "default":
+            yield f"adapter.init = {adapter.init} does not exist for {adapter.kind}; use default"
+    if adapter.kind == "dora":
+        if adapter.rank_dropout or adapter.module_dropout:
+            yield "adapter.rank_dropout and adapter.module_dropout do not exist for dora, whose length is worked out from the whole weight; use adapter.dropout"
+        if adapter.init in ("pissa", "olora"):
+            yield f"adapter.init = {adapter.init} does not go with dora; use default, gaussian or orthogonal"
+    if adapter.lokr_factor and adapter.kind != "lokr":
+        yield f"adapter.lokr_factor is for adapter.kind = lokr only (it is {adapter.kind}); set it to 0"
+    if adapter.target_pattern and adapter.targets != "attention":
+        yield "adapter.target_pattern replaces adapter.targets; give one of them only"
 
 
 def fields() -> Iterator[tuple[str, FieldInfo]]:

@@ -4,16 +4,15 @@ The trainer uses the very same functions, so that what the page says is what hap
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer import config, run_folder
+from trainer import config, run_folder, targets
 from trainer.base_model import T5_PARTS, BaseFiles, inspect, locate
-from trainer.config import RunConfig
+from trainer.config import Adapter, RunConfig
 from trainer.safetensors_header import TensorInfo
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "to_add_out", "q_proj", "k_proj", "v_proj", "out_proj")  # also add_q_proj, ...
 FILE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 SMALLEST_SET_TO_HOLD_OUT = 10
 
@@ -42,20 +41,31 @@ def save_steps(total: int, saves: int) -> list[int]:
 
 
 def trainable_parameters(run: RunConfig) -> int | None:
-    """Weights of the adapter; None where the base is not on this machine yet."""
+    """All weights of the adapter; None where the base is not on this machine yet. Raises ConfigError where a setting fits no module."""
+    parts = parameters_by_component(run)
+    return None if parts is None else sum(parts.values())
+
+
+def parameters_by_component(run: RunConfig) -> dict[str, int] | None:
+    """Weights of the adapter: {"unet": ..., "text_encoder": ...}; None where the base is not on this machine yet.
+
+    Raises ConfigError where a setting fits no module.
+    """
     folder = locate(run.base)
     if folder is None:
         return None
     base, training = inspect(folder, run.base.t5), run.training
     trained_text = base.trainable_text_encoders if training.text_encoder_learning_rate else []
     parts = [*([base.denoiser] if training.learning_rate else []), *trained_text]
-    return sum(lora_parameters(base.tensors[part], run.adapter.rank) for part in parts)
+    shapes = {part: targets.projections(base.tensors[part]) for part in parts}
+    targets.check_names(run.adapter, shapes)
+    return {part: adapter_parameters(run.adapter, part, base.tensors[part]) for part in parts}
 
 
-def lora_parameters(tensors: dict[str, TensorInfo], rank: int) -> int:
-    """rank x (inputs + outputs) for each adapted projection (Hu et al. 2021, section 4.1)."""
-    adapted = (info.shape for name, info in tensors.items() if name.removesuffix(".weight").endswith(ATTENTION))
-    return sum(rank * (shape[0] + shape[1]) for shape in adapted if len(shape) == 2)
+def adapter_parameters(adapter: Adapter, component: str, tensors: Mapping[str, TensorInfo]) -> int:
+    """Of one component: for LoRA rank x (inputs + outputs) for each adapted projection (Hu et al. 2021, section 4.1)."""
+    chosen = targets.choose_targets(adapter, component, targets.projections(tensors))
+    return sum(targets.adapter_parameters(adapter, target) for target in chosen)
 
 
 def file_bytes(run: RunConfig) -> int | None:

@@ -8,7 +8,8 @@ import hashlib
 import json
 import struct
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from trainer import __version__
-from trainer.adapted import AdaptedModule
+from trainer.adapted import AdaptedModule, kind_of
 from trainer.config import RunConfig
 from trainer.errors import ModelError
 from trainer.families.base import ModelFamily
@@ -26,19 +27,28 @@ from trainer.files import atomic_write
 from trainer.presets import load_presets
 from trainer.safetensors_header import read_header
 
+FOLDED = {
+    "lora": "lora_up.weight",
+    "dora": "lora_up.weight",
+    "loha": "hada_w1_a",
+    "lokr": "lokr_w1",
+}  # the factor that takes up a scale of its own
+
 
 def to_kohya(modules: Iterable[AdaptedModule], family: ModelFamily, alpha: float, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Three tensors a module: lora_down [r, in], lora_up [out, r] and alpha, one value for the whole file.
+    """The tensors of each module (lora_down [r, in] and lora_up [out, r], or LyCORIS's) and alpha, one value for the whole file.
 
-    Where a module's scale is not alpha / rank the difference is folded into lora_up, in float32, since
+    Where a module's scale is not alpha / rank the difference is folded into one of its factors, in float32, since
     some readers look at one alpha only. Raises ModelError for a weight that is not finite.
     """
     tensors = {}
     for module in modules:
-        key, rank = family.export_key(module.component, module.name), module.rank
-        up = module.tensors["lora_up.weight"] * (module.scale * rank / alpha)
-        tensors[f"{key}.lora_down.weight"] = module.tensors["lora_down.weight"].to(dtype).contiguous()
-        tensors[f"{key}.lora_up.weight"] = up.to(dtype).contiguous()
+        key = family.export_key(module.component, module.name)
+        fold = module.scale * module.rank / alpha if module.rank else module.scale  # readers scale no LoKr of two whole matrices
+        for leaf, weights in module.tensors.items():
+            folded = weights * fold if leaf == FOLDED[module.kind] else weights
+            # The lengths of a DoRA stay exact: they multiply all of W, so their rounding would be as large as what was learned.
+            tensors[f"{key}.{leaf}"] = folded.to(torch.float32 if leaf == "dora_scale" else dtype).contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     return _finite(tensors)
 
@@ -94,7 +104,7 @@ def metadata_for(
     base_name = Path(run.base.model).name
     values: dict[str, Any] = {
         **family.metadata(prediction_type),
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "lycoris.kohya" if adapter.kind in ("dora", "loha", "lokr") else "networks.lora",
         "ss_network_dim": adapter.rank,
         "ss_network_alpha": adapter.alpha,
         "ss_network_dropout": adapter.dropout,
@@ -159,10 +169,13 @@ def tag_frequencies(captions: Iterable[str]) -> dict[str, int]:
     return dict(Counter(tag for caption in captions for tag in (part.strip() for part in caption.split(",")) if tag).most_common())
 
 
+UP = ("lora_up.weight", "lora_B.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")  # one of these is in every adapter
+
+
 def read_adapter(path: Path) -> dict[str, Tensor]:
     """The tensors of an adapter file, checked. Raises ModelError for a file that is damaged or no adapter."""
     header = read_header(path)
-    if not any(name.endswith(("lora_up.weight", "lora_B.weight")) for name in header.tensors):
+    if not any(name.endswith(UP) for name in header.tensors):
         raise ModelError(f"{path.name} is no LoRA: it holds {len(header.tensors)} tensors, and none is a low-rank pair.")
     tensors = load_file(path)
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
@@ -171,14 +184,18 @@ def read_adapter(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def deltas(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """delta W = alpha / rank * up @ down by kohya key, float64."""
+def deltas(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """delta W by kohya key, float64. `weights` holds the base's W by the same keys, which all but plain LoRA need."""
+    by_key: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        key, _, leaf = name.partition(".")
+        by_key.setdefault(key, {})[leaf] = tensor.double()
     result = {}
-    for name, down in tensors.items():
-        if name.endswith(".lora_down.weight"):
-            key = name.removesuffix(".lora_down.weight")
-            scale = float(tensors[f"{key}.alpha"]) / down.shape[0]
-            result[key] = scale * tensors[f"{key}.lora_up.weight"].double() @ down.double()
+    for key, leaves in by_key.items():
+        alpha = float(leaves.pop("alpha"))
+        module = AdaptedModule("", key, kind_of(leaves), leaves, 1.0)
+        module = replace(module, scale=alpha / module.rank if module.rank else 1.0)
+        result[key] = module.delta if weights is None else module.change(weights[key])
     return result
 
 

@@ -26,6 +26,7 @@ from trainer.families.base import PLAIN_READING, Conditioning, SizeIds, pixel_st
 from trainer.memory import Ladder, set_tiling
 from trainer.objective import Objective
 from trainer.optimizers import build_optimizer, try_optimizer, warmup_steps
+from trainer.targets import check_names
 
 MEASURED_WITHOUT_HOLD_OUT = 8  # training pictures that are measured where too few are there to keep some out
 
@@ -76,6 +77,12 @@ class Session:
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, by name."""
         return {f"{part}.{name}": p for part, module in self.components.items() for name, p in adapters.trainable(module).items()}
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """What a state holds of the adapter: what is trained, and what it started from where that is not zero."""
+        starts = {f"{part}.{name}": b for part, module in self.components.items() for name, b in adapters.starts(module).items()}
+        return self.parameters | starts
 
     @property
     def buckets(self) -> list[list[int]]:
@@ -256,11 +263,15 @@ def _inject(run: RunConfig, base: LoadedBase) -> dict[str, nn.Module]:
     components: dict[str, nn.Module] = {}
     if training.learning_rate > 0:
         components[family.denoiser_name] = base.denoiser
-        adapters.inject(base.denoiser, run.adapter, family.denoiser_targets, training.seed)
     if training.text_encoder_learning_rate > 0:
-        for name, encoder in family.trainable_text_encoders(base.pipe).items():
-            components[name] = encoder
-            adapters.inject(encoder, run.adapter, family.text_encoder_targets, training.seed)
+        components |= family.trainable_text_encoders(base.pipe)
+    if family.dialect == "diffusers" and run.adapter.kind not in ("lora", "rslora"):
+        raise ConfigError(
+            f"adapter.kind = {run.adapter.kind} has no file format that programs read for {family.name}; use lora or rslora there."
+        )
+    check_names(run.adapter, {name: adapters.weight_shapes(module) for name, module in components.items()})
+    for name, module in components.items():
+        adapters.inject(module, name, run.adapter, training.seed)
     if training.gradient_checkpointing:
         base.denoiser.enable_gradient_checkpointing()
     return components

@@ -99,7 +99,7 @@ def _digest(document: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
-def restore_parameters(parameters: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+def restore_parameters(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Copies into the parameters that are there: new ones would be unknown to the optimiser. Raises StateError on any mismatch."""
     if set(parameters) != set(tensors):
         raise StateError("The state belongs to an adapter with other modules; start a new run.")

@@ -2,7 +2,7 @@
 
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -129,7 +129,7 @@ def restore(session: Session) -> tuple[dict, int]:
 
 
 def put_back(session: Session, state: State) -> None:
-    restore_parameters(session.parameters, state.adapter)
+    restore_parameters(session.kept, state.adapter)
     restore_optimizer(session.optimizer, state.optimizer, state.facts["optimizer"])
     if session.average:
         session.average.shadow_params = [state.average[name].to(session.device) for name in session.parameters]
@@ -280,7 +280,7 @@ def wait_while_paused(session: Session, step: int) -> None:
 
 
 def keep_state(session: Session, step: int, facts: dict) -> None:
-    adapter = {name: parameter.detach().cpu().contiguous() for name, parameter in session.parameters.items()}
+    adapter = {name: parameter.detach().cpu().contiguous() for name, parameter in session.kept.items()}
     average = {}
     if session.average:
         average = {name: tensor.cpu() for name, tensor in zip(session.parameters, session.average.shadow_params, strict=True)}
@@ -416,21 +416,33 @@ def verify_file(session: Session, path: Path) -> None:
     for part in session.components:
         if not any(m.delta.any() for m in trained.values() if m.component == part):
             raise NotLearning(f"The adapter changes nothing in the {part}: it was trained too short or with too low a learning rate.")
-    pipe = session.base.pipe
-    pipe.unload_lora_weights()
-    load_adapter(session.base, path, "reloaded")
-    reloaded = {(m.component, m.name): m for m in adapters.adapted_modules(session.components, "reloaded")}
-    pipe.unload_lora_weights()
+    weights = {place: adapters.base_weight(session.components[place[0]], place[1]) for place in trained}
+    changes = {place: module.change(weights[place]) for place, module in trained.items()}
+    reloaded = changes_in_file(session, path, weights)
     if trained.keys() != reloaded.keys():
         raise ModelError(
             f"The saved file {path.name} reaches {len(reloaded)} modules instead of {len(trained)}. The state is kept; please report this."
         )
-    norms = {key: float(module.delta.norm()) for key, module in trained.items()}
+    norms = {place: float(change.norm()) for place, change in changes.items()}
     negligible = max(norms.values()) / 1000  # a query over a single token gets no gradient: what is left of it rounds to nothing in fp16
-    for key, module in trained.items():
-        error = float((reloaded[key].delta - module.delta).norm()) / max(norms[key], negligible)
+    for place, change in changes.items():
+        error = float((reloaded[place] - change).norm()) / max(norms[place], negligible)
         if not error <= FILE_ERROR_LIMIT:
             raise ModelError(
                 f"The saved file {path.name} does not do what was trained (off by "
-                f"{error:.1%} in {'.'.join(key)}). The state is kept; please report this."
+                f"{error:.1%} in {'.'.join(place)}). The state is kept; please report this."
             )
+
+
+def changes_in_file(session: Session, path: Path, weights: Mapping[tuple[str, str], torch.Tensor]) -> dict[tuple[str, str], torch.Tensor]:
+    """What a file adds to each weight: as diffusers loads it where it knows the kind, else by LyCORIS's formulas."""
+    base = session.base
+    if session.run.adapter.kind in ("lora", "rslora"):
+        base.pipe.unload_lora_weights()
+        load_adapter(base, path, "reloaded")
+        loaded = {(m.component, m.name): m.delta for m in adapters.adapted_modules(session.components, "reloaded")}
+        base.pipe.unload_lora_weights()
+        return loaded
+    places = {base.family.export_key(*place): place for place in weights}
+    changes = export.deltas(export.read_adapter(path), {key: weights[place] for key, place in places.items()})
+    return {places[key]: change for key, change in changes.items()}

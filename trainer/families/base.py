@@ -61,9 +61,6 @@ class ModelFamily(Protocol):
     """What its `from_pretrained` is told, so that parts which no training needs are not loaded."""
     denoiser_name: str
     """Of its component in the pipeline: "unet" or "transformer"."""
-    denoiser_targets: Sequence[str]
-    """Ends of the names of the projections that get an adapter in the denoiser."""
-    text_encoder_targets: Sequence[str]
     skips_layers: bool
     """Whether `Reading.clip_skip` means something; where the family fixes the layer it does not."""
     reads_in_chunks: bool

@@ -17,8 +17,6 @@ class LatentDiffusion:
     pipeline_class = StableDiffusionPipeline
     pipeline_options = {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
     denoiser_name = "unet"
-    denoiser_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    text_encoder_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
     text_encoder_keys = {"text_encoder": "lora_te"}
     """How kohya files name each text encoder."""
     dialect = "kohya"

@@ -31,8 +31,6 @@ class StableDiffusion3(LatentDiffusion):
     pipeline_class = StableDiffusion3Pipeline
     pipeline_options = {"feature_extractor": None, "image_encoder": None}
     denoiser_name = "transformer"
-    denoiser_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-    """Of the image's and of the text's stream, and of the second attention of 3.5 Medium (attn2)."""
     text_encoder_keys = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     dialect = "diffusers"
     skips_layers = False  # always the penultimate ones

@@ -1,0 +1,216 @@
+"""Every kind of adapter, every choice of layers: trained, saved, read back, resumed, counted."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trainer import adapters, config, estimate, run_folder, targets
+from trainer.__main__ import run_in
+from trainer.errors import ConfigError
+from trainer.families import load_base
+
+KINDS = {
+    "lora": {},
+    "rslora": {},
+    "dora": {},
+    "loha": {},
+    "lokr": {"adapter.lokr_factor": 2},
+}
+EVERYTHING = {"adapter.targets": "linear+conv", "adapter.text_encoder_targets": "all", "training.text_encoder_learning_rate": 1e-2}
+SHORT = {"training.steps": 4, "saving.saves": 1, "saving.state_every": 2, "saving.precision": "fp32", "sampling.inference_steps": 1}
+
+
+def adapter_of(folder):
+    return load_file(folder / run_folder.status(folder).finished.file)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_trains_is_saved_as_it_is_and_resumes_to_the_bit(train_tiny, kind):
+    """On linear layers and convolutions of the UNet and all of the text encoder; the saved file is compared by the run itself."""
+    dropout = {"adapter.dropout": 0.2} if kind == "dora" else {"adapter.rank_dropout": 0.2, "adapter.module_dropout": 0.2}
+    folder = train_tiny(SHORT | EVERYTHING | KINDS[kind] | dropout | {"adapter.kind": kind})
+    straight, losses = adapter_of(folder), run_folder.status(folder).losses
+    shutil.rmtree(folder / "state" / "000004")
+    assert run_in(folder) == 0
+    assert same(adapter_of(folder), straight) and run_folder.status(folder).losses == losses
+    ends = {name.split(".", 1)[1] for name in straight}
+    assert any(name.startswith("lora_te_") for name in straight) and any("conv1" in name for name in straight)
+    marks = {"dora_scale": "dora", "hada_w1_a": "loha", "lokr_w1": "lokr"}
+    assert {marks[end] for end in ends & marks.keys()} == {kind} - {"lora", "rslora"}
+
+
+@pytest.mark.parametrize("init", adapters.INITS)
+def test_every_start_trains_is_saved_as_it_is_and_resumes_to_the_bit(train_tiny, init):
+    folder = train_tiny(SHORT | {"adapter.targets": "linear+conv", "adapter.init": init, "adapter.rank_dropout": 0.2, "adapter.rank": 4})
+    straight = adapter_of(folder)
+    shutil.rmtree(folder / "state" / "000004")
+    assert run_in(folder) == 0 and same(adapter_of(folder), straight)
+    ranks = {t.shape[0] for name, t in straight.items() if name.endswith("lora_down.weight")}
+    assert ranks == ({8} if init in ("pissa", "olora") else {4})
+
+
+@pytest.fixture
+def base(tiny_base):
+    return load_base(config.Base(model=str(tiny_base)), torch.float32)
+
+
+def injected(base, part="unet", **changes):
+    module = getattr(base.pipe, part)
+    adapters.inject(module, part, config.Adapter(**({"rank": 2, "alpha": 4.0} | changes)), seed=1)
+    return module
+
+
+CHOICES = [
+    *({"kind": kind} for kind in KINDS),
+    *({"kind": kind, "targets": "linear+conv", "rank": 3} for kind in KINDS),
+    {"kind": "lokr", "lokr_factor": 4, "targets": "linear", "rank": 1},
+    {"targets": "attention+feed-forward"},
+    {"targets": "linear+conv", "conv_rank": 1},
+    {"target_pattern": "up_blocks.*attn2"},
+    {"ranks": "mid_block=5, attn2=1, down_blocks=0"},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: "-".join(map(str, choice.values())))
+def test_the_parameters_of_every_choice_are_those_estimated_before(base, choice):
+    module = injected(base, **choice)
+    counted = sum(parameter.numel() for parameter in adapters.trainable(module).values())
+    adapter = config.Adapter(**({"rank": 2, "alpha": 4.0} | choice))
+    assert estimate.adapter_parameters(adapter, "unet", base.files.tensors["unet"]) == counted > 0
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: "-".join(map(str, choice.values())))
+def test_delta_w_is_what_the_layer_adds(base, choice):
+    """W x + delta W x, worked out from the tensors of the file, is the layer's output."""
+    module, generator = injected(base, **choice), torch.Generator().manual_seed(0)
+    for parameter in adapters.trainable(module).values():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    for adapted in adapters.adapted_modules({"unet": module}):
+        layer = module.get_submodule(adapted.name)
+        weight = adapters.base_weight(module, adapted.name)
+        inputs = torch.randn(2, weight.shape[1], *([6, 6] if weight.dim() == 4 else []), generator=generator)
+        with torch.no_grad():
+            theirs = layer(inputs)
+            layer.get_base_layer().weight += adapted.change(weight)
+            torch.testing.assert_close(layer.get_base_layer()(inputs), theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [3, 40])
+@pytest.mark.parametrize("init", adapters.INITS)
+def test_every_start_is_the_base_and_has_its_shape(base, init, rank):
+    """Rank 40 is more than the smaller sides have."""
+    inputs = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 500, torch.randn(2, 5, 32)
+    with torch.no_grad():
+        before = base.pipe.unet(*inputs).sample
+        module = injected(base, init=init, targets="linear+conv", rank=rank)
+        torch.testing.assert_close(module(*inputs).sample, before, rtol=1e-4, atol=1e-5)
+    layer = module.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    a, b = layer.lora_A[adapters.ADAPTER].weight, layer.lora_B[adapters.ADAPTER].weight
+    a, b, weight = a.detach(), b.detach(), layer.base_layer.weight
+    product = b @ a * (1.0 if init == "olora" else layer.scaling[adapters.ADAPTER])
+    if init == "gaussian":
+        assert not b.any() and abs(float(a.std()) * rank - 1) < 0.3
+    elif init == "orthogonal":
+        assert a.any() and b.any() and product.norm() < 1e-5
+    elif rank == 40:
+        torch.testing.assert_close(product, weight, rtol=1e-3, atol=1e-5)
+    elif init == "pissa":
+        values = torch.linalg.svdvals(weight)
+        torch.testing.assert_close(torch.linalg.svdvals(weight - product)[: len(values) - rank], values[rank:], rtol=1e-3, atol=1e-5)
+    else:
+        torch.testing.assert_close(b.T @ b, torch.eye(rank), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
+def test_rank_and_module_dropout_leave_out_their_share(base, kind):
+    """With a seed the same again, without training nothing at all."""
+    module = injected(base, kind=kind, rank=8, targets="linear+conv", rank_dropout=0.5, module_dropout=0.3)
+    for parameter in adapters.trainable(module).values():
+        torch.nn.init.normal_(parameter)
+    layer = module.get_submodule("mid_block.resnets.0.conv1")
+    inputs = torch.randn(1, 32, 4, 4)
+    with torch.no_grad():
+        alone = layer.base_layer(inputs)
+        assert torch.equal(layer(inputs), layer(inputs))
+        layer.train()
+        torch.manual_seed(3)
+        outputs = torch.stack([layer(inputs) for _ in range(300)])
+        torch.manual_seed(3)
+        assert torch.equal(layer(inputs), outputs[0])
+        as_base = sum(torch.allclose(output, alone) for output in outputs) / 300
+        layer.eval()
+        assert 0.2 < as_base < 0.42 and len({float(output.sum()) for output in outputs}) > 100
+        changes, whole = outputs - alone, layer(inputs) - alone
+        assert 0.45 < float((changes.mean(0) * whole).sum() / whole.square().sum()) < 0.95  # 0.7 on the average
+
+
+def test_each_choice_of_layers_holds_the_one_before(base):
+    shapes = adapters.weight_shapes(base.pipe.unet)
+    names = [
+        {target.name for target in targets.choose_targets(config.Adapter(targets=choice), "unet", shapes)} for choice in targets.DENOISER
+    ]
+    assert all(smaller < larger for smaller, larger in zip(names, names[1:], strict=False))
+    left = {name for name in shapes if name not in names[-1]}
+    assert left == {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"}
+    text = adapters.weight_shapes(base.pipe.text_encoder)
+    every = targets.choose_targets(config.Adapter(text_encoder_targets="all"), "text_encoder", text)
+    assert {t.name for t in every} == set(text)
+
+
+def test_ranks_and_alphas_by_name():
+    adapter = config.Adapter(rank=4, alpha=2.0, conv_rank=6, conv_alpha=9.0, ranks="mid_block=8, attn2=0", alphas="to_k=7, conv2=1.5")
+    shapes = {
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_q": (8, 8),
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_k": (8, 8),
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (8, 8),
+        "up_blocks.0.attentions.0.proj_in": (8, 8, 1, 1),
+        "up_blocks.0.resnets.0.conv1": (8, 8, 3, 3),
+        "mid_block.resnets.0.conv2": (8, 8, 3, 3),
+    }
+    chosen = targets.choose_targets(adapter.model_copy(update={"targets": "linear+conv"}), "unet", shapes)
+    assert [(t.rank, t.alpha) for t in chosen] == [(8, 4.0), (8, 7.0), (4, 2.0), (6, 9.0), (8, 1.5)]
+    assert [t.rank for t in targets.choose_targets(adapter.model_copy(update={"ranks": "unet=3"}), "unet", shapes)] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"adapter.target_pattern": "("}, "no regular expression"),
+        ({"adapter.target_pattern": "x" * 201}, "200"),
+        ({"adapter.ranks": "mid_block:3"}, "mid_block=32"),
+        ({"adapter.ranks": "mid_block=3.5"}, "whole numbers"),
+        ({"adapter.alphas": "mid_block=0"}, "above 0"),
+        ({"adapter.kind": "loha", "adapter.dropout": 0.1}, "adapter.dropout does not exist for loha"),
+        ({"adapter.kind": "dora", "adapter.module_dropout": 0.1}, "do not exist for dora"),
+        ({"adapter.kind": "lokr", "adapter.init": "pissa"}, "does not exist for lokr"),
+        ({"adapter.lokr_factor": 4}, "lokr only"),
+        ({"adapter.init": "olora", "adapter.module_dropout": 0.1}, "does not go with adapter.init"),
+        ({"adapter.targets": "linear", "adapter.target_pattern": "a"}, "give one of them"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        config.replace(config.RunConfig(), changes)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"adapter.target_pattern": "nowhere"}, "fits no module of the unet"),
+        ({"adapter.target_pattern": r"(?:(.)|(..)|(...))+\3\3\2\2$"}, "takes too long"),
+        ({"adapter.ranks": "nowhere=3"}, "names nowhere"),
+        ({"adapter.ranks": "unet=0"}, "left to train"),
+    ],
+)
+def test_what_fits_no_module_is_told_before_the_start(tiny_run, changes, words):
+    run = tiny_run(changes)
+    with pytest.raises(ConfigError, match=words):
+        estimate.trainable_parameters(run)
+    folder = run_folder.create(run)
+    assert run_in(folder) == 1 and words in run_folder.status(folder).message
