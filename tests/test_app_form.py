@@ -87,8 +87,11 @@ def test_recipes_suit_the_base_and_a_model_of_ones_own(tmp_path):
     from tests.tiny import save_tiny_base
 
     assert {preset.config.base.model for preset in train.recipes_for("embedded")} == {"embedded"}
-    for own, base in (("", train.SD15), ("someone/realistic", train.SD15), ("someone/juggernautXL", train.SDXL), ("/nowhere", train.SD15)):
+    named = {"": train.SD15, "someone/realistic": train.SD15, "someone/juggernautXL": train.SDXL, "/nowhere": train.SD15}
+    named |= {"stabilityai/stable-diffusion-3.5-large": train.SD35M, "someone/stable-diffusion-2-1-base": train.SD21}
+    for own, base in named.items():
         assert {preset.config.base.model for preset in train.recipes_for(train.OWN, own)} == {base}, own
-    folder = save_tiny_base(tmp_path / "xl-in-name-only")
-    assert train.recipes_for(train.OWN, str(folder))[0].config.base.model == train.SD15
+    for kind, base in {"sd1": train.SD15, "sd2": train.SD21, "sd35-medium": train.SD35M}.items():
+        folder = save_tiny_base(tmp_path / f"xl-in-name-only-{kind}", kind=kind)
+        assert train.recipes_for(train.OWN, str(folder))[0].config.base.model == base
     assert set(train.BASE_TITLES) == {base for _, base in train._base_choices()} - {train.OWN}

@@ -112,7 +112,7 @@ class Dataset(Section):
     trigger: str = ""
     """A word the model does not know yet. It is put in front of every caption that lacks it, and calls the subject in a prompt later. Leave it empty for a style."""
     resolution: Annotated[int, Field(ge=16, le=4096, multiple_of=8)] = 512
-    """Pictures are resized to about this many pixels squared, keeping their shape. Use the size the base was made for: 512 for Stable Diffusion 1.5, 1024 for XL."""
+    """Pictures are resized to about this many pixels squared, keeping their shape. Use the size the base was made for: 512 for Stable Diffusion 1.5, 768 for 2.1, 1024 for XL and 3.5."""
     bucket_step: Annotated[int, Field(ge=8, le=256, multiple_of=8)] = 64
     """Sides of the resized pictures are multiples of this. Smaller cuts less off, but makes more different shapes, which batch less well."""
     max_aspect: Annotated[float, Field(ge=1, le=8)] = 2.0

@@ -194,13 +194,14 @@ def size_of(run: RunConfig) -> Size:
     """Measured from the tensor headers; for a model that is not on this machine, that of its kind, told by its name."""
     folder = locate(run.base)
     if folder is None:
-        costs = COSTS[_kind_by_name(run.base.model)]
+        costs = COSTS[kind_by_name(run.base.model)]
         parameters = {part: count for part, count in costs.parameters.items() if run.base.t5 or part not in T5_PARTS}
         return Size(costs, parameters, costs.width, costs.latent_step)
     return _measured_size(inspect(folder, run.base.t5))
 
 
-def _kind_by_name(model: str) -> str:
+def kind_by_name(model: str) -> str:
+    """The pipeline of a model that is not on this machine."""
     name = model.lower()
     is_3 = "stable-diffusion-3" in name or "sd3" in name
     return "StableDiffusion3Pipeline" if is_3 else "StableDiffusionXLPipeline" if "xl" in name else "StableDiffusionPipeline"

