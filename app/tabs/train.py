@@ -8,7 +8,7 @@ import gradio as gr
 from app import datasets, form, preflight, recipes, runs, views
 from app.drawn import drawn
 from app.page import Page
-from trainer import base_model, config, foreign_configs, presets, run_folder
+from trainer import base_model, config, estimate, foreign_configs, presets, run_folder
 from trainer.config import EMBEDDED, RunConfig
 from trainer.errors import ConfigError, TrainerError
 
