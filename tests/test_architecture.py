@@ -44,7 +44,7 @@ LEVELS = [
     {"checkpoint"},
     {"events", "presets", "base_model", "buckets", "foreign_configs", "adapted", "adapter_keys", "targets"},
     {"run_folder", "pictures", "findings", "hub"},
-    {"captions", "inspection", "tokens", "journal"},
+    {"storage", "report", "captions", "inspection", "tokens", "journal"},
     {"doctor", "crops"},
     {"dataset", "caption_edits", "estimate", "batches", "device", "libraries", "attention"},
     {"importing", "cures", "caption", "cache", "adapters", "objective", "optimizers", "state", "memory"},

@@ -13,7 +13,7 @@ from tests.corpus import JPG, PNG, encoded, photo
 from trainer import importing
 from trainer.captions import read_caption
 from trainer.dataset import scan_dataset
-from trainer.errors import DatasetError
+from trainer.errors import TrainerError
 from trainer.importing import import_files, safe_name
 
 
@@ -189,7 +189,7 @@ def test_full_disk_is_one_sentence_and_leaves_no_part(source, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(DatasetError, match="No space left"):
+    with pytest.raises(TrainerError, match="No space left"):
         import_files([put(source, "a.png", PNG)], tmp_path / "set")
     assert names(tmp_path / "set") == []
 

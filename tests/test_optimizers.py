@@ -8,7 +8,7 @@ from pytorch_optimizer import get_supported_optimizers
 from safetensors.torch import load_file
 
 from trainer import config, events, optimizers, run_folder, state, train
-from trainer.__main__ import run_in
+from trainer.__main__ import STOPPED, run_in
 from trainer.errors import ConfigError, StateError
 from trainer.optimizers import build_optimizer, lr_factor, optimizer_state, restore_optimizer, set_learning_rate, try_optimizer
 
@@ -248,7 +248,7 @@ def test_runs_with_averages_resume_to_the_bit(tiny_run, train_tiny, monkeypatch,
             run_folder.request(folder, "stop")
 
     monkeypatch.setattr(events.EventLog, "append", stop_at_four)
-    assert run_in(folder) == 0 and run_folder.status(folder).state == "stopped"
+    assert run_in(folder) == STOPPED and run_folder.status(folder).state == "stopped"
     monkeypatch.setattr(events.EventLog, "append", append)
     assert run_in(folder) == 0
     ours, theirs = (load_file(f / "tiny.safetensors") for f in (folder, whole))

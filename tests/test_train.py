@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from trainer import events, run_folder, step, train
-from trainer.__main__ import run_in
+from trainer.__main__ import STOPPED, run_in
 from trainer.families.sd1 import StableDiffusion1
 
 
@@ -228,7 +228,7 @@ def test_stop_saves_and_resuming_finishes(tiny_run, monkeypatch):
             run_folder.request(folder, "stop")
 
     monkeypatch.setattr(events.EventLog, "append", stop_at_three)
-    assert run_in(folder) == 0
+    assert run_in(folder) == STOPPED
     status = run_folder.status(folder)
     assert status.state == "stopped" and status.step == 3 and (folder / "tiny.safetensors").is_file()
     monkeypatch.setattr(events.EventLog, "append", append)
@@ -245,7 +245,7 @@ def test_stopped_before_the_first_step_it_ends_and_can_be_resumed(tiny_run, monk
             run_folder.request(folder, "stop")
 
     monkeypatch.setattr(events.EventLog, "append", stop_at_start)
-    assert run_in(folder) == 0
+    assert run_in(folder) == STOPPED
     status = run_folder.status(folder)
     assert (status.state, status.step, status.adapters) == ("stopped", 0, []) and status.can_resume
     assert run_in(folder) == 0 and run_folder.status(folder).state == "finished"

@@ -1,9 +1,10 @@
 """The command line: `python -m trainer COMMAND`. The only place that turns an error into a message.
 
-Exit code 0: done (or stopped on request, with everything saved). 1: failed, with a sentence. 2: wrong usage.
+Exit code 0: done. 1: failed, with a sentence. 2: wrong usage. 3: stopped on request, with everything saved.
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import re
@@ -13,10 +14,14 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer import __version__, config, presets, run_folder
+from filelock import FileLock, Timeout
+
+from trainer import __version__, config, presets, report, run_folder, storage
 from trainer.errors import ConfigError, StateError, TrainerError
-from trainer.events import EventLog, Failed, Launched
+from trainer.events import EventLog, Failed, Launched, Progress, Stopped
 from trainer.terminal import TerminalLog
+
+STOPPED = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,6 +114,10 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true")
     info.set_defaults(command=info_command)
 
+    cache = commands.add_parser("cache", help="say how large the caches are, or clear them")
+    cache.add_argument("--clear", action="store_true", help="delete latents, embeddings, thumbnails and previews")
+    cache.set_defaults(command=cache_command)
+
     demo = commands.add_parser("demo", help="train the example subject on the embedded base and report what it learned")
     demo.add_argument("--output", type=Path, help="where the run folder goes (outputs/runs)")
     demo.set_defaults(command=demo_command)
@@ -149,54 +158,78 @@ def run_in(folder: Path) -> int:
         raise StateError(f"{folder} is no run folder: it has no run.toml.")
     folder = folder.resolve()
     run = config.load(folder / "run.toml")
-    lock = run_folder.acquire(folder)
+    lock, device = run_folder.acquire(folder), run_folder.device_lock()
+    storage.clean_half_written(folder)
+    storage.prune()
     log = TerminalLog(folder / "events.jsonl")
     for message in ("queued", "stop", "pause"):
         run_folder.withdraw(folder, message)
-    log.append(Launched(os.getpid(), __version__))
+    (folder / report.NAME).unlink(missing_ok=True)  # of an earlier failure
+    log.append(Launched(os.getpid(), __version__, run_folder.boot_id()))
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: run_folder.request(folder, "stop"))
     try:
+        if not _wait_for(device, folder, log):
+            log.append(Stopped(run_folder.status(folder).step, ""))
+            return STOPPED
         return _train(run, folder, log)
     finally:
         log.close()
+        device.release()
         lock.release()
 
 
+def _wait_for(device: FileLock, folder: Path, log: EventLog) -> bool:
+    """Waits until no other run has the device; False where the person stops the run meanwhile."""
+    try:
+        device.acquire(timeout=0)
+        return True
+    except Timeout:
+        log.append(Progress("waiting"))
+    while not run_folder.take(folder, "stop"):
+        try:
+            device.acquire(timeout=0.5)
+            return True
+        except Timeout:
+            continue
+    return False
+
+
 def _train(run: config.RunConfig, folder: Path, log: EventLog) -> int:
-    import torch  # seconds, which wrong usage need not wait for
+    from trainer import libraries  # seconds, which wrong usage need not wait for
 
-    from trainer import libraries, memory
-
+    faulthandler.enable(sys.__stderr__)  # a crash in native code leaves at least its place in the log
     libraries.settle()
+    from trainer import memory
     from trainer.train import train
 
     try:
         chosen = train(run, folder, log)
-    except (TrainerError, torch.OutOfMemoryError, MemoryError) as error:
-        sentence = str(error) if isinstance(error, TrainerError) else memory.advice(run)
-        log.append(Failed(sentence))
-        print(f"\n{sentence}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        traceback.print_exc()
-        log.append(
-            Failed(
-                f"A file could not be read or written: {error.strerror or error} ({error.filename or folder}). "
-                "Put that right and press Resume; the last state is kept."
-            )
-        )
-        return 1
-    except Exception as error:  # a bug: the traceback goes to the log, a plain line to the page
-        traceback.print_exc()
-        log.append(
-            Failed(
-                f"Something went wrong inside the trainer ({type(error).__name__}: {str(error)[:200]}). "
-                "The log has the details; the last state is kept."
-            )
-        )
+    except Exception as error:  # the one place where any error becomes a sentence
+        sentence = report.without_secrets(memory.advice(run) if memory.ran_out(error) else report.explain(error))
+        _fail(folder, log, sentence, error)
         return 1
     print(f"\n{chosen}")
+    return STOPPED if run_folder.status(folder).state == "stopped" else 0
+
+
+def _fail(folder: Path, log: EventLog, sentence: str, error: Exception) -> None:
+    """Says it everywhere, as far as the disk lets it. The traceback of what nobody foresaw goes to the log as well."""
+    if not isinstance(error, TrainerError):
+        print(report.without_secrets("".join(traceback.format_exception(error))), file=sys.stderr)
+    print(f"\n{sentence}", file=sys.stderr)
+    try:
+        log.append(Failed(sentence))
+        report.write_report(folder, sentence, error)
+        print(f"The whole story is in {folder / report.NAME}", file=sys.stderr)
+    except (OSError, TrainerError) as also:
+        print(f"It could not be written down: {also}", file=sys.stderr)
+
+
+def cache_command(options: argparse.Namespace) -> int:
+    print(f"{storage.cache_folder()} holds {storage.size() / 1e6:,.1f} MB; the limit is {storage.limit() / 1e9:g} GB ($ATELIER_CACHE_GB).")
+    if options.clear:
+        print(f"{storage.clear() / 1e6:,.1f} MB were freed; what is needed again is made anew.")
     return 0
 
 

@@ -21,13 +21,9 @@ from torch import Tensor
 from trainer.buckets import Crop, apply_crop
 from trainer.files import atomic_write
 from trainer.pictures import open_picture
-from trainer.run_folder import outputs_folder
+from trainer.storage import cache_folder, touch
 
 VERSION = 1  # part of every key: raise it when the making of an entry changes
-
-
-def cache_folder() -> Path:
-    return outputs_folder() / "cache"
 
 
 def file_hash(path: Path) -> str:
@@ -59,7 +55,9 @@ def cached(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]
     """The entry under a key, made and stored when it is not there or cannot be read."""
     path = cache_folder() / key[:2] / f"{key}.safetensors"
     try:
-        return load_tensors(path.read_bytes())
+        entry = load_tensors(path.read_bytes())
+        touch(path)
+        return entry
     except (FileNotFoundError, SafetensorError):
         entry = {name: tensor.contiguous().cpu() for name, tensor in make().items()}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,10 @@ class StateError(TrainerError):
     """A run folder cannot be started or resumed as it is."""
 
 
+class DiskError(TrainerError):
+    """The disk is full, or the folder cannot be written."""
+
+
 class OutOfMemory(TrainerError):
     """The device has too little memory for these settings."""
 

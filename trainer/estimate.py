@@ -11,6 +11,8 @@ from pathlib import Path
 from trainer import config, run_folder, targets
 from trainer.base_model import T5_PARTS, BaseFiles, inspect, locate
 from trainer.config import Adapter, RunConfig
+from trainer.errors import ModelError
+from trainer.pictures import PICTURE_SUFFIXES
 from trainer.safetensors_header import TensorInfo
 
 FILE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -72,6 +74,20 @@ def file_bytes(run: RunConfig) -> int | None:
     """Size of the finished file, its header of some kilobytes not counted."""
     parameters = trainable_parameters(run)
     return None if parameters is None else parameters * FILE_BYTES[run.saving.precision]
+
+
+def disk_bytes(run: RunConfig) -> float:
+    """What a run will write: its states (three at a time), adapters, samples and cache. A little too much rather than too little."""
+    try:
+        parameters = trainable_parameters(run) or 0
+    except ModelError:  # told where the base is loaded
+        parameters = 0
+    pictures = sum(path.suffix.lower() in PICTURE_SUFFIXES for path in Path(run.dataset.folder).rglob("*"))
+    area, saves = run.dataset.resolution**2, run.saving.saves + 1
+    states = 3 * 4 * parameters * (3 + (1 if run.training.ema_decay else 0))  # weights and two moments in float32
+    adapters = saves * parameters * FILE_BYTES[run.saving.precision]
+    cached = pictures * (area / 64 * 16 * 2 * 4 + 2 * 77 * 4096 * 4)  # latents of up to 16 channels, embeddings of up to 4096 numbers
+    return states + adapters + saves * max(2, len(run.sampling.prompts)) * area * 3 + cached + 2**22
 
 
 def measured_seconds_per_step(run: RunConfig, runs: Iterable[Path]) -> float | None:

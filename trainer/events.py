@@ -4,6 +4,7 @@ Lines are only ever appended, each with a single write, so that a reader sees wh
 A reader skips what it does not know: logs of other versions stay readable.
 """
 
+import errno
 import json
 import os
 import time
@@ -24,6 +25,8 @@ class Launched(Event):
 
     pid: int
     version: str
+    boot: str = ""
+    """Which start of the machine it was, where the system tells."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,13 @@ class Failed(Event):
 
 
 @dataclass(frozen=True)
+class TrainerDied(Event):
+    """The page saw its trainer end without having said why."""
+
+    exit_code: int
+
+
+@dataclass(frozen=True)
 class Finished(Event):
     step: int
     file: str
@@ -182,7 +192,8 @@ class EventLog:
     def _write(self, line: bytes) -> None:
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            os.write(descriptor, line)
+            if os.write(descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         finally:
             os.close(descriptor)
 

@@ -1,11 +1,47 @@
 """Files that are either whole or not there: every file of a run is written through here."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from shutil import rmtree
+from shutil import disk_usage, rmtree
 from tempfile import mkdtemp, mkstemp
+
+from trainer.errors import DiskError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def check_room(folder: Path, needed: float, what: str) -> None:
+    """Raises DiskError where the disk of a folder (which may not exist yet) has fewer bytes free than needed."""
+    free = disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    if free < needed:
+        raise DiskError(
+            f"The disk is full: {what} needs {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free in {folder}. "
+            "Make room and try again; everything before is kept."
+        )
+
+
+@contextmanager
+def _said(path: Path, needed: int) -> Iterator[None]:
+    """A full or read-only disk as a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            free = disk_usage(path.parent).free
+            raise DiskError(
+                f"The disk is full ({error.strerror}): {path.name} needs {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free. "
+                "Make room and try again; everything before is kept."
+            ) from error
+        if error.errno in READ_ONLY:
+            raise DiskError(
+                f"The folder {path.parent} cannot be written ({error.strerror}). "
+                "Give permission or choose another folder with $ATELIER_OUTPUTS; everything before is kept."
+            ) from error
+        raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -28,6 +64,11 @@ def _umask_mode(mode: int) -> int:
 def atomic_write(path: Path, content: bytes | str) -> None:
     """Writes a file so that a reader, a kill or a power cut sees the old content or the new one, never a part."""
     content = content.encode("utf-8") if isinstance(content, str) else content
+    with _said(path, len(content)):
+        _replace(path, content)
+
+
+def _replace(path: Path, content: bytes) -> None:
     descriptor, temporary = mkstemp(prefix=".writing-", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -45,6 +86,12 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that gets its final name, complete and durable, when the block ends without an error."""
+    with _said(path, 0), _new_folder(path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
     temporary = Path(mkdtemp(prefix=".writing-", dir=path.parent))
     try:
         yield temporary

@@ -23,6 +23,7 @@ from trainer.errors import ConfigError, DatasetError
 from trainer.events import Event, EventLog, Progress, Warned
 from trainer.families import LoadedBase, load_base
 from trainer.families.base import PLAIN_READING, Conditioning, SizeIds, pixel_step
+from trainer.files import check_room
 from trainer.memory import Ladder, set_tiling
 from trainer.objective import Objective
 from trainer.optimizers import build_optimizer, try_optimizer, warmup_steps
@@ -118,6 +119,7 @@ def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None =
     for finding in findings:
         if finding.level == "error":
             log.append(Warned(f"{finding.file} is left out: {finding.message}"))
+    check_room(folder, estimate.disk_bytes(run), "the run")
     device = choose_device()
     precision = choose_precision(run.base.precision, device)
     base = ladder.attempt("load", 0, lambda: load_base(run.base, DTYPES[precision], run.dataset.caption_tokens, report))

@@ -15,6 +15,7 @@ A run is alive while its trainer holds the lock; the system lets go of it howeve
 
 import os
 import re
+import signal
 import statistics
 import time
 import unicodedata
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
+from shutil import disk_usage
 
 from filelock import FileLock, Timeout
 
@@ -83,6 +85,20 @@ def acquire(folder: Path) -> FileLock:
     return taken
 
 
+def device_lock() -> FileLock:
+    """Held by the trainer that has the device; others wait. One for all that train below the same outputs folder."""
+    outputs_folder().mkdir(parents=True, exist_ok=True)
+    return FileLock(outputs_folder() / ".device.lock", mode=0o644)
+
+
+def boot_id() -> str:
+    """Tells one start of the machine from another; empty where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
 def is_alive(folder: Path) -> bool:
     """Whether a trainer process holds the run now."""
     if not (folder / ".lock").exists():
@@ -124,7 +140,8 @@ class RunStatus:
 
     name: str
     state: str = "new"
-    """new, queued, loading, downloading, caching, sampling, training, paused, stopping, stopped, finished, failed or interrupted."""
+    """new, queued, waiting, loading, downloading, caching, sampling, training, paused, stopping, stopped,
+    finished, failed or interrupted."""
     phase_done: int = 0
     phase_total: int = 0
     step: int = 0
@@ -141,6 +158,9 @@ class RunStatus:
     """Why it failed, in a sentence."""
     finished: events.Finished | None = None
     launched_at: float = 0.0
+    boot: str = ""
+    exit_code: int | None = None
+    """Of a trainer that died without a word."""
     stations: list[float] = field(default_factory=list)
     """Seconds that each measuring, saving and sampling took."""
     last_step_at: float | None = None
@@ -149,7 +169,7 @@ class RunStatus:
 
     @property
     def is_active(self) -> bool:
-        return self.state in ("loading", "downloading", "caching", "sampling", "training", "paused", "stopping")
+        return self.state in ("waiting", "loading", "downloading", "caching", "sampling", "training", "paused", "stopping")
 
     @property
     def can_resume(self) -> bool:
@@ -193,19 +213,44 @@ def status(folder: Path) -> RunStatus:
         result.state = "queued"
     elif not alive and result.is_active:
         result.state = "interrupted"
-        result.message = (
-            "The trainer ended without a word: it was killed (often for memory) "
-            "or the machine went down. The last state is kept; press Resume."
-        )
+        result.message = f"{_how_it_ended(folder, result)} The last state is kept; press Resume."
     elif alive and requested(folder, "stop") and result.is_active:
         result.state = "stopping"
     return result
+
+
+def _how_it_ended(folder: Path, result: RunStatus) -> str:
+    """Of a trainer that is gone without a last event: from its exit code, the start of the machine, its log, the disk."""
+    if result.exit_code is not None:
+        return exit_sentence(result.exit_code)
+    if result.boot and boot_id() and result.boot != boot_id():
+        return "The machine was restarted while this run was training."
+    log = folder / "log.txt"
+    if log.is_file() and b"Fatal Python error" in log.read_bytes()[-20_000:]:
+        return "The trainer crashed in the code of a library or driver; the log shows where."
+    if disk_usage(folder).free < 2**20:
+        return "The disk is full, so that the trainer could not even say why it ended. Make room."
+    return "The trainer ended without a word: it was killed (often by the system, for want of memory), or the machine went down."
+
+
+def exit_sentence(code: int) -> str:
+    """What an exit code without a message means; negative ones are signals, large ones those of Windows."""
+    if code in (-signal.SIGTERM, -2):
+        return "The trainer was told to end before it could save."
+    if code in (-9, 137):
+        return "The trainer was killed: by the system for want of memory (most often), or by a person."
+    if code in (-4, -6, -7, -8, -11, 0xC0000005, 0xC0000409, 0xC000001D, 139, 134):
+        return f"The trainer crashed in the code of a library or driver (exit code {code:#x}); update the GPU driver if that repeats."
+    return f"The trainer ended with exit code {code} without a word; its log may say more."
 
 
 def _apply(result: RunStatus, event: events.Event) -> None:
     match event:
         case events.Launched():
             result.state, result.message, result.launched_at, result.finished = "loading", "", event.time, None
+            result.exit_code, result.boot = None, event.boot
+        case events.TrainerDied():
+            result.exit_code = event.exit_code
         case events.Progress():
             result.state, result.phase_done, result.phase_total = event.phase, event.done, event.total
         case events.Started():

@@ -20,7 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from trainer.errors import StateError
-from trainer.files import atomic_folder
+from trainer.files import atomic_folder, check_room
 
 VERSION = 2
 KEPT = 2
@@ -43,6 +43,7 @@ def save_state(folder: Path, state: State) -> None:
     root = folder / "state"
     root.mkdir(exist_ok=True)
     contents = {f"{part}.safetensors": save_tensors(getattr(state, part)) for part in TENSOR_FILES}
+    check_room(root, sum(map(len, contents.values())) + 2**16, f"the state of step {state.step}")
     with atomic_folder(root / f"{state.step:06d}") as temporary:
         for name, content in contents.items():
             (temporary / name).write_bytes(content)

@@ -28,6 +28,8 @@ class TerminalLog(EventLog):
                 self._say(f"Downloading the base model: {event.done:,}/{event.total:,} MB")
             case events.Progress(phase="caching"):
                 self._say(f"Caching pictures and captions: {event.done}/{event.total}")
+            case events.Progress(phase="waiting"):
+                self._say("Another run has the device; this one starts when that ends.")
             case events.StepDone() if self.bar is not None:
                 self.bar.set_postfix(loss=f"{event.loss:.4f}", refresh=False)
                 self.bar.update()
@@ -36,7 +38,7 @@ class TerminalLog(EventLog):
                     f"Step {event.step}: saved {event.file}"
                     + ("" if event.validation_loss is None else f", validation loss {event.validation_loss:.4f}")
                 )
-            case events.Warned():
+            case events.Warned() | events.MemoryRelieved() | events.RolledBack():
                 self._say(f"Warning: {event.message}")
             case events.Paused():
                 self._say(f"Paused after step {event.step}")

@@ -258,7 +258,7 @@ def relieve(session: Session, rung: str) -> bool:
 
 
 def answer_requests(session: Session, step: int, facts: dict) -> None:
-    """What the person asks for between the saves: "save" keeps the adapter as it is now, "sample" draws with it. Neither alters the training."""
+    """What the person asks for between the saves: "save" keeps the adapter, "sample" draws with it. Neither alters the training."""
     if step == 0:
         return
     saving, sampling = (run_folder.take(session.folder, what) for what in ("save", "sample"))
