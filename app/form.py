@@ -57,6 +57,8 @@ def widget(path: str, **look: Any) -> gr.components.Component:
     }
     if choices := config.choices(field):
         return gr.Dropdown(list(choices), filterable=False, **common)
+    if choices := config.several_choices(field):
+        return gr.CheckboxGroup(list(choices), **{**common, "value": list(config.get(RunConfig(), path))})
     if field.annotation is bool:
         return gr.Checkbox(**common)
     if field.annotation in (int, float):
@@ -98,12 +100,15 @@ def from_widget(path: str, value: Any) -> Any:
         return value
     if field.annotation is str:
         return value.strip() if isinstance(value, str) else ""
+    if config.several_choices(field):
+        return tuple(value) if isinstance(value, list | tuple) else value
     return tuple(line.strip() for line in str(value or "").splitlines() if line.strip())
 
 
 def write(paths: Sequence[str], run: RunConfig) -> list[Any]:
     """The values of widgets that show this config."""
-    return [to_widget(config.get(run, path)) for path in paths]
+    values = {path: config.get(run, path) for path in paths}
+    return [list(value) if config.several_choices(all_fields()[path]) else to_widget(value) for path, value in values.items()]
 
 
 def read(values: Mapping[str, Any]) -> RunConfig:

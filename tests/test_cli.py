@@ -42,7 +42,7 @@ def test_wrong_usage_is_exit_code_2(arguments, capsys):
         (["train", "embedded-subject", "--set", "training.speed=3"], "no setting named training.speed"),
         (["train", "missing.toml"], "missing.toml"),
         (["resume", "nowhere"], "no run folder"),
-        (["info", "nowhere.safetensors"], "cannot be read"),
+        (["info", "nowhere.safetensors"], "no adapter file nowhere"),
         (["check", "nowhere"], "nowhere"),
         (["train", "embedded-subject", "--dataset", "nowhere"], "nowhere"),
         (["sample", "--adapter", "nowhere.safetensors"], "nowhere.safetensors"),

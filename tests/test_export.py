@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from trainer import adapters, config, export, run_folder
 from trainer.adapted import AdaptedModule
+from trainer.adapter_file import read_adapter
 from trainer.errors import ModelError
 from trainer.families import FAMILIES, load_base
 from trainer.info import describe
+from trainer.metadata import metadata_for
 from trainer.safetensors_header import read_header
 
 FAMILY = FAMILIES["sd1"]
@@ -62,7 +64,7 @@ def predict(pipe):
 @pytest.mark.parametrize("parts", [("unet",), ("unet", "text_encoder"), ("text_encoder",)])
 def test_the_keys_are_the_golden_list(tiny_base, parts):
     _, components = trained_base(tiny_base, parts)
-    tensors = export.to_kohya(adapters.adapted_modules(components), FAMILY, 5.0, torch.float16)
+    tensors = export.to_kohya(adapters.adapted_modules(components), FAMILY, torch.float16)
     golden = (GOLDEN_UNET if "unet" in parts else []) + (GOLDEN_TEXT if "text_encoder" in parts else [])
     assert set(tensors) == {f"{key}.{end}" for key in golden for end in ("lora_down.weight", "lora_up.weight", "alpha")}
     assert all(float(t) == 5.0 and t.shape == () for name, t in tensors.items() if name.endswith("alpha"))
@@ -74,7 +76,7 @@ def test_a_fresh_diffusers_pipeline_does_what_was_trained(tiny_base, tmp_path, p
     base, components = trained_base(tiny_base, parts, rank=rank, alpha=alpha)
     trained = predict(base.pipe)
     path = tmp_path / "a.safetensors"
-    export.write_adapter(path, export.to_kohya(adapters.adapted_modules(components), FAMILY, alpha, torch.float32), {})
+    export.save_adapter(path, "kohya", list(adapters.adapted_modules(components)), FAMILY, torch.float32, {})
     fresh = FAMILY.pipeline_class.from_pretrained(tiny_base, safety_checker=None, requires_safety_checker=False)
     plain = predict(fresh)
     fresh.load_lora_weights(str(path))
@@ -86,13 +88,11 @@ def test_a_fresh_diffusers_pipeline_does_what_was_trained(tiny_base, tmp_path, p
 def test_strength_scales_delta_w(tiny_base, tmp_path, strength):
     """At strength s every weight is W + s delta W; checked against weights merged by hand."""
     base, components = trained_base(tiny_base, ("unet",))
-    tensors = export.to_kohya(adapters.adapted_modules(components), FAMILY, 5.0, torch.float32)
-    by_key = {FAMILY.export_key("unet", m.name): m.name for m in adapters.adapted_modules(components)}
     merged = load_base(config.Base(model=str(tiny_base)), torch.float32)
-    for key, delta in export.deltas(tensors).items():
-        merged.pipe.unet.get_submodule(by_key[key]).weight.data += strength * delta.float()
+    for module in adapters.adapted_modules(components):
+        merged.pipe.unet.get_submodule(module.name).weight.data += strength * module.delta
     loaded = load_base(config.Base(model=str(tiny_base)), torch.float32)
-    loaded.pipe.load_lora_weights(dict(tensors), adapter_name="x")
+    loaded.pipe.load_lora_weights(export.to_kohya(adapters.adapted_modules(components), FAMILY, torch.float32), adapter_name="x")
     loaded.pipe.set_adapters(["x"], [strength])
     torch.testing.assert_close(predict(loaded.pipe), predict(merged.pipe), rtol=0, atol=2e-5)
 
@@ -102,27 +102,31 @@ def test_scales_that_vary_are_folded_into_one_alpha():
         return lora(f"block.{rank}", torch.ones(rank, 3), torch.ones(2, rank), scale)
 
     modules = [module(2, 3.0), module(4, 0.25)]
-    tensors = export.to_kohya(modules, FAMILY, 8.0, torch.float32)
-    assert {float(t) for name, t in tensors.items() if name.endswith("alpha")} == {8.0}
-    for module_, delta in zip(modules, export.deltas(tensors).values(), strict=True):
-        torch.testing.assert_close(delta.float(), module_.delta)
+    tensors = export.to_kohya(modules, FAMILY, torch.float32)
+    assert {float(t) for name, t in tensors.items() if name.endswith("alpha")} == {6.0}
+    for wanted in modules:
+        key = FAMILY.export_key("unet", wanted.name)
+        delta = 6.0 / wanted.rank * tensors[f"{key}.lora_up.weight"] @ tensors[f"{key}.lora_down.weight"]
+        torch.testing.assert_close(delta, wanted.delta)
 
 
-def test_no_number_that_is_not_finite_is_saved():
+def test_no_number_that_is_not_finite_is_saved(tmp_path):
     broken = lora("x", torch.ones(1, 2), torch.full((2, 1), float("nan")), 1.0)
     too_large = lora("x", torch.ones(1, 2), torch.full((2, 1), 1e6), 1.0)
     for module in (broken, too_large):
         with pytest.raises(ModelError, match="not finite"):
-            export.to_kohya([module], FAMILY, 1.0, torch.float16)
+            export.save_adapter(tmp_path / "a.safetensors", "kohya", [module], FAMILY, torch.float16, {})
+    assert not list(tmp_path.iterdir())
 
 
 def metadata(run):
-    return export.metadata_for(
+    return metadata_for(
         run,
         FAMILY,
+        modules=[lora("conv_in", torch.ones(16, 3, 1, 1), torch.ones(2, 16, 1, 1), 1.0)],
         step=6,
         total_steps=6,
-        pictures=3,
+        sizes=[(512, 512), (512, 512), (640, 448)],
         captions=["a red star, night", "a red star"],
         base_hash="abc",
         prediction_type="epsilon",
@@ -153,8 +157,31 @@ def test_metadata_is_what_other_programs_read():
     )
     everything = json.dumps(values)
     assert not any(word in everything for word in ("secret", "someone", "private words", "night"))
-    public = metadata(config.replace(run, {"saving.include_captions": True}))
-    assert json.loads(public["ss_tag_frequency"]) == {"secret": {"a red star": 2, "night": 1}} and "someone" not in json.dumps(public)
+    assert json.loads(values["ss_bucket_info"])["buckets"]["1"] == {"resolution": [640, 448], "count": 1}
+    assert json.loads(values["ss_network_args"]) == {"conv_dim": "16"} and values["ss_num_train_images"] == "3"
+
+
+def test_each_field_is_told_only_where_the_person_says_so(monkeypatch):
+    """Captions, folders, settings: three switches; the home folder is never in."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    run = config.replace(
+        config.RunConfig(),
+        {"dataset.folder": "/home/someone/pics/secret", "base.model": "/home/someone/models/mine", "sampling.prompts": ["private words"]},
+    )
+
+    def told(**switches):
+        return metadata(config.replace(run, {f"saving.include_{name}": value for name, value in switches.items()}))
+
+    captions = told(captions=True)
+    assert json.loads(captions["ss_tag_frequency"]) == {"dataset": {"a red star": 2, "night": 1}}
+    assert "private words" in captions["atelier_config"] and "secret" not in json.dumps(captions)
+    folders = told(folders=True)
+    assert json.loads(folders["ss_dataset_dirs"]) == {"secret": {"n_repeats": 1, "img_count": 3}} and "ss_tag_frequency" not in folders
+    settings = json.loads(folders["atelier_config"])
+    assert (settings["dataset"]["folder"], settings["base"]["model"]) == ("~/pics/secret", "~/models/mine")
+    assert "atelier_config" in told() and "atelier_config" not in told(config=False)
+    for values in (captions, folders, told()):
+        assert "someone" not in json.dumps(values)
 
 
 def test_the_settings_in_the_file_repeat_the_run():
@@ -164,7 +191,7 @@ def test_the_settings_in_the_file_repeat_the_run():
 
 def test_the_hash_is_of_the_bytes_after_the_header(tmp_path):
     path = tmp_path / "a.safetensors"
-    export.write_adapter(path, {"x.lora_up.weight": torch.ones(2, 1)}, {"k": "v"})
+    export.save_adapter(path, "kohya", [lora("x", torch.ones(1, 3), torch.ones(2, 1), 1.0)], FAMILY, torch.float32, {"k": "v"})
     content = path.read_bytes()
     body = content[8 + struct.unpack("<Q", content[:8])[0] :]
     assert read_header(path).metadata["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
@@ -188,7 +215,7 @@ def test_a_finished_run_leaves_files_that_say_what_they_are(train_tiny):
 
 def test_what_is_no_adapter_is_refused(tmp_path, tiny_base):
     with pytest.raises(ModelError, match="is no LoRA"):
-        export.read_adapter(tiny_base / "vae" / "diffusion_pytorch_model.safetensors")
-    save_file({"a.lora_up.weight": torch.tensor([[float("inf")]])}, tmp_path / "inf.safetensors")
+        read_adapter(tiny_base / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file({"lora_unet_a.lora_up.weight": torch.tensor([[float("inf")]])}, tmp_path / "inf.safetensors")
     with pytest.raises(ModelError, match="not finite"):
-        export.read_adapter(tmp_path / "inf.safetensors")
+        read_adapter(tmp_path / "inf.safetensors")

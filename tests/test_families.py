@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.tiny import TINY, save_tiny_base
-from trainer import adapters, config, estimate, events, export, hub, prepare, run_folder, step, targets, train
+from trainer import adapters, config, estimate, events, export, hub, metadata, prepare, run_folder, step, targets, train
+from trainer.adapter_keys import diffusers_key
 from trainer.errors import ModelError
 from trainer.families import FAMILIES, family_of, load_base
 from trainer.families.base import Batch
@@ -131,16 +132,18 @@ def test_what_was_trained_is_what_diffusers_reads(base_of, session_of, tmp_path,
     train_steps(session, 3)
     trained = predict(family, session.base.pipe)
 
-    tensors = export.to_file(adapters.adapted_modules(session.components), family, 5.0, torch.float32)
+    modules = list(adapters.adapted_modules(session.components))
+    tensors = export.WRITERS[family.dialect](modules, family, torch.float32)
     ends = ENDS[family.dialect]
     assert set(tensors) == {f"{key}.{end}" for key in GOLDEN[FAMILY_OF[kind]] for end in ends}
-    export.write_adapter(tmp_path / "a.safetensors", tensors, {})
+    export.save_adapter(tmp_path / "a.safetensors", family.dialect, modules, family, torch.float32, {})
     left_out = dict.fromkeys(session.base.files.left_out)
     fresh = family.pipeline_class.from_pretrained(base_of(kind), **family.pipeline_options, **left_out)
     fresh.load_lora_weights(str(tmp_path / "a.safetensors"))
     parts = {family.denoiser_name: family.denoiser(fresh), **family.text_encoders(fresh)}
     loaded = list(adapters.adapted_modules(parts, "default_0"))
-    assert {family.export_key(m.component, m.name) for m in loaded} == GOLDEN[FAMILY_OF[kind]] and len(tensors) == len(ends) * len(loaded)
+    key = {"kohya": family.export_key, "diffusers": diffusers_key}[family.dialect]
+    assert {key(m.component, m.name) for m in loaded} == GOLDEN[FAMILY_OF[kind]] and len(tensors) == len(ends) * len(loaded)
     assert (trained - plain).norm() > 0.02 * plain.norm()
     torch.testing.assert_close(predict(family, fresh), trained, rtol=0, atol=1e-5)
 
@@ -239,12 +242,13 @@ def test_no_projection_of_an_open_clip_encoder_is_alone(load, kind):
     ],
 )
 def test_the_file_says_its_family(family, prediction_type, version, v2, architecture):
-    values = export.metadata_for(
+    values = metadata.metadata_for(
         config.RunConfig(),
         FAMILIES[family],
         step=1,
         total_steps=1,
-        pictures=1,
+        modules=[],
+        sizes=[(16, 16)],
         captions=[],
         base_hash="",
         prediction_type=prediction_type,

@@ -92,7 +92,7 @@ def test_an_adapter_of_another_base_is_refused_in_a_sentence(tmp_path, picture):
         {f"{key}.lora_down.weight": torch.ones(2, 99), f"{key}.lora_up.weight": torch.ones(77, 2), f"{key}.alpha": torch.tensor(2.0)},
         tmp_path / "other.safetensors",
     )
-    with pytest.raises(ModelError, match="does not fit the base model"):
+    with pytest.raises(ModelError, match="does not fit the base model base .Stable Diffusion 1.x.: it was trained on another one"):
         picture((str(tmp_path / "other.safetensors"), 1.0))
 
 

@@ -278,7 +278,7 @@ def test_a_file_that_does_not_do_what_was_trained_is_noticed(tiny_run, monkeypat
     from trainer import export
 
     real = export.to_kohya
-    monkeypatch.setattr(export, "to_kohya", lambda *a: {n: t * 2 if n.endswith("alpha") else t for n, t in real(*a).items()})
+    monkeypatch.setitem(export.WRITERS, "kohya", lambda *a: {n: t * 2 if n.endswith("alpha") else t for n, t in real(*a).items()})
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 1 and "does not do what was trained" in run_folder.status(folder).message
 

@@ -128,6 +128,7 @@ def _settings_help() -> str:
     lines = ["settings for --set (their defaults are those of the recipe):"]
     for path, field in config.fields():
         words = f" one of {', '.join(map(str, config.choices(field)))}." if config.choices(field) else ""
+        words = f" Some of {', '.join(several)}." if (several := config.several_choices(field)) else words
         lines.append(f"  {path}\n      {field.description}{words}")
     return "\n".join(lines).replace("%", "%%")
 

@@ -1,5 +1,6 @@
 """One projection with its adapter, of whatever kind and wherever it comes from: the model in training or a file."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -57,8 +58,15 @@ class AdaptedModule:
         length = torch.linalg.vector_norm(moved, dim=axes, keepdim=True)
         return moved * (magnitude.reshape(length.shape) / length) - weight
 
-    def to(self, dtype: torch.dtype) -> "AdaptedModule":
-        return replace(self, tensors={name: tensor.to(dtype) for name, tensor in self.tensors.items()})
+    def to(self, place: torch.dtype | str) -> "AdaptedModule":
+        """The same in another precision, or on another device ("meta": shapes alone)."""
+        return replace(self, tensors={name: tensor.to(place) for name, tensor in self.tensors.items()})
+
+
+def common_alpha(modules: Iterable[AdaptedModule]) -> float:
+    """The alpha that most modules have."""
+    alphas = Counter(round(module.scale * module.rank, 6) for module in modules if module.rank and module.scale > 0)
+    return alphas.most_common(1)[0][0] if alphas else 1.0
 
 
 def kind_of(tensors: Iterable[str]) -> str:

@@ -30,7 +30,7 @@ COMPOUND = (  # the longer of two that begin alike stands first
 WORD = re.compile(f"(?:{COMPOUND})(?=_|$)|[^_]+")
 
 LEAF = re.compile(
-    r"\.(?:(?P<kohya>lora_(?:down|up|mid)\.weight|alpha|dora_scale|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))"
+    r"\.(?:(?P<kohya>lora_(?:down|up|mid)\.weight|alpha|scalar|dora_scale|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))"
     r"|lora_(?P<peft>[AB])(?:\.default)?\.weight"
     r"|(?P<magnitude>lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
     r"|(?P<old>(?:processor\.)?to_[qkv]_lora|(?:processor\.)?to_out_lora|lora|lora_linear_layer)\.(?P<side>down|up)\.weight)$"
@@ -80,7 +80,9 @@ def place_of(key: str) -> Place | None:
 def diffusers_key(component: str, module: str) -> str:
     """Where a module stands in a file for diffusers: ("transformer", "...to_q") -> "transformer...to_q"."""
     if component.startswith("text_encoder"):
-        module = f"text_model.{module.removeprefix('text_model.')}"  # the level that readers expect, whatever transformers has
+        module = module.removeprefix("text_model.")
+        if module != "text_projection":
+            module = f"text_model.{module}"  # the level that readers expect, whatever transformers has
     return f"{component}.{module}"
 
 

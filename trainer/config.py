@@ -266,8 +266,14 @@ class Saving(Section):
     """Steps between two states. At most these steps are lost when the machine stops."""
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Number format of the finished file. fp16 is read everywhere."""
+    dialects: tuple[Literal["kohya", "diffusers", "peft"], ...] = ()
+    """Formats of the file: kohya is read by most programs, diffusers and peft (a folder) by those of these names. Empty: the one that most programs read for this kind of base."""
     include_captions: bool = False
-    """Write the frequencies of caption words and the name of the dataset folder into the file. Off keeps them private."""
+    """Write how often each tag occurs, and the sample prompts, into the file. Off keeps them private."""
+    include_folders: bool = False
+    """Write the name of the dataset folder and the path of the base model into the file, without the home folder. Off keeps them private."""
+    include_config: bool = True
+    """Write all settings into the file, so that the run can be repeated from it."""
 
 
 class RunConfig(Section):
@@ -323,6 +329,8 @@ class RunConfig(Section):
                 "base.zero_terminal_snr = on needs v prediction: from pure noise nothing can be told of the noise in a picture; "
                 "set base.prediction = v, or base.zero_terminal_snr = off"
             )
+        if self.saving.dialects == ("peft",):
+            raise ValueError("saving.dialects is peft alone, a folder; add kohya or diffusers, the file that the page shows and hands out")
         if self.dataset.bucket_step > self.dataset.resolution:
             raise ValueError(
                 f"dataset.bucket_step ({self.dataset.bucket_step}) is larger than dataset.resolution ({self.dataset.resolution}); make it smaller"
@@ -365,6 +373,12 @@ def fields() -> Iterator[tuple[str, FieldInfo]]:
 def choices(field: FieldInfo) -> tuple[Any, ...]:
     """The allowed values of a field that has only some, else ()."""
     return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+
+
+def several_choices(field: FieldInfo) -> tuple[str, ...]:
+    """The allowed words of a field that takes several of them, else ()."""
+    inner = get_args(field.annotation)[:1] if get_origin(field.annotation) is tuple else ()
+    return get_args(inner[0]) if inner and get_origin(inner[0]) is Literal else ()
 
 
 def get(config: RunConfig, path: str) -> Any:

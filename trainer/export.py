@@ -1,204 +1,271 @@
-"""The finished adapter as one .safetensors file in kohya's dialect, which every program reads.
+"""The adapter as a file: kohya's dialect, which most programs read, diffusers', or a PEFT folder.
 
 Our own writer: the converters of diffusers and PEFT write names or alphas that others drop.
-Keys, scale and metadata follow the table in docs/formats.md.
+Keys, scale and metadata follow docs/formats.md.
 """
 
 import hashlib
 import json
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
-from trainer import __version__
-from trainer.adapted import AdaptedModule, kind_of
-from trainer.config import RunConfig
+from trainer import base_model
+from trainer.adapted import AdaptedModule, common_alpha
+from trainer.adapter_file import PEFT_CONFIG, PEFT_WEIGHTS, AdapterFile, read_adapter
+from trainer.adapter_keys import MMDIT_FUSED, diffusers_key, to_mmdit
 from trainer.errors import ModelError
 from trainer.families.base import ModelFamily
-from trainer.files import atomic_write
-from trainer.presets import load_presets
-from trainer.safetensors_header import read_header
+from trainer.files import atomic_folder, atomic_write
 
-FOLDED = {
-    "lora": "lora_up.weight",
-    "dora": "lora_up.weight",
-    "loha": "hada_w1_a",
-    "lokr": "lokr_w1",
-}  # the factor that takes up a scale of its own
+FILE_ERROR_LIMIT = 0.02  # of a module's delta W; rounding to fp16 or bf16 stays well below
+DOWN, UP = "lora_down.weight", "lora_up.weight"
+# The factor that takes up a scale, by kind.
+SCALED = {"lora": (UP,), "loha": ("hada_w1_a",), "lokr": ("lokr_w1", "lokr_w1_a")}
+ENCODER_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-def to_kohya(modules: Iterable[AdaptedModule], family: ModelFamily, alpha: float, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of each module (lora_down [r, in] and lora_up [out, r], or LyCORIS's) and alpha, one value for the whole file.
-
-    Where a module's scale is not alpha / rank the difference is folded into one of its factors, in float32, since
-    some readers look at one alpha only. Raises ModelError for a weight that is not finite.
-    """
-    tensors = {}
-    for module in modules:
-        key = family.export_key(module.component, module.name)
-        fold = module.scale * module.rank / alpha if module.rank else module.scale  # readers scale no LoKr of two whole matrices
-        for leaf, weights in module.tensors.items():
-            folded = weights * fold if leaf == FOLDED[module.kind] else weights
-            # The lengths of a DoRA stay exact: they multiply all of W, so their rounding would be as large as what was learned.
-            tensors[f"{key}.{leaf}"] = folded.to(torch.float32 if leaf == "dora_scale" else dtype).contiguous()
-        tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
-    return _finite(tensors)
+def save_adapter(
+    path: Path, dialect: str, modules: Sequence[AdaptedModule], family: ModelFamily, dtype: torch.dtype, metadata: dict[str, str]
+) -> None:
+    """Writes a file, or PEFT's folder, whole or not at all. Raises ModelError where the dialect has no words for the adapter's kind."""
+    if dialect == "peft":
+        parts = to_peft(modules, family, dtype)
+        with atomic_folder(path) as folder:
+            for component, (tensors, config) in parts.items():
+                (folder / component).mkdir()
+                (folder / component / PEFT_CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+                (folder / component / PEFT_WEIGHTS).write_bytes(_serialize(tensors, metadata))
+    else:
+        atomic_write(path, _serialize(WRITERS[dialect](modules, family, dtype), metadata))
 
 
-def to_diffusers(modules: Iterable[AdaptedModule], family: ModelFamily, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Two tensors a module, lora_A [r, in] and lora_B [out, r]: without an alpha readers take it as the rank, so the scale is in lora_B."""
-    tensors = {}
-    for module in modules:
-        key = family.export_key(module.component, module.name)
-        tensors[f"{key}.lora_A.weight"] = module.tensors["lora_down.weight"].to(dtype).contiguous()
-        tensors[f"{key}.lora_B.weight"] = (module.tensors["lora_up.weight"] * module.scale).to(dtype).contiguous()
-    return _finite(tensors)
-
-
-def to_file(modules: Iterable[AdaptedModule], family: ModelFamily, alpha: float, dtype: torch.dtype) -> dict[str, Tensor]:
-    """In the dialect of the family. Raises ModelError for a weight that is not finite."""
-    return to_diffusers(modules, family, dtype) if family.dialect == "diffusers" else to_kohya(modules, family, alpha, dtype)
-
-
-def _finite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _serialize(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A whole .safetensors, with the hashes by which A1111 and Civitai know it."""
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ModelError(
             f"The adapter holds numbers that are not finite (in {broken[0]}), so it was not saved. "
             "Lower the learning rate, or save in fp32 if the values are only too large for fp16."
         )
-    return tensors
-
-
-def write_adapter(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes the file whole, with the hashes by which A1111 and Civitai know it."""
     plain = save(tensors)
-    body = plain[8 + struct.unpack("<Q", plain[:8])[0] :]
-    digest = hashlib.sha256(body).hexdigest()
-    atomic_write(path, save(tensors, {**metadata, "sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}))
+    digest = hashlib.sha256(plain[8 + struct.unpack("<Q", plain[:8])[0] :]).hexdigest()
+    return save(tensors, {**metadata, "sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"})
 
 
-def metadata_for(
-    run: RunConfig,
-    family: ModelFamily,
-    *,
-    step: int,
-    total_steps: int,
-    pictures: int,
-    captions: list[str],
-    base_hash: str,
-    prediction_type: str,
-    started: float,
-    finished: float,
-) -> dict[str, str]:
-    """What the file says of itself (sd-scripts' ss_* and Stability's modelspec 1.0.1); all values are texts."""
-    training, adapter, side = run.training, run.adapter, run.dataset.resolution
-    base_name = Path(run.base.model).name
-    values: dict[str, Any] = {
-        **family.metadata(prediction_type),
-        "ss_network_module": "lycoris.kohya" if adapter.kind in ("dora", "loha", "lokr") else "networks.lora",
-        "ss_network_dim": adapter.rank,
-        "ss_network_alpha": adapter.alpha,
-        "ss_network_dropout": adapter.dropout,
-        "ss_output_name": run.name,
-        "ss_sd_model_name": base_name,
-        "ss_sd_model_hash": base_hash,
-        "ss_resolution": f"({side}, {side})",
-        "ss_clip_skip": run.base.clip_skip if run.base.clip_skip > 1 else "None",
-        "ss_max_token_length": run.dataset.caption_tokens if run.dataset.caption_tokens > 75 else "None",
-        "ss_num_train_images": pictures,
-        "ss_steps": step,
-        "ss_max_train_steps": total_steps,
-        "ss_batch_size_per_device": training.batch_size,
-        "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
-        "ss_gradient_checkpointing": training.gradient_checkpointing,
-        "ss_learning_rate": training.learning_rate,
-        "ss_unet_lr": training.learning_rate,
-        "ss_text_encoder_lr": training.text_encoder_learning_rate,
-        "ss_optimizer": training.optimizer,
-        "ss_lr_scheduler": training.lr_schedule,
-        "ss_seed": training.seed,
-        "ss_min_snr_gamma": run.objective.min_snr_gamma,
-        "ss_noise_offset": run.objective.noise_offset,
-        "ss_caption_dropout_rate": run.dataset.caption_dropout,
-        "ss_training_started_at": started,
-        "ss_training_finished_at": finished,
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": run.name,
-        "modelspec.resolution": f"{side}x{side}",
-        "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else prediction_type,
-        "modelspec.date": datetime.fromtimestamp(finished, UTC).strftime("%Y-%m-%dT%H:%M:%S"),
-        "modelspec.usage_hint": f"Trained on {base_name}. Start at strength 0.8 to 1.",
-        "atelier_version": __version__,
-        "atelier_config": shared_config(run),
-        "atelier_preset": run.preset,
-        "atelier_preset_hash": load_presets()[run.preset].hash if run.preset in load_presets() else "",
-    }
-    if run.dataset.trigger:
-        values["modelspec.trigger_phrase"] = run.dataset.trigger
-    if run.saving.include_captions:
-        folder = Path(run.dataset.folder).name
-        values["ss_tag_frequency"] = json.dumps({folder: tag_frequencies(captions)}, ensure_ascii=False)
-        values["ss_dataset_dirs"] = json.dumps({folder: {"n_repeats": 1, "img_count": pictures}}, ensure_ascii=False)
-    return {key: str(value) for key, value in values.items()}
+def to_kohya(modules: Iterable[AdaptedModule], family: ModelFamily, dtype: torch.dtype) -> dict[str, Tensor]:
+    """LyCORIS's tensors behind each module's key, and one value of alpha for the whole file, since some readers look at one only.
 
-
-def shared_config(run: RunConfig) -> str:
-    """The settings as JSON, to repeat the run; without paths, and without prompts unless captions may be told."""
-    data = run.model_dump(mode="json")
-    data["dataset"]["folder"] = ""
-    for name in ("model", "vae"):
-        path = Path(data["base"][name])
-        data["base"][name] = path.name if path.is_absolute() else data["base"][name]
-    if not run.saving.include_captions:
-        data["sampling"].update(prompts=[], negative_prompt="")
-    return json.dumps(data, ensure_ascii=False)
-
-
-def tag_frequencies(captions: Iterable[str]) -> dict[str, int]:
-    """How often each comma-separated part of the captions occurs."""
-    return dict(Counter(tag for caption in captions for tag in (part.strip() for part in caption.split(",")) if tag).most_common())
-
-
-UP = ("lora_up.weight", "lora_B.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")  # one of these is in every adapter
-
-
-def read_adapter(path: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter file, checked. Raises ModelError for a file that is damaged or no adapter."""
-    header = read_header(path)
-    if not any(name.endswith(UP) for name in header.tensors):
-        raise ModelError(f"{path.name} is no LoRA: it holds {len(header.tensors)} tensors, and none is a low-rank pair.")
-    tensors = load_file(path)
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise ModelError(f"{path.name} holds numbers that are not finite (in {broken[0]}); it would only make black pictures.")
+    Where a module's scale is not alpha / rank the difference is folded into one of its factors, in float32.
+    """
+    modules = _with_whole_attentions(_fused(modules), family)
+    alpha = common_alpha(modules)
+    tensors: dict[str, Tensor] = {}
+    for module in modules:
+        key = family.export_key(module.component, module.name)
+        # A LoKr of two whole factors has no rank, and readers take its scale as 1.
+        folded = fold(module, module.scale * module.rank / alpha if module.rank else module.scale)
+        tensors |= {f"{key}.{leaf}": _rounded(leaf, tensor, dtype) for leaf, tensor in folded.tensors.items()}
+        tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     return tensors
 
 
-def deltas(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """delta W by kohya key, float64. `weights` holds the base's W by the same keys, which all but plain LoRA need."""
-    by_key: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        key, _, leaf = name.partition(".")
-        by_key.setdefault(key, {})[leaf] = tensor.double()
-    result = {}
-    for key, leaves in by_key.items():
-        alpha = float(leaves.pop("alpha"))
-        module = AdaptedModule("", key, kind_of(leaves), leaves, 1.0)
-        module = replace(module, scale=alpha / module.rank if module.rank else 1.0)
-        result[key] = module.delta if weights is None else module.change(weights[key])
-    return result
+def _rounded(leaf: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The lengths of a DoRA stay exact: they multiply all of W, so their rounding would be as large as what was learned."""
+    return tensor.to(torch.float32 if leaf == "dora_scale" else dtype).contiguous()
+
+
+def fold(module: AdaptedModule, factor: float) -> AdaptedModule:
+    """The factor multiplied into the tensors. The scale is left as it is: what it means from now on is the caller's affair."""
+    leaf = next(leaf for leaf in SCALED[_pair_kind(module)] if leaf in module.tensors)
+    return replace(module, tensors=module.tensors | {leaf: module.tensors[leaf] * factor})
+
+
+def _pair_kind(module: AdaptedModule) -> str:
+    return "lora" if DOWN in module.tensors else module.kind
+
+
+def _with_whole_attentions(modules: Iterable[AdaptedModule], family: ModelFamily) -> list[AdaptedModule]:
+    """A1111 fuses q, k, v and out of OpenCLIP's encoders and passes over an attention that lacks one: the missing ones get a zero B.
+
+    A DoRA cannot be padded, since its lengths are those of the base.
+    """
+    modules = list(modules)
+    if any("dora_scale" in module.tensors for module in modules):
+        return modules
+    there = {(module.component, module.name) for module in modules}
+    padded = []
+    for module in modules:
+        padded.append(module)
+        attention, _, projection = module.name.rpartition(".")
+        if module.component not in family.open_clip or projection not in ENCODER_PROJECTIONS:
+            continue
+        for missing in ENCODER_PROJECTIONS:
+            name = f"{attention}.{missing}"
+            if (module.component, name) not in there:
+                there.add((module.component, name))
+                outputs, inputs = module.to("meta").delta.shape
+                tensors = {DOWN: torch.zeros(module.rank or 1, inputs), UP: torch.zeros(outputs, module.rank or 1)}
+                padded.append(AdaptedModule(module.component, name, "lora", tensors, module.scale))
+    return padded
+
+
+def _fused(modules: Iterable[AdaptedModule]) -> list[AdaptedModule]:
+    """q, k and v of an MMDiT as the one projection that Stability has there: A's under each other, B's along a diagonal."""
+    whole: list[AdaptedModule] = []
+    thirds: dict[str, dict[int, AdaptedModule]] = {}
+    for module in modules:
+        path, third = to_mmdit(module.name) if module.component == "transformer" else (module.name, None)
+        if third is None:
+            whole.append(replace(module, name=path))
+        else:
+            thirds.setdefault(path, {})[third] = module
+    for path, parts in thirds.items():
+        if any(_pair_kind(part) != "lora" or part.tensors[DOWN].dim() != 2 for part in parts.values()):
+            raise ModelError("kohya's dialect of Stable Diffusion 3 fuses q, k and v, which only LoRA allows; choose another dialect.")
+        outputs = next(iter(parts.values())).tensors[UP].shape[0]
+        ups = [
+            p.tensors[UP] * p.scale if (p := parts.get(i)) else torch.zeros(outputs, 0) for i in range(len(MMDIT_FUSED["x_block.attn.qkv"]))
+        ]
+        tensors = {DOWN: torch.cat([parts[i].tensors[DOWN] for i in sorted(parts)]), UP: torch.block_diag(*ups)}
+        lengths = [parts[i].tensors["dora_scale"] for i in sorted(parts) if "dora_scale" in parts[i].tensors]
+        if lengths and len(lengths) < len(ups):
+            raise ModelError(
+                "A DoRA on a part of q, k and v cannot be fused for kohya's dialect of Stable Diffusion 3; choose another dialect."
+            )
+        if lengths:
+            tensors["dora_scale"] = torch.cat(lengths)
+        whole.append(AdaptedModule("transformer", path, "lora", tensors, 1.0))
+    return whole
+
+
+def to_diffusers(modules: Iterable[AdaptedModule], family: ModelFamily, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Pairs under the names of diffusers. There is no alpha: the whole scale is in B, so that every reader's default of 1 is right."""
+    tensors: dict[str, Tensor] = {}
+    for module in modules:
+        name = diffusers_key(module.component, module.name)
+        pair = _plain_pair(module, "diffusers")
+        tensors[f"{name}.lora_A.weight"] = pair[DOWN].to(dtype).contiguous()
+        tensors[f"{name}.lora_B.weight"] = pair[UP].to(dtype).contiguous()
+        if "dora_scale" in module.tensors:
+            tensors[f"{name}.lora_magnitude_vector"] = module.tensors["dora_scale"].flatten().float()
+    return tensors
+
+
+def _plain_pair(module: AdaptedModule, dialect: str) -> dict[str, Tensor]:
+    """A and B with the scale in B and Tucker's core in A."""
+    if DOWN not in module.tensors:
+        raise ModelError(f"A {module.kind} has no form in the {dialect} dialect. Choose kohya, or resize it to a LoRA first.")
+    down, up = module.tensors[DOWN], module.tensors[UP] * module.scale
+    if "lora_mid.weight" in module.tensors:
+        down = torch.einsum("rsij,sc->rcij", module.tensors["lora_mid.weight"], down.flatten(1))
+    return {DOWN: down, UP: up}
+
+
+def to_peft(
+    modules: Iterable[AdaptedModule], family: ModelFamily, dtype: torch.dtype
+) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
+    """Tensors and adapter_config.json by component, for `PeftModel.from_pretrained(pipe.unet, folder / "unet")`."""
+    parts: dict[str, list[AdaptedModule]] = {}
+    for module in modules:
+        parts.setdefault(module.component, []).append(module)
+    return {component: _peft_part(component, found, family, dtype) for component, found in parts.items()}
+
+
+def _peft_part(
+    component: str, modules: list[AdaptedModule], family: ModelFamily, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    kinds = {_pair_kind(module) for module in modules}
+    if len(kinds) > 1 or "lokr" in kinds:
+        raise ModelError(f"PEFT's folder has no exact form for {' and '.join(sorted(kinds))}. Choose kohya, or resize it to a LoRA first.")
+    for module in modules:
+        name = _name_in_transformers(component, module.name, family)
+        key = f"base_model.model.{name}"
+        if "loha" in kinds:
+            folded = fold(module, module.scale).tensors
+            tensors |= {f"{key}.{leaf}": tensor.to(dtype).contiguous() for leaf, tensor in folded.items()}
+        else:
+            pair = _plain_pair(module, "peft")
+            tensors |= {f"{key}.lora_A.weight": pair[DOWN].to(dtype).contiguous(), f"{key}.lora_B.weight": pair[UP].to(dtype).contiguous()}
+        if "dora_scale" in module.tensors:
+            tensors[f"{key}.lora_magnitude_vector"] = module.tensors["dora_scale"].flatten().float()
+        ranks[name] = module.rank
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {name: own for name, own in ranks.items() if own != rank}
+    # The scale is in the tensors, so alpha = rank everywhere.
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "r": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+    }
+    if "loha" in kinds:
+        effective = any("hada_t1" in module.tensors for module in modules)
+        return tensors, config | {"peft_type": "LOHA", "alpha": rank, "use_effective_conv2d": effective}
+    dora = any("dora_scale" in module.tensors for module in modules)
+    return tensors, config | {"lora_alpha": rank, "use_dora": dora, "bias": "none", "init_lora_weights": True}
+
+
+def _name_in_transformers(component: str, name: str, family: ModelFamily) -> str:
+    """Encoders with a projection kept the level `text_model`, those without lost it in transformers 5.6."""
+    if not component.startswith("text_encoder"):
+        return name
+    bare = name.removeprefix("text_model.")
+    classes = base_model.PIPELINES[family.pipeline_class.__name__].get(component, set())
+    has_projection = any(name.endswith("WithProjection") for _, name in classes)
+    return f"text_model.{bare}" if has_projection and bare != "text_projection" else bare
+
+
+WRITERS: dict[str, Callable[[Iterable[AdaptedModule], ModelFamily, torch.dtype], dict[str, Tensor]]] = {
+    "kohya": to_kohya,
+    "diffusers": to_diffusers,
+}
+
+
+def verify(path: Path, modules: Iterable[AdaptedModule]) -> AdapterFile:
+    """Reads a saved file back and compares each delta W with what it should be. Raises ModelError where it differs."""
+    file = read_adapter(path)
+    wanted = {(m.component, m.name.removeprefix("text_model.")): m for m in modules}
+    found = {(m.component, m.name): m for m in file.modules}
+    if missing := [key for key in wanted if key not in found]:
+        raise ModelError(f"The saved file {path.name} lacks {len(missing)} of {len(wanted)} modules, such as {'.'.join(missing[0])}.")
+    if extra := [key for key in found if key not in wanted and found[key].delta.any()]:
+        raise ModelError(f"The saved file {path.name} changes {'.'.join(extra[0])}, which was not trained.")
+    norms = {key: float(direction(module).norm()) for key, module in wanted.items()}
+    negligible = (
+        max(norms.values()) / 1000 or 1.0
+    )  # a query over a single token gets no gradient: what is left of it rounds to nothing in fp16
+    for key, module in wanted.items():
+        error = float((direction(found[key]) - direction(module)).norm()) / max(norms[key], negligible)
+        lengths = [m.tensors["dora_scale"].flatten() for m in (found[key], module) if "dora_scale" in m.tensors]
+        if len(lengths) == 2:
+            error = max(error, float((lengths[0] - lengths[1]).norm() / lengths[1].norm()))
+        if not error <= FILE_ERROR_LIMIT or len(lengths) == 1:
+            raise ModelError(f"The saved file {path.name} does not do what was trained (off by {error:.1%} in {'.'.join(key)}).")
+    return file
+
+
+def direction(module: AdaptedModule) -> Tensor:
+    """delta W without a DoRA's lengths, [outputs, the rest]."""
+    return module.delta.flatten(1)
 
 
 def copy_adapter(source: Path, target: Path) -> None:
-    """The same file under another name, whole or not at all."""
-    atomic_write(target, source.read_bytes())
+    """The same file or folder under another name, whole or not at all."""
+    if source.is_dir():
+        with atomic_folder(target) as folder:
+            copytree(source, folder, dirs_exist_ok=True)
+    else:
+        atomic_write(target, source.read_bytes())

@@ -95,7 +95,10 @@ def _new_folder(path: Path) -> Iterator[Path]:
     temporary = Path(mkdtemp(prefix=".writing-", dir=path.parent))
     try:
         yield temporary
-        for file in temporary.iterdir():
+        for file in temporary.rglob("*"):
+            if file.is_dir():
+                sync_folder(file)
+                continue
             with open(file, "rb+") as opened:
                 os.fsync(opened.fileno())
         sync_folder(temporary)

@@ -1,25 +1,23 @@
 """What an adapter file says and shows of itself: `python -m trainer info FILE`."""
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
-from trainer.export import read_adapter
-from trainer.safetensors_header import read_header
+from trainer.adapted import AdaptedModule
+from trainer.adapter_file import DIALECTS, AdapterFile, read_adapter
+from trainer.families import families_of_adapter
 
 COMPONENTS = {
-    "lora_unet": "UNet",
     "unet": "UNet",
-    "lora_te": "text encoder",
-    "lora_te1": "text encoder",
-    "lora_te2": "second text encoder",
+    "transformer": "transformer",
     "text_encoder": "text encoder",
     "text_encoder_2": "second text encoder",
-    "transformer": "transformer",
-    "base_model": "PEFT model",
+    "text_encoder_3": "third text encoder",
 }
+KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
 FROM_METADATA = {
     "trained on": "ss_sd_model_name",
-    "family": "ss_base_model_version",
     "trigger": "modelspec.trigger_phrase",
     "steps": "ss_steps",
     "pictures": "ss_num_train_images",
@@ -29,31 +27,58 @@ FROM_METADATA = {
     "made": "modelspec.date",
     "hash": "sshs_model_hash",
 }
+LARGEST_SCALE = 8.0  # alpha / rank above this is a slip more often than a wish
 
 
 def describe(path: Path) -> dict[str, str]:
     """Facts for people, in the order in which they are read. Raises ModelError for a file that is no adapter."""
-    tensors = read_adapter(path)
-    metadata = read_header(path).metadata
-    kohya = any(name.endswith("lora_down.weight") for name in tensors)
-    downs = {name: tensor for name, tensor in tensors.items() if name.endswith(("lora_down.weight", "lora_A.weight"))}
-    alphas = Counter(float(tensor) for name, tensor in tensors.items() if name.endswith(".alpha"))
-    parts = Counter(
-        COMPONENTS.get(
-            name.split("_text_model")[0] if kohya and "_text_model" in name else "lora_unet" if kohya else name.split(".")[0], "?"
-        )
-        for name in downs
-    )
+    file = read_adapter(path)
+    modules = file.modules
+    size = sum(part.stat().st_size for part in path.rglob("*") if part.is_file()) if path.is_dir() else path.stat().st_size
+    parts, kinds = Counter(module.component for module in modules), kind_counts(modules)
     facts = {
-        "file": f"{path.name}, {path.stat().st_size / 1e6:.1f} MB, {next(iter(tensors.values())).dtype}".replace("torch.", ""),
-        "dialect": "kohya (A1111, Forge, ComfyUI, InvokeAI, diffusers)" if kohya else "diffusers",
-        "modules": ", ".join(f"{count} in the {part}" for part, count in parts.most_common()),
-        "rank": _spread(Counter(tensor.shape[0] for tensor in downs.values())),
-        "alpha": _spread(alphas) if alphas else "none in the file; readers take alpha = rank",
-        "parameters": f"{sum(tensor.numel() for name, tensor in tensors.items() if not name.endswith('.alpha')):,}",
+        "file": f"{path.name}, {size / 1e6:.1f} MB, {file.dtype}",
+        "family": " or ".join(families_of_adapter(file)) or "not told by the file",
+        "kind": ", ".join(f"{count} {kind}" if len(kinds) > 1 else kind for kind, count in kinds.items()),
+        "dialect": DIALECTS[file.dialect],
+        "modules": ", ".join(f"{count} in the {COMPONENTS.get(part, part)}" for part, count in parts.most_common()),
+        "targets": ", ".join(sorted({module.name.removesuffix(".0").rpartition(".")[2] for module in modules})),
+        "rank": _spread(module.rank for module in modules if module.rank) or "none: whole factors",
+        "alpha": _spread(round(module.scale * module.rank, 4) for module in modules if module.rank) or "none",
+        "parameters": f"{sum(tensor.numel() for module in modules for tensor in module.tensors.values()):,}",
     }
-    return facts | {label: metadata[key] for label, key in FROM_METADATA.items() if metadata.get(key)}
+    facts |= {label: file.metadata[key] for label, key in FROM_METADATA.items() if file.metadata.get(key)}
+    return facts | ({"odd": " ".join(odd)} if (odd := [*file.remarks, *oddities(file)]) else {})
 
 
-def _spread(values: Counter) -> str:
-    return f"{next(iter(values)):g}" if len(values) == 1 else f"{min(values):g} to {max(values):g}"
+def kind_counts(modules: Iterable[AdaptedModule]) -> dict[str, int]:
+    """How many modules of each kind: {"LoRA": 32, "LoCon": 4}."""
+    counts: Counter = Counter()
+    for module in modules:
+        kernel = module.to("meta").delta.shape[2:]
+        name = KINDS[module.kind if module.kind in KINDS else "lora"]
+        if name == "LoRA" and any(side > 1 for side in kernel):
+            name = "LoCon"
+        counts[
+            f"DoRA ({name})" if "dora_scale" in module.tensors and name != "LoRA" else "DoRA" if "dora_scale" in module.tensors else name
+        ] += 1
+    return dict(counts.most_common())
+
+
+def oddities(file: AdapterFile) -> list[str]:
+    """Sentences about what a person may want to know before using it."""
+    found = []
+    if idle := [module.name for module in file.modules if not module.delta.any() and "dora_scale" not in module.tensors]:
+        found.append(f"{len(idle)} of {len(file.modules)} modules change nothing, such as {idle[0]}.")
+    if any(abs(module.scale) > LARGEST_SCALE for module in file.modules):
+        found.append("Its alpha is many times its rank; it may be far too strong at strength 1.")
+    if not file.metadata:
+        found.append("It has no metadata; A1111 may not list it.")
+    return found
+
+
+def _spread(values: Iterable[float]) -> str:
+    counts = Counter(values)
+    if not counts:
+        return ""
+    return f"{next(iter(counts)):g}" if len(counts) == 1 else f"{min(counts):g} to {max(counts):g}"

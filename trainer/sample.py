@@ -14,13 +14,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import TypeAdapter, ValidationError
 
+from trainer.adapter_file import AdapterFile, read_adapter
 from trainer.config import Base
 from trainer.device import DTYPES, choose_device, choose_precision
 from trainer.errors import ModelError, TrainerError
-from trainer.export import read_adapter
 from trainer.families import LoadedBase, load_base
 from trainer.families.base import PLAIN_READING, denoiser_of, pixel_step
 from trainer.files import atomic_write
+from trainer.stack import Layer, Stack
 
 SAMPLERS = {DPMSolverMultistepScheduler: "DPM++ 2M", FlowMatchEulerDiscreteScheduler: "Euler"}  # as A1111 calls them
 
@@ -29,6 +30,8 @@ SAMPLERS = {DPMSolverMultistepScheduler: "DPM++ 2M", FlowMatchEulerDiscreteSched
 class StackedAdapter:
     file: str
     strength: float = 1.0
+    text_strength: float | None = None
+    """In the text encoders; None: as in the denoiser."""
 
 
 @dataclass(frozen=True)
@@ -134,13 +137,14 @@ class Sampler:
     def __init__(self) -> None:
         self._base: tuple[Base, int] | None = None
         self._loaded: LoadedBase | None = None
-        self._names: dict[tuple[str, int], str] = {}
-        """Name inside the pipeline of each adapter file, by path and time of its last change."""
+        self._stack: Stack | None = None
+        self._files: dict[tuple[str, int], AdapterFile] = {}
+        """By path and time of the last change."""
 
     def render(self, request: SampleRequest) -> Path:
         """Makes the picture and writes it to its target. Raises TrainerError."""
         base = self._load(request.base, request.caption_tokens)
-        self._apply(base, request.adapters)
+        self._lay(request.adapters)
         settings = {name: getattr(request, name) for name in ("prompt", "negative_prompt", "seed", "inference_steps", "guidance_scale")}
         image = generate(base, **settings, width=request.width, height=request.height)
         names = ", ".join(f"{Path(a.file).stem}: {a.strength:g}" for a in request.adapters)
@@ -150,45 +154,26 @@ class Sampler:
 
     def _load(self, base: Base, caption_tokens: int) -> LoadedBase:
         if self._loaded is None or self._base != (base, caption_tokens):
-            self._loaded, self._names = None, {}  # the old one goes before the new one comes
+            self._loaded = self._stack = None  # the old one goes before the new one comes
             device = choose_device()
             loaded = load_base(base, DTYPES[choose_precision(base.precision, device)], caption_tokens)
             loaded.pipe.to(device)
-            self._base, self._loaded = (base, caption_tokens), loaded
+            self._base, self._loaded, self._stack = (base, caption_tokens), loaded, Stack(loaded)
         return self._loaded
 
-    def _apply(self, base: LoadedBase, adapters: list[StackedAdapter]) -> None:
+    def _lay(self, adapters: list[StackedAdapter]) -> None:
         """A strength of 0 is left out altogether, so that it gives the base to the bit."""
-        active = [a for a in adapters if a.strength != 0]
-        names = [self._name(base, a) for a in active]
-        if names:
-            base.pipe.enable_lora()
-            base.pipe.set_adapters(names, [a.strength for a in active])
-        elif self._names:
-            base.pipe.disable_lora()
+        layers = []
+        for adapter in adapters:
+            text_strength = adapter.strength if adapter.text_strength is None else adapter.text_strength
+            layers.append(Layer(self._read(Path(adapter.file)), adapter.strength, text_strength))
+        self._stack.lay(layers)
 
-    def _name(self, base: LoadedBase, adapter: StackedAdapter) -> str:
-        path = Path(adapter.file)
-        if not path.is_file():
-            raise ModelError(f"There is no adapter file {path.name}.")
-        key = (str(path.resolve()), path.stat().st_mtime_ns)
-        if key not in self._names:
-            name = f"adapter{len(self._names)}"
-            load_adapter(base, path, name)
-            self._names[key] = name
-        return self._names[key]
-
-
-def load_adapter(base: LoadedBase, path: Path, name: str) -> None:
-    """Puts an adapter file on a pipeline. Raises ModelError when it does not fit the base."""
-    tensors = read_adapter(path)
-    try:
-        base.pipe.load_lora_weights(tensors, adapter_name=name)
-    except (RuntimeError, ValueError, KeyError, AttributeError, IndexError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"{path.name} does not fit the base model {base.files.path.name}: it was trained on another one ({reason[:150]})."
-        ) from None
+    def _read(self, path: Path) -> AdapterFile:
+        key = (str(path.resolve()), path.stat().st_mtime_ns if path.exists() else 0)
+        if key not in self._files:
+            self._files[key] = read_adapter(path)
+        return self._files[key]
 
 
 def parse_request(data: Any) -> SampleRequest:

@@ -2,7 +2,7 @@
 
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from trainer import adapters, cache, estimate, events, export, memory, run_folder
+from trainer import adapters, cache, estimate, events, export, memory, metadata, run_folder
 from trainer.base_model import DENOISERS
 from trainer.batches import batch_at
 from trainer.config import RunConfig, fingerprint, replace
 from trainer.device import DTYPES, device_name
-from trainer.errors import ConfigError, ModelError, NotLearning, OutOfMemory
+from trainer.errors import ConfigError, NotLearning, OutOfMemory
 from trainer.events import (
     AdapterSaved,
     Continued,
@@ -34,7 +34,7 @@ from trainer.events import (
 )
 from trainer.optimizers import lr_factor, optimizer_state, restore_optimizer, set_learning_rate, try_optimizer
 from trainer.prepare import Session, optimizer_for, prepare
-from trainer.sample import generate, load_adapter, sampler_name, save_sample
+from trainer.sample import generate, sampler_name, save_sample
 from trainer.state import State, check_unchanged, load_state, restore_parameters, save_state
 from trainer.step import VALIDATION_TIMESTEPS, measured_loss, microbatch_loss, validation_loss
 
@@ -42,7 +42,6 @@ BAD_STEPS_IN_A_ROW = 3  # then the run goes back to its last good state
 ROLLBACKS = 2  # then it stops
 LOWER = 0.5  # what the learning rate is multiplied with at each
 SMALLEST_LOSS_SCALE = 2.0**-10  # of fp16; gradients that overflow even so are no accident
-FILE_ERROR_LIMIT = 0.02  # of a module's delta W; rounding to fp16 or bf16 stays well below
 
 
 def train(run: RunConfig, folder: Path, log: EventLog) -> Path:
@@ -328,28 +327,36 @@ def measure(session: Session, step: int) -> float | None:
 
 
 def keep_adapter(session: Session, step: int, facts: dict) -> None:
-    """The adapter as a file, and its loss on the held-out pictures."""
+    """The adapter as a file in each dialect, read back and compared; and its loss on the held-out pictures."""
     run, base = session.run, session.base
-    metadata = export.metadata_for(
+    modules = list(adapters.adapted_modules(session.components))
+    values = metadata.metadata_for(
         run,
         base.family,
+        modules=modules,
         step=step,
         total_steps=session.total_steps,
-        pictures=len(session.examples),
+        sizes=[(e.size_ids[5], e.size_ids[4]) for e in session.examples],
         captions=[e.caption for e in session.examples],
         base_hash=cache.legacy_model_hash(base.files.weights[base.files.denoiser][0]),
         prediction_type=session.objective.prediction_type,
         started=facts["started"],
         finished=time.time(),
     )
-    tensors = export.to_file(adapters.adapted_modules(session.components), base.family, run.adapter.alpha, DTYPES[run.saving.precision])
-    name = adapter_name(run, step)
-    export.write_adapter(session.folder / name, tensors, metadata)
-    session.log.append(AdapterSaved(step, name, measure(session, step)))
+    names = adapter_names(session, step)
+    for dialect, name in names.items():
+        export.save_adapter(session.folder / name, dialect, modules, base.family, DTYPES[run.saving.precision], values)
+        export.verify(session.folder / name, modules)
+    session.log.append(AdapterSaved(step, next(iter(names.values())), measure(session, step)))
 
 
-def adapter_name(run: RunConfig, step: int | None = None) -> str:
-    return f"{run_folder.slug(run.name)}{'' if step is None else f'-{step:06d}'}.safetensors"
+def adapter_names(session: Session, step: int | None = None) -> dict[str, str]:
+    """File name by dialect. The first one is the file that the page shows; PEFT's is a folder, and never the first."""
+    stem = f"{run_folder.slug(session.run.name)}{'' if step is None else f'-{step:06d}'}"
+    dialects = session.run.saving.dialects or (session.base.family.dialect,)
+    first = next(dialect for dialect in dialects if dialect != "peft")
+    others = {dialect: f"{stem}-{dialect}{'' if dialect == 'peft' else '.safetensors'}" for dialect in dialects if dialect != first}
+    return {first: f"{stem}.safetensors", **others}
 
 
 def sample_prompts(session: Session) -> list[str]:
@@ -393,56 +400,26 @@ def sample(session: Session, step: int) -> None:
 
 
 def finish(session: Session, step: int, clock: float) -> Path:
-    """Gives the last save the adapter's plain name, after its file was read back and compared."""
+    """Gives the last save, whose files were read back and compared, the adapter's plain name."""
     status = run_folder.status(session.folder)
-    chosen = session.folder / adapter_name(session.run)
     if step == 0:  # stopped before the first step: there is nothing to save
         run_folder.withdraw(session.folder, "stop")
         session.log.append(Stopped(0, ""))
         return session.folder
-    export.copy_adapter(session.folder / adapter_name(session.run, step), chosen)
+    chosen = adapter_names(session)
+    for dialect, name in adapter_names(session, step).items():
+        export.copy_adapter(session.folder / name, session.folder / chosen[dialect])
+    file = session.folder / next(iter(chosen.values()))
     if step < session.total_steps:
         run_folder.withdraw(session.folder, "stop")
-        session.log.append(Stopped(step, chosen.name))
-        return chosen
-    verify_file(session, chosen)
-    session.log.append(Finished(step, chosen.name, status.best_step or step, time.monotonic() - clock))
-    return chosen
+        session.log.append(Stopped(step, file.name))
+        return file
+    check_adapter_acts(session)
+    session.log.append(Finished(step, file.name, status.best_step or step, time.monotonic() - clock))
+    return file
 
 
-def verify_file(session: Session, path: Path) -> None:
-    """Loads the saved file the way its user will, and compares each delta W with what was trained. Ends the session's adapter."""
-    trained = {(m.component, m.name): m for m in adapters.adapted_modules(session.components)}
-    for part in session.components:
-        if not any(m.delta.any() for m in trained.values() if m.component == part):
+def check_adapter_acts(session: Session) -> None:
+    for part, component in session.components.items():
+        if not any(module.delta.any() for module in adapters.adapted_modules({part: component})):
             raise NotLearning(f"The adapter changes nothing in the {part}: it was trained too short or with too low a learning rate.")
-    weights = {place: adapters.base_weight(session.components[place[0]], place[1]) for place in trained}
-    changes = {place: module.change(weights[place]) for place, module in trained.items()}
-    reloaded = changes_in_file(session, path, weights)
-    if trained.keys() != reloaded.keys():
-        raise ModelError(
-            f"The saved file {path.name} reaches {len(reloaded)} modules instead of {len(trained)}. The state is kept; please report this."
-        )
-    norms = {place: float(change.norm()) for place, change in changes.items()}
-    negligible = max(norms.values()) / 1000  # a query over a single token gets no gradient: what is left of it rounds to nothing in fp16
-    for place, change in changes.items():
-        error = float((reloaded[place] - change).norm()) / max(norms[place], negligible)
-        if not error <= FILE_ERROR_LIMIT:
-            raise ModelError(
-                f"The saved file {path.name} does not do what was trained (off by "
-                f"{error:.1%} in {'.'.join(place)}). The state is kept; please report this."
-            )
-
-
-def changes_in_file(session: Session, path: Path, weights: Mapping[tuple[str, str], torch.Tensor]) -> dict[tuple[str, str], torch.Tensor]:
-    """What a file adds to each weight: as diffusers loads it where it knows the kind, else by LyCORIS's formulas."""
-    base = session.base
-    if session.run.adapter.kind in ("lora", "rslora"):
-        base.pipe.unload_lora_weights()
-        load_adapter(base, path, "reloaded")
-        loaded = {(m.component, m.name): m.delta for m in adapters.adapted_modules(session.components, "reloaded")}
-        base.pipe.unload_lora_weights()
-        return loaded
-    places = {base.family.export_key(*place): place for place in weights}
-    changes = export.deltas(export.read_adapter(path), {key: weights[place] for key, place in places.items()})
-    return {places[key]: change for key, change in changes.items()}

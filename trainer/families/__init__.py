@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from trainer import base_model, hub
+from trainer.adapter_file import AdapterFile
 from trainer.config import Base
 from trainer.errors import ModelError
 from trainer.families import single_file
@@ -45,6 +46,12 @@ class LoadedBase:
     def denoiser(self) -> nn.Module:
         return self.family.denoiser(self.pipe)
 
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        """What may have an adapter, by the name in the pipeline: {"unet": ..., "text_encoder": ...}."""
+        name = next(name for name, part in self.pipe.components.items() if part is self.denoiser)
+        return {name: self.denoiser, **self.family.text_encoders(self.pipe)}
+
 
 def family_of(files: base_model.BaseFiles) -> ModelFamily:
     """The one place where the family is decided. Raises ModelError where none fits."""
@@ -53,6 +60,30 @@ def family_of(files: base_model.BaseFiles) -> ModelFamily:
             return family
     known, denoiser = ", ".join(family.name for family in FAMILIES.values()), base_model.DENOISERS[files.denoiser]
     raise ModelError(f"{files.path.name} is a {files.pipeline} with another {denoiser} than those that can be trained ({known}).")
+
+
+def families_of_adapter(file: AdapterFile) -> list[str]:
+    """Names of the families an adapter may have been trained for; none where it does not tell.
+
+    Told by the width of the text that its attention reads, by its parts, by what it says of itself; that may be a family unknown here.
+    """
+    parts = {module.component for module in file.modules}
+    widths = {
+        module.to("meta").delta.shape[1] for module in file.modules if module.component == "unet" and module.name.endswith("attn2.to_k")
+    }
+    said = [file.metadata[key] for key in ("modelspec.architecture", "ss_base_model_version") if file.metadata.get(key)]
+    for fits in (
+        lambda family: family.text_width in widths,
+        lambda family: any(word.startswith(family.adapter_marks) for word in said),
+        lambda family: (
+            family.denoiser_name in parts
+            and {"unet": "text_encoder_2" in parts}.get(family.denoiser_name, True)
+            and len(family.text_encoder_keys) == 2
+        ),
+    ):
+        if found := [family.name for family in FAMILIES.values() if fits(family)]:
+            return found
+    return said[:1]
 
 
 def load_base(base: Base, dtype: torch.dtype, caption_tokens: int = 75, report: hub.Report = lambda event: None) -> LoadedBase:

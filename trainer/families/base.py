@@ -61,6 +61,12 @@ class ModelFamily(Protocol):
     """What its `from_pretrained` is told, so that parts which no training needs are not loaded."""
     denoiser_name: str
     """Of its component in the pipeline: "unet" or "transformer"."""
+    adapter_marks: tuple[str, ...]
+    """How the family's name begins in the metadata of adapter files."""
+    open_clip: Sequence[str]
+    """The text encoders that other programs have in OpenCLIP's form, with q, k, v and out in one."""
+    text_width: int
+    """Numbers by token that the denoiser's cross attention reads, in the published models; 0 where there is none."""
     skips_layers: bool
     """Whether `Reading.clip_skip` means something; where the family fixes the layer it does not."""
     reads_in_chunks: bool
@@ -97,7 +103,7 @@ class ModelFamily(Protocol):
     """What its files are written in: what most programs read."""
 
     def export_key(self, component: str, module: str) -> str:
-        """Where a module stands in a file of its dialect: ("unet", "mid_block...to_q") -> "lora_unet_mid_block_..._to_q"."""
+        """Where a module stands in a kohya file: ("unet", "mid_block...to_q") -> "lora_unet_mid_block_..._to_q"."""
         ...
 
     def metadata(self, prediction_type: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ class LatentDiffusion:
     text_encoder_keys = {"text_encoder": "lora_te"}
     """How kohya files name each text encoder."""
     dialect = "kohya"
+    open_clip: Sequence[str] = ()
     skips_layers = True
     reads_in_chunks = True
 
@@ -61,7 +62,7 @@ class LatentDiffusion:
 
     def export_key(self, component: str, module: str) -> str:
         path = module.replace(".", "_")
-        if component == "unet":
+        if component == self.denoiser_name:
             return f"lora_unet_{path}"
         # The level `text_model` left some modules in transformers 5.6, but every reader still expects it in the key.
         return f"{self.text_encoder_keys[component]}_text_model_{path.removeprefix('text_model_')}"

@@ -8,6 +8,8 @@ from trainer.families.latent_diffusion import LatentDiffusion
 
 class StableDiffusion1(LatentDiffusion):
     name = "Stable Diffusion 1.x"
+    adapter_marks = ("sd_v1", "stable-diffusion-v1")
+    text_width = 768
 
     def matches(self, files: BaseFiles) -> bool:
         return files.pipeline == "StableDiffusionPipeline" and not files.configs["unet"].get("use_linear_projection")

@@ -11,7 +11,7 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from trainer.adapter_keys import diffusers_key
+from trainer.adapter_keys import to_mmdit
 from trainer.base_model import BaseFiles
 from trainer.families.base import PLAIN_READING, Batch, Conditioning, Reading
 from trainer.families.latent_diffusion import LatentDiffusion, frozen_dtype, token_ids
@@ -31,6 +31,7 @@ class StableDiffusion3(LatentDiffusion):
     pipeline_class = StableDiffusion3Pipeline
     pipeline_options = {"feature_extractor": None, "image_encoder": None}
     denoiser_name = "transformer"
+    text_width = 0
     text_encoder_keys = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     dialect = "diffusers"
     skips_layers = False  # always the penultimate ones
@@ -38,6 +39,7 @@ class StableDiffusion3(LatentDiffusion):
 
     def __init__(self, size: str) -> None:
         self.name, self.architecture = SIZES[size]
+        self.adapter_marks = (self.architecture,)
         self.size = size
 
     def matches(self, files: BaseFiles) -> bool:
@@ -95,7 +97,7 @@ class StableDiffusion3(LatentDiffusion):
         )[0]
 
     def export_key(self, component: str, module: str) -> str:
-        return diffusers_key(component, module)
+        return super().export_key(component, to_mmdit(module)[0] if component == self.denoiser_name else module)
 
     def metadata(self, prediction_type: str) -> dict[str, Any]:
         return {"ss_base_model_version": "sd3", "ss_v2": False, "modelspec.architecture": f"{self.architecture}/lora"}

@@ -16,6 +16,9 @@ from trainer.objective import Noised
 
 class StableDiffusionXL(LatentDiffusion):
     name = "Stable Diffusion XL"
+    adapter_marks = ("sdxl", "stable-diffusion-xl")
+    open_clip = ("text_encoder_2",)
+    text_width = 2048
     pipeline_class = StableDiffusionXLPipeline
     pipeline_options = {"feature_extractor": None, "image_encoder": None}
     text_encoder_keys = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
