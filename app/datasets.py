@@ -132,16 +132,18 @@ def remove(name: object) -> None:
     shutil.rmtree(resolve(name))
 
 
-def scan(name: str, resolution: int = 64, trigger: str = "") -> tuple[list[reading.DatasetItem], list[Finding]]:
+def scan(name: str, resolution: int = 64, trigger: str = "", caption_tokens: int = 75) -> tuple[list[reading.DatasetItem], list[Finding]]:
     """Pictures and findings of a dataset; read again only when a file in it changed. Raises DatasetError where no picture is usable."""
     folder = resolve(name)
     signature = tuple(sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()))
-    return _scan(folder, hash(signature), resolution, trigger)
+    return _scan(folder, hash(signature), resolution, trigger, caption_tokens)
 
 
 @lru_cache(maxsize=32)
-def _scan(folder: Path, signature: int, resolution: int, trigger: str) -> tuple[list[reading.DatasetItem], list[Finding]]:
-    return reading.scan_dataset(folder, resolution=resolution, trigger=trigger)
+def _scan(
+    folder: Path, signature: int, resolution: int, trigger: str, caption_tokens: int
+) -> tuple[list[reading.DatasetItem], list[Finding]]:
+    return reading.scan_dataset(folder, resolution=resolution, trigger=trigger, caption_tokens=caption_tokens)
 
 
 def view(name: str | None) -> dict:

@@ -35,7 +35,7 @@ def view(run: RunConfig, folder_name: str, recipe: Preset | None) -> dict:
         cures += [check("quiet", f"{each['title']} as an example", "Take it", example=each["id"]) for each in examples[:1]]
         return {"checks": cures}
     try:
-        items, findings = datasets.scan(folder_name, run.dataset.resolution)
+        items, findings = datasets.scan(folder_name, run.dataset.resolution, caption_tokens=run.dataset.caption_tokens)
         seconds, is_measured = _seconds_per_step(run)
         line = _line(run, items, seconds, is_measured)
         needs = estimate.memory(run, device.kind())

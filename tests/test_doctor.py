@@ -89,6 +89,7 @@ def test_captions_are_judged(tmp_path):
         "no-trigger": ["1.png", "2.png", "3.png"],
         "shared-tag": ["all captions"],
     }
+    assert not [f for f in scan_dataset(tmp_path, resolution=64, caption_tokens=225)[1] if f.kind == "long-caption"]
     assert next(f.detail for f in findings if f.kind == "shared-tag") == "1girl"
     assert doctor.verdict(6, findings).startswith("6 of 6 pictures are usable, 5 have captions. Few")
 

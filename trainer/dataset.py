@@ -57,13 +57,14 @@ def scan_dataset(
     resolution: int = 512,
     trigger: str = "",
     tokenizer: Path | None = None,
+    caption_tokens: int = tokens.LIMIT,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[DatasetItem], list[Finding]]:
     """Every usable picture under `folder`, by relative path in code-point order, and what was found on the way.
 
     Each picture is decoded in full, once for each content. `resolution` only decides what counts as small. A caption
     without the word `trigger` gets it in front, in the item, not in the file. Captions are measured with the
-    `tokenizer` folder of the base, without one roughly. `progress(done, total)` counts pictures.
+    `tokenizer` folder of the base, without one roughly; longer than `caption_tokens` is too long. `progress(done, total)` counts pictures.
     Raises `DatasetError` when there is no folder or no usable picture.
     """
     folder = Path(folder)
@@ -101,7 +102,7 @@ def scan_dataset(
         used.append((file, facts))
     findings += doctor.about_twins(used) + doctor.about_sizes(used, resolution)
     captions = [(file, item.caption) for (file, _), item in zip(used, items, strict=True)]
-    findings += doctor.about_captions(captions, trigger, tokens.counter(tokenizer)) + _about_repeats(folder, pictures)
+    findings += doctor.about_captions(captions, trigger, tokens.counter(tokenizer), caption_tokens) + _about_repeats(folder, pictures)
     if not items:
         raise DatasetError(_nothing_usable(folder, findings))
     return [replace(item, caption=_with_trigger(item.caption, trigger)) for item in items], findings

@@ -84,16 +84,18 @@ def about_sizes(used: Seen, resolution: int) -> list[Finding]:
     return [Finding("all pictures", "note", message, "mixed-sizes")]
 
 
-def about_captions(captions: Sequence[tuple[str, str]], trigger: str, count: tokens.Counter) -> list[Finding]:
-    """`captions`: (shown path of the picture, caption as it is in the file)."""
+def about_captions(captions: Sequence[tuple[str, str]], trigger: str, count: tokens.Counter, limit: int) -> list[Finding]:
+    """`captions`: (shown path of the picture, caption as it is in the file); `limit`: how many tokens of one are read."""
     findings = []
     for (file, caption), length in zip(captions, count([caption for _, caption in captions]), strict=True):
         if not caption:
             use = f"the trigger word “{trigger}” is used alone" if trigger else "it is trained without words"
             message = f"The picture has no caption: {use}; write one to say what it shows."
             findings.append(Finding(file, "warning", message, "no-caption"))
-        elif length > tokens.LIMIT:
-            message = f"The caption has {length} tokens, and Stable Diffusion reads {tokens.LIMIT} at once: its end may not be seen."
+        elif length > limit:
+            message = (
+                f"The caption has {length} tokens, and {limit} are read: its end may not be seen. dataset.caption_tokens reads up to 225."
+            )
             findings.append(Finding(file, "note", message, "long-caption"))
         if caption and trigger and not has_word(caption, trigger):
             message = f"The caption lacks the trigger word “{trigger}”: it is put in front while training; the file stays as it is."

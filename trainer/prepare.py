@@ -114,6 +114,7 @@ def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None =
         Path(run.dataset.folder),
         resolution=run.dataset.resolution,
         trigger=run.dataset.trigger,
+        caption_tokens=run.dataset.caption_tokens,
         progress=lambda done, total: report(Progress("loading", done, total)),
     )
     for finding in findings:
