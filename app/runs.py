@@ -12,13 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from pathlib import Path
 from typing import TypeVar
 
 from trainer import config, events, run_folder
 from trainer.config import RunConfig
 from trainer.errors import StateError
+from trainer.files import atomic_write
 from trainer.run_folder import RunStatus
 
 T = TypeVar("T")
@@ -121,16 +122,17 @@ def act(run_id: object, action: object) -> None:
 def actions(current: RunStatus) -> dict[str, Callable[[Path], None]]:
     """What can be done with a run in this state."""
     if current.state == "queued":
-        return {"unqueue": lambda folder: run_folder.withdraw(folder, "queued")}
+        return {"unqueue": lambda folder: run_folder.withdraw(folder, "queued"), "earlier": _earlier}
     if current.state == "paused":
         return {"continue": lambda folder: run_folder.withdraw(folder, "pause"), "stop": _stop}
     if current.state == "stopping":
         return {}
     if current.is_active:
-        return {"stop": _stop, "pause": lambda folder: run_folder.request(folder, "pause")}
+        wishes = ("pause", "save", "sample") if current.step else ("pause",)
+        return {"stop": _stop} | {what: partial(run_folder.request, what=what) for what in wishes}
     if current.can_resume or current.state == "new":
-        return {"resume": _resume, "delete": _delete}
-    return {"delete": _delete}
+        return {"resume": _resume, "delete": _delete, "repeat": repeat}
+    return {"delete": _delete, "repeat": repeat}
 
 
 def _stop(folder: Path) -> None:
@@ -142,6 +144,22 @@ def _resume(folder: Path) -> None:
     run_folder.withdraw(folder, "stop")
     run_folder.withdraw(folder, "pause")
     run_folder.request(folder, "queued")
+
+
+def _earlier(folder: Path) -> None:
+    """Changes places with the one before it in the queue."""
+    queue = list(run_folder.queue())
+    place = queue.index(folder)
+    if place:
+        mine, other = (waiting / "queued" for waiting in (folder, queue[place - 1]))
+        mine_at, other_at = mine.read_text(), other.read_text()
+        atomic_write(mine, other_at)
+        atomic_write(other, mine_at)
+
+
+def repeat(folder: Path) -> None:
+    """The same settings once more, as a run of its own."""
+    start(settings(folder))
 
 
 def _delete(folder: Path) -> None:

@@ -4,7 +4,7 @@ import statistics
 from datetime import datetime
 from pathlib import Path
 
-from app import runs
+from app import device, runs
 from trainer import presets, run_folder
 from trainer.errors import TrainerError
 from trainer.events import SampleSaved
@@ -64,20 +64,21 @@ def label(folder: Path, current: RunStatus) -> str:
     return LABELS.get(current.state, current.state.capitalize())
 
 
-def header(device: str) -> dict:
+def header(machine: str) -> dict:
     """The line above the tabs."""
     folder = runs.shown()
     current = runs.status(folder) if folder else None
     if current is None or not (current.is_active or current.state == "queued"):
-        return {"device": device, "text": "Idle", "tone": "quiet"}
+        ended = {"run": folder.name, "name": title(folder), "state": current.state} if current else {}
+        return {"device": machine, "text": "Idle", "tone": "quiet"} | ended
     text = label(folder, current)
     if current.state == "training" and current.total_steps:
         text += f" {100 * current.step // current.total_steps} %"
         text += f" · {duration(current.seconds_left)} left" if current.seconds_left is not None else ""
-    return {"device": device, "text": text, "tone": TONES.get(current.state, "busy"), "busy": current.is_active}
+    return {"device": machine, "text": text, "tone": TONES.get(current.state, "busy"), "busy": current.is_active, "run": folder.name}
 
 
-def progress(device: str) -> dict:
+def progress() -> dict:
     """The status card of the Train tab."""
     folder = runs.shown()
     if folder is None:
@@ -97,6 +98,7 @@ def progress(device: str) -> dict:
         "left": duration(current.seconds_left) if current.state in ("training", "sampling") and current.step else "",
         "speed": _speed(current),
         "loss": f"{statistics.fmean(loss for _, loss in current.losses[-20:]):.4f}" if current.losses else "",
+        **_present(current),
         "took": duration(current.finished.seconds) if current.finished else "",
         "message": current.message if current.state in ("failed", "interrupted") else "",
         "warnings": current.warnings[-5:],
@@ -104,6 +106,23 @@ def progress(device: str) -> dict:
         "file": final_file(folder, current),
         "details": _details(current),
         "queue": [{"run": other.name, "name": title(other)} for other in runs.waiting() if other != folder],
+    }
+
+
+def _present(current: RunStatus) -> dict:
+    """What is measured while it runs; the last validation loss stays."""
+    now = {"validation": f"{current.validation[-1][1]:.4f}" if current.validation else ""}
+    if not current.is_active:
+        return now
+    here, host = device.measured()
+    images = current.images_per_second
+    gpu = device.has_cuda()
+    return now | {
+        "images": f"{images:.1f}" if images else "",
+        "rate": f"{current.learning_rates[-1][1]:.1e}" if current.learning_rates else "",
+        "memory": f"{here.used / 1e9:.1f} / {here.total / 1e9:.0f} GB" if here.total else "",
+        "memory_of": f"GPU memory (RAM {host.used / 1e9:.0f} / {host.total / 1e9:.0f} GB)" if gpu else "memory",
+        "use": f"{round(20 * here.busy) * 5} % {'GPU' if gpu else 'CPU'}",
     }
 
 
@@ -146,6 +165,7 @@ def curve() -> dict:
         "loss": thin(current.losses),
         "smooth": thin(smooth(current.losses)),
         "validation": current.validation,
+        "rates": thin(current.learning_rates, 100),
         "saves": sorted({saved.step for saved in current.adapters}),
         "best": current.best_step,
     }
@@ -155,7 +175,7 @@ def thin(points: list[tuple[int, float]], limit: int = PLOT_POINTS // 2) -> list
     """At most `limit` points: means of neighbours."""
     width = -(-len(points) // limit)
     groups = [points[start : start + width] for start in range(0, len(points), width)]
-    return [(group[-1][0], round(statistics.fmean(loss for _, loss in group), 5)) for group in groups]
+    return [(group[-1][0], float(f"{statistics.fmean(loss for _, loss in group):.4g}")) for group in groups]
 
 
 def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

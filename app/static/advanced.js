@@ -38,7 +38,7 @@ function files() {
 
 /** Fields are drawn by Gradio, some of them late: a style sheet marks and hides them whenever they come. */
 function mark(typed = false) {
-  const rules = memory.changed.map((field) => `#${fieldId(field.path)} { box-shadow: inset 3px 0 0 var(--at-gold); }`);
+  const rules = memory.changed.map((field) => `#${fieldId(field.path)} { box-shadow: inset 3px 0 0 var(--at-gold) !important; }`);
   const words = memory.search.toLowerCase().split(/\s+/).filter(Boolean);
   if (words.length) {
     const found = CONSTANT.filter((field) => words.every((word) => field.text.includes(word)));

@@ -18,11 +18,18 @@ function el(tag, attributes = {}, ...children) {
 
 /** Draws whenever Python sends other data; before the first of it, nothing. */
 function drawWith(draw) {
-  const again = () => root() && props.value && draw(root(), props.value);
+  const again = () => {
+    if (!root() || !props.value) return;
+    const focused = root().contains(document.activeElement) ? nameOf(document.activeElement) : null;
+    draw(root(), props.value);
+    // What is drawn anew each second must not throw a keyboard out.
+    if (focused && !root().contains(document.activeElement)) [...root().querySelectorAll("button, a, input, select, summary, textarea")].find((node) => nameOf(node) === focused)?.focus();
+  };
   again();
   watch("value", again);
 }
 
+const nameOf = (node) => node.id || `${node.tagName} ${node.getAttribute("aria-label") || node.textContent}`;
 const pill = (text, tone = "quiet") => el("span", { class: `at-pill at-${tone}` }, text);
 const notice = (text, tone) => el("p", { class: `at-notice at-${tone}`, role: tone === "bad" ? "alert" : "status" }, text);
 const button = (text, onclick, look = "") => el("button", { type: "button", class: `at-button ${look}`, onclick }, text);
@@ -49,4 +56,18 @@ function zoomable(src, alt, attributes = {}) {
     dialog.showModal();
   };
   return el("button", { type: "button", class: "at-zoom", "aria-label": `Enlarge: ${alt}`, onclick: open }, el("img", { src, alt, ...attributes }));
+}
+
+/** Two pictures over each other with a divider to move; the place of the divider is kept under `key`. */
+const dividers = {};
+function compared(before, after, key) {
+  const over = el("img", { src: after.src, alt: after.alt, class: "at-after" });
+  const frame = el("div", { class: "at-compare" }, el("img", { src: before.src, alt: before.alt }), over, el("div", { class: "at-divider", "aria-hidden": "true" }),
+    el("span", { class: "at-left", "aria-hidden": "true" }, before.name), el("span", { class: "at-right", "aria-hidden": "true" }, after.name));
+  const slider = el("input", { type: "range", min: 0, max: 100, step: 1, "aria-label": `Divider between ${before.name} and ${after.name}`, oninput: () => move(slider.value) });
+  const move = (percent) => { dividers[key] = percent; frame.style.setProperty("--at-at", `${percent}%`); };
+  slider.value = dividers[key] ?? 50;
+  move(slider.value);
+  frame.append(slider);
+  return frame;
 }

@@ -14,11 +14,13 @@ drawWith((root, view) => {
     el("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, value.toPrecision(2))));
   const saves = (view.saves || []).map((step) => el("g", {}, el("line", { class: "at-save", x1: x(step), x2: x(step), y1: top, y2: height - bottom }),
     el("text", { class: step === view.best ? "at-star" : "", x: x(step), y: height - 8, "text-anchor": step > 0.95 * last ? "end" : "middle" }, step === view.best ? `★ ${step}` : String(step))));
+  const rates = view.rates || [], fastest = Math.max(...rates.map((point) => point[1]), 1e-12);
+  const rate = rates.length > 1 ? el("polyline", { class: "at-rate", points: rates.map(([step, value]) => `${x(step).toFixed(1)},${(height - bottom - 0.3 * (height - top - bottom) * value / fastest).toFixed(1)}`).join(" ") }) : null;
   const now = view.smooth[view.smooth.length - 1];
   root.replaceChildren(el("figure", { class: "at-panel at-curve" },
-    el("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Loss, ${now[1].toPrecision(3)} at step ${now[0]}` }, ticks, saves,
+    el("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Loss, ${now[1].toPrecision(3)} at step ${now[0]}` }, ticks, saves, rate,
       line(view.loss, "at-raw"), line(view.smooth, "at-smooth"), validation.length > 1 ? line(validation, "at-valid") : null,
       validation.map(([step, value]) => el("circle", { class: "at-valid-dot", cx: x(step), cy: y(value), r: 3.5 }, el("title", {}, `Validation ${value.toPrecision(4)} at step ${step}`)))),
-    el("figcaption", { class: "at-legend" }, el("span", { class: "at-key-smooth" }, "Loss (smoothed)"), validation.length ? el("span", { class: "at-key-valid" }, "Validation") : null,
+    el("figcaption", { class: "at-legend" }, el("span", { class: "at-key-smooth" }, "Loss (smoothed)"), validation.length ? el("span", { class: "at-key-valid" }, "Validation") : null, rate ? el("span", { class: "at-key-rate" }, `Learning rate, up to ${Number(fastest.toPrecision(2))}`) : null,
       view.best !== null && view.best !== undefined ? el("span", {}, "★ best save") : null)));
 });

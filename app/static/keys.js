@@ -1,6 +1,10 @@
 () => {
   if (window.atelierKeys) return;
   window.atelierKeys = true;
+  // Only a click may ask whether the end of a run shall be told.
+  document.addEventListener("click", (event) => {
+    if (event.target.closest?.("#start-training") && window.Notification && Notification.permission === "default") Notification.requestPermission();
+  });
   // Alt+1 ... Alt+4 open the tabs.
   document.addEventListener("keydown", (event) => {
     const number = Number(event.code.replace("Digit", ""));

@@ -1,6 +1,7 @@
 // The run at work, or the latest one: state, bar, figures, what can be done, the queue and the log.
 const memory = { logOpen: false, log: "", problem: "" };
-const WORDS = { stop: "Stop and save", pause: "Pause", continue: "Continue", resume: "Resume" };
+const WORDS = { stop: "Stop and save", pause: "Pause", continue: "Continue", resume: "Resume", save: "Save now", sample: "Sample now", repeat: "Run again" };
+const ORDER = ["continue", "resume", "pause", "stop", "save", "sample", "repeat"];
 
 drawWith((root, view) => {
   if (!view.run) {
@@ -19,7 +20,7 @@ drawWith((root, view) => {
     bar(view), figures(view),
     view.message ? notice(view.message, "bad") : null,
     view.warnings.map((text) => notice(text, "warn")),
-    el("div", { class: "at-row at-actions" }, view.actions.filter((action) => WORDS[action]).map((action) => button(WORDS[action], () => act(view.run, action), `at-act-${action}`)),
+    el("div", { class: "at-row at-actions" }, ORDER.filter((action) => view.actions.includes(action)).map((action) => button(WORDS[action], () => act(view.run, action), `at-act-${action}`)),
       view.actions.includes("unqueue") ? button("Take out of the queue", () => act(view.run, "unqueue")) : null,
       view.file ? button("Preview", () => trigger("open_preview", { run: view.run })) : null,
       view.file ? el("a", { class: "at-button", href: view.file.href, download: view.file.name }, `Download (${view.file.size})`) : null),
@@ -33,14 +34,16 @@ function bar(view) {
 
 function figures(view) {
   const figure = (value, label) => value ? el("div", {}, el("b", {}, value), el("span", {}, label)) : null;
-  return el("div", { class: "at-figures" }, figure(view.total ? `${view.step} / ${view.total}` : "", "steps"), figure(view.left, "left"), figure(view.took, "taken"), figure(view.speed, "speed"), figure(view.loss, "loss"),
+  return el("div", { class: "at-figures" }, figure(view.total ? `${view.step} / ${view.total}` : "", "steps"), figure(view.left, "left"), figure(view.took, "taken"), figure(view.speed, "speed"), figure(view.images, "pictures/s"), figure(view.loss, "loss"), figure(view.validation, "validation"), figure(view.rate, "learning rate"), figure(view.memory, view.memory_of), figure(view.use, "in use"),
     view.details ? el("p", { class: "at-hint" }, view.details) : null);
 }
 
 function queue(view, act) {
   if (!view.queue.length) return null;
   return el("div", { class: "at-queue" }, el("h3", {}, "Next in the queue"),
-    el("ol", {}, view.queue.map((item) => el("li", {}, el("span", {}, item.name), button("Take out", () => act(item.run, "unqueue"))))));
+    el("ol", {}, view.queue.map((item, place) => el("li", {}, el("span", {}, item.name),
+      place ? el("button", { type: "button", class: "at-button at-small", "aria-label": `Move ${item.name} up`, onclick: () => act(item.run, "earlier") }, "↑") : null,
+      el("button", { type: "button", class: "at-button at-small", onclick: () => act(item.run, "unqueue") }, "Take out")))));
 }
 
 function log(view) {

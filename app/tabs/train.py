@@ -53,7 +53,7 @@ def build(page: Page) -> dict[str, Any]:
             progress = drawn("progress", elem_id="progress", server_functions=[act, read_log])
             curve = drawn("curve", elem_id="curve")
             samples = drawn("samples", elem_id="samples")
-    page.follow(progress, lambda: views.progress(page.device))
+    page.follow(progress, views.progress)
     page.follow(curve, views.curve)
     page.follow(samples, views.samples)
     own = {"fields": fields, "line": line, "tools": tools, "start": start, "progress": progress, "outputs": list(fields.values())}

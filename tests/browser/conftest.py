@@ -22,7 +22,7 @@ ARGUMENTS = [
     "--disable-sync",
     "--no-first-run",
 ]
-PATIENCE = 240  # seconds; the machine may be training meanwhile
+PATIENCE = float(os.environ.get("TEST_PATIENCE", "240"))  # seconds; the machine may be training meanwhile
 
 
 def wait_for(condition: Callable[[], object], what: str, patience: float = PATIENCE) -> object:

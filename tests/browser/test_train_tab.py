@@ -1,0 +1,115 @@
+"""The Train tab: what is said before the start, what is seen while it runs, and how it ends. Nothing is trained here."""
+
+from pathlib import Path
+
+import pytest
+
+from app import datasets, runs
+from tests.browser import staged
+from tests.browser.conftest import wait_for
+from trainer import config, run_folder
+from trainer.events import StepDone
+
+KOHYA = '{"network_dim": 24, "network_alpha": 12, "learning_rate": 0.0001, "unet_lr": 0.0002, "flip_aug": true}'
+
+
+@pytest.fixture(autouse=True)
+def here(server, monkeypatch) -> None:
+    monkeypatch.setenv("ATELIER_OUTPUTS", str(server.outputs))
+
+
+def test_three_clicks_from_pictures_to_training(open_page, server) -> None:
+    """Example, Go to training, Start. The launcher is kept busy, so that nothing is trained."""
+    with staged.at_work(staged.stage("keeps the device", 3)):
+        page = open_page()
+        page.wait_for_selector(".at-dataset")
+        clicks = ["A style", "Go to training", "Start training"]
+        for text in clicks:
+            page.get_by_role("button", name=text, exact=True).first.click()
+            if text == "Go to training":
+                page.wait_for_function("document.querySelector('#estimate')?.innerText.includes(' steps in ')")
+        folder = wait_for(lambda: next((f for f in run_folder.queue() if "example-style" in f.name), None), "the run in the queue")
+        assert len(clicks) == 3 and config.load(folder / "run.toml").dataset.folder.endswith("example-style")
+        page.wait_for_selector("#estimate :text('waits in the queue')")
+        run_folder.withdraw(folder, "queued")
+
+
+def test_advanced_is_searched_marked_and_reset(open_page, server, tmp_path: Path) -> None:
+    datasets.add_example("subject")
+    page = open_page("train")
+    page.wait_for_function("document.querySelector('#estimate')?.innerText.includes(' steps in ')")
+    page.locator("#advanced > button").click()
+    page.fill("#advanced-search", "rank")
+    page.wait_for_selector("#field-adapter-rank input")
+    assert page.locator("#section-saving").is_hidden() and page.locator("#section-adapter").is_visible()
+    page.locator("#field-adapter-rank input").first.fill("32")
+    page.wait_for_selector(".at-chip:has-text('Rank 32')")
+    assert "inset" in page.locator("#field-adapter-rank").evaluate("node => getComputedStyle(node).boxShadow")
+    page.locator(".at-chip").click()
+    page.wait_for_selector(".at-chip", state="detached")
+    assert page.locator("#field-adapter-rank input").first.input_value() == "16"
+
+    page.locator("#field-adapter-rank input").first.fill("0")
+    page.wait_for_selector(".at-check.at-bad:has-text('Rank')")
+    page.get_by_role("button", name="Reset it").click()
+    page.wait_for_selector(".at-check.at-bad", state="detached")
+
+    settings = tmp_path / "kohya.json"
+    settings.write_text(KOHYA)
+    page.set_input_files("#settings-file", settings)
+    page.wait_for_selector("#advanced-tools :text('flip_aug')")
+    assert page.locator("#field-adapter-rank input").first.input_value() == "24"
+    page.locator("#advanced-tools summary").click()
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="Export as TOML").click()
+    assert config.load(Path(waiting.value.path())).adapter.rank == 24
+    page.get_by_label("Name of my recipe").fill("My faces")
+    page.get_by_role("button", name="Save as my recipe").click()
+    page.wait_for_selector("#field-preset label:has-text('My faces')")
+
+
+def test_while_it_runs(open_page, server) -> None:
+    folder = staged.stage("at work", 40)
+    waiting = [server.outputs / "runs" / runs.start(config.RunConfig(name=name)) for name in ("one", "two")]
+    with staged.at_work(folder) as log:
+        page = open_page("train")
+        page.wait_for_function("document.title.startsWith('Training 40 %')")
+        text = page.locator("#progress .at-figures").inner_text()
+        for words in ("40 / 100", "steps", "left", "pictures/s", "validation", "learning rate", "memory", "in use"):
+            assert words in text, words
+        assert page.locator("#curve .at-rate").count() == 1 and page.locator("#curve .at-valid-dot").count() == 3
+        for button, what in (("Save now", "save"), ("Sample now", "sample"), ("Pause", "pause")):
+            page.get_by_role("button", name=button).click()
+            wait_for(lambda what=what: what in staged.requests(folder), button)
+        run_folder.withdraw(folder, "pause")
+
+        divider = page.get_by_label("Divider between Base and ★ Step 40")
+        divider.focus()
+        page.keyboard.press("Home")
+        assert page.locator(".at-compare").evaluate("node => node.style.getPropertyValue('--at-at')") == "0%"
+        log.append(StepDone(41, 0.1, 1e-4, 0.25))
+        page.wait_for_function("document.querySelector('#progress .at-figures').innerText.includes('41 / 100')")
+        assert page.locator(".at-compare").evaluate("node => node.style.getPropertyValue('--at-at')") == "0%", "it stays where it was left"
+        page.get_by_label("Show Step 20").click()
+        page.wait_for_selector(".at-compare .at-right:text-is('Step 20')")
+
+        page.get_by_role("button", name="Move two up").click()
+        wait_for(lambda: list(run_folder.queue()) == waiting[::-1], "the other order")
+        for place in (1, 0):
+            page.get_by_role("button", name="Take out").first.click()
+            page.wait_for_function(f"document.querySelectorAll('.at-queue li').length === {place}")
+            wait_for(lambda place=place: len(run_folder.queue()) == place, "an emptier queue")
+        staged.finish(folder)
+    page.wait_for_function("document.title === 'at work is finished'")
+    page.wait_for_selector("#progress a[download]")
+    assert page.get_by_role("button", name="Run again").is_visible()
+
+
+def test_run_again_takes_the_same_settings(server) -> None:
+    folder = staged.stage("once more", 100)
+    staged.finish(folder)
+    with staged.at_work(staged.stage("keeps the device", 1)):
+        runs.act(folder.name, "repeat")
+        again = run_folder.queue()[-1]
+        assert again != folder and config.load(again / "run.toml") == config.load(folder / "run.toml")
+        runs.act(again.name, "unqueue")
