@@ -1,52 +1,94 @@
 """Numbers in docs/lora.md, counted anew on models built from the public configurations."""
 
+from functools import cache
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+import transformers
 
 from trainer import config, estimate, targets
+from trainer.base_model import DENOISERS, PIPELINES
+from trainer.checkpoint import template_config
 from trainer.safetensors_header import TensorInfo
 
 PAGE = (Path(__file__).parent.parent / "docs" / "lora.md").read_text(encoding="utf-8")
+MODELS = {
+    "sd15": "Stable Diffusion 1.5",
+    "sd21": "Stable Diffusion 2.1",
+    "sdxl": "Stable Diffusion XL",
+    "sd3m": "Stable Diffusion 3 Medium",
+    "sd35m": "Stable Diffusion 3.5 Medium",
+    "sd35l": "Stable Diffusion 3.5 Large",
+}
+PARTS = {**DENOISERS, "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
+PUBLISHED = {  # as told by others who opened the published files
+    ("sd15", "unet"): 859_520_964,
+    ("sd15", "text_encoder"): 123_060_480,
+    ("sd21", "unet"): 865_910_724,
+    ("sdxl", "unet"): 2_567_463_684,
+    ("sdxl", "text_encoder_2"): 694_659_840,
+}
+BY_HAND = {
+    ("sd15", "unet"): 16 * 2 * 4,  # transformer blocks x attentions x projections
+    ("sd15", "text_encoder"): 12 * 4,  # layers x projections
+    ("sd21", "unet"): 16 * 2 * 4,
+    ("sdxl", "unet"): 70 * 2 * 4,
+    ("sd3m", "transformer"): 24 * 8 - 1,  # two streams; the last block gives no text on
+    ("sd35m", "transformer"): 24 * 8 - 1 + 13 * 4,  # and a second attention in thirteen blocks
+    ("sd35l", "transformer"): 38 * 8 - 1,
+}
 
 
-@pytest.fixture(scope="module")
-def sd15():
+def trained_parts(model):
+    """What may get an adapter, the denoiser first."""
+    pipeline = template_config(model, "model_index.json")["_class_name"]
+    return [part for part in PIPELINES[pipeline] if part in PARTS]
+
+
+@cache
+def weights(model, part):
+    """Name -> shape of every weight of a full-size part; nothing of it is in memory."""
+    library, name = template_config(model, "model_index.json")[part]
+    settings = template_config(model, f"{part}/config.json")
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768, attention_head_dim=8
-        )
-        encoder = CLIPTextModel(
-            CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-        )
-    return unet, encoder
-
-
-def tensors(module):
+        if library == "diffusers":
+            module = getattr(diffusers, name).from_config(settings)
+        else:
+            kind = getattr(transformers, name)
+            module = kind(kind.config_class.from_dict(settings))
     return {name: TensorInfo("F16", tuple(p.shape)) for name, p in module.named_parameters()}
 
 
-def counted(part, module, rank):
-    return estimate.adapter_parameters(config.Adapter(rank=rank, alpha=rank), part, tensors(module))
+def numbers(model, part):
+    return sum(info.numel for info in weights(model, part).values())
 
 
-def test_the_models_have_the_size_that_is_told(sd15):
-    for module in sd15:
-        assert f"{sum(p.numel() for p in module.parameters()):,}" in PAGE
+def adapter_of(model, part, rank):
+    return estimate.adapter_parameters(config.Adapter(rank=rank, alpha=rank), part, weights(model, part))
 
 
-@pytest.mark.parametrize("rank", [4, 8, 16, 32])
-def test_parameters_and_file_sizes_of_the_table(sd15, rank):
-    unet, both = counted("unet", sd15[0], rank), counted("unet", sd15[0], rank) + counted("text_encoder", sd15[1], rank)
-    share = unet / sum(p.numel() for p in sd15[0].parameters())
-    row = f"| {rank} | {unet:,} | {share:.3%} | {both:,} | {both * 2 / 1e6:.1f} MB |".replace("%", " %")
+@pytest.mark.parametrize("model, part", [(model, part) for model in MODELS for part in trained_parts(model)])
+def test_modules_and_parameters_of_the_table(model, part):
+    chosen = targets.choose_targets(config.Adapter(), part, targets.projections(weights(model, part)))
+    ranks = " | ".join(f"{adapter_of(model, part, rank):,}" for rank in (4, 8, 16, 32))
+    row = f"| {MODELS[model]} | {PARTS[part]} | {numbers(model, part):,} | {len(chosen)} | {ranks} |"
+    assert row in PAGE
+    assert PUBLISHED.get((model, part)) in (None, numbers(model, part)) and BY_HAND.get((model, part)) in (None, len(chosen))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_shares_and_file_sizes_of_the_table(model):
+    denoiser, *encoders = trained_parts(model)
+    cells = []
+    for rank in (4, 8, 16, 32):
+        alone = adapter_of(model, denoiser, rank)
+        whole = alone + sum(adapter_of(model, part, rank) for part in encoders)
+        cells.append(f"{alone / numbers(model, denoiser):.3%}, {alone * 2 / 1e6:.1f} MB, {whole * 2 / 1e6:.1f} MB".replace("%", " %"))
+    row = f"| {MODELS[model]} | {' | '.join(cells)} |"
     assert row in PAGE
 
 
-def test_the_count_of_adapted_projections(sd15):
-    parts = zip(("unet", "text_encoder"), sd15, strict=True)
-    counts = [len(targets.choose_targets(config.Adapter(), part, targets.projections(tensors(module)))) for part, module in parts]
-    assert counts == [128, 48] and "128 of them" in PAGE and "48 in its text encoder" in PAGE
+def test_the_counts_in_words():
+    assert f"{BY_HAND['sd15', 'unet']} of them" in PAGE and f"{BY_HAND['sd15', 'text_encoder']} in its text encoder" in PAGE
