@@ -6,6 +6,9 @@ import socket
 import sys
 import threading
 import webbrowser
+from pathlib import Path
+
+from trainer import run_folder
 
 PORTS_TO_TRY = 20
 
@@ -14,19 +17,46 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     from app.guard import is_loopback
 
-    if options.auth is not None and (":" not in options.auth or not all(options.auth.split(":", 1))):
-        return refuse("--auth takes user:password, for example --auth anna:a-long-password.")
-    if not is_loopback(options.host) and not options.auth:
+    try:
+        accounts = read_accounts(options)
+    except ValueError as error:
+        return refuse(str(error))
+    if not is_loopback(options.host) and not accounts:
         return refuse(
-            f"Serving on {options.host} lets other machines in. Add --auth user:password, or leave --host out to serve this machine only."
+            f"Serving on {options.host} lets other machines in. Add --auth user:password or --auth-file FILE, "
+            "or leave --host out to serve this machine only."
         )
     listening = listen(options.host, options.port)
     if listening is None:
         return refuse(
             f"No port from {options.port} to {options.port + PORTS_TO_TRY - 1} is free on {options.host}. Choose another with --port."
         )
-    serve(listening, options)
+    serve(listening, options, accounts)
     return 0
+
+
+def read_accounts(options: argparse.Namespace) -> dict[str, str] | None:
+    """Passwords by name; None without any. Raises ValueError with a sentence."""
+    if options.auth_file is None:
+        if options.auth is None:
+            return None
+        lines, where = [options.auth], "--auth takes user:password, for example --auth anna:a-long-password."
+    else:
+        try:
+            lines = options.auth_file.read_text(encoding="utf-8").splitlines()
+            is_open = os.name != "nt" and options.auth_file.stat().st_mode & 0o077
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{options.auth_file} cannot be read ({error}).") from None
+        if is_open:
+            raise ValueError(f"{options.auth_file} can be read by others. Let nobody else see it: chmod 600 {options.auth_file}")
+        where = f"{options.auth_file} takes a line user:password for each person."
+    accounts = dict(line.partition(":")[::2] for line in lines if line.strip() and not line.startswith("#"))
+    if not accounts or not all(accounts.values()) or "" in accounts:
+        raise ValueError(where)
+    folders = {name.casefold() for name in accounts if run_folder.slug(name) == name}
+    if options.auth_file and len(folders) < len(accounts):
+        raise ValueError(f"The names in {options.auth_file} become folders: use letters, digits, - and _, each name once.")
+    return accounts
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -40,6 +70,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="USER:PASSWORD",
         default=os.environ.get("ATELIER_AUTH"),
         help="asks for this name and password; also read from $ATELIER_AUTH",
+    )
+    parser.add_argument(
+        "--auth-file",
+        type=Path,
+        metavar="FILE",
+        help="asks for a name and password of this file, one user:password a line; each person sees their own datasets and runs",
     )
     parser.add_argument("--no-browser", action="store_true", help="do not open the browser")
     return parser.parse_args(arguments)
@@ -66,7 +102,7 @@ def listen(host: str, port: int) -> socket.socket | None:
     return None
 
 
-def serve(listening: socket.socket, options: argparse.Namespace) -> None:
+def serve(listening: socket.socket, options: argparse.Namespace, accounts: dict[str, str] | None) -> None:
     import uvicorn
 
     from app.server import create_app
@@ -74,7 +110,7 @@ def serve(listening: socket.socket, options: argparse.Namespace) -> None:
     port = listening.getsockname()[1]
     shown = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
     address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
-    app = create_app(options.auth)
+    app = create_app(accounts, separate=options.auth_file is not None)
     if port != options.port:
         print(f"Port {options.port} is busy; serving on {port} instead.")
     print(f"LoRA Atelier is at {address}  (Ctrl-C ends the page; a running training goes on)", flush=True)

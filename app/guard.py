@@ -10,6 +10,7 @@ import ipaddress
 import secrets
 import shutil
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 import anyio
@@ -17,11 +18,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app import workspace
+
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 UPLOAD = "/gradio_api/upload"
 FILE_ROUTES = ("/gradio_api/file=", "/gradio_api/file/", "/file=", "/thumb/", "/runfile/", "/previewfile/")
 CLOSED_ROUTES = ("/monitoring", "/gradio_api/monitoring", "/openapi.json", "/gradio_api/openapi.json", "/docs", "/redoc", "/run-history")
 BODY_LIMIT = 2 * 1024**2  # captions and settings; only uploads are larger
+UPLOAD_LIMIT = 8 * 1024**3  # of one drop; a file has a smaller one (server.MAX_UPLOAD)
 DISK_RESERVE = 512 * 1024**2  # an upload may not take the last of the disk from a running training
 WRONG_PASSWORD_DELAY = 0.5  # seconds; slows guessing
 HEADERS = {
@@ -44,12 +48,14 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """ASGI middleware around the whole application. `auth` is "user:password" or None."""
+    """ASGI middleware around the whole application. `accounts` are passwords by name, or None where none is asked for."""
 
-    def __init__(self, app: ASGIApp, auth: str | None = None, disk: Path | None = None):
+    def __init__(self, app: ASGIApp, accounts: Mapping[str, str] | None = None, disk: Path | None = None, separate: bool = False):
         self.app = app
-        self.auth = auth
+        self.accounts = accounts
         self.disk = disk
+        self.separate = separate
+        """Whether each person has folders of their own."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -59,6 +65,9 @@ class Guard:
         refusal = await self._refusal(scope)
         if refusal is not None:
             return await refusal(scope, receive, _with_headers(scope, send))
+        if self.separate:
+            scope[workspace.SCOPE_KEY] = self._signed_in(Headers(scope=scope).get("authorization", ""))
+            workspace.user.set(scope[workspace.SCOPE_KEY])
         limited = receive if scope["path"].startswith(UPLOAD) else _limited(receive)
         try:
             await self.app(scope, limited, _with_headers(scope, send))
@@ -70,7 +79,7 @@ class Guard:
         host = headers.get("host", "")
         if not self._is_known(host):
             return PlainTextResponse("This address does not belong to LoRA Atelier.", 421)
-        if self.auth is not None and not self._is_signed_in(headers.get("authorization", "")):
+        if self.accounts is not None and not self._signed_in(headers.get("authorization", "")):
             await anyio.sleep(WRONG_PASSWORD_DELAY)
             return PlainTextResponse(
                 "A user name and password are needed.", 401, {"www-authenticate": 'Basic realm="LoRA Atelier", charset="UTF-8"'}
@@ -79,14 +88,14 @@ class Guard:
             return PlainTextResponse("A request from another web site was refused.", 403)
         if path.startswith(CLOSED_ROUTES):
             return PlainTextResponse("Not found", 404)
-        return self._size_refusal(path, headers.get("content-length", "0"))
+        return self._size_refusal(path, headers.get("content-length", "" if scope["method"] == "POST" else "0"))
 
     def _is_known(self, host: str) -> bool:
         """Loopback names; with a password also any plain IP address and this machine's own name, which rebinding cannot use."""
         name = host if host.endswith("]") else host.rsplit(":", 1)[0]
         if name.lower() in LOOPBACK:
             return True
-        if self.auth is None:
+        if self.accounts is None:
             return False
         try:
             ipaddress.ip_address(name.strip("[]"))
@@ -95,18 +104,26 @@ class Guard:
             own = socket.gethostname().lower()
             return name.lower() in {own, f"{own}.local", socket.getfqdn().lower()}
 
-    def _is_signed_in(self, header: str) -> bool:
+    def _signed_in(self, header: str) -> str:
+        """The name of the person, "" for nobody. Takes as long for a name that does not exist."""
         kind, _, given = header.partition(" ")
         try:
-            credentials = base64.b64decode(given, validate=True)
+            name, _, password = base64.b64decode(given, validate=True).decode("utf-8").partition(":")
         except ValueError:
-            return False
-        return kind.lower() == "basic" and secrets.compare_digest(credentials, (self.auth or "").encode())
+            return ""
+        known = (self.accounts or {}).get(name, "")
+        is_right = secrets.compare_digest(password.encode(), known.encode())
+        return name if kind.lower() == "basic" and known and is_right else ""
 
     def _size_refusal(self, path: str, length: str) -> PlainTextResponse | None:
-        size = int(length) if length.isascii() and length.isdigit() else 0
+        is_said = length.isascii() and length.isdigit()
+        size = int(length) if is_said else 0
         if not path.startswith(UPLOAD):
             return PlainTextResponse("The request is too large.", 413) if size > BODY_LIMIT else None
+        if not is_said:
+            return PlainTextResponse("An upload must say its size.", 411)
+        if size > UPLOAD_LIMIT:
+            return PlainTextResponse(f"More than {UPLOAD_LIMIT >> 30} GB at once; drop the pictures in several parts.", 413)
         if self.disk is not None and shutil.disk_usage(self.disk).free < size + DISK_RESERVE:
             return PlainTextResponse("The disk is nearly full; make room before adding pictures.", 507)
         return None

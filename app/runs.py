@@ -16,10 +16,11 @@ from functools import lru_cache, partial, wraps
 from pathlib import Path
 from typing import TypeVar
 
-from trainer import config, events, run_folder
+from app import workspace
+from trainer import config, estimate, events, report, run_folder
 from trainer.config import RunConfig
-from trainer.errors import StateError
-from trainer.files import atomic_write
+from trainer.errors import StateError, TrainerError
+from trainer.files import atomic_write, check_room
 from trainer.run_folder import RunStatus
 
 T = TypeVar("T")
@@ -32,18 +33,18 @@ MOMENT = 0.3  # seconds; a tick of the page asks the same several times
 _probing = threading.RLock()
 
 
-def briefly(function: Callable[[], T]) -> Callable[[], T]:
-    """Remembers an answer for a moment; `.fresh()` does not."""
+def briefly(function: Callable[[], T], seconds: float = MOMENT) -> Callable[[], T]:
+    """Remembers an answer for a moment; `.fresh()` does not, and `.forget()` makes it forget."""
     known: dict[Path, tuple[float, T]] = {}
 
     @wraps(function)
     def answer() -> T:
         place, now = run_folder.runs_folder(), time.monotonic()
-        if place not in known or now - known[place][0] > MOMENT:
+        if place not in known or now - known[place][0] > seconds:
             known[place] = (now, function())
         return known[place][1]
 
-    answer.fresh = function
+    answer.fresh, answer.forget = function, known.clear
     return answer
 
 
@@ -59,6 +60,7 @@ def resolve(run_id: object) -> Path:
 
 def start(run: RunConfig) -> str:
     """Puts a new run into the queue. Returns its id."""
+    check_room(run_folder.runs_folder(), estimate.disk_bytes(run), "the run")
     folder = run_folder.create(run)
     run_folder.request(folder, "queued")
     return folder.name
@@ -168,7 +170,11 @@ def _delete(folder: Path) -> None:
 
 def read_log(run_id: object) -> str:
     """The end of the trainer's output."""
-    log = resolve(run_id) / "log.txt"
+    return _log_end(resolve(run_id))
+
+
+def _log_end(folder: Path) -> str:
+    log = folder / "log.txt"
     if not log.is_file():
         return ""
     with open(log, "rb") as file:
@@ -183,7 +189,7 @@ def trainer_process(arguments: list[str], folder: Path, **streams) -> subprocess
     environment = {
         **os.environ,
         "PYTHONUTF8": "1",
-        "ATELIER_OUTPUTS": str(run_folder.outputs_folder()),
+        "ATELIER_OUTPUTS": str(folder.parents[1]),  # of the person whose run it is
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
     }
     detached = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
@@ -205,7 +211,7 @@ class Launcher(threading.Thread):
         while not self._ended.wait(0.5):
             try:
                 self.look()
-            except OSError as error:  # a folder deleted under our eyes, a full disk: the next look may succeed
+            except (OSError, TrainerError) as error:  # a folder deleted under our eyes, a full disk: the next look may succeed
                 logging.getLogger(__name__).warning("The queue could not be looked at: %s", error)
 
     def end(self) -> None:
@@ -217,11 +223,13 @@ class Launcher(threading.Thread):
             if self.process.poll() is None:
                 return
             self._bury()
-        if active.fresh() is not None:
-            return
-        queue = run_folder.queue()
+        places = workspace.all_runs_folders()
+        with _probing:
+            if any(run_folder.is_alive(folder) for place in places for folder in run_folder.list_runs(place)):
+                return
+        queue = [folder for place in places for folder in run_folder.queue(place)]
         if queue:
-            self._launch(queue[0])
+            self._launch(min(queue, key=lambda folder: (folder / "queued").read_text()))
 
     def _launch(self, folder: Path) -> None:
         self.before_start()
@@ -230,11 +238,19 @@ class Launcher(threading.Thread):
         self.folder = folder
 
     def _bury(self) -> None:
-        """A trainer that ended before it took its run must not be started again and again."""
+        """A trainer that ended before it took its run must not be started again and again; one that died at work is explained."""
         folder, code = self.folder, self.process.returncode
         self.process = self.folder = None
-        if folder.is_dir() and run_folder.requested(folder, "queued") and active.fresh() != folder:
+        if not folder.is_dir() or run_folder.is_alive(folder):
+            return
+        log = events.EventLog(folder / "events.jsonl")
+        if run_folder.requested(folder, "queued"):
             run_folder.withdraw(folder, "queued")
-            lines = read_log(folder.name).strip().splitlines()
+            lines = _log_end(folder).strip().splitlines()
             reason = lines[-1] if lines else f"exit code {code}"
-            events.EventLog(folder / "events.jsonl").append(events.Failed(f"The trainer ended before it began: {reason}"))
+            log.append(events.Failed(report.without_secrets(f"The trainer ended before it began: {reason}")))
+        elif run_folder.status(folder).state == "interrupted":
+            log.append(events.TrainerDied(code))
+        else:
+            return
+        report.write_report(folder, run_folder.status(folder).message)

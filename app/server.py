@@ -3,29 +3,31 @@
 import mimetypes
 import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 
-from app import datasets, device, previews, runs
+from app import datasets, device, previews, runs, workspace
 from app.drawn import STATIC
 from app.guard import Guard
-from trainer import run_folder
+from trainer import run_folder, storage
 from trainer.errors import TrainerError
 
-SERVED = {".webp": "image/webp", ".png": "image/png", ".safetensors": "application/octet-stream"}
+SERVED = {".webp": "image/webp", ".png": "image/png", ".safetensors": "application/octet-stream", ".txt": "text/plain; charset=utf-8"}
 MAX_UPLOAD = "512mb"
 
 
-def create_app(auth: str | None = None) -> FastAPI:
-    """The whole application, ready for uvicorn."""
+def create_app(accounts: Mapping[str, str] | None = None, separate: bool = False) -> FastAPI:
+    """The whole application, ready for uvicorn. `accounts` are passwords by name; `separate` gives each person their own folders."""
     outputs = run_folder.outputs_folder()
     uploads = outputs / "cache" / "uploads"
     uploads.mkdir(parents=True, exist_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+    storage.clean_uploads()
+    storage.prune()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: it decides then
     mimetypes.add_type("text/javascript", ".js")  # Windows may say text/plain, which nosniff then refuses
     import gradio as gr
@@ -44,7 +46,9 @@ def create_app(auth: str | None = None) -> FastAPI:
         engine.end()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard, auth=auth, disk=outputs)
+    if separate:
+        workspace.separate()
+    app.add_middleware(Guard, accounts=accounts, disk=outputs, separate=separate)
     _add_file_routes(app)
     return gr.mount_gradio_app(
         app,
@@ -82,10 +86,10 @@ def _add_file_routes(app: FastAPI) -> None:
         except TrainerError:
             return not_found()
         path = folder / name
-        is_known = re.fullmatch(r"samples/[^/\\]+\.(webp|png)|[^/\\]+\.safetensors", name)
+        is_known = re.fullmatch(r"samples/[^/\\]+\.(webp|png)|[^/\\]+\.safetensors|report\.txt", name)
         if not is_known or os.path.islink(path) or os.path.islink(path.parent) or not os.path.isfile(path):
             return not_found()
-        return _file(path, attachment=path.suffix == ".safetensors")
+        return _file(path, attachment=path.suffix in (".safetensors", ".txt"))
 
     @app.get("/previewfile/{key}.png")
     def previewfile(key: str) -> Response:

@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 from app import device, runs
-from trainer import presets, run_folder
+from trainer import presets, report, run_folder, storage
 from trainer.errors import TrainerError
 from trainer.events import SampleSaved
 from trainer.run_folder import RunStatus
@@ -13,6 +13,7 @@ from trainer.run_folder import RunStatus
 LABELS = {
     "new": "Not started",
     "queued": "Waiting",
+    "waiting": "Waiting for the device",
     "loading": "Loading the model",
     "downloading": "Downloading the model",
     "caching": "Reading the pictures",
@@ -103,6 +104,7 @@ def progress() -> dict:
         "message": current.message if current.state in ("failed", "interrupted") else "",
         "warnings": current.warnings[-5:],
         "actions": sorted(runs.actions(current)),
+        "report": report_href(folder, current),
         "file": final_file(folder, current),
         "details": _details(current),
         "queue": [{"run": other.name, "name": title(other)} for other in runs.waiting() if other != folder],
@@ -211,6 +213,13 @@ def _sample(folder: Path, sample: SampleSaved) -> dict:
     return {"step": sample.step, "src": f"/runfile/{folder.name}/{sample.file}"}
 
 
+def report_href(folder: Path, current: RunStatus) -> str:
+    """Where the report of a failure is fetched; "" without one."""
+    return (
+        f"/runfile/{folder.name}/{report.NAME}" if current.state in ("failed", "interrupted") and (folder / report.NAME).is_file() else ""
+    )
+
+
 def final_file(folder: Path, current: RunStatus) -> dict | None:
     """The adapter to download: the chosen one of a finished run, else the latest save."""
     name = current.finished.file if current.finished else current.adapters[-1].file if current.adapters else None
@@ -221,7 +230,10 @@ def final_file(folder: Path, current: RunStatus) -> dict | None:
 
 def library() -> dict:
     """All runs as cards, newest first."""
-    return {"cards": [_library_card(folder) for folder in runs.all_runs()]}
+    return {"cards": [_library_card(folder) for folder in runs.all_runs()], "cache": cache_size()}
+
+
+cache_size = runs.briefly(lambda: size(storage.size()), seconds=60)
 
 
 def _library_card(folder: Path) -> dict:
@@ -247,6 +259,7 @@ def _library_card(folder: Path) -> dict:
         "actions": sorted(runs.actions(current)),
         "settings": settings,
         "fault": fault or current.message,
+        "report": report_href(folder, current),
         "folder": str(folder),
         "can_preview": bool(current.adapters),
     }

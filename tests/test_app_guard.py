@@ -53,7 +53,7 @@ def client(outputs: Path) -> TestClient:
 def closed_client(outputs: Path) -> TestClient:
     from app.server import create_app
 
-    return TestClient(create_app("anna:secret"), base_url=OWN)
+    return TestClient(create_app({"anna": "secret"}), base_url=OWN)
 
 
 def run_id(outputs: Path) -> str:
@@ -205,3 +205,40 @@ def test_a_busy_port_gives_the_next() -> None:
 def test_the_temporary_folder_lies_in_outputs(client: TestClient, outputs: Path) -> None:
     assert Path(os.environ["GRADIO_TEMP_DIR"]).is_relative_to(outputs)
     assert list((outputs / "cache" / "uploads").rglob("x.png"))
+
+
+def test_an_upload_must_say_its_size_and_may_not_be_endless(client: TestClient) -> None:
+    def send(**headers: str) -> int:
+        return client.post(
+            "/gradio_api/upload", content=(part for part in [b"x"]), headers={"content-type": "text/plain"} | headers
+        ).status_code
+
+    assert send() == 411
+    assert send(**{"content-length": str(guard.UPLOAD_LIMIT + 1)}) == 413
+
+
+def test_the_report_of_a_failure_is_fetched_as_a_text(client: TestClient, outputs: Path) -> None:
+    folder = outputs / "runs" / run_id(outputs)
+    (folder / "report.txt").write_text("what happened")
+    answer = client.get(f"/runfile/{folder.name}/report.txt")
+    assert answer.text == "what happened" and answer.headers["content-type"].startswith("text/plain")
+    assert "attachment" in answer.headers["content-disposition"]
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("anna", "user:password for each"),
+        ("anna:", "user:password for each"),
+        ("", "user:password for each"),
+        ("../x:y", "become folders"),
+        ("anna:x\nAnna:y", "become folders"),
+    ],
+)
+def test_a_wrong_file_of_accounts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: str) -> None:
+    file = tmp_path / "accounts"
+    file.write_text(content)
+    assert main(["--auth-file", str(file), "--no-browser"]) == 1 and "chmod 600" in capsys.readouterr().err
+    file.chmod(0o600)
+    assert main(["--auth-file", str(file), "--no-browser"]) == 1 and said in capsys.readouterr().err
+    assert main(["--auth-file", str(tmp_path / "none"), "--no-browser"]) == 1 and "cannot be read" in capsys.readouterr().err

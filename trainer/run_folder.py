@@ -34,9 +34,18 @@ from trainer.files import atomic_write
 SAMPLE_SUFFIX = ".png"
 
 
+USERS = "users"
+
+
+def signed_in() -> str:
+    """The name of the person that asks, "" where all is one's own. The page puts another function in its place (`app/workspace.py`)."""
+    return ""
+
+
 def outputs_folder() -> Path:
     """Where runs, datasets and caches live: $ATELIER_OUTPUTS, else `outputs` below the working directory."""
-    return Path(os.environ.get("ATELIER_OUTPUTS", "outputs")).resolve()
+    root, user = Path(os.environ.get("ATELIER_OUTPUTS", "outputs")).resolve(), signed_in()
+    return root / USERS / user if user else root
 
 
 def runs_folder() -> Path:
@@ -87,8 +96,10 @@ def acquire(folder: Path) -> FileLock:
 
 def device_lock() -> FileLock:
     """Held by the trainer that has the device; others wait. One for all that train below the same outputs folder."""
-    outputs_folder().mkdir(parents=True, exist_ok=True)
-    return FileLock(outputs_folder() / ".device.lock", mode=0o644)
+    root = outputs_folder()
+    root = root.parents[1] if root.parent.name == USERS else root
+    root.mkdir(parents=True, exist_ok=True)
+    return FileLock(root / ".device.lock", mode=0o644)
 
 
 def boot_id() -> str:

@@ -8,15 +8,23 @@ from app import runs, views
 from app.drawn import drawn
 from app.page import Page
 from app.tabs.train import act
+from trainer import storage
 
 ID, TITLE = "library", "Library"
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def build(page: Page) -> dict[str, Any]:
-    cards = drawn("library", elem_id="library-view", server_functions=[act])
+    cards = drawn("library", elem_id="library-view", server_functions=[act, clear_cache])
     page.follow(cards, views.library)
     return {"cards": cards}
+
+
+def clear_cache(data: dict) -> dict:
+    """Latents, embeddings, thumbnails and previews go; they are made anew when they are needed."""
+    freed = storage.clear()
+    views.cache_size.forget()
+    return {"text": f"{views.size(freed)} freed"}
 
 
 def connect(page: Page, own: dict, others: dict[str, dict]) -> None:
