@@ -35,6 +35,8 @@ TORCH_FREE = {
     "hub",
     "safetensors_header",
     "files",
+    "storage",
+    "report",
     "foreign_configs",
 }
 # Each module of the engine may import those on the levels below its own, and on its own level none.
