@@ -102,6 +102,22 @@ def test_half_precision_files_are_found(tiny_base, tmp_path):
     load_base(config.Base(model=str(folder)), torch.float32)
 
 
+def test_a_part_that_has_no_fp16_edition_is_taken_as_it_is(tiny_base, tmp_path):
+    """Diffusers takes the fp16 edition of every part that has one; the named files must be those that are loaded."""
+    folder = shutil.copytree(tiny_base, tmp_path / "model")
+    (folder / UNET).rename((folder / UNET).with_suffix(".fp16.safetensors"))
+    vae = folder / "vae/diffusion_pytorch_model.safetensors"
+    doubled = {name: 2 * tensor for name, tensor in load_file(vae).items()}
+    save_file(doubled, vae.with_suffix(".fp16.safetensors"))
+    base = load_base(config.Base(model=str(folder)), torch.float32)
+    assert {part: ".fp16." in paths[0].name for part, paths in base.files.weights.items()} == {
+        "unet": True,
+        "vae": True,
+        "text_encoder": False,
+    }
+    assert torch.equal(base.pipe.vae.quant_conv.weight, doubled["quant_conv.weight"])
+
+
 def test_of_two_editions_side_by_side_the_one_that_is_loaded_is_named(tiny_base, tmp_path):
     folder = shutil.copytree(tiny_base, tmp_path / "model")
     for path in folder.glob("*/*.safetensors"):

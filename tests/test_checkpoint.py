@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from tests import ldm
-from trainer import base_model, checkpoint, config, estimate, run_folder
+from trainer import base_model, checkpoint, config, estimate, events, prepare, run_folder
 from trainer.errors import ConfigError, ModelError
 from trainer.families import FAMILIES, load_base, single_file
+from trainer.info import describe
 from trainer.safetensors_header import TensorInfo
+from trainer.sample import generate
 
 MARKER = torch.tensor([])  # how v_pred and ztsnr stand in a file: a name without numbers
 
@@ -249,6 +251,105 @@ def test_a_pickle_is_never_opened(tmp_path, suffix):
     with pytest.raises(ModelError, match="pickle file"):
         load_base(config.Base(model=str(tmp_path / "model.safetensors")), torch.float32)
     assert not (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.parametrize(
+    "kind, how, told",
+    [
+        ("sd1", {}, {"family": "Stable Diffusion 1.x", "prediction": "epsilon", "zero terminal SNR": "no", "made for": "128 x 128 pixels"}),
+        ("sd2", {}, {"family": "Stable Diffusion 2.x", "prediction": "not told by the file: set base.prediction"}),
+        ("sdxl", {"v_pred": MARKER, "ztsnr": MARKER}, {"family": "Stable Diffusion XL", "prediction": "v", "zero terminal SNR": "yes"}),
+    ],
+)
+def test_info_tells_what_a_base_is(tmp_path, kind, how, told):
+    facts = describe(ldm.write_checkpoint(tmp_path / "model.safetensors", kind, **how))
+    assert told.items() <= facts.items() and facts["layout"] == "a single file"
+    assert facts["UNet"] == f"{sum(torch.Size(shape).numel() for shape in ldm.TINY[kind][ldm.UNET].values()):,} parameters in F16"
+
+
+def test_info_tells_what_a_folder_is_and_refuses_a_pickle(tiny_base, tmp_path):
+    facts = describe(tiny_base)
+    assert facts["layout"] == "a diffusers folder" and facts["family"] == "Stable Diffusion 1.x" and facts["prediction"] == "epsilon"
+    (tmp_path / "model.ckpt").write_bytes(b"PK")
+    with pytest.raises(ModelError, match="pickle file"):
+        describe(tmp_path / "model.ckpt")
+
+
+# --- Another VAE ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other_vae(tmp_path):
+    """The VAE of the tiny checkpoints with other weights, in its three layouts."""
+    alone = ldm.filled(ldm.TINY["sd1"][ldm.VAE], seed=7)
+    save_file(alone, tmp_path / "vae.safetensors")
+    save_file({ldm.VAE + name: tensor for name, tensor in alone.items()}, tmp_path / "prefixed.safetensors")
+    source = ldm.write_checkpoint(tmp_path / "source.safetensors", "sd1", **load_file(tmp_path / "prefixed.safetensors"))
+    load_base(config.Base(model=str(source)), torch.float32).pipe.vae.save_pretrained(tmp_path / "vae")
+    return tmp_path
+
+
+def test_another_vae_is_used_from_a_file_or_a_folder(checkpoint_of, other_vae, tiny_run):
+    weights = load_file(other_vae / "vae.safetensors")["decoder.conv_in.weight"].float()
+    hashes = set()
+    for name in ("vae.safetensors", "prefixed.safetensors", "vae"):
+        base = load_base(config.Base(model=str(checkpoint_of("sd1")), vae=str(other_vae / name)), torch.float16)
+        assert torch.equal(base.pipe.vae.decoder.conv_in.weight, weights) and base.pipe.vae.dtype == torch.float32
+        hashes.add(prepare.base_hashes(base)[0])
+    plain = load_base(config.Base(model=str(checkpoint_of("sd1"))), torch.float16)
+    assert plain.pipe.unet.dtype == torch.float16 and plain.pipe.vae.dtype == torch.float32
+    assert len({*hashes, prepare.base_hashes(plain)[0]}) == 4, "latents of one VAE are never taken for another's"
+
+
+def test_another_vae_of_a_folder_base_reaches_its_latents(tiny_base, tiny_run, tmp_path):
+    base = load_base(config.Base(model=str(tiny_base)), torch.float32)
+    torch.nn.init.normal_(base.pipe.vae.quant_conv.bias)
+    base.pipe.vae.save_pretrained(tmp_path / "vae")
+    latents = []
+    for vae in ("", str(tmp_path / "vae")):
+        run = tiny_run({"base.vae": vae})
+        folder = run_folder.create(run)
+        latents.append(prepare.prepare(run, folder, events.EventLog(folder / "events.jsonl")).examples[0].mean)
+    assert not torch.allclose(*latents)
+
+
+def edited(folder, **changes):
+    path = folder / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder / "vae"
+
+
+VAES = {
+    "of_another_family": (lambda d: edited(d, scaling_factor=0.13025), "belongs to another family"),
+    "of_another_class": (lambda d: edited(d, _class_name="AutoencoderTiny"), "must be an AutoencoderKL"),
+    "of_more_channels": (
+        lambda d: save_file(ldm.filled(ldm.vae(latents=16)), d / "x.safetensors") or d / "x.safetensors",
+        "16 latent channels and that of sd1.safetensors has 4",
+    ),
+    "of_another_factor": (
+        lambda d: save_file(ldm.filled(ldm.vae(multiples=(1, 1, 2))), d / "x.safetensors") or d / "x.safetensors",
+        "another factor",
+    ),
+    "a_lora": (lambda d: save_file({"a.lora_up.weight": torch.ones(2, 2)}, d / "x.safetensors") or d / "x.safetensors", "is an adapter"),
+    "missing": (lambda d: d / "nowhere.safetensors", "There is no VAE at"),
+    "an_empty_folder": (lambda d: (d / "empty").mkdir() or d / "empty", "config.json is missing"),
+}
+
+
+@pytest.mark.parametrize("case", VAES)
+def test_a_vae_that_does_not_fit_is_refused(case, checkpoint_of, other_vae):
+    make, words = VAES[case]
+    with pytest.raises(ModelError, match=words):
+        load_base(config.Base(model=str(checkpoint_of("sd1")), vae=str(make(other_vae))), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_vae_of_sdxl_is_never_in_half_precision(checkpoint_of, dtype):
+    """Its weights overflow fp16 to black pictures."""
+    base = load_base(config.Base(model=str(checkpoint_of("sdxl"))), dtype)
+    assert base.pipe.vae.dtype == torch.float32 and base.pipe.unet.dtype == dtype == base.pipe.text_encoder_2.dtype
+    image = generate(base, prompt="a", negative_prompt="", seed=1, inference_steps=1, guidance_scale=2.0, width=16, height=16)
+    assert image.size == (16, 16) and {module.dtype for module in base.pipe.vae.parameters()} == {torch.float32}
 
 
 def test_a_distilled_model_is_said(tmp_path):

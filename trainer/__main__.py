@@ -109,8 +109,8 @@ def build_parser() -> argparse.ArgumentParser:
     caption.add_argument("--blacklist", default="", metavar="TAG,TAG", help="tags that are never written")
     caption.set_defaults(command=caption_command)
 
-    info = commands.add_parser("info", help="say what an adapter file holds")
-    info.add_argument("file", type=Path)
+    info = commands.add_parser("info", help="say what an adapter or a base model holds")
+    info.add_argument("file", type=Path, help="a file, or the folder of a PEFT adapter or of a base model in diffusers' layout")
     info.add_argument("--json", action="store_true")
     info.set_defaults(command=info_command)
 

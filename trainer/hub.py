@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
+    HTTPError,  # that of the library it speaks HTTP with, which is not the same in all its versions
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -57,7 +57,7 @@ def download(model: str, revision: str, patterns: Collection[str], report: Repor
             done += sizes[name]
             report(_progress(done, total))
         return Path(path).parent
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except (HTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(_why(model, revision, error)) from None
 
 

@@ -1,4 +1,4 @@
-"""What an adapter file says and shows of itself: `python -m trainer info FILE`."""
+"""What an adapter or a base model says and shows of itself: `python -m trainer info FILE`."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -6,7 +6,10 @@ from pathlib import Path
 
 from trainer.adapted import AdaptedModule
 from trainer.adapter_file import DIALECTS, AdapterFile, read_adapter
-from trainer.families import families_of_adapter
+from trainer.base_model import BaseFiles, inspect
+from trainer.checkpoint import PICKLES, UNET
+from trainer.families import families_of_adapter, family_of
+from trainer.safetensors_header import read_header
 
 COMPONENTS = {
     "unet": "UNet",
@@ -31,7 +34,9 @@ LARGEST_SCALE = 8.0  # alpha / rank above this is a slip more often than a wish
 
 
 def describe(path: Path) -> dict[str, str]:
-    """Facts for people, in the order in which they are read. Raises ModelError for a file that is no adapter."""
+    """Facts for people, in the order in which they are read. Raises ModelError for what is neither an adapter nor a base model."""
+    if is_base(path):
+        return describe_base(inspect(path))
     file = read_adapter(path)
     modules = file.modules
     size = sum(part.stat().st_size for part in path.rglob("*") if part.is_file()) if path.is_dir() else path.stat().st_size
@@ -49,6 +54,33 @@ def describe(path: Path) -> dict[str, str]:
     }
     facts |= {label: file.metadata[key] for label, key in FROM_METADATA.items() if file.metadata.get(key)}
     return facts | ({"odd": " ".join(odd)} if (odd := [*file.remarks, *oddities(file)]) else {})
+
+
+def is_base(path: Path) -> bool:
+    """Whether a path is meant as a base model; a LoRA or anything else in a file is left to the reader of adapters."""
+    if path.is_dir() or path.suffix.lower() in PICKLES:
+        return path.suffix.lower() in PICKLES or (path / "model_index.json").is_file()
+    return path.is_file() and any(name.startswith(UNET) for name in read_header(path).tensors)
+
+
+def describe_base(files: BaseFiles) -> dict[str, str]:
+    """The same for a base model, from its configurations and headers alone."""
+    schedule, denoiser = files.configs["scheduler"], files.configs[files.denoiser]
+    weights = {path for paths in files.weights.values() for path in paths}
+    latents = 2 ** (len(files.configs["vae"]["block_out_channels"]) - 1)
+    prediction = "flow matching" if "FlowMatch" in schedule["_class_name"] else schedule.get("prediction_type", "epsilon")
+    facts = {
+        "base model": f"{files.path.name}, {sum(path.stat().st_size for path in weights) / 1e6:,.1f} MB",
+        "family": family_of(files).name,
+        "layout": "a single file" if files.template else f"a diffusers folder{', its fp16 edition' if files.variant else ''}",
+        "prediction": str(prediction or "not told by the file: set base.prediction").replace("_prediction", ""),
+        "zero terminal SNR": "yes" if schedule.get("rescale_betas_zero_snr") else "no",
+        "made for": f"{denoiser['sample_size'] * latents} x {denoiser['sample_size'] * latents} pixels",
+    }
+    for part, tensors in files.tensors.items():
+        formats = ", ".join(sorted({info.dtype for info in tensors.values() if info.dtype not in ("I32", "I64")}))
+        facts[COMPONENTS.get(part, "VAE")] = f"{sum(info.numel for info in tensors.values()):,} parameters in {formats}"
+    return facts | ({"odd": " ".join(files.notes)} if files.notes else {})
 
 
 def kind_counts(modules: Iterable[AdaptedModule]) -> dict[str, int]:
