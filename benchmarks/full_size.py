@@ -1,74 +1,88 @@
-"""Trains a few steps on a full-size Stable Diffusion 1.5 with random weights: does everything fit, and how long does it take?
+"""Trains a few steps on a full-size model with random weights: does everything fit, and how long does it take?
 
-    python benchmarks/full_size.py [--steps 3] [--resolution 256] [--set KEY=VALUE ...]
+    python benchmarks/full_size.py [sd15 | sdxl | sd35m | ...] [--steps 3] [--resolution 256] [--dtype bf16] [--device cuda] [--set ...]
 
-The model is built from the public configuration and saved as a diffusers folder (2 GB), then trained through the
-ordinary command on the example photographs. The result is no picture, but sizes, seconds and memory are real.
+The model is built from its public configuration and saved as a diffusers folder (2 GB for Stable Diffusion 1.5, 7 GB for XL and for 3.5
+Medium), then trained through the ordinary command on the example photographs. The result is no picture, but sizes, seconds and memory
+are real. Stable Diffusion 3 is built without T5, whose vocabulary does not ship with the program.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+import transformers
+from torch import nn
 
 from trainer import estimate, run_folder
-from trainer.base_model import EMBEDDED_FOLDER
+from trainer.base_model import EMBEDDED_FOLDER, T5_PARTS
+from trainer.checkpoint import CONFIGS_FOLDER, template_config
+from trainer.device import DTYPES
+from trainer.families.single_file import clip_tokenizer
 
 PHOTOS = EMBEDDED_FOLDER.parent / "examples" / "photos"
+MODELS = sorted(path.parent.name for path in CONFIGS_FOLDER.glob("*/model_index.json"))
+PRESETS = {"sd15": "sd15-subject", "sd21": "sd21-subject", "sd21-base": "sd21-subject", "sdxl": "sdxl-subject"}  # the others have 3.5's
 
 
-def build(folder: Path) -> None:
-    """Stable Diffusion 1.5's own sizes; the tokenizer is that of the embedded base, whose words are fewer."""
+def build(model: str, folder: Path, dtype: torch.dtype, device: str) -> None:
+    """A model folder with random weights, one part in memory at a time. On the device "meta" its weights are left out."""
+    index = template_config(model, "model_index.json")
+    index |= {part: [None, None] for part in T5_PARTS if part in index}
+    for part, entry in index.items():
+        if part == "scheduler":
+            getattr(diffusers, entry[1]).from_config(template_config(model, "scheduler/scheduler_config.json")).save_pretrained(
+                folder / part
+            )
+        elif part.startswith("tokenizer") and entry[0]:
+            clip_tokenizer().save_pretrained(folder / part)
+        elif isinstance(entry, list) and entry[0]:
+            module = build_part(model, part, entry, dtype, device)
+            if device != "meta":
+                module.save_pretrained(folder / part, max_shard_size="50GB")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def build_part(model: str, part: str, entry: list[str], dtype: torch.dtype, device: str) -> nn.Module:
+    """Made in its number format on the device, which on a GPU takes seconds where a CPU takes minutes."""
+    settings = template_config(model, f"{part}/config.json")
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=64, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768, attention_head_dim=8
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-    )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    )
-    scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1
-    )
-    pipe = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=CLIPTokenizer.from_pretrained(EMBEDDED_FOLDER / "tokenizer"),
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.to(torch.float16).save_pretrained(folder)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            if entry[0] == "diffusers":
+                return getattr(diffusers, entry[1]).from_config(settings)
+            kind = getattr(transformers, entry[1])
+            return kind(kind.config_class.from_dict(settings))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default="sd15", choices=MODELS)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="number format of the saved weights")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device that this torch can use")
     with tempfile.TemporaryDirectory() as temporary:
-        started = time.monotonic()
-        build(Path(temporary) / "sd15")
+        started, base = time.monotonic(), Path(temporary) / options.model
+        build(options.model, base, DTYPES[options.dtype], options.device)
         print(f"built in {time.monotonic() - started:.0f} s", flush=True)
         settings = [
-            f"base.model={temporary}/sd15",
+            f"base.model={base}",
             f"training.steps={options.steps}",
             f"dataset.resolution={options.resolution}",
             "training.batch_size=1",
@@ -77,8 +91,10 @@ def main() -> int:
             'sampling.prompts=["a photograph"]',
             *options.settings,
         ]
-        command = [sys.executable, "-m", "trainer", "train", "sd15-subject", "--dataset", str(PHOTOS), "--name", "full-size"]
-        code = subprocess.run(command + [part for setting in settings for part in ("--set", setting)]).returncode
+        preset = PRESETS.get(options.model, "sd35m-subject")
+        command = [sys.executable, "-m", "trainer", "train", preset, "--dataset", str(PHOTOS), "--name", "full-size"]
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {})
+        code = subprocess.run(command + [part for setting in settings for part in ("--set", setting)], env=environment).returncode
         folder = run_folder.list_runs()[0]
         status = run_folder.status(folder)
         if code or not status.started:
@@ -86,6 +102,7 @@ def main() -> int:
         print(
             json.dumps(
                 {
+                    "model": options.model,
                     "device": status.started.device,
                     "precision": status.started.precision,
                     "trainable_parameters": status.started.trainable_parameters,
