@@ -55,10 +55,11 @@ LEVELS = [
     {"families.sd1", "families.sd2", "families.sd3", "families.sdxl", "families.single_file"},
     {"families"},
     {"export", "stack", "metadata"},
+    {"tools"},
     {"sample", "prepare", "info"},
     {"step"},
     {"train"},
-    {"demo", "terminal"},
+    {"demo", "terminal", "tool_commands"},
     {"__main__"},
 ]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from trainer import __version__, config, presets, report, run_folder, storage
+from trainer import __version__, config, presets, report, run_folder, storage, tool_commands
 from trainer.errors import ConfigError, StateError, TrainerError
 from trainer.events import EventLog, Failed, Launched, Progress, Stopped
 from trainer.terminal import TerminalLog
@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", help="make a picture, with adapters at any strength")
     sample.add_argument("--prompt", default="")
     sample.add_argument(
-        "--adapter", action="append", default=[], metavar="FILE[:STRENGTH]", help="a .safetensors adapter, as often as wanted"
+        "--adapter", action="append", default=[], metavar="FILE[:STRENGTH[:TEXT]]", help="a .safetensors adapter, as often as wanted"
     )
     sample.add_argument("--base", default=config.EMBEDDED, help="base model: embedded, a .safetensors file, a folder or a Hugging Face id")
     sample.add_argument("--vae", default="", help="another VAE than the base's own")
@@ -117,6 +117,8 @@ def build_parser() -> argparse.ArgumentParser:
     cache = commands.add_parser("cache", help="say how large the caches are, or clear them")
     cache.add_argument("--clear", action="store_true", help="delete latents, embeddings, thumbnails and previews")
     cache.set_defaults(command=cache_command)
+
+    tool_commands.add_to(commands)
 
     demo = commands.add_parser("demo", help="train the example subject on the embedded base and report what it learned")
     demo.add_argument("--output", type=Path, help="where the run folder goes (outputs/runs)")
@@ -246,7 +248,7 @@ def sample_command(options: argparse.Namespace) -> int:
     if not re.fullmatch(r"\d{1,4}x\d{1,4}", options.size):
         raise ConfigError(f"--size takes WxH, for example 512x768; got {options.size!r}.")
     width, height = map(int, options.size.split("x"))
-    stack = [_stacked(text) for text in options.adapter]
+    stack = [tool_commands.stacked(text) for text in options.adapter]
     request = parse_request(
         {
             "prompt": options.prompt,
@@ -264,17 +266,6 @@ def sample_command(options: argparse.Namespace) -> int:
     )
     print(Sampler().render(request))
     return 0
-
-
-def _stacked(text: str) -> dict[str, object]:
-    """ "a.safetensors:0.8" -> file and strength; a colon inside the path (C:\\...) is no strength."""
-    file, colon, strength = text.rpartition(":")
-    if not (colon and file.endswith(".safetensors")):
-        return {"file": text}
-    try:
-        return {"file": file, "strength": float(strength)}
-    except ValueError:
-        raise ConfigError(f"--adapter takes FILE or FILE:STRENGTH, for example maya.safetensors:0.8; got {text!r}.") from None
 
 
 def check_command(options: argparse.Namespace) -> int:

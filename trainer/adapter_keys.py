@@ -207,3 +207,32 @@ def to_mmdit(module: str) -> tuple[str, int | None]:
             if diffusers == match[2]:
                 return f"joint_blocks.{match[1]}.{ours}", None
     return module, None
+
+
+THIRDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+OPEN_CLIP = {"self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+CLIP_PREFIXES = {
+    "text_encoder": ("cond_stage_model.transformer", "conditioner.embedders.0.transformer", "text_encoders.clip_l.transformer"),
+    "text_encoder_2": ("text_encoders.clip_g.transformer",),
+}
+OPEN_CLIP_PREFIXES = {"text_encoder": ("cond_stage_model.model",), "text_encoder_2": ("conditioner.embedders.1.model",)}
+
+
+def checkpoint_places(component: str, module: str) -> list[tuple[str, int | None]]:
+    """Tensors of a single-file checkpoint that may hold the weight of a module, with the third of it where q, k and v are one tensor."""
+    if component == "unet":
+        path = f"model.diffusion_model.{to_ldm(module)}.weight"
+        return [(path, None), (path.replace(".2.conv.", ".1.conv."), None)]
+    if component == "transformer":
+        path, third = to_mmdit(module)
+        return [(f"model.diffusion_model.{path}.weight", third)]
+    bare = module.removeprefix("text_model.")
+    places: list[tuple[str, int | None]] = [(f"{prefix}.text_model.{bare}.weight", None) for prefix in CLIP_PREFIXES.get(component, ())]
+    match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", bare)
+    for prefix in OPEN_CLIP_PREFIXES.get(component, ()) if match else ():
+        block, part = f"{prefix}.transformer.resblocks.{match[1]}", match[2]
+        if part in OPEN_CLIP:
+            places.append((f"{block}.{OPEN_CLIP[part]}.weight", None))
+        elif part in THIRDS:
+            places.append((f"{block}.attn.in_proj_weight", THIRDS.index(part)))
+    return places

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from shutil import copytree
+from shutil import copytree, rmtree
 from typing import Any
 
 import torch
@@ -269,3 +269,11 @@ def copy_adapter(source: Path, target: Path) -> None:
             copytree(source, folder, dirs_exist_ok=True)
     else:
         atomic_write(target, source.read_bytes())
+
+
+def discard(path: Path) -> None:
+    """Takes away a file or folder that is not what it should be."""
+    if path.is_dir():
+        rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer import __version__
 from trainer.adapted import AdaptedModule, common_alpha
+from trainer.adapter_file import AdapterFile
 from trainer.config import RunConfig
 from trainer.families.base import ModelFamily
 from trainer.presets import load_presets
@@ -128,3 +129,20 @@ def _without_home(path: str) -> str:
 def tag_frequencies(captions: Iterable[str]) -> dict[str, int]:
     """How often each comma-separated part of the captions occurs."""
     return dict(Counter(tag for caption in captions for tag in (part.strip() for part in caption.split(",")) if tag).most_common())
+
+
+def metadata_of_tool(name: str, modules: Sequence[AdaptedModule], files: Sequence[AdapterFile], family: ModelFamily) -> dict[str, str]:
+    """Of a file made from others: what they have in common, and their names. A single one hands on all but its hashes and thumbnail."""
+    common = dict(set.intersection(*(set(file.metadata.items()) for file in files))) if files else family.metadata("epsilon")
+    own = {
+        **network(modules),
+        "ss_network_dim": Counter(module.rank for module in modules).most_common(1)[0][0],
+        "ss_network_alpha": common_alpha(modules),
+        "ss_output_name": name,
+        "modelspec.title": name,
+        "atelier_made_from": ", ".join(file.path.stem for file in files),
+        "atelier_version": __version__,
+    }
+    passed_on = {key: value for key, value in common.items() if "hash" not in key or key.startswith("atelier")}
+    passed_on.pop("lora_adapter_metadata", None)  # its alphas were those of the other file
+    return {key: str(value) for key, value in (passed_on | own).items()}
