@@ -49,7 +49,7 @@ LEVELS = [
     {"storage", "report", "captions", "inspection", "tokens", "journal"},
     {"doctor", "crops"},
     {"dataset", "caption_edits", "estimate", "batches", "device", "libraries", "attention"},
-    {"importing", "cures", "caption", "cache", "adapters", "objective", "optimizers", "state", "memory"},
+    {"importing", "cures", "caption", "cache", "adapters", "objective", "optimizers", "quantization", "state", "memory"},
     {"families.base"},
     {"families.latent_diffusion"},
     {"families.sd1", "families.sd2", "families.sd3", "families.sdxl", "families.single_file"},

@@ -1,15 +1,19 @@
 """Every kind of adapter, every choice of layers: trained, saved, read back, resumed, counted."""
 
 import shutil
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainer import adapters, config, estimate, run_folder, targets
+from tests.tiny import save_tiny_base
+from trainer import adapters, config, estimate, events, prepare, run_folder, targets
 from trainer.__main__ import run_in
+from trainer.adapter_file import read_adapter
 from trainer.errors import ConfigError
 from trainer.families import load_base
+from trainer.quantization import quantize
 
 KINDS = {
     "lora": {},
@@ -190,6 +194,11 @@ def test_ranks_and_alphas_by_name():
         ({"adapter.kind": "dora", "adapter.module_dropout": 0.1}, "do not exist for dora"),
         ({"adapter.kind": "lokr", "adapter.init": "pissa"}, "does not exist for lokr"),
         ({"adapter.lokr_factor": 4}, "lokr only"),
+        ({"base.quantization": "4bit", "adapter.kind": "dora"}, "use lora or rslora"),
+        (
+            {"training.text_encoder_until": 0.5, "training.learning_rate": 0.0, "training.text_encoder_learning_rate": 0.1},
+            "nothing to train",
+        ),
         ({"adapter.init": "olora", "adapter.module_dropout": 0.1}, "does not go with adapter.init"),
         ({"adapter.targets": "linear", "adapter.target_pattern": "a"}, "give one of them"),
     ],
@@ -214,3 +223,86 @@ def test_what_fits_no_module_is_told_before_the_start(tiny_run, changes, words):
         estimate.trainable_parameters(run)
     folder = run_folder.create(run)
     assert run_in(folder) == 1 and words in run_folder.status(folder).message
+
+
+def tensors_of(folder, step):
+    return load_file(folder / f"tiny-{step:06d}.safetensors")
+
+
+def test_text_encoders_stop_after_their_share_and_resume_to_the_bit(train_tiny):
+    """The file of step 3 and that of step 6 hold the same text encoder and another UNet, dropout or not."""
+    changes = {
+        "training.text_encoder_learning_rate": 1e-2,
+        "training.text_encoder_until": 0.5,
+        "adapter.dropout": 0.2,
+        "saving.state_every": 2,
+    }
+    folder = train_tiny({"saving.precision": "fp32"} | changes)
+    halfway, end = tensors_of(folder, 3), tensors_of(folder, 6)
+    for name in end:
+        assert torch.equal(halfway[name], end[name]) == (name.startswith("lora_te") or name.endswith("alpha")), name
+    shutil.rmtree(folder / "state" / "000006")
+    assert run_in(folder) == 0 and same(tensors_of(folder, 6), end)
+
+
+def test_each_text_encoder_has_a_learning_rate_of_its_own(train_tiny, tiny_run, tmp_path):
+    base = save_tiny_base(tmp_path / "xl", kind="sdxl")
+    changes = {"base.model": str(base), "training.text_encoder_learning_rate": 1e-3, "training.steps": 1, "saving.saves": 1}
+    frozen = adapter_of(train_tiny(changes | {"training.text_encoder_2_learning_rate": 0.0, "sampling.inference_steps": 1}))
+    assert {name.split("_text")[0] for name in frozen if "_te" in name} == {"lora_te1"}
+    for second, rates in ((-1.0, [1e-2, 1e-3, 1e-3]), (1e-4, [1e-2, 1e-3, 1e-4])):
+        run = tiny_run(changes | {"training.text_encoder_2_learning_rate": second})
+        folder = run_folder.create(run)
+        session = prepare.prepare(run, folder, events.EventLog(folder / "events.jsonl"))
+        assert list(session.components) == ["unet", "text_encoder", "text_encoder_2"]
+        assert [group["initial_lr"] for group in session.optimizer.param_groups] == rates
+
+
+def test_a_rate_for_an_encoder_that_is_not_there_is_told(tiny_run):
+    folder = run_folder.create(tiny_run({"training.learning_rate": 0.0, "training.text_encoder_2_learning_rate": 1e-3}))
+    assert run_in(folder) == 1 and "Nothing would be trained" in run_folder.status(folder).message
+
+
+def test_no_layer_changes_more_than_the_norm_cap(train_tiny):
+    changes = SHORT | {"training.learning_rate": 0.1}
+    folders = [train_tiny(changes | {"adapter.max_norm": limit}) for limit in (0.0, 0.02)]
+    files = [read_adapter(folder / run_folder.status(folder).finished.file) for folder in folders]
+    free, capped = (max(float(module.delta.norm()) for module in file.modules) for file in files)
+    assert free > 0.03 and 0.0199 < capped < 0.0201
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_norm_cap_shrinks_what_is_too_long_and_nothing_else(base, kind):
+    module = injected(base, kind=kind, targets="linear+conv")
+    for parameter in adapters.trainable(module).values():
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    before = [m.delta for m in adapters.adapted_modules({"unet": module})]
+    limit = sorted(float(delta.norm()) for delta in before)[len(before) // 2]
+    assert 0 < adapters.cap_norms([module], limit) < len(before)
+    for old, adapted in zip(before, adapters.adapted_modules({"unet": module}), strict=True):
+        torch.testing.assert_close(adapted.delta, old * min(1.0, limit / float(old.norm())), rtol=1e-4, atol=1e-6)
+
+
+def test_offloaded_activations_go_to_the_cpu_and_change_no_number(train_tiny, monkeypatch):
+    kept, real = [], torch.autograd.graph.save_on_cpu
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", lambda **options: kept.append(options) or real(**options))
+    plain = adapter_of(train_tiny(SHORT))
+    assert not kept
+    assert same(adapter_of(train_tiny(SHORT | {"training.activation_offload": True})), plain) and len(kept) == 4
+
+
+def test_the_start_tells_what_is_trained_of_each_component(train_tiny, capsys):
+    started = run_folder.status(train_tiny(SHORT | EVERYTHING)).started
+    assert started.parameters.keys() == started.base_parameters.keys() == {"unet", "text_encoder"}
+    assert sum(started.parameters.values()) == started.trainable_parameters
+    assert 100_000 < started.base_parameters["unet"] < 1_000_000
+
+
+@pytest.mark.parametrize("how", ["8bit", "4bit"])
+def test_quantization_without_a_gpu_or_its_package_is_a_sentence(tiny_run, tiny_base, monkeypatch, how):
+    if not torch.cuda.is_available():
+        folder = run_folder.create(tiny_run({"base.quantization": how}))
+        assert run_in(folder) == 1 and "needs an NVIDIA GPU" in run_folder.status(folder).message
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match="needs the bitsandbytes package"):
+        quantize(torch.nn.Sequential(torch.nn.Linear(2, 2)), how, torch.float32, torch.device("cuda"))

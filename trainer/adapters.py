@@ -6,7 +6,7 @@ arXiv:2402.09353); LoHa and LoKr are Hadamard and Kronecker products (Yeh et al.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -148,6 +148,8 @@ def _start(layer: LoraLayer, init: str) -> None:
 
 
 def _without_start(layer: LoraLayer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    if layer.disable_adapters:
+        return output
     base, x = layer.get_base_layer(), inputs[0].to(layer.start_down.dtype)
     if isinstance(base, nn.Conv2d):
         start = conv2d(conv2d(x, layer.start_down, None, base.stride, base.padding, base.dilation), layer.start_up)
@@ -177,6 +179,26 @@ def trainable(component: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in component.named_parameters() if parameter.requires_grad}
 
 
+@torch.no_grad()
+def cap_norms(components: Iterable[nn.Module], limit: float) -> int:
+    """Shrinks every delta W that is longer than the limit, all its factors alike; returns how many were.
+
+    Max-norm regularisation (Srivastava et al. 2014, JMLR 15, section 5.1) of each layer's change, as in sd-scripts' scale_weight_norms.
+    """
+    capped = 0
+    for component in components:
+        for layer in component.modules():
+            if not isinstance(layer, BaseTunerLayer) or not (factors := _tensors(layer, ADAPTER, copy=Tensor.detach)):
+                continue
+            factors.pop("dora_scale", None)
+            norm = AdaptedModule("", "", kind_of(factors), factors, layer.scaling[ADAPTER]).delta.norm()
+            if norm > limit:
+                capped += 1
+                for factor in factors.values():
+                    factor *= (limit / norm) ** (1 / len(factors))
+    return capped
+
+
 def starts(component: nn.Module) -> dict[str, Tensor]:
     """What is taken off of adapters that do not start at zero. Kept with the state: decompositions differ between machines."""
     return {name: buffer for name, buffer in component.named_buffers() if name.endswith((".start_down", ".start_up"))}
@@ -195,21 +217,21 @@ def base_weight(component: nn.Module, name: str) -> Tensor:
     return dequantize_module_weight(component.get_submodule(name).get_base_layer()).detach().float().cpu()
 
 
-def _tensors(layer: BaseTunerLayer, adapter: str) -> dict[str, Tensor]:
+def _copy(weights: Tensor) -> Tensor:
+    return weights.detach().float().cpu().clone()
+
+
+def _tensors(layer: BaseTunerLayer, adapter: str, copy: Callable[[Tensor], Tensor] = _copy) -> dict[str, Tensor]:
     if not isinstance(layer, LoraLayer):
         parts = {name: getattr(layer, name) for name in layer.adapter_layer_names}
-        return {name: _copy(part[adapter]) for name, part in parts.items() if adapter in part}
+        return {name: copy(part[adapter]) for name, part in parts.items() if adapter in part}
     if adapter not in layer.lora_A:
         return {}
-    tensors = {"lora_down.weight": _copy(layer.lora_A[adapter].weight), "lora_up.weight": _copy(layer.lora_B[adapter].weight)}
+    tensors = {"lora_down.weight": copy(layer.lora_A[adapter].weight), "lora_up.weight": copy(layer.lora_B[adapter].weight)}
     if adapter == ADAPTER and hasattr(layer, "start_down"):  # s B A - s B0 A0 as one product of twice the rank
         tensors["lora_down.weight"] = torch.cat([tensors["lora_down.weight"], _copy(layer.start_down)])
         tensors["lora_up.weight"] = torch.cat([tensors["lora_up.weight"], -_copy(layer.start_up)], dim=1)
     if adapter in layer.lora_magnitude_vector:
-        lengths = _copy(layer.lora_magnitude_vector[adapter].weight)
+        lengths = copy(layer.lora_magnitude_vector[adapter].weight)
         tensors["dora_scale"] = lengths.reshape(-1, *[1] * (tensors["lora_down.weight"].dim() - 1))
     return tensors
-
-
-def _copy(weights: Tensor) -> Tensor:
-    return weights.detach().float().cpu().clone()

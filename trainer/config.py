@@ -79,6 +79,9 @@ def _pattern(text: str) -> str:
     return text
 
 
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")  # those with a learning rate of their own; a transformer has the UNet's
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -92,6 +95,8 @@ class Base(Section):
     """Branch, tag or commit of a Hugging Face model. Empty: the main one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the frozen base. auto: bf16 where the GPU has it, else fp16 on a GPU and fp32 on a CPU. The adapter itself is always trained in float32."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Hold the linear layers of the frozen denoiser in 8 or 4 bits while training (QLoRA, Dettmers et al. 2023, arXiv:2305.14314): half or a quarter of their memory, slower and a little less exact. Needs an NVIDIA GPU and the bitsandbytes package."""
     t5: bool = True
     """Stable Diffusion 3 only: read captions with T5 too, its third and largest text encoder. Off saves 10 GB of download and memory; long captions are then understood less well, in training and in samples."""
     vae: str = ""
@@ -162,6 +167,8 @@ class Adapter(Section):
     """Share of the ranks (of the outputs, for loha and lokr) left out at random in each step."""
     module_dropout: Annotated[float, Field(ge=0, le=0.8)] = 0.0
     """Share of the adapted layers that act as in the base in each step."""
+    max_norm: Annotated[float, Field(ge=0)] = 0.0
+    """After each step the change of any layer that is larger than this (the norm of delta W) is shrunk to it, so that no layer takes over. 1 is usual; 0 switches it off."""
 
 
 class Training(Section):
@@ -179,6 +186,10 @@ class Training(Section):
     """Size of the steps of the adapter in the UNet. 0 leaves the UNet as it is. Too high burns the pictures, too low learns nothing."""
     text_encoder_learning_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The same for the text encoder (both, where the base has two). 0 leaves it frozen and out of the file; it then needs no memory either."""
+    text_encoder_2_learning_rate: Annotated[float, Field(ge=-1, le=1)] = -1.0
+    """For the second text encoder, where the base has two. Below 0: that of the first; 0 leaves it frozen and out of the file."""
+    text_encoder_until: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the steps after which the text encoders stop learning and stay as they are. 0.5 or less keeps them from memorising."""
     lr_schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "cosine"
     """How the learning rate moves after the warm-up: stays, or falls to zero along a line, a cosine, several cosines one after the other (Loshchilov & Hutter 2017, arXiv:1608.03983) or a power."""
     lr_cycles: Annotated[int, Field(ge=1, le=1000)] = 3
@@ -203,8 +214,17 @@ class Training(Section):
     """Gradients longer than this are shortened to it. 0 switches that off."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: far less memory, about a third slower."""
+    activation_offload: bool = False
+    """Keep activations in the machine's memory until the backward pass needs them: less memory on the GPU, slower by the way there and back. The numbers stay the same."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     """The same seed, settings and pictures give the same adapter."""
+
+    def rate_of(self, component: str) -> float:
+        """The learning rate of a component of the pipeline: "unet", "transformer", "text_encoder", "text_encoder_2"."""
+        if not component.startswith("text_encoder"):
+            return self.learning_rate
+        own = self.text_encoder_2_learning_rate if component == "text_encoder_2" else -1.0
+        return self.text_encoder_learning_rate if own < 0 else own
 
 
 class Objective(Section):
@@ -294,20 +314,23 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _contradictions(self) -> "RunConfig":
         training = self.training
-        if training.learning_rate == 0 and training.text_encoder_learning_rate == 0:
+        if not any(map(training.rate_of, COMPONENTS)):
             raise ValueError(
                 "training.learning_rate and training.text_encoder_learning_rate are both 0, so nothing would be trained; set one of them"
             )
+        if training.text_encoder_until < 1 and training.learning_rate == 0:
+            raise ValueError(
+                "training.text_encoder_until would leave nothing to train after that share of the steps, "
+                "since training.learning_rate is 0; set it to 1"
+            )
+        if self.base.quantization != "none" and self.adapter.kind not in ("lora", "rslora"):
+            raise ValueError(f"base.quantization does not go with adapter.kind = {self.adapter.kind}; use lora or rslora")
         if training.warmup >= 1 and not training.warmup.is_integer():
             raise ValueError(f"training.warmup ({training.warmup:g}) is neither a share below 1 nor a whole number of steps")
         if (training.optimizer == "collection") != bool(training.optimizer_name):
             raise ValueError('training.optimizer_name names the optimiser where training.optimizer is "collection", and only there')
         optimizer = (training.optimizer_name or training.optimizer).lower()
-        if optimizer == "prodigy" and (
-            training.learning_rate not in (0, rate := training.learning_rate or training.text_encoder_learning_rate)
-            or training.text_encoder_learning_rate not in (0, rate)
-            or rate < 0.1
-        ):
+        if optimizer == "prodigy" and (len(rates := {training.rate_of(part) for part in COMPONENTS} - {0.0}) > 1 or min(rates) < 0.1):
             raise ValueError(
                 "the optimiser prodigy finds the learning rate itself and multiplies it with that of the settings: set "
                 "training.learning_rate to 1, and training.text_encoder_learning_rate to 1 or 0"
@@ -342,8 +365,10 @@ class RunConfig(Section):
 
 def _unfit(adapter: Adapter) -> Iterator[str]:
     """What of an adapter's settings cannot go together."""
-    if adapter.init in ("pissa", "olora") and adapter.module_dropout:
-        yield f"adapter.module_dropout does not go with adapter.init = {adapter.init}, whose layers are not the base without their adapter"
+    if adapter.init in ("pissa", "olora"):
+        for setting in ("module_dropout", "max_norm"):
+            if getattr(adapter, setting):
+                yield f"adapter.{setting} does not go with adapter.init = {adapter.init}, whose layers are not the base without their adapter"
     if adapter.kind in ("loha", "lokr"):
         if adapter.dropout:
             yield f"adapter.dropout does not exist for {adapter.kind}, which has no low-rank input; use adapter.rank_dropout or adapter.module_dropout"

@@ -57,11 +57,14 @@ def parameters_by_component(run: RunConfig) -> dict[str, int] | None:
     if folder is None:
         return None
     base, training = inspect(folder, run.base.t5), run.training
-    trained_text = base.trainable_text_encoders if training.text_encoder_learning_rate else []
-    parts = [*([base.denoiser] if training.learning_rate else []), *trained_text]
+    parts = [part for part in (base.denoiser, *base.trainable_text_encoders) if training.rate_of(part)]
     shapes = {part: targets.projections(base.tensors[part]) for part in parts}
     targets.check_names(run.adapter, shapes)
     return {part: adapter_parameters(run.adapter, part, base.tensors[part]) for part in parts}
+
+
+def base_parameters(base: BaseFiles, component: str) -> int:
+    return sum(info.numel for info in base.tensors[component].values())
 
 
 def adapter_parameters(adapter: Adapter, component: str, tensors: Mapping[str, TensorInfo]) -> int:
@@ -112,7 +115,9 @@ def _speed_key(run: RunConfig) -> Sequence[object]:
         training.batch_size,
         training.gradient_accumulation_steps,
         training.gradient_checkpointing,
-        training.text_encoder_learning_rate > 0,
+        training.activation_offload,
+        training.rate_of("text_encoder") > 0,
+        training.rate_of("text_encoder_2") > 0,
         training.learning_rate > 0,
     )
 
@@ -245,7 +250,7 @@ def memory(run: RunConfig, device: str) -> Memory:
     unit = (run.dataset.resolution / size.latent_step) ** 2 * size.width * bytes_each * FRAGMENTS
     pixels = run.dataset.resolution**2 * size.vae_width * 4 * FRAGMENTS
     kept = size.costs.kept_checkpointed if training.gradient_checkpointing else size.costs.kept
-    trained_text = size.text_encoders if training.text_encoder_learning_rate else 0
+    trained_text = size.text_encoders if any(map(training.rate_of, ("text_encoder", "text_encoder_2"))) else 0
     adapter = _adapter_parameters(run, size) * ADAPTER_BYTES
     base = LIBRARIES_BYTES[device]
     resident = base + weights["denoiser"] + adapter

@@ -54,6 +54,10 @@ class Started(Event):
     saves: int = 0
     """How often the run is measured, saved and sampled in all."""
     images_per_step: int = 1
+    parameters: dict[str, int] = field(default_factory=dict)
+    """What is trained of each component."""
+    base_parameters: dict[str, int] = field(default_factory=dict)
+    """The weights of those components."""
 
 
 @dataclass(frozen=True)

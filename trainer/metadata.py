@@ -57,6 +57,7 @@ def metadata_for(
         "ss_learning_rate": training.learning_rate,
         "ss_unet_lr": training.learning_rate,
         "ss_text_encoder_lr": training.text_encoder_learning_rate,
+        "ss_scale_weight_norms": run.adapter.max_norm or None,
         "ss_optimizer": training.optimizer,
         "ss_lr_scheduler": training.lr_schedule,
         "ss_seed": training.seed,

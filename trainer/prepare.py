@@ -1,5 +1,6 @@
 """Everything before the first step: settings and pictures in, a `Session` out."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from trainer.files import check_room
 from trainer.memory import Ladder, set_tiling
 from trainer.objective import Objective
 from trainer.optimizers import build_optimizer, try_optimizer, warmup_steps
+from trainer.quantization import quantize
 from trainer.targets import check_names
 
 MEASURED_WITHOUT_HOLD_OUT = 8  # training pictures that are measured where too few are there to keep some out
@@ -97,6 +99,10 @@ class Session:
         """With gradients where the caller has them on."""
         return to_device(self.base.encode(captions), self.device)
 
+    def learns(self, component: str, step: int) -> bool:
+        """Whether a component is trained in this step: the text encoders may stop before the denoiser."""
+        return component in DENOISERS or step <= math.ceil(self.run.training.text_encoder_until * self.total_steps)
+
     def dataset_fingerprints(self) -> dict[str, str]:
         return {example.name: example.fingerprint for example in [*self.examples, *self.held_out]}
 
@@ -140,6 +146,9 @@ def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None =
     ladder.catch_up("cache", 0)
     examples, no_caption = ladder.attempt("cache", 0, lambda: _make_examples(run, base, items, device, log, "cache" in ladder.tiled))
     examples, held_out = _hold_out(run, examples)
+    if run.base.quantization != "none":
+        quantize(base.denoiser, run.base.quantization, DTYPES[precision], device)
+        ladder.attempt("load", 0, lambda: base.denoiser.to(device))  # there the weights are rounded, before an adapter is put on them
     components = _inject(run, base)
     ladder.attempt("load", 0, lambda: base.denoiser.to(device))
     views = sum(example.repeats for example in examples)
@@ -173,7 +182,7 @@ def _make_examples(
     """Crops and encodes every picture and caption, or finds them in the cache. Also the empty caption."""
     pipe, root = base.pipe, Path(run.dataset.folder)
     vae_hash, encoder_hash = base_hashes(base)
-    frozen_text = run.training.text_encoder_learning_rate == 0
+    frozen_text = not any(map(run.training.rate_of, base.family.trainable_text_encoders(pipe)))
     _warn_of_long_captions(base, items, log)
     text_encoders = base.family.text_encoders(pipe).values()
     for part in (pipe.vae, *text_encoders):
@@ -263,11 +272,10 @@ def _hold_out(run: RunConfig, examples: list[Example]) -> tuple[list[Example], l
 
 def _inject(run: RunConfig, base: LoadedBase) -> dict[str, nn.Module]:
     family, training = base.family, run.training
-    components: dict[str, nn.Module] = {}
-    if training.learning_rate > 0:
-        components[family.denoiser_name] = base.denoiser
-    if training.text_encoder_learning_rate > 0:
-        components |= family.trainable_text_encoders(base.pipe)
+    parts = {family.denoiser_name: base.denoiser, **family.trainable_text_encoders(base.pipe)}
+    components = {name: module for name, module in parts.items() if training.rate_of(name) > 0}
+    if not components:
+        raise ConfigError(f"Nothing would be trained: {base.files.path.name} has only {', '.join(parts)}, and their learning rates are 0.")
     if family.dialect == "diffusers" and run.adapter.kind not in ("lora", "rslora"):
         raise ConfigError(
             f"adapter.kind = {run.adapter.kind} has no file format that programs read for {family.name}; use lora or rslora there."
@@ -289,11 +297,7 @@ def optimizer_for(run: RunConfig, components: dict[str, nn.Module], device: torc
             raise
         log.append(Warned(f"adamw8bit cannot be used here ({str(error)[:200]}); adamw is used, with the same steps and more memory."))
         run = config.replace(run, {"training.optimizer": "adamw"})
-    rates = dict.fromkeys(DENOISERS, run.training.learning_rate)
-    groups = [
-        (list(adapters.trainable(module).values()), rates.get(name, run.training.text_encoder_learning_rate))
-        for name, module in components.items()
-    ]
+    groups = [(list(adapters.trainable(module).values()), run.training.rate_of(name)) for name, module in components.items()]
     return build_optimizer(groups, run)
 
 

@@ -51,7 +51,9 @@ def microbatch_loss(session: Session, buckets: Sequence[Sequence[int]], microbat
     share = len(examples[part]) / len(examples)
     if not share:
         return torch.zeros((), requires_grad=True)  # more pieces than pictures
-    conditioning = _conditioning(session, examples[part], dropped[part].tolist())
+    step = microbatch // training.gradient_accumulation_steps + 1
+    with torch.set_grad_enabled(session.learns("text_encoder", step)):
+        conditioning = _conditioning(session, examples[part], dropped[part].tolist())
     batch = Batch(_scaled(session, latents[part]), conditioning, _size_ids(session, examples[part]))
     return _losses(session, batch, noise[part], timesteps[part], None if perturbed is None else perturbed[part]).mean() * share
 

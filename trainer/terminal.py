@@ -20,6 +20,7 @@ class TerminalLog(EventLog):
                 self._say(
                     f"{event.family} on {event.device}, {event.precision}, {event.attention}; {event.pictures} pictures, "
                     f"{event.held_out} more held out, {event.trainable_parameters:,} parameters to train"
+                    + "".join(f"; {count / event.base_parameters[part]:.2%} of the {part}" for part, count in event.parameters.items())
                 )
                 self.bar = tqdm(
                     total=event.total_steps, initial=event.step, unit="step", file=sys.stdout, dynamic_ncols=True, disable=None

@@ -3,7 +3,7 @@
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -84,8 +84,10 @@ def train(run: RunConfig, folder: Path, log: EventLog) -> Path:
         loss = ladder.attempt("step", step, partial(forward_backward, session, buckets, step, scaler), run.training.batch_size)
         if finite_gradients(session, scaler) and torch.isfinite(loss):
             if step == first_step + 1:
-                check_gradients_arrive(session)
+                check_gradients_arrive(session, step)
             scaler.step(session.optimizer)
+            if run.adapter.max_norm:
+                adapters.cap_norms(session.components.values(), run.adapter.max_norm)
             if session.average:
                 session.average.step(session.parameters.values())
             facts["bad_steps"] = 0
@@ -142,6 +144,8 @@ def started_event(session: Session, step: int) -> Started:
         pictures=len(session.examples),
         held_out=estimate.held_out_count(session.run, len(session.dataset_fingerprints())),
         trainable_parameters=sum(p.numel() for p in session.parameters.values()),
+        parameters={name: sum(p.numel() for p in adapters.trainable(module).values()) for name, module in session.components.items()},
+        base_parameters={name: estimate.base_parameters(session.base.files, name) for name in session.components},
         device=device_name(session.device),
         precision=session.precision,
         attention=session.attention,
@@ -155,17 +159,25 @@ def forward_backward(session: Session, buckets: list[list[int]], step: int, scal
     """Sums the gradients of all microbatches of a step. Returns their mean loss, without gradients."""
     count, pieces = session.run.training.gradient_accumulation_steps, session.ladder.pieces["step"]
     session.optimizer.zero_grad(set_to_none=True)  # of a try that ran out of memory
-    for module in session.components.values():
-        module.train()
+    for name, module in session.components.items():
+        module.train(session.learns(name, step))
     total = torch.zeros((), device=session.device)
     for part in range(count):
         for piece in range(pieces):
-            loss = microbatch_loss(session, buckets, (step - 1) * count + part, piece, pieces) / count
+            with keeping_activations(session):
+                loss = microbatch_loss(session, buckets, (step - 1) * count + part, piece, pieces) / count
             scaler.scale(loss).backward()
             total += loss.detach()
     for module in session.components.values():
         module.eval()
     return total
+
+
+def keeping_activations(session: Session) -> AbstractContextManager:
+    """Where the forward pass leaves what the backward pass needs."""
+    if not session.run.training.activation_offload:
+        return nullcontext()
+    return torch.autograd.graph.save_on_cpu(pin_memory=session.device.type == "cuda")
 
 
 def finite_gradients(session: Session, scaler: torch.amp.GradScaler) -> bool:
@@ -175,7 +187,7 @@ def finite_gradients(session: Session, scaler: torch.amp.GradScaler) -> bool:
     return bool(torch.isfinite(torch.nn.utils.clip_grad_norm_(session.parameters.values(), limit)))
 
 
-def check_gradients_arrive(session: Session) -> None:
+def check_gradients_arrive(session: Session, step: int) -> None:
     """In the first step only B has a gradient (B is zero, so A has none); a broken attention backward gives none at all.
 
     That of a text encoder may be zero where captions are dropped: some families put zeros in their place.
@@ -183,7 +195,8 @@ def check_gradients_arrive(session: Session) -> None:
     dropping = session.run.dataset.caption_dropout > 0
     for part, module in session.components.items():
         gradients = [p.grad for name, p in adapters.trainable(module).items()]
-        if not any(g is not None and (bool(g.any()) or (dropping and part not in DENOISERS)) for g in gradients):
+        arrived = any(g is not None and (bool(g.any()) or (dropping and part not in DENOISERS)) for g in gradients)
+        if session.learns(part, step) and not arrived:
             raise NotLearning(
                 f"No gradient reached the adapter in the {part}, so nothing can be learned. "
                 f"The attention in use ({session.attention}) gives a wrong backward pass, or the settings freeze everything."

@@ -88,4 +88,4 @@ def side_by_side(embeds: Tensor, chunks: int) -> Tensor:
 
 def frozen_dtype(denoiser: nn.Module) -> torch.dtype:
     """That of the base's weights; the adapter's are always float32."""
-    return next(p.dtype for p in denoiser.parameters() if not p.requires_grad)
+    return next(p.dtype for p in denoiser.parameters() if not p.requires_grad and p.is_floating_point())
