@@ -16,6 +16,7 @@ from typing import IO, Any
 from app import runs
 from trainer import run_folder
 from trainer.errors import TrainerError
+from trainer.files import atomic_write
 
 
 class PreviewError(TrainerError):
@@ -26,6 +27,8 @@ class PreviewError(TrainerError):
 class Adapter:
     file: str
     strength: float
+    text_strength: float | None = None
+    """In the text encoders; None: the same."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,32 @@ class PreviewRequest:
     guidance_scale: float = 7.0
     width: int = 0
     height: int = 0
+    sampler: str = "auto"
     caption_tokens: int = 75
 
     def key(self) -> str:
         files = [(Path(adapter.file).stat().st_size, Path(adapter.file).stat().st_mtime_ns) for adapter in self.adapters]
         return hashlib.sha256(json.dumps([asdict(self), files], sort_keys=True).encode()).hexdigest()[:32]
+
+
+PROMPTS_KEPT = 30
+
+
+def prompts() -> list[str]:
+    """What was drawn before, the latest first."""
+    try:
+        kept = json.loads((folder() / "prompts.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [text for text in kept if isinstance(text, str)] if isinstance(kept, list) else []
+
+
+def keep_prompt(text: str) -> None:
+    text = text.strip()[:2000]
+    kept = prompts()
+    if text and kept[:1] != [text]:
+        folder().mkdir(parents=True, exist_ok=True)
+        atomic_write(folder() / "prompts.json", json.dumps([text, *(other for other in kept if other != text)][:PROMPTS_KEPT]))
 
 
 def folder() -> Path:

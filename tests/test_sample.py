@@ -6,9 +6,10 @@ import json
 import pytest
 from PIL import Image
 
-from trainer import run_folder
+from trainer import config, run_folder
 from trainer.config import Base
-from trainer.sample import Sampler, SampleRequest, StackedAdapter, parse_request, serve
+from trainer.errors import ModelError
+from trainer.sample import SAMPLERS, Sampler, SampleRequest, StackedAdapter, parse_request, serve
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,16 @@ def test_each_setting_matters(picture):
     for changes in ({"seed": 2}, {"prompt": "x"}, {"negative_prompt": "y"}, {"inference_steps": 3}, {"guidance_scale": 3.0}, {"width": 24}):
         assert picture(**changes).tobytes() != plain, changes
     assert picture(width=24, height=32).size == (24, 32)
+
+
+def test_each_sampler_draws_its_own_way_and_leaves_no_trace(picture):
+    plain = picture(inference_steps=4)
+    drawn = {name: picture(inference_steps=4, sampler=name) for name in config.choices(dict(config.fields())["sampling.sampler"])}
+    assert drawn["auto"].tobytes() == drawn["DPM++ 2M"].tobytes() == plain.tobytes() == picture(inference_steps=4).tobytes()
+    assert len({image.tobytes() for image in drawn.values()}) == len(drawn) - 1
+    assert "Sampler: Euler a" in drawn["Euler a"].text["parameters"] and set(drawn) == {"auto", *SAMPLERS}
+    with pytest.raises(ModelError, match="There are: DPM"):
+        picture(sampler="PLMS")
 
 
 def test_a_picture_tells_how_it_was_made(picture, adapter):

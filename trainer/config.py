@@ -273,6 +273,8 @@ class Sampling(Section):
     """Denoising steps per sample."""
     guidance_scale: Annotated[float, Field(ge=1, le=30)] = 7.0
     """How closely a sample follows its prompt."""
+    sampler: Literal["auto", "DPM++ 2M", "DPM++ 2M Karras", "Euler", "Euler a", "Heun", "DDIM", "UniPC"] = "auto"
+    """How the noise is taken away, by the name other programs give it. auto: DPM++ 2M, and Euler for Stable Diffusion 3, which knows only Euler and Heun."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1
     """Seed of the first sample; the second takes the next one, and so on. It stays the same through the run, so that only the adapter changes."""
 

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import TypeAdapter, ValidationError
@@ -23,7 +32,21 @@ from trainer.families.base import PLAIN_READING, denoiser_of, pixel_step
 from trainer.files import atomic_write
 from trainer.stack import Layer, Stack
 
-SAMPLERS = {DPMSolverMultistepScheduler: "DPM++ 2M", FlowMatchEulerDiscreteScheduler: "Euler"}  # as A1111 calls them
+# By the names of A1111. Without a choice the first: a way through flow matching is nearly straight, and Euler's steps do; elsewhere
+# DPM++ needs fewer.
+SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "DPM++ 2M": (DPMSolverMultistepScheduler, {}),
+    "DPM++ 2M Karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "Euler": (EulerDiscreteScheduler, {}),
+    "Euler a": (EulerAncestralDiscreteScheduler, {}),
+    "Heun": (HeunDiscreteScheduler, {}),
+    "DDIM": (DDIMScheduler, {}),
+    "UniPC": (UniPCMultistepScheduler, {}),
+}
+FLOW_SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "Euler": (FlowMatchEulerDiscreteScheduler, {}),
+    "Heun": (FlowMatchHeunDiscreteScheduler, {}),
+}
 
 
 @dataclass(frozen=True)
@@ -48,18 +71,22 @@ class SampleRequest:
     guidance_scale: float = 7.0
     width: int = 0
     height: int = 0
+    sampler: str = "auto"
     caption_tokens: Literal[75, 150, 225] = 75
     """How much of the prompts is read: as much as of the captions that the adapter was trained on."""
 
 
-def sampler_of(pipe: Any) -> type:
-    """A way through flow matching is nearly straight, and Euler's steps do; elsewhere DPM++ needs fewer."""
-    flow = isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
-    return FlowMatchEulerDiscreteScheduler if flow else DPMSolverMultistepScheduler
+def samplers_of(pipe: Any) -> dict[str, tuple[type, dict[str, Any]]]:
+    """Those that fit the base, by name; the first is taken where none is chosen."""
+    return FLOW_SAMPLERS if type(pipe.scheduler).__name__.startswith("FlowMatch") else SAMPLERS
 
 
-def sampler_name(pipe: Any) -> str:
-    return SAMPLERS[sampler_of(pipe)]
+def sampler_name(pipe: Any, wanted: str = "auto") -> str:
+    """Raises ModelError for one that the base cannot use."""
+    fitting = samplers_of(pipe)
+    if wanted != "auto" and wanted not in fitting:
+        raise ModelError(f"The sampler {wanted} does not fit this base. There are: {', '.join(fitting)}.")
+    return next(iter(fitting)) if wanted == "auto" else wanted
 
 
 @torch.no_grad()
@@ -73,24 +100,30 @@ def generate(
     guidance_scale: float,
     width: int = 0,
     height: int = 0,
+    sampler: str = "auto",
 ) -> Image.Image:
     """One picture from a base on its device; sides are rounded down to whole latents, 0 is the base's own size.
 
     The noise is drawn on the CPU, so that a seed means the same everywhere.
     """
     pipe = base.pipe
-    pipe.scheduler = sampler_of(pipe).from_config(pipe.scheduler.config)  # fresh: schedulers keep state
+    kind, options = samplers_of(pipe)[sampler_name(pipe, sampler)]
+    own_scheduler = pipe.scheduler
+    pipe.scheduler = kind.from_config(own_scheduler.config, **options)  # fresh: schedulers keep state
     step, own = pixel_step(pipe), denoiser_of(pipe).config.sample_size * pipe.vae_scale_factor
     width, height = (max(step, (side or own) // step * step) for side in (width, height))
-    latents = pipe(
-        **read_prompts(base, prompt, negative_prompt),
-        width=width,
-        height=height,
-        num_inference_steps=inference_steps,
-        guidance_scale=guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="latent",
-    ).images
+    try:
+        latents = pipe(
+            **read_prompts(base, prompt, negative_prompt),
+            width=width,
+            height=height,
+            num_inference_steps=inference_steps,
+            guidance_scale=guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            output_type="latent",
+        ).images
+    finally:
+        pipe.scheduler = own_scheduler
     # Decoded here, since the VAE stays in float32 while the denoiser may not.
     latents = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor + (pipe.vae.config.shift_factor or 0)
     decoded = pipe.vae.decode(latents, return_dict=False)[0]
@@ -146,10 +179,10 @@ class Sampler:
         base = self._load(request.base, request.caption_tokens)
         self._lay(request.adapters)
         settings = {name: getattr(request, name) for name in ("prompt", "negative_prompt", "seed", "inference_steps", "guidance_scale")}
-        image = generate(base, **settings, width=request.width, height=request.height)
+        image = generate(base, **settings, width=request.width, height=request.height, sampler=request.sampler)
         names = ", ".join(f"{Path(a.file).stem}: {a.strength:g}" for a in request.adapters)
         note = f"Model: {Path(request.base.model).name}" + (f", Lora: {names}" if names else "")
-        save_sample(Path(request.target), image, **settings, sampler=sampler_name(base.pipe), note=note)
+        save_sample(Path(request.target), image, **settings, sampler=sampler_name(base.pipe, request.sampler), note=note)
         return Path(request.target)
 
     def _load(self, base: Base, caption_tokens: int) -> LoadedBase:

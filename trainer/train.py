@@ -388,7 +388,7 @@ def sample(session: Session, step: int) -> None:
         memory.set_tiling(pipe.vae, "sample" in session.ladder.tiled)
         for part in homes:
             part.to(session.device)
-        return generate(session.base, **settings, width=side, height=side)
+        return generate(session.base, **settings, width=side, height=side, sampler=chosen.sampler)
 
     try:
         for index, prompt in enumerate(prompts):
@@ -402,7 +402,7 @@ def sample(session: Session, step: int) -> None:
             }
             image = session.ladder.attempt("sample", step, partial(draw, settings))
             file = f"samples/{step:06d}-{index}{run_folder.SAMPLE_SUFFIX}"
-            save_sample(session.folder / file, image, **settings, sampler=sampler_name(pipe), note=f"Step: {step}")
+            save_sample(session.folder / file, image, **settings, sampler=sampler_name(pipe, chosen.sampler), note=f"Step: {step}")
             session.log.append(SampleSaved(step, prompt, settings["seed"], file))
     except Exception as error:  # whatever it is, the training itself is fine; the log has the details
         traceback.print_exc()

@@ -10,6 +10,17 @@ drawWith((root, view) => {
     return;
   }
   root.replaceChildren(el("section", { class: "at-panel", "aria-busy": Boolean(view.busy), "aria-label": "Pictures" }, head,
-    el("div", { class: `at-pictures ${pictures.length === 2 ? "at-pair" : ""}` }, pictures.map((picture) => el("figure", {},
-      picture.src ? zoomable(picture.src, `${picture.title}: ${picture.prompt}`) : el("div", { class: "at-placeholder" }), el("figcaption", {}, picture.title))))));
+    pair(pictures) || el("div", { class: `at-pictures ${pictures.length === 2 ? "at-pair" : ""}` }, pictures.map((picture) => el("figure", {},
+      picture.src ? zoomable(picture.src, `${picture.title}: ${picture.prompt}`) : el("div", { class: "at-placeholder" }), el("figcaption", {}, picture.title)))),
+    view.elsewhere ? el("details", {}, el("summary", {}, "This picture in A1111 and ComfyUI"), view.elsewhere.map((text) => el("p", { class: "at-hint at-path" }, text))) : null));
 });
+
+/** The base and the adapter over each other, once both are there. */
+function pair(pictures) {
+  if (pictures.length !== 2 || !pictures.every((picture) => picture.src)) return null;
+  const [before, after] = pictures.map((picture) => ({ src: picture.src, alt: `${picture.title}: ${picture.prompt}`, name: picture.title }));
+  const frame = compared(before, after, "preview");
+  frame.classList.add("at-large");
+  const save = (picture, text) => el("a", { class: "at-button", href: picture.src, download: picture.src.split("/").pop() }, text);
+  return el("div", {}, frame, el("div", { class: "at-row" }, save(pictures[0], "Save the left picture"), save(pictures[1], "Save the right picture")));
+}

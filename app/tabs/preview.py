@@ -2,13 +2,13 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from app import device, form, runs, views
+from app import device, form, previews, runs, views
 from app.drawn import drawn
 from app.page import Page
 from app.previews import Adapter, PreviewRequest
@@ -18,7 +18,13 @@ from trainer.run_folder import RunStatus
 ID, TITLE = "preview", "Preview"
 STRENGTHS = (0.0, 0.4, 0.7, 1.0, 1.3)
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
-NAMES = ("run", "save", "prompt", "strength", "seed", "negative_prompt", "inference_steps", "guidance_scale", "width", "height")
+SAMPLING = ("negative_prompt", "inference_steps", "guidance_scale", "sampler")
+FROM_RUN = ("run", "save", "prompt", "seed", *SAMPLING)  # what choosing a run fills
+MORE = ("second", "third")  # further adapters on top of the first
+STACK = tuple(f"{name}{part}" for name in MORE for part in ("", "_strength", "_text_strength"))
+NAMES = (*FROM_RUN, "strength", "text_strength", "width", "height", "base", *STACK, "sheet_prompts")
+SHEET_STRENGTHS = (0.5, 0.75, 1.0)
+MOST_PICTURES = 60
 
 
 def build(page: Page) -> dict[str, Any]:
@@ -29,13 +35,14 @@ def build(page: Page) -> dict[str, Any]:
             with gr.Row():
                 strengths = gr.Button("Strength grid", elem_id="grid-strengths")
                 saves = gr.Button("Saves grid", elem_id="grid-saves")
-            fields |= _advanced()
+            advanced, sheet, earlier = _advanced()
+            fields |= advanced
         with gr.Column(scale=3, min_width=330):
             pictures = drawn("preview", elem_id="preview-view")
     own = {
         "fields": fields,
         "pictures": pictures,
-        "run_outputs": [fields[name] for name in NAMES if name != "strength"],
+        "run_outputs": [fields[name] for name in FROM_RUN],
         "choose_run": choose_run,
     }
     fields["run"].change(choose_run, fields["run"], own["run_outputs"], **QUIET)
@@ -45,7 +52,11 @@ def build(page: Page) -> dict[str, Any]:
     # Without an adapter every control here would be a dead one.
     page.follow(controls, lambda: bool(_run_choices()), lambda some: gr.Column(visible=some))
     page.follow(pictures, lambda: {"is_empty": not _run_choices()})
-    _wire_drawing(page, own, compare, strengths, saves)
+    page.follow(earlier, previews.prompts, lambda texts: gr.Dropdown(texts))
+    earlier.input(lambda text: text, earlier, fields["prompt"], **QUIET)
+    for name in MORE:
+        page.follow(fields[name], _file_choices, lambda choices: gr.Dropdown([("None", ""), *choices]))
+    _wire_drawing(page, own, {compare: plan_compare, strengths: plan_strengths, saves: plan_saves, sheet: plan_sheet})
     return own
 
 
@@ -73,26 +84,54 @@ def _controls() -> tuple[dict[str, gr.components.Component], gr.Button]:
     return fields, new_seed
 
 
-def _advanced() -> dict[str, gr.components.Component]:
+def _advanced() -> tuple[dict[str, gr.components.Component], gr.Button, gr.Dropdown]:
     fields: dict[str, Any] = {}
-    with gr.Accordion("Advanced", open=False):
-        for name in ("negative_prompt", "inference_steps", "guidance_scale"):
+    with gr.Accordion("Advanced", open=False, elem_id="preview-advanced"):
+        earlier = gr.Dropdown(previews.prompts(), value=None, label="Earlier prompts", elem_id="preview-earlier")
+        for name in SAMPLING:
             fields[name] = form.widget(f"sampling.{name}", elem_id=f"preview-{name}")
         with gr.Row():
             for name in ("width", "height"):
-                fields[name] = gr.Number(
-                    0,
-                    label=name.capitalize(),
-                    info="0: the base's own size.",
-                    precision=0,
-                    step=8,
-                    elem_id=f"preview-{name}",
-                    min_width=120,
+                fields[name] = _number(name.capitalize(), f"preview-{name}", 0, info="0: the base's own size.", precision=0, step=8)
+        fields["base"] = gr.Textbox(
+            "",
+            label="Another base",
+            info="Folder, file or Hugging Face id of a model of the same family. Empty: the one it was trained on.",
+            max_lines=1,
+        )
+        fields["text_strength"] = _text_strength("Strength in the text encoder")
+        for name in MORE:
+            with gr.Row():
+                fields[name] = gr.Dropdown(
+                    [("None", "")], value="", label=f"{name.capitalize()} adapter", elem_id=f"preview-{name}", filterable=False
                 )
-    return fields
+                fields[f"{name}_strength"] = _number("Its strength", f"preview-{name}-strength", 1.0)
+                fields[f"{name}_text_strength"] = _text_strength("In the text encoder")
+        fields["sheet_prompts"] = gr.Textbox(
+            "", label="Prompts of the sheet", info="One a line, each drawn at every save and three strengths. Empty: the prompt above.",
+            lines=2, elem_id="preview-sheet-prompts",
+        )  # fmt: skip
+        sheet = gr.Button("Draw the sheet", elem_id="sheet")
+    return fields, sheet, earlier
 
 
-def _wire_drawing(page: Page, own: dict, compare: gr.Button, strengths: gr.Button, saves: gr.Button) -> None:
+def _number(label: str, elem_id: str | None, value: float | None, **look: Any) -> gr.Number:
+    return gr.Number(value, label=label, elem_id=elem_id, min_width=120, **{"step": 0.05} | look)
+
+
+def _text_strength(label: str) -> gr.Textbox:
+    """A text, since an empty number field shows 0, which would switch the text encoder off."""
+    return gr.Textbox("", label=label, info="Empty: the same.", max_lines=1, min_width=120)
+
+
+def _optional(value: Any, label: str) -> float | None:
+    try:
+        return float(value) if str(value or "").strip() else None
+    except ValueError:
+        raise TrainerError(f"{label}: {value!s:.20} is no number; leave it empty for the same strength.") from None
+
+
+def _wire_drawing(page: Page, own: dict, plans: dict[gr.Button, Callable]) -> None:
     fields, pictures = own["fields"], own["pictures"]
     drawing = {
         "inputs": [fields[name] for name in NAMES],
@@ -109,12 +148,10 @@ def _wire_drawing(page: Page, own: dict, compare: gr.Button, strengths: gr.Butto
         return draw
 
     events = [
-        compare.click(drawer(plan_compare), **drawing),
         fields["prompt"].submit(drawer(plan_compare), **drawing),
         # Release does not fire for the keyboard; input does for both, and the last position wins.
         fields["strength"].input(drawer(plan_compare), trigger_mode="always_last", **drawing),
-        strengths.click(drawer(plan_strengths), **drawing),
-        saves.click(drawer(plan_saves), **drawing),
+        *[button.click(drawer(plan), **drawing) for button, plan in plans.items()],
     ]
     pictures.stop_drawing(lambda: {"note": "Stopped."}, None, pictures, cancels=events, **QUIET)
 
@@ -147,17 +184,17 @@ def _save_choices(folder: Path) -> list[tuple[str, str]]:
 
 
 def choose_run(run_id: str | None) -> list:
-    """Updates of the fields for a run; the newest where none is named. Order as in NAMES, without the strength."""
+    """Updates of the fields for a run; the newest where none is named. Order as in FROM_RUN."""
     choices = _run_choices()
     run_id = run_id if run_id in [value for _, value in choices] else next((value for _, value in choices), None)
     if run_id is None:
-        return [gr.Dropdown([], value=None), gr.Dropdown([], value=None), *[gr.skip()] * 7]
+        return [gr.Dropdown([], value=None), gr.Dropdown([], value=None), *[gr.skip()] * (len(FROM_RUN) - 2)]
     folder = runs.resolve(run_id)
-    sampling, saves = runs.settings(folder).sampling, _save_choices(folder)
+    saves = _save_choices(folder)
     prompt, seed = _first_sample(folder, runs.status(folder))
     chosen = gr.Dropdown(saves, value=saves[0][1] if saves else None)
-    text = [sampling.negative_prompt, sampling.inference_steps, sampling.guidance_scale]
-    return [gr.Dropdown(choices, value=run_id), chosen, prompt, seed, *text, gr.skip(), gr.skip()]
+    sampling = form.write([f"sampling.{name}" for name in SAMPLING], runs.settings(folder))
+    return [gr.Dropdown(choices, value=run_id), chosen, prompt, seed, *sampling]
 
 
 def _first_sample(folder: Path, current: RunStatus) -> tuple[str, int]:
@@ -173,11 +210,16 @@ def _request(values: dict[str, Any], save: str | None, strength: float) -> Previ
     if save is not None and save not in [value for _, value in _save_choices(folder)]:
         raise TrainerError("That save is not there any more; choose another.")
     run = runs.settings(folder)
-    adapters = [Adapter(str(folder / save), round(strength, 4))] if save is not None and strength else []
+    text_strength = _optional(values["text_strength"], "Strength in the text encoder")
+    adapters = [Adapter(str(folder / save), round(strength, 4), text_strength)] if save is not None and strength else []
+    base = run.base.model_dump(exclude={"precision"})
+    if (other := str(values["base"] or "").strip()) and other != run.base.model:
+        base |= {"model": other, "revision": ""}
     return PreviewRequest(
-        base=run.base.model_dump(exclude={"precision"}),
+        base=base,
+        sampler=str(values["sampler"] or "auto"),
         caption_tokens=run.dataset.caption_tokens,
-        adapters=adapters,
+        adapters=[*adapters, *_stacked(values)],
         prompt=str(values["prompt"] or ""),
         seed=int(values["seed"] or 0),
         negative_prompt=str(values["negative_prompt"] or ""),
@@ -186,6 +228,27 @@ def _request(values: dict[str, Any], save: str | None, strength: float) -> Previ
         width=int(values["width"] or 0),
         height=int(values["height"] or 0),
     )
+
+
+def _file_choices() -> list[tuple[str, str]]:
+    """The file of each run that has one: the finished one, else the latest save."""
+    return [(label, f"{run}/{_save_choices(runs.resolve(run))[0][1]}") for label, run in _run_choices() if _save_choices(runs.resolve(run))]
+
+
+def _stacked(values: dict[str, Any]) -> list[Adapter]:
+    """The further adapters, which stay on the pictures of the base too, so that only the first one differs."""
+    stacked = []
+    for name in MORE:
+        if not values[name]:
+            continue
+        if values[name] not in [value for _, value in _file_choices()]:
+            raise TrainerError("One of the further adapters is not there any more; choose another.")
+        run, _, file = values[name].partition("/")
+        text = values[f"{name}_text_strength"]
+        stacked.append(
+            Adapter(str(runs.resolve(run) / file), float(values[f"{name}_strength"] or 0), None if text is None else float(text))
+        )
+    return stacked
 
 
 def plan_compare(values: dict[str, Any]) -> list[tuple[str, PreviewRequest]]:
@@ -211,6 +274,41 @@ def plan_saves(values: dict[str, Any]) -> list[tuple[str, PreviewRequest]]:
     return [("Base", _request(values, None, 0)), *((label, _request(values, file, strength)) for label, file in saved)]
 
 
+def plan_sheet(values: dict[str, Any]) -> list[tuple[str, PreviewRequest]]:
+    """Save x strength x prompt, all with the same seed: rows of one prompt and one strength, a column per save."""
+    folder = runs.resolve(values["run"])
+    prompts = [line.strip() for line in str(values["sheet_prompts"] or "").splitlines() if line.strip()] or [str(values["prompt"] or "")]
+    saves = [(f"step {save.step}", save.file) for save in runs.status(folder).adapters if (folder / save.file).is_file()]
+    sheet = [
+        (f"{prompt[:40]} · {label} · {strength:g}", _request(values | {"prompt": prompt}, file, strength))
+        for prompt in prompts
+        for strength in SHEET_STRENGTHS
+        for label, file in saves
+    ]
+    if len(sheet) > MOST_PICTURES:
+        raise TrainerError(f"That would be {len(sheet)} pictures; take fewer prompts, so that there are at most {MOST_PICTURES}.")
+    return sheet
+
+
+def elsewhere(request: PreviewRequest) -> list[str]:
+    """How to get the picture in other programs."""
+    tags = " ".join(f"<lora:{Path(a.file).stem}:{a.strength:g}>" for a in request.adapters)
+    sampler = "DPM++ 2M" if request.sampler == "auto" else request.sampler
+    nodes = ", ".join(
+        f"{Path(a.file).name} (strength_model {a.strength:g}, strength_clip {a.strength if a.text_strength is None else a.text_strength:g})"
+        for a in request.adapters
+    )
+    size = "the base's own size" if not request.width or not request.height else f"{request.width} x {request.height}"
+    numbers = f"{request.inference_steps} steps, guidance (CFG) {request.guidance_scale:g}, seed {request.seed}, {size}"
+    prompt = " ".join(filter(None, [request.prompt, tags]))
+    return [
+        f"A1111, Forge: put the file into models/Lora. Prompt: {prompt}. Sampler {sampler}, {numbers}; in the settings, random numbers "
+        "from the CPU. The downloaded picture says all this itself: drop it on PNG Info.",
+        f"ComfyUI: put the file into models/loras. Load LoRA: {nodes or 'none'}. KSampler: {sampler}, {numbers}. Its noise differs, so "
+        "the picture is a sibling, not the same.",
+    ]
+
+
 def draw_all(page: Page, plan, values: dict[str, Any]) -> Iterator[dict]:
     """Draws one picture after the other and shows each as soon as it is there."""
     try:
@@ -220,20 +318,22 @@ def draw_all(page: Page, plan, values: dict[str, Any]) -> Iterator[dict]:
             raise TrainerError("The GPU is busy with a training. Pause does not free its memory: wait for the end, or stop and save first.")
         _check(values)
         wanted = plan(values)
+        previews.keep_prompt(wanted[-1][1].prompt)
+        note = {"elsewhere": elsewhere(wanted[-1][1])}
         pictures = [{"title": title, "src": "", "prompt": request.prompt} for title, request in wanted]
         for number, (_, request) in enumerate(wanted):
-            note = "Drawing" if page.engine.is_running else "Loading the model; the first picture takes longer"
-            yield {"pictures": pictures, "busy": f"{note} ({number + 1} of {len(wanted)})"}
+            doing = "Drawing" if page.engine.is_running else "Loading the model; the first picture takes longer"
+            yield {"pictures": pictures, "busy": f"{doing} ({number + 1} of {len(wanted)})"}
             file = page.engine.draw(request)
             pictures = [*pictures[:number], pictures[number] | {"src": f"/previewfile/{file.name}"}, *pictures[number + 1 :]]
-        yield {"pictures": pictures}
+        yield {"pictures": pictures} | note
     except TrainerError as error:
         yield {"error": str(error)}
 
 
 def _check(values: dict[str, Any]) -> None:
     """What the sampler would refuse, said at once and by the field's name."""
-    wrong = form.faults({f"sampling.{name}": values[name] for name in ("negative_prompt", "inference_steps", "guidance_scale")})
+    wrong = form.faults({f"sampling.{name}": values[name] for name in SAMPLING})
     if wrong:
         raise TrainerError(" ".join(f"{form.label(path)}: {text}" for path, text in wrong.items() if path))
     for name in ("width", "height"):

@@ -1,0 +1,65 @@
+"""What the Preview tab asks the engine for: stacks, sheets, another base; and what it tells about a picture."""
+
+import pytest
+
+from app import previews, runs
+from app.tabs import preview
+from tests.browser import staged
+from trainer.errors import TrainerError
+
+
+@pytest.fixture
+def values(outputs) -> dict:
+    """The form for a run with five saves, and another run beside it."""
+    first, second = (staged.stage(name, 100) for name in ("maya", "ink"))
+    for folder in (first, second):
+        staged.finish(folder)
+    runs.all_runs.fresh()
+    plain = {name: None for name in preview.NAMES} | {
+        "strength": 1.0,
+        "second_strength": 0.6,
+        "third_strength": 1.0,
+        "width": 0,
+        "height": 0,
+    }
+    return plain | dict(run=first.name, save="maya.safetensors", prompt="a zorbit", seed=3, negative_prompt="", inference_steps=8,
+                        guidance_scale=5.0, sampler="Euler a", ink=f"{second.name}/ink.safetensors")  # fmt: skip
+
+
+def test_only_the_first_adapter_differs_from_the_base(values) -> None:
+    (_, base), (_, adapted) = preview.plan_compare(
+        values | {"second": values["ink"], "second_text_strength": "0.2", "text_strength": "0.5"}
+    )
+    assert [(a.strength, a.text_strength) for a in base.adapters] == [(0.6, 0.2)]
+    assert [(a.strength, a.text_strength) for a in adapted.adapters] == [(1.0, 0.5), (0.6, 0.2)]
+    assert adapted.adapters[0].file.endswith("maya.safetensors") and adapted.sampler == "Euler a" and base.key() != adapted.key()
+    with pytest.raises(TrainerError, match="is no number"):
+        preview.plan_compare(values | {"text_strength": "much"})
+    with pytest.raises(TrainerError, match="not there any more"):
+        preview.plan_compare(values | {"third": "../../x/y.safetensors"})
+
+
+def test_a_sheet_is_save_by_strength_by_prompt(values) -> None:
+    sheet = preview.plan_sheet(values | {"sheet_prompts": "a cat\n\n a dog "})
+    assert len(sheet) == 2 * 3 * 5 and {request.prompt for _, request in sheet} == {"a cat", "a dog"}
+    assert {request.seed for _, request in sheet} == {3} and len({request.key() for _, request in sheet}) == 30
+    with pytest.raises(TrainerError, match="at most"):
+        preview.plan_sheet(values | {"sheet_prompts": "\n".join("abcdefgh")})
+
+
+def test_another_base_is_asked_for(values) -> None:
+    assert preview.plan_compare(values | {"base": " someone/else "})[0][1].base["model"] == "someone/else"
+
+
+def test_how_to_get_it_elsewhere(values) -> None:
+    a1111, comfy = preview.elsewhere(preview.plan_compare(values | {"text_strength": " 0.5"})[1][1])
+    assert "<lora:maya:1>" in a1111 and "Euler a" in a1111 and "seed 3" in a1111
+    assert "maya.safetensors (strength_model 1, strength_clip 0.5)" in comfy
+
+
+def test_prompts_are_kept_once_and_the_latest_first(outputs) -> None:
+    for text in ("a", "b", "a", " ", *map(str, range(40))):
+        previews.keep_prompt(text)
+    assert previews.prompts()[:2] == ["39", "38"] and len(previews.prompts()) == previews.PROMPTS_KEPT
+    (previews.folder() / "prompts.json").write_text("{broken")
+    assert previews.prompts() == []
