@@ -15,15 +15,22 @@ def values(outputs) -> dict:
     for folder in (first, second):
         staged.finish(folder)
     runs.all_runs.fresh()
-    plain = {name: None for name in preview.NAMES} | {
+    return dict.fromkeys(preview.NAMES) | {
+        "run": first.name,
+        "save": "maya.safetensors",
+        "prompt": "a zorbit",
+        "seed": 3,
+        "negative_prompt": "",
+        "inference_steps": 8,
+        "guidance_scale": 5.0,
+        "sampler": "Euler a",
         "strength": 1.0,
         "second_strength": 0.6,
         "third_strength": 1.0,
         "width": 0,
         "height": 0,
+        "ink": f"{second.name}/ink.safetensors",
     }
-    return plain | dict(run=first.name, save="maya.safetensors", prompt="a zorbit", seed=3, negative_prompt="", inference_steps=8,
-                        guidance_scale=5.0, sampler="Euler a", ink=f"{second.name}/ink.safetensors")  # fmt: skip
 
 
 def test_only_the_first_adapter_differs_from_the_base(values) -> None:
