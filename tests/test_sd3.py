@@ -70,6 +70,14 @@ def test_a_t5_that_is_named_but_not_there_is_asked_for(copy_of):
     assert load(folder, t5=False).pipe.text_encoder_3 is None
 
 
+def test_a_download_without_t5_is_gone_on_with_when_t5_is_wanted(copy_of, monkeypatch):
+    folder = copy_of("sd3")
+    shutil.rmtree(folder / "text_encoder_3")
+    monkeypatch.setattr(base_model, "try_to_load_from_cache", lambda *a, **k: str(folder / "model_index.json"))
+    here = [base_model.locate(config.Base(model="someone/stable-diffusion-3", t5=t5)) for t5 in (False, True)]
+    assert here == [folder, None]
+
+
 def test_the_loss_is_that_of_flow_matching_on_shifted_latents(base_of, tiny_run, monkeypatch):
     """Mean of (model - (noise - latents))^2 at noisy = (1 - sigma) latents + sigma noise, latents = (VAE - shift) * scale."""
     run = tiny_run({"base.model": str(base_of("sd3")), "dataset.caption_dropout": 0.0})

@@ -102,7 +102,12 @@ def locate(base: Base) -> Path | None:
     """The folder of a base model on this machine; None for a Hugging Face model that is not downloaded yet."""
     if base.model == EMBEDDED:
         return EMBEDDED_FOLDER
-    return _on_this_machine(base.model, "model_index.json", base.revision)
+    folder = _on_this_machine(base.model, "model_index.json", base.revision)
+    if folder is not None and base.t5 and is_hub_id(base.model) and not Path(base.model).expanduser().exists():
+        has_t5 = _read_json(folder / "model_index.json").get("text_encoder_3") not in (None, [None, None])
+        if has_t5 and not (folder / "text_encoder_3").is_dir():
+            return None  # downloaded without T5, which is wanted now
+    return folder
 
 
 def locate_vae(base: Base) -> Path | None:
