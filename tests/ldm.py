@@ -5,6 +5,7 @@ Nothing here comes from the program or from diffusers, so both are measured agai
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -161,8 +162,41 @@ def open_clip(width=48, layers=2, inner=64) -> Shapes:
     return shapes
 
 
+def mmdit(width=64, layers=2, context=80, pooled=96, side=8, qk_norm=False, second=()) -> Shapes:
+    """Of Stable Diffusion 3 (mmdit.py of its reference code): the last block does nothing more for the text."""
+    shapes: Shapes = {"pos_embed": (1, side * side, width)}
+    shapes.update([*conv("x_embedder.proj", width, 16, 2), *linear("context_embedder", width, context)])
+    shapes.update([*linear("t_embedder.mlp.0", width, 256), *linear("t_embedder.mlp.2", width, width)])
+    shapes.update([*linear("y_embedder.mlp.0", width, pooled), *linear("y_embedder.mlp.2", width, width)])
+    for n in range(layers):
+        for stream in ("x_block", "context_block"):
+            block, last = f"joint_blocks.{n}.{stream}", stream == "context_block" and n == layers - 1
+            attentions = ["attn", *(["attn2"] if stream == "x_block" and n in second else [])]
+            for attention in attentions:
+                shapes.update(linear(f"{block}.{attention}.qkv", 3 * width, width))
+                if qk_norm:
+                    shapes.update({f"{block}.{attention}.ln_{x}.weight": (64,) for x in "qk"})
+                if not last:
+                    shapes.update(linear(f"{block}.{attention}.proj", width, width))
+            shapes.update(linear(f"{block}.adaLN_modulation.1", (2 if last else 3 + 3 * len(attentions)) * width, width))
+            if not last:
+                shapes.update([*linear(f"{block}.mlp.fc1", 4 * width, width), *linear(f"{block}.mlp.fc2", width, 4 * width)])
+    shapes.update([*linear("final_layer.linear", 64, width), *linear("final_layer.adaLN_modulation.1", 2 * width, width)])
+    return shapes
+
+
 def whole(parts: dict[str, Shapes]) -> Shapes:
     return {prefix + name: shape for prefix, shapes in parts.items() for name, shape in shapes.items()}
+
+
+CLIP_L, CLIP_G = "text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer."
+
+
+def sd3(**denoiser: Any) -> dict[str, Shapes]:
+    """Of the edition with both CLIP encoders; its VAE has no convolutions around the latents."""
+    plain_vae = {name: shape for name, shape in vae(latents=16).items() if "quant_conv" not in name}
+    first = clip(32) | {"text_projection.weight": (32, 32)}
+    return {UNET: mmdit(**denoiser), VAE: plain_vae, CLIP_L: first, CLIP_G: clip(64) | {"text_projection.weight": (64, 64)}}
 
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -177,6 +211,9 @@ TINY = {
         XL_1: clip(),
         XL_2: open_clip(),
     },
+    "sd3": sd3(),
+    "sd35m": sd3(qk_norm=True, second=(0,)),
+    "sd35l": sd3(qk_norm=True),
 }
 FULL_VAE = vae(128, (1, 2, 4, 4), 2)
 FULL = {

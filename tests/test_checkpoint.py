@@ -1,6 +1,7 @@
 """Base models in one .safetensors file: told by their header, loaded with sockets blocked, trained; what is something else is refused."""
 
 import json
+import re
 import socket
 
 import pytest
@@ -44,15 +45,22 @@ def no_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", "sdxl", "sd35m"])
 def test_training_from_a_single_file_needs_no_network(checkpoint_of, train_tiny, no_network, kind):
     folder = train_tiny(
         {"base.model": str(checkpoint_of(kind)), "training.text_encoder_learning_rate": 1e-2, "training.steps": 2, "saving.saves": 1}
     )
     status = run_folder.status(folder)
     assert [s.step for s in status.samples] == [0, 2] and not status.warnings
-    keys = {name.split("_")[1] for name in load_file(folder / status.finished.file)}
-    assert keys == ({"unet", "te"} if kind == "sd1" else {"unet", "te1", "te2"})
+    keys = {name.partition(".")[0] if kind == "sd35m" else name.split("_")[1] for name in load_file(folder / status.finished.file)}
+    assert (
+        keys
+        == {
+            "sd1": {"unet", "te"},
+            "sdxl": {"unet", "te1", "te2"},
+            "sd35m": {"transformer", "text_encoder", "text_encoder_2"},
+        }[kind]
+    )
     assert status.started.trainable_parameters == estimate.trainable_parameters(config.load(folder / "run.toml"))
 
 
@@ -109,6 +117,40 @@ def test_the_shapes_of_the_full_models_give_their_public_configurations(template
             name.removeprefix("text_model."): info.shape for name, info in named.items() if ".layers.23." not in name or template != "sd21"
         }
         assert own == {name: shape for name, shape in told.items() if name in own} and len(told) - len(own) == (template == "sd21")
+
+
+@pytest.mark.parametrize("kind, family", [("sd3", "sd3m"), ("sd35m", "sd35m"), ("sd35l", "sd35l")])
+def test_the_three_stable_diffusion_3_are_told_apart(checkpoint_of, kind, family):
+    base = load_base(config.Base(model=str(checkpoint_of(kind))), torch.float32)
+    assert base.family is FAMILIES[family] and base.pipe.text_encoder_3 is None
+    own = {n: tuple(t.shape) for n, t in base.pipe.transformer.state_dict().items() if re.search(r"\.attn2?\.(to|add)_", n)}
+    told = {n: info.shape for n, info in base.files.tensors["transformer"].items() if re.search(r"\.attn2?\.(to|add)_", n)}
+    assert own == told and len(own) == 2 * (8 + 7 + 4 * (kind == "sd35m"))
+    stored = load_file(base.files.path)[ldm.UNET + "joint_blocks.1.context_block.attn.qkv.weight"].float()
+    attention = base.pipe.transformer.transformer_blocks[1].attn
+    assert torch.equal(torch.cat([attention.add_q_proj.weight, attention.add_k_proj.weight, attention.add_v_proj.weight]), stored)
+    assert (base.pipe.tokenizer.pad_token, base.pipe.tokenizer_2.pad_token) == ("<|endoftext|>", "!")
+
+
+FULL_SD3 = {
+    "sd3m": {"width": 1536, "layers": 24, "context": 4096, "pooled": 2048, "side": 192},
+    "sd35m": {"width": 1536, "layers": 24, "context": 4096, "pooled": 2048, "side": 384, "qk_norm": True, "second": range(13)},
+    "sd35l": {"width": 2432, "layers": 38, "context": 4096, "pooled": 2048, "side": 192, "qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("template", FULL_SD3)
+def test_the_shapes_of_stable_diffusion_3_give_its_public_configurations(template):
+    tensors = {name: TensorInfo("F16", shape) for name, shape in ldm.mmdit(**FULL_SD3[template]).items()}
+    public = checkpoint.template_config(template, "transformer/config.json")
+    assert checkpoint.transformer_config(tensors, public) == public
+
+
+def test_a_stable_diffusion_3_without_its_text_encoders_is_refused_and_t5_is_left_out(tmp_path):
+    with pytest.raises(ModelError, match="without CLIP-L and CLIP-G; get the edition whose name says incl_clips"):
+        inspected(tmp_path, "sd3", without="text_encoders.")
+    files = inspected(tmp_path, "sd3", **{checkpoint.SD3_T5 + "shared.weight": torch.ones(2, 2)})
+    assert "captions are read with CLIP alone" in files.notes[0] and files.left_out == ["text_encoder_3", "tokenizer_3"]
 
 
 def test_the_tokenizer_is_clips():

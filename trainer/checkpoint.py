@@ -5,6 +5,7 @@ its tensors say put before them; what shapes cannot say (head sizes, activations
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 XL_CLIP, XL_OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 REFINER_CLIP = "conditioner.embedders.0.model."
+SD3_CLIP_L, SD3_CLIP_G, SD3_T5 = (f"text_encoders.{part}.transformer." for part in ("clip_l", "clip_g", "t5xxl"))
+SD3_TEMPLATES = ("sd3m", "sd35m", "sd35l")
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 HEAD = 64  # width of an attention head wherever a family fixes it (SD 2.x, XL and every CLIP text encoder)
 INPUT_CHANNELS = {
@@ -59,30 +62,35 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     header = read_header(path)
     template, text_encoders = _family(path.name, header.tensors)
+    denoiser = "transformer" if template in SD3_TEMPLATES else "unet"
+    prediction_type = None
     if template == "sd21":
         prediction_type = _said(header) or _sd2_prediction(path, header.tensors)
         template = "sd21-base" if prediction_type == "epsilon" else "sd21"
-    else:
+    elif denoiser == "unet":
         prediction_type = _said(header) or ("v_prediction" if "v_pred" in header.tensors else "epsilon")
     index = template_config(template, "model_index.json")
-    unet, vae = _below(header.tensors, UNET), _below(header.tensors, VAE)
+    weights, vae = _below(header.tensors, UNET), _below(header.tensors, VAE)
+    public = template_config(template, f"{denoiser}/config.json")
     try:
+        config = unet_config(weights, public) if denoiser == "unet" else transformer_config(weights, public)
         configs = {
-            "unet": unet_config(unet, template_config(template, "unet/config.json")),
+            denoiser: config,
             "vae": vae_config(vae, template_config(template, "vae/config.json")),
-            "scheduler": template_config(template, "scheduler/scheduler_config.json") | {"prediction_type": prediction_type},
+            "scheduler": template_config(template, "scheduler/scheduler_config.json"),
         }
-        tensors = {"unet": {unet_name(name, configs["unet"]["layers_per_block"]): info for name, info in unet.items()}, "vae": vae}
+        tensors = {denoiser: unet_tensors(weights, config) if denoiser == "unet" else transformer_tensors(weights), "vae": vae}
         for part, prefix in text_encoders.items():
             names = text_encoder_tensors(_below(header.tensors, prefix))
             configs[part] = text_config(names, template_config(template, f"{part}/config.json"))
             last = f"encoder.layers.{configs[part]['num_hidden_layers']}."  # SD 2.x leaves the last layer of its encoder out
             tensors[part] = {name: info for name, info in names.items() if last not in name}
-    except (KeyError, IndexError, ValueError):
+    except (KeyError, IndexError, ValueError, StopIteration):
         raise ModelError(f"{path.name} lacks tensors that every such model has; the file is incomplete. Download it again.") from None
-    _check_regular(path.name, unet, configs["unet"])
-    if "ztsnr" in header.tensors:
-        configs["scheduler"] |= {"rescale_betas_zero_snr": True}
+    if denoiser == "unet":
+        _check_regular(path.name, weights, config)
+        zero_snr = {"rescale_betas_zero_snr": True} if "ztsnr" in header.tensors else {}
+        configs["scheduler"] |= {"prediction_type": prediction_type} | zero_snr
     return Checkpoint(template, index["_class_name"], configs, tensors, _notes(path, header))
 
 
@@ -96,6 +104,8 @@ def _below(tensors: Tensors, prefix: str) -> dict[str, TensorInfo]:
 
 def _family(name: str, tensors: Tensors) -> tuple[str, dict[str, str]]:
     """The configurations that fit, and where in the file each text encoder begins."""
+    if UNET + "joint_blocks.0.x_block.attn.qkv.weight" in tensors:
+        return _sd3_family(name, tensors)
     if UNET + "input_blocks.0.0.weight" not in tensors:
         raise ModelError(f"{name} is {what_it_is(tensors)}, not a whole Stable Diffusion; give the checkpoint it belongs to as the base.")
     channels = tensors[UNET + "input_blocks.0.0.weight"].shape[1]
@@ -104,10 +114,7 @@ def _family(name: str, tensors: Tensors) -> tuple[str, dict[str, str]]:
             f"{name} is {INPUT_CHANNELS.get(channels, f'a model with {channels} input channels')}; "
             "train on the ordinary model of the same family, the adapter then works on this one too."
         )
-    dtypes = {info.dtype for key, info in tensors.items() if key.startswith(UNET)}
-    if not dtypes <= {"F64", "F32", "F16", "BF16"}:
-        odd = ", ".join(sorted(dtypes - {"F64", "F32", "F16", "BF16"}))
-        raise ModelError(f"The UNet of {name} is stored in {odd}, too coarse to train on; get its fp16, bf16 or fp32 edition.")
+    _check_dtypes(name, tensors)
     if any(key.startswith("edm_") for key in tensors):
         raise ModelError(f"{name} was trained with EDM's noise (it holds edm_ tensors); adapters are trained on epsilon or v prediction.")
     starts = {
@@ -128,11 +135,35 @@ def _family(name: str, tensors: Tensors) -> tuple[str, dict[str, str]]:
     raise ModelError(f"{name} holds the text encoders of one family and the UNet of another; it is damaged or merged wrongly.")
 
 
+def _sd3_family(name: str, tensors: Tensors) -> tuple[str, dict[str, str]]:
+    _check_dtypes(name, tensors)
+    lacking = [
+        words
+        for prefix, words in {SD3_CLIP_L: "CLIP-L", SD3_CLIP_G: "CLIP-G", VAE: "a VAE"}.items()
+        if not any(key.startswith(prefix) for key in tensors)
+    ]
+    if lacking:
+        raise ModelError(
+            f"{name} holds a Stable Diffusion 3 without {' and '.join(lacking)}; "
+            "get the edition whose name says incl_clips, or its diffusers folder."
+        )
+    second = any(".x_block.attn2." in key for key in tensors)
+    normed = UNET + "joint_blocks.0.x_block.attn.ln_q.weight" in tensors
+    return "sd35m" if second else "sd35l" if normed else "sd3m", {"text_encoder": SD3_CLIP_L, "text_encoder_2": SD3_CLIP_G}
+
+
+def _check_dtypes(name: str, tensors: Tensors) -> None:
+    coarse = {info.dtype for key, info in tensors.items() if key.startswith(UNET)} - {"F64", "F32", "F16", "BF16"}
+    if coarse:
+        odd = ", ".join(sorted(coarse))
+        raise ModelError(f"The UNet of {name} is stored in {odd}, too coarse to train on; get its fp16, bf16 or fp32 edition.")
+
+
 KINDS = {
     "an adapter (LoRA)": r".*(lora_down|lora_up|lora_A|lora_B|hada_w1_a|lokr_w1|dora_scale)(\.weight)?|lora_(unet|te)_.*",
     "a ControlNet": r"control_model\..*|controlnet_.*|input_hint_block\..*",
     "Flux or a relative of it": r"(model\.diffusion_model\.)?double_blocks\..*",
-    "Stable Diffusion 3": r"(model\.diffusion_model\.)?joint_blocks\..*",
+    "the transformer of a Stable Diffusion 3": r"(model\.diffusion_model\.)?joint_blocks\..*",
     "a checkpoint with EMA weights only": r"model_ema\..*",
     "another kind of image model": r"model\.diffusion_model\..*",
     "a UNet alone": r"(input_blocks|output_blocks|down_blocks|up_blocks)\..*",
@@ -169,13 +200,19 @@ def _sd2_prediction(path: Path, tensors: Tensors) -> str | None:
 
 
 def _notes(path: Path, header: Header) -> tuple[str, ...]:
+    notes = []
+    if any(name.startswith(SD3_T5) for name in header.tensors):
+        notes.append(
+            f"The T5 in {path.name} is left out, since a single file has no vocabulary for it; captions are read with CLIP alone. "
+            "With the model as a diffusers folder T5 is used."
+        )
     distilled = DISTILLED.search(path.stem) or DISTILLED.search(header.metadata.get("modelspec.title", ""))
-    if not distilled:
-        return ()
-    return (
-        f"{path.name} calls itself {distilled[0]}: a model distilled to few steps. Training loosens that; "
-        "an adapter trained on the ordinary model of the family works on it better.",
-    )
+    if distilled:
+        notes.append(
+            f"{path.name} calls itself {distilled[0]}: a model distilled to few steps. Training loosens that; "
+            "an adapter trained on the ordinary model of the family works on it better."
+        )
+    return tuple(notes)
 
 
 # --- What the shapes say -------------------------------------------------------------------------------------------------------
@@ -205,6 +242,24 @@ def unet_config(tensors: Tensors, template: dict[str, Any]) -> dict[str, Any]:
     if "projection_class_embeddings_input_dim" in template:
         config["projection_class_embeddings_input_dim"] = tensors["label_emb.0.0.weight"].shape[1]
     return config
+
+
+def transformer_config(tensors: Tensors, template: dict[str, Any]) -> dict[str, Any]:
+    """Depth and widths of an MMDiT with the names of its makers (Esser et al. 2024). Raises KeyError for one that lacks blocks."""
+    patches, context = tensors["x_embedder.proj.weight"].shape, tensors["context_embedder.weight"].shape
+    second = sorted({int(name.split(".")[1]) for name in tensors if ".x_block.attn2.qkv.weight" in name})
+    config = template | {
+        "in_channels": patches[1],
+        "out_channels": tensors["final_layer.linear.weight"].shape[0] // patches[2] ** 2,
+        "patch_size": patches[2],
+        "num_layers": 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("joint_blocks.")),
+        "num_attention_heads": patches[0] // HEAD,
+        "joint_attention_dim": context[1],
+        "caption_projection_dim": context[0],
+        "pooled_projection_dim": tensors["y_embedder.mlp.0.weight"].shape[1],
+        "pos_embed_max_size": math.isqrt(tensors["pos_embed"].shape[1]),
+    }
+    return config | ({"dual_attention_layers": second} if second else {})
 
 
 def transformer_depth(tensors: Tensors, place: str) -> int:
@@ -292,6 +347,28 @@ OPEN_CLIP_NAMES = {
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
     "ln_final": "text_model.final_layer_norm",
 }
+
+
+def unet_tensors(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    return {unet_name(name, config["layers_per_block"]): info for name, info in tensors.items()}
+
+
+def transformer_tensors(tensors: Tensors) -> dict[str, TensorInfo]:
+    """Those of an MMDiT with its projections under diffusers' names; query, key and value are one tensor, which counts as three."""
+    renamed = {}
+    for name, info in tensors.items():
+        match = re.fullmatch(r"joint_blocks\.(\d+)\.(x|context)_block\.(attn2?)\.(qkv|proj)\.(weight|bias)", name)
+        if not match:
+            renamed[name] = info
+            continue
+        layer, stream, attention, projection, kind = match.groups()
+        place = f"transformer_blocks.{layer}.{attention}"
+        if projection == "proj":
+            renamed[f"{place}.{'to_out.0' if stream == 'x' else 'to_add_out'}.{kind}"] = info
+        else:
+            part = TensorInfo(info.dtype, (info.shape[0] // 3, *info.shape[1:]))
+            renamed |= {f"{place}.{f'to_{x}' if stream == 'x' else f'add_{x}_proj'}.{kind}": part for x in "qkv"}
+    return renamed
 
 
 def unet_name(name: str, layers: int) -> str:

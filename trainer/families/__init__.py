@@ -104,7 +104,8 @@ def load_base(base: Base, dtype: torch.dtype, caption_tokens: int = 75, report: 
     pipe.set_progress_bar_config(disable=True)
     for part, stored in files.tensors.items():
         module = getattr(pipe, part)
-        _check_complete(files.weights[part][0], part, module, set(stored))
+        # A single file has other names; what it lacks is known by its place being empty still.
+        _check_complete(files.weights[part][0], part, module, None if files.template or part == "vae" else set(stored))
         module.requires_grad_(False).eval()
     for part in files.tokenizers:
         if (words := len(getattr(pipe, part))) < 300:
@@ -186,17 +187,16 @@ def _settle_schedule(pipe: Any, base: Base, name: str) -> None:
         pipe.scheduler = DDIMScheduler.from_config(config, **changes)
 
 
-def _check_complete(weights: Path, part: str, module: nn.Module, stored: set[str]) -> None:
+def _check_complete(weights: Path, part: str, module: nn.Module, stored: set[str] | None) -> None:
     """Loaders fill what a file lacks with random numbers, or leave it out, and say so only in a log."""
     place = f"The {part} in {weights.name}"
-    stored = {name.removeprefix("text_model.") for name in stored}
     state = module.state_dict()
-    held = {tensor.data_ptr() for name, tensor in state.items() if name.removeprefix("text_model.") in stored}  # T5 has one twice
-    missing = [
-        name
-        for name, tensor in state.items()
-        if tensor.is_meta or (part != "vae" and tensor.data_ptr() not in held and not name.endswith("position_ids"))
-    ]
+    missing = [name for name, tensor in state.items() if tensor.is_meta]
+    if stored is not None:
+        stored = {name.removeprefix("text_model.") for name in stored}
+        held = {tensor.data_ptr() for name, tensor in state.items() if name.removeprefix("text_model.") in stored}  # T5 has one twice
+        unheld = (name for name, tensor in state.items() if tensor.data_ptr() not in held and not name.endswith("position_ids"))
+        missing = list(dict.fromkeys([*missing, *unheld]))
     if missing:
         raise ModelError(
             f"{place} lacks {len(missing)} of {len(state)} tensors (such as {missing[0]}); the file is incomplete. Download it again."
