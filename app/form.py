@@ -70,7 +70,7 @@ def widget(path: str, **look: Any) -> gr.components.Component:
 
 
 def to_widget(value: Any) -> Any:
-    return "\n".join(value) if isinstance(value, tuple) else value
+    return "\n".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def to_widgets(changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A cure is a change of fields by dotted path, which one click makes.
 import os
 import re
 import shutil
+from pathlib import Path
 from typing import Any
 
 from app import datasets, device, form, runs, views
@@ -52,10 +53,13 @@ def _seconds_per_step(run: RunConfig) -> tuple[float, bool]:
 
 def _line(run: RunConfig, items: list, seconds: float, is_measured: bool) -> dict:
     training = run.training
-    steps = estimate.steps_for(run, sum(item.repeats for item in items))
+    repeated = dataset.override_repeats(items, Path(run.dataset.folder), run.dataset.repeats)
+    steps = estimate.steps_for(run, sum(item.repeats for item in repeated))
     batch = training.batch_size * training.gradient_accumulation_steps
     held_out = estimate.held_out_count(run, len(items))
     views_text = "" if training.steps else f" × {training.views_per_picture} views"
+    if run.dataset.resolutions:
+        views_text += f" × {1 + len(run.dataset.resolutions)} resolutions"
     batch_text = f" in batches of {batch}" if batch > 1 else ""
     took = views.duration(seconds * steps)
     facts = [f"learning rate {training.learning_rate or training.text_encoder_learning_rate:g}"]

@@ -8,6 +8,7 @@ from PIL import Image
 from trainer import cache, prepare
 from trainer.buckets import choose_crop
 from trainer.events import EventLog
+from trainer.variants import Look
 
 
 def entries(outputs):
@@ -27,7 +28,7 @@ def test_a_second_start_makes_nothing_anew(tiny_run, outputs, monkeypatch):
     second = prepared(tiny_run(), outputs / "b")
     assert entries(outputs) == before
     assert all(
-        torch.equal(a.mean, b.mean) and torch.equal(a.conditioning["prompt_embeds"], b.conditioning["prompt_embeds"])
+        torch.equal(a.mean, b.mean) and torch.equal(first.texts[a.caption]["prompt_embeds"], second.texts[b.caption]["prompt_embeds"])
         for a, b in zip(first.examples, second.examples, strict=True)
     )
 
@@ -57,14 +58,14 @@ def test_a_damaged_entry_is_made_anew(tiny_run, outputs):
 
 
 def test_another_base_has_other_entries():
-    crop = choose_crop(16, 16, 16, 8)
+    crop = Look(choose_crop(16, 16, 16, 8)).facts
     assert len({cache.latents_key("a", crop, "v1"), cache.latents_key("a", crop, "v2"), cache.latents_key("b", crop, "v1")}) == 3
     assert cache.conditioning_key("a", "e1") != cache.conditioning_key("a", "e2")
 
 
 def test_pixels_are_the_picture_in_minus_one_to_one(tmp_path):
     Image.new("RGB", (16, 8), (255, 0, 127)).save(tmp_path / "a.png")
-    pixels = cache.to_pixels(tmp_path / "a.png", choose_crop(16, 8, 16, 8))
+    pixels = cache.to_pixels(tmp_path / "a.png", Look(choose_crop(16, 8, 16, 8)))
     assert pixels.shape == (1, 3, 8, 16) and torch.allclose(pixels[0, :, 0, 0], torch.tensor([1.0, -1.0, 127 / 127.5 - 1]))
 
 

@@ -195,7 +195,7 @@ def test_sdxl_is_told_the_crop_that_was_made(session_of, tmp_path):
     session = session_of(
         "sdxl", **{"dataset.folder": str(tmp_path), "dataset.resolution": 24, "dataset.max_aspect": 1.0, "dataset.allow_upscale": True}
     )
-    assert [e.size_ids for e in session.examples] == [(24, 16, 6, 0, 24, 24), (24, 48, 0, 12, 24, 24)]
+    assert [e.views[0].size_ids for e in session.examples] == [(24, 16, 6, 0, 24, 24), (24, 48, 0, 12, 24, 24)]
     seen = []
     session.base.denoiser.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["added_cond_kwargs"]), with_kwargs=True)
     step.microbatch_loss(session, session.buckets, 0)

@@ -298,19 +298,13 @@ def test_every_option_reaches_the_loss_of_a_step_and_none_moves_the_draws_of_ano
 def test_a_perturbed_input_is_still_asked_for_its_noise(tiny_run):
     from trainer.families.base import Batch
 
-    session, seen = prepared(tiny_run), []
-
-    class Family:
-        def predict(self, denoiser, noised, batch):
-            seen.append(noised)
-            return noised.target
-
-    session.base = type("Base", (), {"family": Family(), "denoiser": None})()
-    latents, noise, other = torch.randn(3, 2, 4, 4, 4)
+    session = prepared(tiny_run)
+    session.run = config.replace(session.run, {"objective.input_perturbation": 0.1})
+    latents, noise, other = torch.randn(3, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([100, 900])
-    assert step._losses(session, Batch(latents, {}, torch.zeros(2, 6)), noise, timesteps, other).sum() == 0
-    torch.testing.assert_close(seen[0].target, noise)
-    torch.testing.assert_close(seen[0].noisy_latents, session.objective.noised(latents, other, timesteps).noisy_latents)
+    seen = step._noised(session, Batch(latents, {}, torch.zeros(2, 6)), noise, timesteps, other)
+    torch.testing.assert_close(seen.target, noise)
+    torch.testing.assert_close(seen.noisy_latents, session.objective.noised(latents, other, timesteps).noisy_latents)
 
 
 # Timesteps

@@ -48,13 +48,17 @@ def build_parser() -> argparse.ArgumentParser:
         description="Trains an adapter from a run.toml or a preset.",
         epilog=_settings_help(),
     )
-    train.add_argument("recipe", metavar="RUN.toml|PRESET", help=f"a file, or one of: {', '.join(presets.load_presets())}")
-    train.add_argument("--dataset", type=Path, metavar="DIR", help="folder with pictures and captions")
+    _add_recipe(train)
     train.add_argument("--name", help="name of the adapter")
-    train.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="any setting below, as often as wanted"
-    )
     train.set_defaults(command=train_command)
+
+    classes = commands.add_parser(
+        "class-pictures",
+        help="make the class pictures of a recipe ahead of its training",
+        description="Fills dataset.regularisation_folder with dataset.class_pictures pictures of dataset.class_words, made by the base.",
+    )
+    _add_recipe(classes)
+    classes.set_defaults(command=class_pictures_command, name=None)
 
     resume = commands.add_parser("resume", help="start or continue the run in a folder")
     resume.add_argument("folder", type=Path, metavar="RUN_DIR")
@@ -126,6 +130,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RUN.toml|PRESET", help=f"a file, or one of: {', '.join(presets.load_presets())}")
+    parser.add_argument("--dataset", type=Path, metavar="DIR", help="folder with pictures and captions")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="any setting of `train --help`, as often as wanted"
+    )
+
+
 def _settings_help() -> str:
     lines = ["settings for --set (their defaults are those of the recipe):"]
     for path, field in config.fields():
@@ -135,7 +147,7 @@ def _settings_help() -> str:
     return "\n".join(lines).replace("%", "%%")
 
 
-def train_command(options: argparse.Namespace) -> int:
+def _read_recipe(options: argparse.Namespace) -> config.RunConfig:
     path = Path(options.recipe)
     run = config.load(path) if path.suffix == ".toml" or path.is_file() else presets.load_preset(options.recipe).config
     changes = dict(config.parse_setting(text) for text in options.settings)
@@ -143,7 +155,11 @@ def train_command(options: argparse.Namespace) -> int:
         changes["dataset.folder"] = str(options.dataset.resolve())
     if options.name:
         changes["name"] = options.name
-    run = config.replace(run, changes)
+    return config.replace(run, changes)
+
+
+def train_command(options: argparse.Namespace) -> int:
+    run = _read_recipe(options)
     if not run.dataset.folder:
         raise ConfigError("Which pictures? Give --dataset DIR, or dataset.folder in the file.")
     return run_in(run_folder.create(_with_whole_paths(run)))
@@ -152,7 +168,10 @@ def train_command(options: argparse.Namespace) -> int:
 def _with_whole_paths(run: config.RunConfig) -> config.RunConfig:
     """A run must be found again from any working directory."""
     paths = {path: config.get(run, path) for path in ("dataset.folder", "base.model", "base.vae")}
-    return config.replace(run, {path: str(Path(value).resolve()) for path, value in paths.items() if value and Path(value).exists()})
+    changes = {path: str(Path(value).resolve()) for path, value in paths.items() if value and Path(value).exists()}
+    if run.dataset.regularisation_folder:  # need not be there yet
+        changes["dataset.regularisation_folder"] = str(Path(run.dataset.regularisation_folder).resolve())
+    return config.replace(run, changes)
 
 
 def run_in(folder: Path) -> int:
@@ -233,6 +252,24 @@ def cache_command(options: argparse.Namespace) -> int:
     print(f"{storage.cache_folder()} holds {storage.size() / 1e6:,.1f} MB; the limit is {storage.limit() / 1e9:g} GB ($ATELIER_CACHE_GB).")
     if options.clear:
         print(f"{storage.clear() / 1e6:,.1f} MB were freed; what is needed again is made anew.")
+    return 0
+
+
+def class_pictures_command(options: argparse.Namespace) -> int:
+    run = _read_recipe(options)
+    if not run.dataset.class_pictures:
+        raise ConfigError(
+            "How many, of what, and where to? Set dataset.class_pictures, dataset.class_words and dataset.regularisation_folder."
+        )
+    from trainer import class_pictures, libraries
+    from trainer.device import DTYPES, choose_device, choose_precision
+    from trainer.families import load_base
+
+    libraries.settle()
+    device = choose_device()
+    base = load_base(run.base, DTYPES[choose_precision(run.base.precision, device)])
+    made = class_pictures.fill(run, base, device, lambda event: print(f"class picture {event.done + 1} of {event.total}", flush=True))
+    print(f"{made} made in {run.dataset.regularisation_folder}")
     return 0
 
 

@@ -7,6 +7,7 @@ arXiv:2402.09353); LoHa and LoKr are Hadamard and Kronecker products (Yeh et al.
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -202,6 +203,20 @@ def cap_norms(components: Iterable[nn.Module], limit: float) -> int:
 def starts(component: nn.Module) -> dict[str, Tensor]:
     """What is taken off of adapters that do not start at zero. Kept with the state: decompositions differ between machines."""
     return {name: buffer for name, buffer in component.named_buffers() if name.endswith((".start_down", ".start_up"))}
+
+
+@contextmanager
+def switched_off(components: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, the components are those of the base alone."""
+    layers = [layer for component in components for layer in component.modules() if isinstance(layer, BaseTunerLayer)]
+    # PEFT's own switch also takes the gradients from the adapter's parameters, and gives them back to all.
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def adapted_modules(components: dict[str, nn.Module], adapter: str = ADAPTER) -> Iterator[AdaptedModule]:

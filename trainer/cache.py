@@ -7,7 +7,6 @@ cache costs time only. A damaged entry is a miss.
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from trainer.buckets import Crop, apply_crop
 from trainer.files import atomic_write
 from trainer.pictures import open_picture
 from trainer.storage import cache_folder, touch
+from trainer.variants import Look, apply_look
 
 VERSION = 1  # part of every key: raise it when the making of an entry changes
 
@@ -39,8 +38,12 @@ def legacy_model_hash(path: Path) -> str:
         return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
 
 
-def latents_key(picture_sha256: str, crop: Crop, vae_hash: str) -> str:
-    return _key("latents", picture_sha256, asdict(crop), vae_hash)
+def latents_key(picture_sha256: str, look: dict[str, Any], vae_hash: str) -> str:
+    return _key("latents", picture_sha256, look, vae_hash)
+
+
+def mask_key(kind: str, sha256: str, look: dict[str, Any]) -> str:
+    return _key(kind, sha256, look)
 
 
 def conditioning_key(caption: str, encoder_hash: str) -> str:
@@ -65,10 +68,10 @@ def cached(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]
     return entry
 
 
-def to_pixels(path: Path, crop: Crop) -> Tensor:
+def to_pixels(path: Path, look: Look) -> Tensor:
     """The picture as the VAE sees it: [1, 3, H, W] in -1..1, float32."""
     image, _ = open_picture(path)
-    array = np.asarray(apply_crop(image, crop), dtype=np.float32)
+    array = np.asarray(apply_look(image, look), dtype=np.float32)
     return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1).unsqueeze(0)
 
 

@@ -80,11 +80,11 @@ def caption_candidates(picture: Path) -> list[Path]:
     return [picture.with_name(name) for name in names]
 
 
-def caption_of(picture: Path, folder: Path, metadata: "Metadata") -> tuple[str, list[Finding]]:
+def caption_of(picture: Path, folder: Path, metadata: "Metadata", separate_lines: bool = False) -> tuple[str, list[Finding]]:
     candidates = [path for path in caption_candidates(picture) if os.path.lexists(path)]
     present = list({path.name.lower(): path for path in reversed(candidates)}.values())[::-1]  # x.txt may be x.TXT
     if not present:
-        text, notes = clean_caption(metadata.caption_of(picture))
+        text, notes = clean_caption(metadata.caption_of(picture), separate_lines=separate_lines)
         return text, [
             Finding(relative(picture, folder), "note", f"Its caption in {METADATA_NAME} {note}.", "odd-caption") for note in notes
         ]
@@ -94,7 +94,7 @@ def caption_of(picture: Path, folder: Path, metadata: "Metadata") -> tuple[str, 
         findings.append(Finding(relative(ignored, folder), "note", message, "several-captions"))
     path = present[0]
     try:
-        text, notes = clean_caption(*decode_text(_read_regular(path, MAX_CAPTION_BYTES)))
+        text, notes = clean_caption(*decode_text(_read_regular(path, MAX_CAPTION_BYTES)), separate_lines)
         findings += [Finding(relative(path, folder), "note", f"The caption {note}.", "odd-caption") for note in notes]
     except DatasetError as error:
         findings.append(Finding(relative(path, folder), "warning", f"The caption {error}; it was not read.", "unread-caption"))
@@ -177,9 +177,16 @@ _ESCAPE_SEQUENCE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1
 _INVISIBLE = re.compile("[\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")  # not the joiners U+200C and U+200D
 
 
-def clean_caption(text: str, notes: list[str] | None = None) -> tuple[str, list[str]]:
-    """`text` as one line of visible characters, and `notes` with what was removed. See `read_caption`."""
+def clean_caption(text: str, notes: list[str] | None = None, separate_lines: bool = False) -> tuple[str, list[str]]:
+    """`text` as one line of visible characters, and `notes` with what was removed. See `read_caption`.
+
+    With `separate_lines` each line is cleaned by itself.
+    """
     notes = list(notes or [])
+    if separate_lines:
+        cleaned = [clean_caption(line) for line in text.splitlines()]
+        notes += dict.fromkeys(note for _, found in cleaned for note in found)
+        return "\n".join(line for line, _ in cleaned if line), notes
     lines = _INVISIBLE.sub("", text).replace("\t", " ").splitlines()
     joined = ""
     for line in filter(None, map(str.strip, lines)):

@@ -43,6 +43,22 @@ def optimizer_arguments(lines: Iterable[str]) -> dict[str, Any]:
     return found
 
 
+def folder_repeats(lines: Iterable[str]) -> dict[str, int]:
+    """("closeups = 3",) -> {"closeups": 3}."""
+    found = {}
+    for line in lines:
+        name, equals, count = (part.strip() for part in line.rpartition("="))
+        if not equals or not name or not re.fullmatch(r"[1-9]\d{0,2}", count):
+            raise ValueError(f"{line!r} is not of the form folder = number, such as closeups = 3")
+        found[name.strip("/") or "."] = int(count)
+    return found
+
+
+def _checked_repeats(line: str) -> str:
+    folder_repeats([line])
+    return line
+
+
 def _checked_argument(line: str) -> str:
     optimizer_arguments([line])
     return line
@@ -128,10 +144,42 @@ class Dataset(Section):
     """Which part is kept where the shape of a picture fits no bucket: its middle, what stands out in it, or all of it, squeezed a little. A crop moved by hand on the Dataset tab comes before this."""
     caption_tokens: Literal[75, 150, 225] = 75
     """How much of a caption is read, in tokens (about 50, 100 or 150 words). Above 75 it is encoded in pieces of 75 set side by side, as A1111 does with long prompts; each takes memory and time."""
+    resolutions: Annotated[tuple[Annotated[int, Field(ge=16, le=4096, multiple_of=8)], ...], Field(max_length=8)] = ()
+    """Further resolutions, one a line. Each picture is then trained at every one of them, so a run takes that many times as many steps."""
+    repeats: Annotated[tuple[Annotated[str, Field(max_length=200), AfterValidator(_checked_repeats)], ...], Field(max_length=100)] = ()
+    """Folders within the dataset and how often each of their pictures counts, one a line, such as closeups = 3; a dot stands for the dataset itself. A folder named 10_cat says so by its name."""
+    flip: bool = False
+    """Also train on every picture mirrored. Off, because it teaches that left and right are the same: a parting, a logo or a scar changes sides, and writing turns unreadable."""
+    random_crop: bool = False
+    """Cut each picture at other places too, where its shape leaves room. Off, because a cut in the middle seldom loses the subject, and its caption may name what a random one leaves out."""
+    colour_jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Change brightness, contrast and saturation of each picture by up to this share. Off, because the adapter learns the changed colours too: skin, brands and styles drift."""
+    variants: Annotated[int, Field(ge=2, le=64)] = 8
+    """With random_crop or colour_jitter: how many versions of each picture are prepared, one of them the plain one. Each step sees one of them."""
+    shuffle_tags: bool = False
+    """Put the tags of a caption, parted by commas, in another order each time, so that none counts more for standing first. For captions of tags, not of sentences."""
+    keep_tags: Annotated[int, Field(ge=0, le=100)] = 1
+    """How many tags at the start stay where they are, the trigger word among them."""
+    tag_dropout: Share = 0.0
+    """Share of the other tags left out each time, so that no tag is leaned on."""
+    caption_wildcards: bool = False
+    """Read {red|blue} in a caption as one of these, and its lines as several captions, one of which is chosen each time."""
     caption_dropout: Share = 0.05
     """Share of training steps that see no caption. A little keeps guidance working; much weakens the trigger."""
     hold_out: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     """Share of the pictures kept out of training to measure whether the adapter learns or memorises. With fewer than 10 pictures none is kept out and the training pictures are measured instead."""
+    masked_loss: Literal["off", "mask", "alpha"] = "off"
+    """Learn only from a part of each picture: what is white in its mask (name.mask.png beside it or masks/name.png), or what is not transparent. A picture without a mask counts in full."""
+    mask_outside: Share = 0.0
+    """How much the rest counts, from 0 not at all to 1 as much. A little keeps surroundings sensible."""
+    class_words: str = ""
+    """What the subject is in ordinary words, such as a dog. Class pictures are made from them, and they take the trigger's place where the prior is preserved."""
+    regularisation_folder: str = ""
+    """Folder with class pictures: others of the same kind as the subject. One is trained beside each picture, so that the adapter does not turn the whole kind into the subject (Ruiz et al. 2022, arXiv:2208.12242). Takes twice the time."""
+    class_pictures: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """As many class pictures are made with the base from the class words where the folder holds fewer. 0 takes those that are there."""
+    prior_loss_weight: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """How much the class pictures count against the training pictures."""
 
 
 class Adapter(Section):
@@ -258,6 +306,8 @@ class Objective(Section):
     """Draw the strength of the noise offset for each picture, from none to the one above."""
     pyramid_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Adds noise of coarser and coarser grain, each weaker by this factor, for darker and brighter pictures and freer compositions (Whitaker 2023, multi-resolution noise). 0.1 to 0.4; 0 switches it off."""
+    prior_preservation: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Keeps what the base does without the trigger word: each step also compares the adapter with the base alone on the same caption, with the class words in the trigger's place. Needs no class pictures; takes two to three times the time. 1 is a start; 0 switches it off."""
     input_perturbation: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Adds a little noise that is not to be predicted, so that the adapter forgives its own errors while sampling (Ning et al. 2023, arXiv:2301.11706). 0.1; 0 switches it off."""
 
@@ -356,9 +406,18 @@ class RunConfig(Section):
             )
         if self.saving.dialects == ("peft",):
             raise ValueError("saving.dialects is peft alone, a folder; add kohya or diffusers, the file that the page shows and hands out")
-        if self.dataset.bucket_step > self.dataset.resolution:
+        if self.dataset.random_crop and self.dataset.crop == "none":
+            raise ValueError("dataset.random_crop cuts where dataset.crop = none keeps the whole picture; choose one of them")
+        if self.objective.prior_preservation and not self.dataset.trigger:
+            raise ValueError("objective.prior_preservation compares captions with and without the trigger word; set dataset.trigger")
+        if self.dataset.class_pictures and not (self.dataset.regularisation_folder and self.dataset.class_words):
             raise ValueError(
-                f"dataset.bucket_step ({self.dataset.bucket_step}) is larger than dataset.resolution ({self.dataset.resolution}); make it smaller"
+                "dataset.class_pictures needs dataset.regularisation_folder to put them in and dataset.class_words to make them from"
+            )
+        smallest = min(self.dataset.resolution, *self.dataset.resolutions, 4096)
+        if self.dataset.bucket_step > smallest:
+            raise ValueError(
+                f"dataset.bucket_step ({self.dataset.bucket_step}) is larger than dataset.resolution ({smallest}); make it smaller"
             )
         for problem in _unfit(self.adapter):
             raise ValueError(problem)
@@ -494,5 +553,8 @@ def to_toml(config: RunConfig) -> str:
 
 def fingerprint(config: RunConfig) -> str:
     """Sha256 of everything that alters the numbers: the same for two runs that must give the same adapter."""
-    data = config.model_dump(mode="json", exclude={"name": True, "preset": True, "sampling": True, "saving": True, "dataset": {"folder"}})
+    data = config.model_dump(
+        mode="json",
+        exclude={"name": True, "preset": True, "sampling": True, "saving": True, "dataset": {"folder", "regularisation_folder"}},
+    )
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

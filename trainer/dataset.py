@@ -13,6 +13,7 @@ from pathlib import Path
 from . import config, crops, doctor, tokens
 from .buckets import Crop, choose_crop, whole_picture
 from .captions import METADATA_NAME, Metadata, caption_candidates, caption_of, relative, stem_of, suffix_of
+from .config import folder_repeats
 from .errors import DatasetError
 from .findings import OWN_FOLDER, Finding, Level
 from .inspection import inspect_all
@@ -56,6 +57,7 @@ def scan_dataset(
     *,
     resolution: int = 512,
     trigger: str = "",
+    separate_lines: bool = False,
     tokenizer: Path | None = None,
     caption_tokens: int = tokens.LIMIT,
     progress: Callable[[int, int], None] | None = None,
@@ -63,8 +65,9 @@ def scan_dataset(
     """Every usable picture under `folder`, by relative path in code-point order, and what was found on the way.
 
     Each picture is decoded in full, once for each content. `resolution` only decides what counts as small. A caption
-    without the word `trigger` gets it in front, in the item, not in the file. Captions are measured with the
-    `tokenizer` folder of the base, without one roughly; longer than `caption_tokens` is too long. `progress(done, total)` counts pictures.
+    without the word `trigger` gets it in front, in the item, not in the file. With `separate_lines` the lines of a caption
+    stay lines. Captions are measured with the `tokenizer` folder of the base, without one roughly; longer than
+    `caption_tokens` is too long. `progress(done, total)` counts pictures.
     Raises `DatasetError` when there is no folder or no usable picture.
     """
     folder = Path(folder)
@@ -84,7 +87,7 @@ def scan_dataset(
             findings.append(Finding(file, "error", f"{shown(path.name)}{facts.error} It was left out.", "unreadable"))
             continue
         findings += doctor.about_picture(file, path.name, facts, resolution)
-        caption, about_caption = caption_of(path, folder, metadata)
+        caption, about_caption = caption_of(path, folder, metadata, separate_lines)
         findings += about_caption
         items.append(
             DatasetItem(
@@ -105,7 +108,16 @@ def scan_dataset(
     findings += doctor.about_captions(captions, trigger, tokens.counter(tokenizer), caption_tokens) + _about_repeats(folder, pictures)
     if not items:
         raise DatasetError(_nothing_usable(folder, findings))
-    return [replace(item, caption=_with_trigger(item.caption, trigger)) for item in items], findings
+    return [replace(item, caption=with_trigger(item.caption, trigger)) for item in items], findings
+
+
+def override_repeats(items: list[DatasetItem], folder: Path, lines: Iterable[str]) -> list[DatasetItem]:
+    """The items with the repeats that `dataset.repeats` gives their folders. Raises DatasetError for a folder without pictures."""
+    chosen = folder_repeats(lines)
+    folders = [item.path.parent.relative_to(folder).as_posix() for item in items]
+    if missing := [name for name in chosen if name not in folders]:
+        raise DatasetError(f"dataset.repeats: there is no folder {shown(missing[0])} with pictures in {shown(folder)}.")
+    return [replace(item, repeats=chosen.get(name, item.repeats)) for item, name in zip(items, folders, strict=True)]
 
 
 def crop_of(item: DatasetItem, settings: config.Dataset) -> Crop:
@@ -276,7 +288,7 @@ def _nothing_usable(folder: Path, findings: list[Finding]) -> str:
     return f"{shown(folder)} holds no usable picture. {listed}{more}."
 
 
-def _with_trigger(caption: str, trigger: str) -> str:
+def with_trigger(caption: str, trigger: str) -> str:
     if not trigger or doctor.has_word(caption, trigger):
         return caption
     return f"{trigger}, {caption}" if caption else trigger

@@ -34,7 +34,7 @@ def total_steps(run: RunConfig, views: int) -> int:
 
 def steps_for(run: RunConfig, pictures: int) -> int:
     """Optimiser steps for a dataset of so many pictures, those held out not counted."""
-    return total_steps(run, pictures - held_out_count(run, pictures))
+    return total_steps(run, (pictures - held_out_count(run, pictures)) * (1 + len(run.dataset.resolutions)))
 
 
 def save_steps(total: int, saves: int) -> list[int]:

@@ -80,6 +80,21 @@ def open_picture(path: Path, background: tuple[int, int, int] = (255, 255, 255))
     return decode_picture(read_picture(path), path, background)
 
 
+def open_alpha(path: Path) -> Image.Image:
+    """How much of each place of the picture shows: upright, 8-bit grey, 255 where it is opaque. Raises `DatasetError`."""
+    with _sentences(path):
+        image = _open(io.BytesIO(read_picture(path)))
+        _refuse_bombs(image)
+        image.load()
+        if image.mode.startswith("I;16"):
+            alpha = _eight_bit_grey(image)[1]
+        else:
+            alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        alpha = Image.new("L", image.size, 255) if alpha is None else alpha
+        orientation = _orientation(image)
+        return alpha.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT and image.format != "TIFF" else alpha
+
+
 def picture_size(path: Path) -> tuple[int, int]:
     """Upright (width, height) in pixels, from the header only: a file that passes may still be damaged further on.
 

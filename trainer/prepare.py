@@ -1,56 +1,32 @@
 """Everything before the first step: settings and pictures in, a `Session` out."""
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from trainer import adapters, cache, config, estimate
+from trainer import adapters, cache, class_pictures, config, estimate
 from trainer.attention import choose_attention, use_attention
 from trainer.base_model import DENOISERS
-from trainer.batches import generator_for
-from trainer.buckets import Crop
 from trainer.config import RunConfig
-from trainer.dataset import DatasetItem, crop_of, scan_dataset
+from trainer.dataset import DatasetItem, override_repeats, scan_dataset
 from trainer.device import DTYPES, choose_device, choose_precision
-from trainer.errors import ConfigError, DatasetError
-from trainer.events import Event, EventLog, Progress, Warned
+from trainer.errors import ConfigError
+from trainer.events import EventLog, Progress, Warned
+from trainer.examples import Example, encode_texts, hold_out, make_examples, throttled
 from trainer.families import LoadedBase, load_base
-from trainer.families.base import PLAIN_READING, Conditioning, SizeIds, pixel_step
+from trainer.families.base import PLAIN_READING, Conditioning, pixel_step
 from trainer.files import check_room
 from trainer.memory import Ladder, set_tiling
 from trainer.objective import Objective
 from trainer.optimizers import build_optimizer, try_optimizer, warmup_steps
 from trainer.quantization import quantize
 from trainer.targets import check_names
-
-MEASURED_WITHOUT_HOLD_OUT = 8  # training pictures that are measured where too few are there to keep some out
-
-
-@dataclass(frozen=True)
-class Example:
-    """A picture ready for training."""
-
-    name: str
-    """Path relative to the dataset."""
-    caption: str
-    """With the trigger word."""
-    mean: Tensor
-    """Of its latents, [C, h, w], unscaled."""
-    std: Tensor
-    size_ids: SizeIds
-    conditioning: Conditioning | None
-    """None where the text encoders are trained: it is then encoded in every step."""
-    repeats: int
-    fingerprint: str
-    """Changes when the picture, its crop or its caption does."""
+from trainer.variants import caption_varies, without_trigger
 
 
 @dataclass
@@ -72,7 +48,10 @@ class Session:
     """Of the parameters, in their order."""
     examples: list[Example]
     held_out: list[Example]
-    no_caption: Conditioning | None
+    class_examples: list[Example]
+    """Others of the subject's kind, one beside each picture; empty where there are none."""
+    texts: dict[str, Conditioning] | None
+    """Of every caption that may occur, without a batch; None where the text encoders run in every step."""
     total_steps: int
     ladder: Ladder
 
@@ -89,11 +68,7 @@ class Session:
 
     @property
     def buckets(self) -> list[list[int]]:
-        """Indices of the examples of each shape, each as often as it is repeated."""
-        shapes: dict[tuple[int, ...], list[int]] = {}
-        for index, example in enumerate(self.examples):
-            shapes.setdefault(tuple(example.mean.shape), []).extend([index] * example.repeats)
-        return [shapes[shape] for shape in sorted(shapes)]
+        return shape_buckets(self.examples)
 
     def encode(self, captions: Sequence[str]) -> Conditioning:
         """With gradients where the caller has them on."""
@@ -104,7 +79,16 @@ class Session:
         return component in DENOISERS or step <= math.ceil(self.run.training.text_encoder_until * self.total_steps)
 
     def dataset_fingerprints(self) -> dict[str, str]:
-        return {example.name: example.fingerprint for example in [*self.examples, *self.held_out]}
+        own = {f"{e.name} at {e.resolution}": e.fingerprint for e in [*self.examples, *self.held_out]}
+        return own | {f"class picture {e.name} at {e.resolution}": e.fingerprint for e in self.class_examples}
+
+
+def shape_buckets(examples: Sequence[Example]) -> list[list[int]]:
+    """Indices of the examples of each shape, each as often as it is repeated."""
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for index, example in enumerate(examples):
+        shapes.setdefault(tuple(example.mean.shape), []).extend([index] * example.repeats)
+    return [shapes[shape] for shape in sorted(shapes)]
 
 
 def to_device(conditioning: Conditioning, device: torch.device) -> Conditioning:
@@ -115,18 +99,20 @@ def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None =
     """Loads, checks, caches and injects. Raises TrainerError in a sentence for whatever cannot work."""
     ladder = ladder or Ladder(run, log)
     log.append(Progress("loading"))
-    report = _throttled(log.append)
+    report, root = throttled(log.append), Path(run.dataset.folder)
     items, findings = scan_dataset(
-        Path(run.dataset.folder),
+        root,
         resolution=run.dataset.resolution,
         trigger=run.dataset.trigger,
         caption_tokens=run.dataset.caption_tokens,
+        separate_lines=run.dataset.caption_wildcards,
         progress=lambda done, total: report(Progress("loading", done, total)),
     )
     for finding in findings:
         if finding.level == "error":
             log.append(Warned(f"{finding.file} is left out: {finding.message}"))
     check_room(folder, estimate.disk_bytes(run), "the run")
+    items = override_repeats(items, root, run.dataset.repeats)
     device = choose_device()
     precision = choose_precision(run.base.precision, device)
     base = ladder.attempt("load", 0, lambda: load_base(run.base, DTYPES[precision], run.dataset.caption_tokens, report))
@@ -144,8 +130,10 @@ def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None =
     attention, why = choose_attention(device, DTYPES[precision])
     use_attention(base.denoiser, attention)
     ladder.catch_up("cache", 0)
-    examples, no_caption = ladder.attempt("cache", 0, lambda: _make_examples(run, base, items, device, log, "cache" in ladder.tiled))
-    examples, held_out = _hold_out(run, examples)
+    examples, class_examples, texts = ladder.attempt(
+        "cache", 0, lambda: _encode_all(run, base, items, device, log, "cache" in ladder.tiled)
+    )
+    examples, held_out = hold_out(run, examples)
     if run.base.quantization != "none":
         quantize(base.denoiser, run.base.quantization, DTYPES[precision], device)
         ladder.attempt("load", 0, lambda: base.denoiser.to(device))  # there the weights are rounded, before an adapter is put on them
@@ -169,60 +157,42 @@ def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None =
         average=EMAModel(parameters, decay=run.training.ema_decay) if run.training.ema_decay else None,
         examples=examples,
         held_out=held_out,
-        no_caption=no_caption,
+        class_examples=class_examples,
+        texts=texts,
         total_steps=total_steps,
         ladder=ladder,
     )
     return session
 
 
-def _make_examples(
+def _encode_all(
     run: RunConfig, base: LoadedBase, items: Sequence[DatasetItem], device: torch.device, log: EventLog, tiled: bool
-) -> tuple[list[Example], Conditioning | None]:
-    """Crops and encodes every picture and caption, or finds them in the cache. Also the empty caption."""
-    pipe, root = base.pipe, Path(run.dataset.folder)
-    vae_hash, encoder_hash = base_hashes(base)
-    frozen_text = not any(map(run.training.rate_of, base.family.trainable_text_encoders(pipe)))
+) -> tuple[list[Example], list[Example], dict[str, Conditioning] | None]:
+    """The pictures, the class pictures, and the conditioning of all texts where it does not change."""
+    pipe, (vae_hash, encoder_hash) = base.pipe, base_hashes(base)
     _warn_of_long_captions(base, items, log)
     text_encoders = base.family.text_encoders(pipe).values()
     for part in (pipe.vae, *text_encoders):
         part.to(device)
     set_tiling(pipe.vae, tiled)
     vae_hash += " tiled" if tiled else ""  # other latents than those of the whole picture, if only a little
-    report = _throttled(log.append)
-    examples = []
-    for done, item in enumerate(items):
-        report(Progress("caching", done, len(items)))
-        crop = crop_of(item, run.dataset)
-        key = cache.latents_key(item.sha256, crop, vae_hash)
-        latents = cache.cached(key, partial(_encode, pipe.vae, item.path, crop))
-        name = item.path.relative_to(root).as_posix()
-        if not all(torch.isfinite(tensor).all() for tensor in latents.values()):
-            log.append(
-                Warned(f"{name} is left out: the base turns it into numbers that are not finite. Save the picture anew, or leave it out.")
-            )
-            continue
-        conditioning = _conditioning(base, item.caption, encoder_hash) if frozen_text else None
-        mean, std, fingerprint = latents["mean"], latents["std"], f"{key}:{item.caption}"
-        examples.append(Example(name, item.caption, mean, std, size_ids(item, crop), conditioning, item.repeats, fingerprint))
-    log.append(Progress("caching", len(items), len(items)))
-    if not examples:
-        raise DatasetError("No picture of the dataset can be trained on; the warnings name each and say why.")
-    no_caption = _conditioning(base, "", encoder_hash) if frozen_text else None
+    class_items = class_pictures.collect(run, base, device, log)
+    examples = make_examples(run, base, items, Path(run.dataset.folder), vae_hash, log)
+    class_examples = []
+    if class_items:
+        class_examples = make_examples(
+            class_pictures.settings(run), base, class_items, Path(run.dataset.regularisation_folder), vae_hash, log
+        )
     pipe.vae.to("cpu")
-    if frozen_text:
-        for part in text_encoders:
-            part.to("cpu")
-    return examples, no_caption
-
-
-def _encode(vae: nn.Module, path: Path, crop: Crop) -> dict[str, Tensor]:
-    return cache.encode_picture(vae, cache.to_pixels(path, crop))
-
-
-def size_ids(item: DatasetItem, crop: Crop) -> SizeIds:
-    width, height = crop.bucket
-    return item.height, item.width, crop.top, crop.left, height, width
+    if caption_varies(run.dataset) or any(map(run.training.rate_of, base.family.trainable_text_encoders(pipe))):
+        return examples, class_examples, None
+    captions = ["", *(e.caption for e in [*examples, *class_examples])]
+    if run.objective.prior_preservation:
+        captions += [without_trigger(caption, run.dataset) for caption in captions]
+    texts = encode_texts(base, captions, encoder_hash)
+    for part in text_encoders:
+        part.to("cpu")
+    return examples, class_examples, texts
 
 
 def base_hashes(base: LoadedBase) -> tuple[str, str]:
@@ -239,14 +209,6 @@ def base_hashes(base: LoadedBase) -> tuple[str, str]:
     return " ".join(hashes[path] for path in files.weights["vae"]), " ".join([*index, *encoders, *reading])
 
 
-def _conditioning(base: LoadedBase, caption: str, encoder_hash: str) -> Conditioning:
-    @torch.no_grad()
-    def make() -> Conditioning:
-        return {name: tensor[0] for name, tensor in base.encode([caption]).items()}
-
-    return cache.cached(cache.conditioning_key(caption, encoder_hash), make)
-
-
 def _warn_of_long_captions(base: LoadedBase, items: Sequence[DatasetItem], log: EventLog) -> None:
     counts, limit = base.family.token_counts(base.pipe, [item.caption for item in items])
     limit *= base.reading.chunks
@@ -258,16 +220,6 @@ def _warn_of_long_captions(base: LoadedBase, items: Sequence[DatasetItem], log: 
                 "their ends are not seen. dataset.caption_tokens sets how many are."
             )
         )
-
-
-def _hold_out(run: RunConfig, examples: list[Example]) -> tuple[list[Example], list[Example]]:
-    """The pictures to train on, and those to measure with: kept out where there are enough, else some of the same."""
-    count = estimate.held_out_count(run, len(examples))
-    order = torch.randperm(len(examples), generator=generator_for(run.training.seed, "hold out")).tolist()
-    if count == 0:
-        return examples, [examples[i] for i in sorted(order[:MEASURED_WITHOUT_HOLD_OUT])]
-    kept = set(order[:count])
-    return [e for i, e in enumerate(examples) if i not in kept], [e for i, e in enumerate(examples) if i in kept]
 
 
 def _inject(run: RunConfig, base: LoadedBase) -> dict[str, nn.Module]:
@@ -299,15 +251,3 @@ def optimizer_for(run: RunConfig, components: dict[str, nn.Module], device: torc
         run = config.replace(run, {"training.optimizer": "adamw"})
     groups = [(list(adapters.trainable(module).values()), run.training.rate_of(name)) for name, module in components.items()]
     return build_optimizer(groups, run)
-
-
-def _throttled(append: Callable[[Event], Any], seconds: float = 0.5) -> Callable[[Event], None]:
-    last = 0.0
-
-    def report(event: Event) -> None:
-        nonlocal last
-        if time.monotonic() - last >= seconds:
-            last = time.monotonic()
-            append(event)
-
-    return report

@@ -1,15 +1,19 @@
 """One forward pass to a loss, for every family. All random draws come from (seed, position)."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from trainer import adapters
 from trainer.batches import batch_at, generator_for, seed_for
+from trainer.examples import Example, View
 from trainer.families.base import Batch, Conditioning
-from trainer.objective import offset_noise, picture_losses, pyramid_noise, sample_places
-from trainer.prepare import Example, Session
+from trainer.objective import Noised, offset_noise, picture_losses, pyramid_noise, sample_places
+from trainer.prepare import Session, shape_buckets
+from trainer.variants import vary_caption, without_trigger
 
 VALIDATION_TIMESTEPS = 8
 
@@ -33,29 +37,60 @@ def microbatch_loss(session: Session, buckets: Sequence[Sequence[int]], microbat
     """The loss of the microbatch with this number since the start of the training; a float32 scalar with gradients.
 
     Where memory is short it goes through the model in pieces: the share of one of them is returned, and the shares sum to the loss.
-    Pictures, noise, timesteps and dropped captions are those of the whole; only the adapter's own dropout is drawn anew for each piece.
+    Pictures, noise, timesteps and captions are those of the whole; only the adapter's own dropout is drawn anew for each piece.
     """
     training, seed = session.run.training, session.run.training.seed
     examples = [session.examples[i] for i in batch_at(buckets, training.batch_size, seed, microbatch)]
-    draws = generator_for(seed, "draws", microbatch)
-    latents = torch.stack([e.mean + e.std * torch.randn(e.mean.shape, generator=draws) for e in examples])
+    loss = _examples_loss(session, examples, "", microbatch, piece, pieces)
+    if session.class_examples:
+        chosen = batch_at(shape_buckets(session.class_examples), training.batch_size, seed_for(seed, "class"), microbatch)
+        of_class = _examples_loss(session, [session.class_examples[i] for i in chosen], "class ", microbatch, piece, pieces)
+        loss = loss + session.run.dataset.prior_loss_weight * of_class
+    return loss
+
+
+def _examples_loss(session: Session, examples: Sequence[Example], purpose: str, microbatch: int, piece: int, pieces: int) -> Tensor:
+    """`purpose` keeps the random draws of the pictures and of the class pictures apart."""
+    settings, seed = session.run.objective, session.run.training.seed
+    views, captions = zip(*(_seen(session, e, (purpose, microbatch, place)) for place, e in enumerate(examples)), strict=True)
+    draws = generator_for(seed, purpose + "draws", microbatch)
+    latents = torch.stack([view.mean + view.std * torch.randn(view.mean.shape, generator=draws) for view in views])
     noise = _noise(session, latents.shape, draws)
-    timesteps = timesteps_at(session, spread_places(len(examples), draws))
-    dropped = torch.rand(len(examples), generator=draws) < session.run.dataset.caption_dropout
-    perturbed = None
-    if strength := session.run.objective.input_perturbation:
-        perturbed = noise + strength * torch.randn(noise.shape, generator=draws)
+    timesteps = timesteps_at(session, spread_places(len(views), draws))
+    dropped = (torch.rand(len(views), generator=draws) < session.run.dataset.caption_dropout).tolist()
+    captions = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
+    perturbed = noise + settings.input_perturbation * torch.randn(noise.shape, generator=draws) if settings.input_perturbation else noise
     place = (microbatch, piece) if piece else (microbatch,)
-    torch.manual_seed(seed_for(seed, "dropout", *place))  # the adapter's dropout draws from the global generator
-    part = slice(piece * len(examples) // pieces, (piece + 1) * len(examples) // pieces)
-    share = len(examples[part]) / len(examples)
+    torch.manual_seed(seed_for(seed, purpose + "dropout", *place))  # the adapter's dropout draws from the global generator
+    part = slice(piece * len(views) // pieces, (piece + 1) * len(views) // pieces)
+    views, captions, share = views[part], captions[part], len(views[part]) / len(views)
     if not share:
         return torch.zeros((), requires_grad=True)  # more pieces than pictures
-    step = microbatch // training.gradient_accumulation_steps + 1
-    with torch.set_grad_enabled(session.learns("text_encoder", step)):
-        conditioning = _conditioning(session, examples[part], dropped[part].tolist())
-    batch = Batch(_scaled(session, latents[part]), conditioning, _size_ids(session, examples[part]))
-    return _losses(session, batch, noise[part], timesteps[part], None if perturbed is None else perturbed[part]).mean() * share
+    learns = session.learns("text_encoder", microbatch // session.run.training.gradient_accumulation_steps + 1)
+    batch = Batch(_scaled(session, latents[part]), _conditioning(session, captions, learns), _size_ids(session, views))
+    noised = _noised(session, batch, noise[part], timesteps[part], perturbed[part])
+    loss = _losses(session, batch, noised, _mask(session, views)).mean()
+    if settings.prior_preservation and not purpose:
+        loss = loss + settings.prior_preservation * _prior_loss(session, batch, noised, captions, learns)
+    return loss * share
+
+
+def _seen(session: Session, example: Example, place: tuple[object, ...]) -> tuple[View, str]:
+    """How a picture is seen this once: one of its views, one of its captions."""
+    draws = random.Random(seed_for(session.run.training.seed, "seen", *place))
+    view = example.views[draws.randrange(len(example.views))]
+    of_class = place[0] == "class "
+    return view, example.caption if of_class else vary_caption(example.wording, session.run.dataset, draws)
+
+
+def _prior_loss(session: Session, batch: Batch, noised: Noised, captions: Sequence[str], learns: bool) -> Tensor:
+    """How far the adapter moves what the base makes of the same noise and of captions without the trigger; both are of the same family."""
+    neutral, components = [without_trigger(caption, session.run.dataset) for caption in captions], session.components.values()
+    with torch.no_grad(), adapters.switched_off(components):
+        alone = replace(batch, conditioning=_conditioning(session, neutral, learns=False))
+        target = session.base.family.predict(session.base.denoiser, noised, alone)
+    ours = replace(batch, conditioning=_conditioning(session, neutral, learns))
+    return _losses(session, ours, replace(noised, target=target), None).mean()
 
 
 def _noise(session: Session, shape: torch.Size, draws: torch.Generator) -> Tensor:
@@ -64,15 +99,25 @@ def _noise(session: Session, shape: torch.Size, draws: torch.Generator) -> Tenso
     return offset_noise(noise, settings.noise_offset, draws, settings.noise_offset_random)
 
 
-def _conditioning(session: Session, examples: Sequence[Example], dropped: Sequence[bool]) -> Conditioning:
-    if session.no_caption is None:
-        return session.encode(["" if drop else e.caption for e, drop in zip(examples, dropped, strict=True)])
-    chosen = [session.no_caption if drop else e.conditioning for e, drop in zip(examples, dropped, strict=True)]
-    return {name: torch.stack([c[name] for c in chosen]).to(session.device) for name in session.no_caption}
+def _conditioning(session: Session, captions: Sequence[str], learns: bool = False) -> Conditioning:
+    """`learns`: with gradients for the text encoders that are trained."""
+    if session.texts is None:
+        with torch.set_grad_enabled(learns):
+            return session.encode(captions)
+    chosen = [session.texts[caption] for caption in captions]
+    return {name: torch.stack([c[name] for c in chosen]).to(session.device) for name in chosen[0]}
 
 
-def _size_ids(session: Session, examples: Sequence[Example]) -> Tensor:
-    return torch.tensor([e.size_ids for e in examples], dtype=torch.float32, device=session.device)
+def _size_ids(session: Session, views: Sequence[View]) -> Tensor:
+    return torch.tensor([view.size_ids for view in views], dtype=torch.float32, device=session.device)
+
+
+def _mask(session: Session, views: Sequence[View]) -> Tensor | None:
+    """[B, 1, h, w]; None where every place of every picture counts alike."""
+    if all(view.mask is None for view in views):
+        return None
+    whole = torch.ones(1, *views[0].mean.shape[1:])
+    return torch.stack([whole if view.mask is None else view.mask for view in views]).to(session.device)
 
 
 def _scaled(session: Session, latents: Tensor) -> Tensor:
@@ -81,14 +126,18 @@ def _scaled(session: Session, latents: Tensor) -> Tensor:
     return ((latents - (vae.shift_factor or 0)) * vae.scaling_factor).to(session.device)
 
 
-def _losses(session: Session, batch: Batch, noise: Tensor, timesteps: Tensor, perturbed: Tensor | None = None) -> Tensor:
-    """Of each picture, [B]. With `perturbed` noise in its place, the denoiser is still asked for `noise`."""
+def _noised(session: Session, batch: Batch, noise: Tensor, timesteps: Tensor, perturbed: Tensor) -> Noised:
+    """The denoiser sees `perturbed` noise, and is asked for `noise`."""
     noised = session.objective.noised(batch.latents, noise.to(session.device), timesteps)
-    if perturbed is not None:
-        seen = session.objective.noised(batch.latents, perturbed.to(session.device), timesteps)
-        noised = replace(noised, noisy_latents=seen.noisy_latents)
+    if not session.run.objective.input_perturbation:
+        return noised
+    return replace(noised, noisy_latents=session.objective.noised(batch.latents, perturbed.to(session.device), timesteps).noisy_latents)
+
+
+def _losses(session: Session, batch: Batch, noised: Noised, mask: Tensor | None) -> Tensor:
+    """Of each picture, [B]."""
     model_pred = session.base.family.predict(session.base.denoiser, noised, batch)
-    return picture_losses(session.objective, model_pred, noised, session.run.objective)
+    return picture_losses(session.objective, model_pred, noised, session.run.objective, mask)
 
 
 @torch.no_grad()
@@ -106,10 +155,12 @@ def measured_loss(session: Session, example: Example, index: int = 0) -> Tensor:
     places = (torch.arange(VALIDATION_TIMESTEPS) + 0.5) / VALIDATION_TIMESTEPS
     timesteps = session.objective.timesteps(places.to(session.device))
     noise = torch.randn(VALIDATION_TIMESTEPS, *example.mean.shape, generator=generator_for(session.run.training.seed, "validation", index))
-    conditioning, sizes = _conditioning(session, [example], [False]), _size_ids(session, [example])
+    view = example.views[0]
+    conditioning, sizes, mask = _conditioning(session, [example.caption]), _size_ids(session, [view]), _mask(session, [view])
     losses = []
     for part in torch.arange(VALIDATION_TIMESTEPS).chunk(session.ladder.pieces["validate"]):
         repeated = {name: t.expand(len(part), *t.shape[1:]) for name, t in conditioning.items()}
-        batch = Batch(_scaled(session, example.mean.expand_as(noise[part])), repeated, sizes.expand(len(part), -1))
-        losses.append(_losses(session, batch, noise[part], timesteps[part]))
+        batch = Batch(_scaled(session, view.mean.expand_as(noise[part])), repeated, sizes.expand(len(part), -1))
+        noised = session.objective.noised(batch.latents, noise[part].to(session.device), timesteps[part])
+        losses.append(_losses(session, batch, noised, mask))
     return torch.cat(losses).mean()

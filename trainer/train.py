@@ -141,8 +141,8 @@ def started_event(session: Session, step: int) -> Started:
     return Started(
         step=step,
         total_steps=session.total_steps,
-        pictures=len(session.examples),
-        held_out=estimate.held_out_count(session.run, len(session.dataset_fingerprints())),
+        pictures=len(names := {e.name for e in session.examples}),
+        held_out=len({e.name for e in session.held_out} - names),
         trainable_parameters=sum(p.numel() for p in session.parameters.values()),
         parameters={name: sum(p.numel() for p in adapters.trainable(module).values()) for name, module in session.components.items()},
         base_parameters={name: estimate.base_parameters(session.base.files, name) for name in session.components},
@@ -240,7 +240,7 @@ def find_cause(session: Session, buckets: list[list[int]], step: int) -> str:
         module.disable_adapters()
     try:
         for example in seen:
-            if not (torch.isfinite(example.mean).all() and torch.isfinite(example.std).all()):
+            if not all(torch.isfinite(tensor).all() for view in example.views for tensor in (view.mean, view.std)):
                 return f"The latents of {example.name} are not finite: save that picture anew, or leave it out."
             if not torch.isfinite(measured_loss(session, example)):
                 return f"The base itself gives no finite numbers for {example.name} in {session.precision}: " + (
@@ -343,14 +343,15 @@ def keep_adapter(session: Session, step: int, facts: dict) -> None:
     """The adapter as a file in each dialect, read back and compared; and its loss on the held-out pictures."""
     run, base = session.run, session.base
     modules = list(adapters.adapted_modules(session.components))
+    pictures = [e for e in session.examples if e.resolution == run.dataset.resolution]
     values = metadata.metadata_for(
         run,
         base.family,
         modules=modules,
         step=step,
         total_steps=session.total_steps,
-        sizes=[(e.size_ids[5], e.size_ids[4]) for e in session.examples],
-        captions=[e.caption for e in session.examples],
+        sizes=[(e.views[0].size_ids[5], e.views[0].size_ids[4]) for e in pictures],
+        captions=[e.caption for e in pictures],
         base_hash=cache.legacy_model_hash(base.files.weights[base.files.denoiser][0]),
         prediction_type=session.objective.prediction_type,
         started=facts["started"],
@@ -374,7 +375,7 @@ def adapter_names(session: Session, step: int | None = None) -> dict[str, str]:
 
 def sample_prompts(session: Session) -> list[str]:
     """The chosen prompts, else the captions of two pictures."""
-    return list(session.run.sampling.prompts) or [e.caption for e in session.examples[:2]]
+    return list(session.run.sampling.prompts) or [e.caption for e in session.examples if e.resolution == session.run.dataset.resolution][:2]
 
 
 def sample(session: Session, step: int) -> None:
