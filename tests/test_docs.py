@@ -92,3 +92,14 @@ def test_shares_and_file_sizes_of_the_table(model):
 
 def test_the_counts_in_words():
     assert f"{BY_HAND['sd15', 'unet']} of them" in PAGE and f"{BY_HAND['sd15', 'text_encoder']} in its text encoder" in PAGE
+
+
+@pytest.mark.parametrize("kind, label", [("lora", "LoRA, rsLoRA"), ("dora", "DoRA"), ("loha", "LoHa"), ("lokr", "LoKr")])
+@pytest.mark.parametrize("model", ["sd15", "sdxl"])
+def test_sizes_of_the_other_kinds(model, kind, label):
+    counts = [
+        estimate.adapter_parameters(config.Adapter(kind=kind, rank=8, alpha=8, targets=choice), "unet", weights(model, "unet"))
+        for choice in targets.DENOISER
+    ]
+    cells = " | ".join(f"{count:,}, {count * 2 / 1e6:.1f} MB" for count in counts)
+    assert f"| {MODELS[model]} | {label} | {cells} |" in PAGE
