@@ -198,6 +198,9 @@ def test_a_bad_safetensors_file_is_refused_in_a_sentence(case, tmp_path):
     path.write_bytes(FILES[case])
     with pytest.raises(ModelError, match=f"{case}.safetensors is not a usable"):
         read_header(path)
+    for base in (config.Base(model=str(path)), config.Base(vae=str(path))):
+        with pytest.raises(ModelError, match=f"{case}.safetensors is not a usable"):
+            load_base(base, torch.float32)
     if case in ("html_named_st", "gguf", "pkl_as_st"):
         with pytest.raises(ModelError, match="web page|GGUF|pickle"):
             read_header(path)

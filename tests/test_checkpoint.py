@@ -204,6 +204,21 @@ def test_v_prediction_with_zero_terminal_snr_reaches_training_and_samples(tmp_pa
         config.replace(config.RunConfig(), {"base.prediction": "epsilon", "base.zero_terminal_snr": "on"})
 
 
+def test_the_page_counts_and_chooses_recipes_for_a_single_file(checkpoint_of, tiny_run):
+    """By the header alone, before anything is loaded."""
+    from app.tabs.train import SD15, SDXL, _kind_of
+
+    assert (_kind_of(str(checkpoint_of("sd1"))), _kind_of(str(checkpoint_of("sdxl")))) == (SD15, SDXL)
+    run = tiny_run({"base.model": str(checkpoint_of("sdxl")), "adapter.rank": 1, "training.text_encoder_learning_rate": 1e-4})
+    projections = [
+        shape
+        for name, shape in ldm.whole(ldm.TINY["sdxl"]).items()
+        if re.search(r"(attn\d\.to_(q|k|v|out\.0)|self_attn\.\w+_proj|attn\.out_proj)\.weight", name)
+    ]
+    fused = 2 * 3 * (48 + 48)  # query, key and value of the two layers of OpenCLIP
+    assert estimate.trainable_parameters(run) == sum(map(sum, projections)) + fused
+
+
 def test_settings_say_what_no_file_does(checkpoint_of, tiny_base):
     with pytest.raises(ModelError, match="Nothing in sd2.safetensors tells whether"):
         load_base(config.Base(model=str(checkpoint_of("sd2"))), torch.float32)

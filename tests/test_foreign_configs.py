@@ -115,6 +115,20 @@ def test_kohya_gui() -> None:
     assert left_out == ["loss_type = huber", "flip_aug = True"]
 
 
+def test_how_a_model_is_read_is_carried_over() -> None:
+    reading = {
+        "clip_skip": 2,
+        "max_token_length": 225,
+        "v_parameterization": True,
+        "zero_terminal_snr": True,
+        "vae": "/models/vae.safetensors",
+    }
+    run, left_out = carried(json.dumps(KOHYA_GUI | reading))
+    assert (run.base.clip_skip, run.dataset.caption_tokens, run.base.prediction) == (2, 225, "v")
+    assert (run.base.zero_terminal_snr, run.base.vae) == ("on", "/models/vae.safetensors")
+    assert not [text for text in left_out if text.split(" ")[0] in reading]
+
+
 def test_sd_scripts() -> None:
     run, left_out = carried(SD_SCRIPTS.replace('"Prodigy"', '"AdamW"'))
     assert run.base.model == "/models/xl.safetensors" and run.adapter.rank == 8 and run.adapter.alpha == 1, (

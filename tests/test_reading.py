@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.tiny import save_tiny_base
-from trainer import config, events, export, prepare, run_folder, step
+from trainer import config, events, metadata, prepare, run_folder, step
 from trainer.errors import ModelError
 from trainer.families import FAMILIES, load_base
 from trainer.families.base import Reading
@@ -119,14 +119,14 @@ def test_a_run_its_samples_and_a_preview_read_alike(base_of, train_tiny, tmp_pat
     Sampler().render(SampleRequest(LONG, plain, config.Base(model=run.base.model), **request))
     assert Image.open(alike).tobytes() == Image.open(folder / samples[0].file).tobytes()
     assert Image.open(alike).tobytes() != Image.open(plain).tobytes()
-    metadata = read_header(folder / run_folder.status(folder).finished.file).metadata
-    assert metadata["ss_clip_skip"] == ("2" if "base.clip_skip" in settings else "None")
-    assert metadata["ss_max_token_length"] == str(settings.get("dataset.caption_tokens", "None"))
+    written = read_header(folder / run_folder.status(folder).finished.file).metadata
+    assert written["ss_clip_skip"] == ("2" if "base.clip_skip" in settings else "None")
+    assert written["ss_max_token_length"] == str(settings.get("dataset.caption_tokens", "None"))
 
 
 def test_the_settings_in_a_file_hold_no_path_of_a_vae():
     run = config.replace(config.RunConfig(), {"base.vae": "/home/somebody/vae.safetensors"})
-    assert "somebody" not in export.shared_config(run) and "vae.safetensors" in export.shared_config(run)
+    assert "somebody" not in metadata.shared_config(run) and "vae.safetensors" in metadata.shared_config(run)
 
 
 def test_conditioning_read_in_another_way_is_never_taken_from_the_cache(base_of):

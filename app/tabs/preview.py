@@ -214,7 +214,7 @@ def _request(values: dict[str, Any], save: str | None, strength: float) -> Previ
     adapters = [Adapter(str(folder / save), round(strength, 4), text_strength)] if save is not None and strength else []
     base = run.base.model_dump(exclude={"precision"})
     if (other := str(values["base"] or "").strip()) and other != run.base.model:
-        base |= {"model": other, "revision": ""}
+        base |= {"model": other, "revision": "", "vae": "", "prediction": "auto", "zero_terminal_snr": "auto"}
     return PreviewRequest(
         base=base,
         sampler=str(values["sampler"] or "auto"),

@@ -127,7 +127,7 @@ def find_files(base: Base, report: hub.Report = lambda event: None) -> base_mode
 
 def _load_pipeline(files: base_model.BaseFiles, family: ModelFamily, dtype: torch.dtype) -> Any:
     options = dict(family.pipeline_options) | dict.fromkeys(files.left_out)
-    if files.template or not files.weights["vae"][0].is_relative_to(files.path):
+    if files.template or files.weights["vae"][0].parent != files.path / "vae":
         options["vae"] = single_file.load_vae(files)
     if files.template:
         return single_file.load_pipeline(files, family.pipeline_class, options, dtype)
