@@ -135,7 +135,8 @@ def _group(path: Path, tensors: Mapping[str, Tensor], component: str = "") -> tu
         leaves = grouped.setdefault((place.component or component or _guess_component(place.module), place.module), {})
         if place.leaf in leaves:
             raise ModelError(f"{path.name} holds {place.leaf} of {place.module} twice, under different names; it is damaged.")
-        leaves[place.leaf] = tensor.float()
+        # PEFT has the lengths of a DoRA's outputs in shapes of its own; a LyCORIS of such a shape has those of the inputs.
+        leaves[place.leaf] = tensor.float().flatten() if place.leaf == "dora_scale" and place.dialect != "kohya" else tensor.float()
         dialects[place.dialect] += place.leaf != "alpha"
     return grouped, dialects
 
@@ -162,6 +163,8 @@ def _modules(path: Path, grouped: Grouped, scales: Mapping[str, Scales]) -> tupl
         else:
             scale = 1.0
             without_alpha.append(name)
+        if "dora_scale" in tensors and tensors["dora_scale"].dim() == 1:
+            tensors["dora_scale"] = tensors["dora_scale"].reshape(-1, *[1] * (module.to("meta").delta.dim() - 1))
         modules += _split_fused(replace(module, scale=scale * float(extra)))
     if without_alpha:
         which = "It has no alpha" if len(without_alpha) == len(grouped) else f"{len(without_alpha)} of its modules have no alpha"

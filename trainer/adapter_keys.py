@@ -97,8 +97,9 @@ def _old_projection(written: str, path: str) -> str:
 
 
 def _as_in_diffusers(component: str, path: str) -> tuple[str, str]:
+    path = path.removeprefix("text_model.")
     if component.startswith("text_encoder"):
-        return component, path.removeprefix("text_model.")
+        return component, path
     if path.startswith(("joint_blocks.", "context_embedder", "final_layer")) or component == "transformer":
         return "transformer", from_mmdit(path)
     return component, from_ldm(path)

@@ -156,7 +156,9 @@ def to_diffusers(modules: Iterable[AdaptedModule], family: ModelFamily, dtype: t
         tensors[f"{name}.lora_A.weight"] = pair[DOWN].to(dtype).contiguous()
         tensors[f"{name}.lora_B.weight"] = pair[UP].to(dtype).contiguous()
         if "dora_scale" in module.tensors:
-            tensors[f"{name}.lora_magnitude_vector"] = module.tensors["dora_scale"].flatten().float()
+            # The text encoders' loader, transformers', asks for the parameter by name; diffusers' own refuses that.
+            end = ".weight" if module.component.startswith("text_encoder") else ""
+            tensors[f"{name}.lora_magnitude_vector{end}"] = _magnitude(module)
     return tensors
 
 
@@ -168,6 +170,14 @@ def _plain_pair(module: AdaptedModule, dialect: str) -> dict[str, Tensor]:
     if "lora_mid.weight" in module.tensors:
         down = torch.einsum("rsij,sc->rcij", module.tensors["lora_mid.weight"], down.flatten(1))
     return {DOWN: down, UP: up}
+
+
+def _magnitude(module: AdaptedModule) -> Tensor:
+    """The lengths in PEFT's shape: [out], for a convolution [1, out, 1, 1]. LyCORIS's [1, in] has no form there."""
+    lengths = module.tensors["dora_scale"].float()
+    if lengths.shape[0] != module.tensors[UP].shape[0]:
+        raise ModelError(f"The DoRA on {module.name} has lengths by input, which only kohya's dialect has a form for.")
+    return lengths.flatten() if lengths.dim() <= 2 else lengths.reshape(1, -1, 1, 1)
 
 
 def to_peft(
@@ -198,7 +208,7 @@ def _peft_part(
             pair = _plain_pair(module, "peft")
             tensors |= {f"{key}.lora_A.weight": pair[DOWN].to(dtype).contiguous(), f"{key}.lora_B.weight": pair[UP].to(dtype).contiguous()}
         if "dora_scale" in module.tensors:
-            tensors[f"{key}.lora_magnitude_vector"] = module.tensors["dora_scale"].flatten().float()
+            tensors[f"{key}.lora_magnitude_vector"] = _magnitude(module)
         ranks[name] = module.rank
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: own for name, own in ranks.items() if own != rank}
