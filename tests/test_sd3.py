@@ -85,10 +85,11 @@ def test_the_loss_is_that_of_flow_matching_on_shifted_latents(base_of, tiny_run,
     session, seen = prepare.prepare(run, folder, events.EventLog(folder / "events.jsonl")), []
     family, real = session.base.family, type(session.base.family).predict
     monkeypatch.setattr(type(family), "predict", lambda self, *a: seen.append((*a[1:], real(self, *a))) or seen[-1][-1])
-    monkeypatch.setattr(session, "examples", [replace(e, std=torch.zeros_like(e.std)) for e in session.examples])
+    sure = [replace(e, views=type(e.views)(replace(v, std=torch.zeros_like(v.std)) for v in e.views)) for e in session.examples]
+    monkeypatch.setattr(session, "examples", sure)
     loss = step.microbatch_loss(session, session.buckets, 0)
     noised, batch, model_pred = seen[0]
-    means = [(e.mean - 0.0609) * 1.5305 for e in session.examples]
+    means = [(view.mean - 0.0609) * 1.5305 for e in session.examples for view in e.views]
     assert all(any(torch.allclose(latents, mean) for mean in means if mean.shape == latents.shape) for latents in batch.latents)
     sigma = noised.timesteps.view(-1, 1, 1, 1) / 1000
     noise = (noised.noisy_latents - (1 - sigma) * batch.latents) / sigma
