@@ -26,10 +26,21 @@ def build(engine: PreviewEngine, device: str) -> gr.Blocks:
         for tab in TABS:
             tab.connect(page, parts[tab.ID], parts)
         heading.go_train(lambda: gr.Tabs(selected="train"), None, tabs, show_progress="hidden", api_visibility="private")
+        _refill(heading, tabs, parts["train"])
         _remember_tab(panes)
         _load(blocks, page)
         _follow(blocks, page)
     return blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=4)
+
+
+def _refill(heading: gr.HTML, tabs: gr.Tabs, form: dict) -> None:
+    """A finished adapter or a file of settings, dropped anywhere, is the form of the Train tab again."""
+
+    def refilled(event: gr.EventData, *values) -> list:
+        return [gr.Tabs(selected="train"), *form["take_settings"](event.text, *values)]
+
+    outputs = [tabs, form["said"], *form["outputs"]]
+    heading.refill(refilled, form["outputs"], outputs, show_progress="hidden", api_visibility="private").then(**form["line_update"])
 
 
 def _remember_tab(panes: list[gr.Tab]) -> None:

@@ -4,8 +4,8 @@ import statistics
 from datetime import datetime
 from pathlib import Path
 
-from app import device, runs
-from trainer import presets, report, run_folder, storage
+from app import device, recipes, runs
+from trainer import report, run_folder, storage
 from trainer.errors import TrainerError
 from trainer.events import SampleSaved
 from trainer.run_folder import RunStatus
@@ -239,10 +239,11 @@ cache_size = runs.briefly(lambda: size(storage.size()), seconds=60)
 def _library_card(folder: Path) -> dict:
     current = runs.status(folder)
     try:
-        recipe = presets.load_presets().get(runs.settings(folder).preset)
+        run = runs.settings(folder)
+        recipe = recipes.every().get(run.preset)
         settings, fault = (folder / "run.toml").read_text(encoding="utf-8"), ""
     except TrainerError as error:
-        recipe, settings, fault = None, "", str(error)
+        run, recipe, settings, fault = None, None, "", str(error)
     made = datetime.fromtimestamp((folder / "run.toml").stat().st_mtime)
     return {
         "run": folder.name,
@@ -262,4 +263,6 @@ def _library_card(folder: Path) -> dict:
         "report": report_href(folder, current),
         "folder": str(folder),
         "can_preview": bool(current.adapters),
+        "trigger": run.dataset.trigger if run else "",
+        "base": run.base.model if run else "",
     }

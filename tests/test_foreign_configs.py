@@ -171,3 +171,32 @@ def test_a_value_out_of_bounds_is_left_out_and_the_rest_arrives() -> None:
     run, left_out = carried(json.dumps(KOHYA_GUI | {"network_dim": 100_000, "optimizer": "SomethingNew", "lr_scheduler": None}))
     assert run.adapter.rank == 16 and run.training.optimizer == "adamw" and run.name == "maya"
     assert "adapter.rank = 100000" in left_out and "optimizer = SomethingNew" in left_out
+
+
+def test_the_metadata_of_a_finished_adapter() -> None:
+    text = {
+        "ss_network_dim": "12",
+        "ss_network_alpha": "6",
+        "ss_unet_lr": "0.0003",
+        "ss_text_encoder_lr": "None",
+        "ss_learning_rate": "0.0001",
+        "ss_resolution": "(768, 768)",
+        "ss_steps": "900",
+        "ss_clip_skip": "None",
+        "ss_gradient_checkpointing": "True",
+        "ss_optimizer": "bitsandbytes.optim.adamw.AdamW8bit",
+        "modelspec.trigger_phrase": "p3r5on",
+        "ss_session_id": "1",
+    }
+    run, left_out = carried(json.dumps(text))
+    assert (run.adapter.rank, run.adapter.alpha, run.dataset.resolution, run.training.steps) == (12, 6, 768, 900)
+    assert (
+        run.training.optimizer == "adamw8bit" and run.training.gradient_checkpointing and run.dataset.trigger == "p3r5on" and not left_out
+    )
+
+
+def test_the_text_of_a_picture() -> None:
+    text = "a cat, sitting\nNegative prompt: fog, rain\nSteps: 12, Sampler: Euler a, CFG scale: 4.5, Seed: 9, Size: 512x512"
+    sampling = carried(json.dumps({"parameters": text}))[0].sampling
+    assert (sampling.prompts, sampling.negative_prompt, sampling.inference_steps) == (("a cat, sitting",), "fog, rain", 12)
+    assert (sampling.sampler, sampling.guidance_scale, sampling.seed) == ("Euler a", 4.5, 9)

@@ -44,6 +44,10 @@ def read(text: str) -> Foreign:
         return _ai_toolkit(data["config"])
     if "training_method" in data or "base_model_name" in data or "lora_rank" in data:
         return _translate("OneTrainer", _flatten(data), ONE_TRAINER, ONE_TRAINER_QUIET, ONE_TRAINER_DEFAULTS)
+    if "ss_network_dim" in data:
+        return _from_metadata(data)
+    if isinstance(data.get("parameters"), str):
+        return _from_picture(data["parameters"])
     flat = _without_sections(data)
     if KOHYA.keys() & flat.keys() & {"network_dim", "network_module", "pretrained_model_name_or_path", "max_train_steps", "network_alpha"}:
         return _kohya(flat)
@@ -190,6 +194,38 @@ def _kohya(data: dict[str, Any]) -> Foreign:
     else:
         data.pop("max_train_steps", None)
     return _translate("kohya", data, KOHYA, KOHYA_QUIET, KOHYA_DEFAULTS)
+
+
+FROM_METADATA = {
+    "ss_network_dim": "network_dim", "ss_network_alpha": "network_alpha", "ss_learning_rate": "learning_rate", "ss_unet_lr": "unet_lr",
+    "ss_text_encoder_lr": "text_encoder_lr", "ss_lr_scheduler": "lr_scheduler", "ss_seed": "seed", "ss_resolution": "resolution",
+    "ss_min_snr_gamma": "min_snr_gamma", "ss_noise_offset": "noise_offset", "ss_steps": "max_train_steps", "ss_output_name": "output_name",
+    "ss_batch_size_per_device": "train_batch_size", "ss_gradient_accumulation_steps": "gradient_accumulation_steps",
+    "ss_gradient_checkpointing": "gradient_checkpointing", "ss_clip_skip": "clip_skip", "ss_max_token_length": "max_token_length",
+    "ss_caption_dropout_rate": "caption_dropout_rate", "ss_network_dropout": "network_dropout",
+}  # fmt: skip
+
+
+def _from_metadata(data: Mapping[str, Any]) -> Foreign:
+    """What sd-scripts writes into a finished file, all of it as texts."""
+    words = {"None": None, "True": True, "False": False}
+    known = {FROM_METADATA[key]: words.get(value, value) for key, value in data.items() if key in FROM_METADATA and isinstance(value, str)}
+    optimizer = str(data.get("ss_optimizer") or "").partition("(")[0].rpartition(".")[2]
+    found = _kohya(known | ({"optimizer": optimizer} if optimizer else {}))
+    trigger = data.get("modelspec.trigger_phrase")
+    return Foreign("the metadata of the adapter", found.changes | ({"dataset.trigger": trigger} if trigger else {}), found.left_out)
+
+
+def _from_picture(text: str) -> Foreign:
+    """A1111's text in a picture: prompt, negative prompt, and a last line of settings."""
+    written, _, settings = text.rpartition("Steps: ")
+    prompt, _, negative = written.partition("Negative prompt: ")
+    facts = dict(part.split(": ", 1) for part in f"Steps: {settings}".split(", ") if ": " in part)
+    rules = {"Steps": _number("sampling.inference_steps", int), "CFG scale": _number("sampling.guidance_scale"),
+             "Seed": _number("sampling.seed", int), "Sampler": "sampling.sampler"}  # fmt: skip
+    found = _translate("the picture", facts, rules, re.compile(".*"), {})
+    texts = {"sampling.prompts": [prompt.strip()][: bool(prompt.strip())], "sampling.negative_prompt": negative.strip()}
+    return Foreign(found.program, texts | found.changes, found.left_out)
 
 
 def _kohya_rate(value: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ drawWith((root, view) => {
   memory.changed = view.changed || memory.changed || [];
   memory.own = view.own === undefined ? memory.own : view.own;
   if (view.said !== undefined || view.problem !== undefined) Object.assign(memory, { said: view.said || "", problem: view.problem || "" });
-  if (view.download) download(view.download);
+  if (view.download) saveText(view.download.name, view.download.text);
   mark();
   const search = el("input", { type: "search", id: "advanced-search", placeholder: "Search the settings", "aria-label": "Search the settings", oninput: (event) => { memory.search = event.target.value; mark(true); } });
   search.value = memory.search;
@@ -53,10 +53,4 @@ function mark(typed = false) {
 function openSection(section) {
   const label = document.querySelector(`#section-${section} > button`);
   if (label && !label.classList.contains("open")) label.click();
-}
-
-function download(file) {
-  const link = el("a", { href: URL.createObjectURL(new Blob([file.text], { type: "application/toml" })), download: file.name });
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }

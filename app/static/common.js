@@ -71,3 +71,10 @@ function compared(before, after, key) {
   frame.append(slider);
   return frame;
 }
+
+/** Lets the browser save a text as a file. */
+function saveText(name, text) {
+  const link = el("a", { href: URL.createObjectURL(new Blob([text], { type: "text/plain" })), download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}

@@ -1,23 +1,75 @@
-"""Library tab: every run as a card, to download, preview, repeat or delete."""
+"""Library tab: every run as a card, to find, compare, download, preview, repeat, share or delete."""
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import gradio as gr
 
-from app import runs, views
+from app import runs, shelf, views
 from app.drawn import drawn
 from app.page import Page
 from app.tabs.train import act
 from trainer import storage
+from trainer.errors import TrainerError
 
 ID, TITLE = "library", "Library"
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def build(page: Page) -> dict[str, Any]:
-    cards = drawn("library", elem_id="library-view", server_functions=[act, clear_cache])
-    page.follow(cards, views.library)
+    handlers = [answered(handle) for handle in (describe, delete, restore, compare, model_card, push)]
+    cards = drawn("library", elem_id="library-view", server_functions=[act, clear_cache, *handlers])
+    page.follow(cards, cards_with_notes)
     return {"cards": cards}
+
+
+def cards_with_notes() -> dict:
+    view = views.library()
+    for card in view["cards"]:
+        given = shelf.notes(runs.resolve(card["run"]))
+        card |= {"given": given["name"], "tags": given["tags"]}
+    return view
+
+
+def answered(handle: Callable[[dict], dict]) -> Callable[[dict], dict]:
+    """A server function whose TrainerErrors reach the browser as sentences."""
+
+    @wraps(handle)
+    def answer(data):
+        try:
+            return handle(data if isinstance(data, dict) else {})
+        except TrainerError as error:
+            return {"error": str(error)}
+
+    return answer
+
+
+def describe(data: dict) -> dict:
+    shelf.describe(data.get("run"), data.get("name"), data.get("tags"))
+    return {"ok": True}
+
+
+def delete(data: dict) -> dict:
+    shelf.delete(data.get("run"))
+    return {"ok": True}
+
+
+def restore(data: dict) -> dict:
+    shelf.restore(data.get("run"))
+    return {"ok": True}
+
+
+def compare(data: dict) -> dict:
+    return shelf.compare(data.get("first"), data.get("second"))
+
+
+def model_card(data: dict) -> dict:
+    return {"text": shelf.model_card(data.get("run"))}
+
+
+def push(data: dict) -> dict:
+    return {"address": shelf.push(data.get("run"), data.get("repository"), data.get("private") is True)}
 
 
 def clear_cache(data: dict) -> dict:

@@ -1,5 +1,6 @@
 """Train tab: a recipe, a few basic knobs, everything else under Advanced; on the right, the run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def build(page: Page) -> dict[str, Any]:
     with gr.Row(elem_classes="at-columns"):
         with gr.Column(scale=2, min_width=330):
             fields = _settings_form()
+            said = drawn("said", elem_id="said")
             line = drawn("estimate", elem_id="estimate")
             start = gr.Button("Start training", variant="primary", size="lg", elem_id="start-training")
             advanced, tools = _advanced_form()
@@ -56,7 +58,15 @@ def build(page: Page) -> dict[str, Any]:
     page.follow(progress, views.progress)
     page.follow(curve, views.curve)
     page.follow(samples, views.samples)
-    own = {"fields": fields, "line": line, "tools": tools, "start": start, "progress": progress, "outputs": list(fields.values())}
+    own = {
+        "fields": fields,
+        "line": line,
+        "tools": tools,
+        "said": said,
+        "start": start,
+        "progress": progress,
+        "outputs": list(fields.values()),
+    }
     own["choose_dataset"], own["show_settings"] = choose_dataset, show_settings
     own["dataset_outputs"] = [fields["dataset.folder"], fields["name"], fields["dataset.trigger"]]
     _wire(page, own)
@@ -210,8 +220,13 @@ def _wire_tools(own: dict, names: list[str], inputs: list, line_update: dict) ->
     def exported(*values) -> dict:
         return export(dict(zip(names, values, strict=True)))
 
+    def taken(text: object, *values) -> list:
+        return take_settings(text, dict(zip(names, values, strict=True)))
+
     def imported(event: gr.EventData, *values) -> list:
-        return take_settings(event.text, dict(zip(names, values, strict=True)))
+        return taken(event.text, *values)
+
+    own["take_settings"] = taken
 
     tools.save_recipe(saved, inputs, [fields["preset"], tools], **QUIET)
     tools.remove_recipe(removed, inputs, [fields["preset"], tools], **QUIET).then(**line_update)
@@ -373,8 +388,19 @@ def take_settings(text: object, values: dict[str, Any]) -> list:
     return [{"said": said}, *shown]
 
 
+def read_metadata(text: str) -> RunConfig | None:
+    """The settings that a finished adapter of ours carries; None for anything else."""
+    try:
+        data = json.loads(text)
+        return config.from_dict(json.loads(data["atelier_config"]), "settings in the file") if "atelier_config" in data else None
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
 def read_settings(text: str, values: dict[str, Any]) -> tuple[RunConfig, str]:
     """Our own settings, else another trainer's as changes to what the form holds. Raises ConfigError."""
+    if (run := read_metadata(text)) is not None:
+        return run, "The settings are those that the adapter was trained with. Choose its pictures, and it can be trained again."
     try:
         return config.parse(text), "The settings are those of the file."
     except ConfigError as own_fault:

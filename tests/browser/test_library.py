@@ -1,0 +1,77 @@
+"""The Library: find, compare, rename, tag, delete and undo; and a finished adapter that is dropped on the page."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import save_file
+
+from app import shelf
+from tests.browser import staged
+from tests.browser.conftest import wait_for
+from trainer import config
+
+DROP = """async ([name, bytes]) => {
+  const transfer = new DataTransfer();
+  transfer.items.add(new File([new Uint8Array(bytes)], name));
+  const header = document.querySelector('#header');
+  const how = { dataTransfer: transfer, bubbles: true, cancelable: true };
+  for (const kind of ['dragover', 'drop']) header.dispatchEvent(new DragEvent(kind, how));
+}"""
+
+
+@pytest.fixture(autouse=True)
+def here(server, monkeypatch) -> None:
+    monkeypatch.setenv("ATELIER_OUTPUTS", str(server.outputs))
+
+
+def test_find_compare_rename_delete_and_undo(open_page) -> None:
+    folders = [
+        staged.stage(f"shelf {name}", 100, **{"adapter.rank": rank}) for name, rank in (("one", 4), ("two", 8), ("three", 16), ("four", 4))
+    ]
+    for folder in folders:
+        staged.finish(folder)
+    page = open_page("library")
+    page.get_by_label("Search the library").fill("two shelf")
+    page.wait_for_function("document.querySelectorAll('#library-view article').length === 1")
+    page.get_by_label("Search the library").fill("shelf")
+    for name in ("shelf two", "shelf three"):
+        page.locator("article", has_text=name).get_by_role("button", name="Compare").click()
+    page.wait_for_selector(".at-side tbody tr")
+    assert page.locator(".at-side tbody").inner_text().split() == ["Rank", "8", "16"]
+    assert page.locator(".at-side polyline").count() == 2 and page.locator(".at-side figure img").count() == 2
+    page.get_by_role("button", name="Close").click()
+
+    card = page.locator("article", has_text="shelf two")
+    card.locator("summary").click()
+    card.get_by_label("Name of").fill("Renamed")
+    card.get_by_label("Tags of").fill("best, cat")
+    card.get_by_role("button", name="Keep").click()
+    wait_for(lambda: shelf.notes(folders[1]) == {"name": "Renamed", "tags": ["best", "cat"]}, "the notes")
+    page.get_by_label("Search the library").fill("cat")
+    page.wait_for_selector("article[aria-label='Renamed'] .at-tag:text-is('best')")
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="Model card").first.click()
+    assert "# Renamed" in Path(waiting.value.path()).read_text()
+
+    page.locator("article[aria-label='Renamed']").get_by_role("button", name="Delete").click()
+    wait_for(lambda: not folders[1].exists(), "the deletion")
+    page.get_by_role("button", name="Undo").click()
+    wait_for(folders[1].is_dir, "the run's return")
+    page.wait_for_selector("article[aria-label='Renamed']")
+
+
+def test_a_finished_adapter_refills_the_form(open_page, tmp_path: Path) -> None:
+    import numpy
+
+    run = config.replace(config.RunConfig(), {"name": "from a file", "adapter.rank": 24, "dataset.trigger": "zorbit"})
+    file = tmp_path / "x.safetensors"
+    save_file({"a": numpy.zeros(3, numpy.float32)}, file, metadata={"atelier_config": json.dumps(run.model_dump(mode="json"))})
+    page = open_page("library")
+    page.wait_for_function("window.atelierDrop && window.atelierOpened")
+    page.evaluate(DROP, ["x.safetensors", list(file.read_bytes())])
+    page.wait_for_selector("#said :text('trained with')")
+    assert page.locator("#field-name textarea, #field-name input").first.input_value() == "from a file"
+    assert page.locator("#field-dataset-trigger textarea, #field-dataset-trigger input").first.input_value() == "zorbit"
+    page.evaluate(DROP, ["y.json", [*b'{"a": 1}']])
+    page.wait_for_selector("#said :text('no trainer')")

@@ -1,0 +1,80 @@
+"""The Library's own doings: names, tags, delete and undo, comparing, the model card, and pushing with a stand-in for the Hub."""
+
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub.errors import HFValidationError
+
+from app import runs, shelf
+from app.tabs import library
+from tests.browser import staged
+from trainer import run_folder
+from trainer.errors import TrainerError
+
+
+@pytest.fixture
+def finished(outputs):
+    folder = staged.stage("maya", 100, **{"base.model": "someone/model"})
+    staged.finish(folder)
+    runs.all_runs.fresh()
+    return folder
+
+
+def test_names_and_tags(finished) -> None:
+    shelf.describe(finished.name, "  Maya,  the cat ", ["cat", " cat ", "", "x" * 99])
+    assert shelf.notes(finished) == {"name": "Maya, the cat", "tags": ["cat", "x" * 30]} and shelf.name_of(finished) == "Maya, the cat"
+    card = library.cards_with_notes()["cards"][0]
+    assert card["given"] == "Maya, the cat" and card["trigger"] == "zorbit" and card["base"] == "someone/model"
+    (finished / shelf.NOTES).write_text("[]")
+    assert shelf.name_of(finished) == "maya"
+
+
+def test_delete_is_undone(finished) -> None:
+    before = {path.name for path in finished.iterdir()}
+    shelf.delete(finished.name)
+    assert not finished.exists() and "error" in library.answered(library.compare)({"first": finished.name, "second": finished.name})
+    shelf.restore(finished.name)
+    assert {path.name for path in finished.iterdir()} == before
+    for wrong in ("../maya", "", None, "nothing"):
+        with pytest.raises(TrainerError):
+            shelf.restore(wrong)
+    with staged.at_work(finished), pytest.raises(TrainerError, match="stop it first"):
+        run_folder.request(finished, "pause")
+        (finished / "events.jsonl").write_text("\n".join((finished / "events.jsonl").read_text().splitlines()[:-1]) + "\n")
+        shelf.delete(finished.name)
+
+
+def test_two_runs_side_by_side(finished) -> None:
+    other = staged.stage("other", 40, **{"adapter.rank": 4, "base.model": "someone/model"})
+    found = shelf.compare(finished.name, other.name)
+    assert [(each["label"], each["was"], each["now"]) for each in found["settings"]] == [("Rank", "16", "4")]
+    assert [side["steps"] for side in found["runs"]] == [100, 40] and all(side["loss"] and side["sample"] for side in found["runs"])
+
+
+def test_the_model_card(finished) -> None:
+    card = shelf.model_card(finished.name)
+    assert "base_model: someone/model" in card and "`zorbit`" in card and "maya.safetensors" in card and "<lora:maya:0.8>" in card
+
+
+class Hub:
+    """Stands in for the Hub, which cannot be asked in a test."""
+
+    def __init__(self):
+        self.files = []
+
+    def create_repo(self, name, private, exist_ok):
+        if "/" not in name:
+            raise HFValidationError("Repo id must be user/name")
+        self.made = (name, private)
+        return SimpleNamespace(repo_id=name, __str__=None)
+
+    def upload_file(self, path_or_fileobj, path_in_repo, repo_id):
+        self.files.append(path_in_repo)
+
+
+def test_pushing(finished) -> None:
+    hub = Hub()
+    shelf.push(finished.name, "me/maya", True, api=hub)
+    assert hub.made == ("me/maya", True) and hub.files[0] == "maya.safetensors" and hub.files[-1] == "README.md" and len(hub.files) == 6
+    with pytest.raises(TrainerError, match="like user/name"):
+        shelf.push(finished.name, "maya", True, api=hub)
