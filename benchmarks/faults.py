@@ -1,0 +1,288 @@
+"""Injects faults into real trainings and a real page, looks for anything lost, and writes docs/reliability.md.
+
+    python -m benchmarks.faults               about ten minutes on two cores; --write puts the table into docs/reliability.md
+    python -m benchmarks.faults --soak 120    the same again and again for so many minutes
+
+A fault is survived when every file under a final name is whole, a valid state is there, and the run, once resumed, ends with the
+adapter of the undisturbed run, bit for bit. Each life of a trainer or a page is a fork of this process, so that libraries are read once.
+"""
+
+import argparse
+import base64
+import json
+import os
+import random
+import resource
+import signal
+import socket
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
+
+import torch
+from safetensors.torch import load_file
+
+from tests.killer import arm, live
+from tests.tiny import make_dataset, save_tiny_base
+from trainer import config, events, run_folder, state
+from trainer.__main__ import STOPPED, run_in
+
+PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
+STEPS = 12
+SETTINGS = {
+    "dataset.resolution": 32, "dataset.bucket_step": 8, "dataset.caption_dropout": 0.3, "training.steps": STEPS, "training.batch_size": 2,
+    "training.learning_rate": 1e-2, "training.text_encoder_learning_rate": 1e-3, "adapter.rank": 2, "adapter.dropout": 0.2,
+    "saving.saves": 2, "saving.state_every": 3, "saving.precision": "fp32", "sampling.inference_steps": 1, "sampling.prompts": ["a"],
+}  # fmt: skip
+
+
+@dataclass
+class Tally:
+    fault: str
+    injected: int = 0
+    survived: int = 0
+    lost: list[str] = field(default_factory=list)
+
+    def count(self, problem: str) -> None:
+        self.injected += 1
+        self.survived += not problem
+        if problem:
+            self.lost.append(problem)
+
+
+class Lab:
+    """Tiny models and a reference in a folder of their own."""
+
+    def __init__(self, place: Path, seed: int = 0):
+        os.environ["ATELIER_OUTPUTS"] = str(place / "outputs")
+        self.random = random.Random(seed)
+        self.base, self.dataset = save_tiny_base(place / "base"), make_dataset(place / "dataset", sizes=((16, 16), (24, 16)))
+        self.reference = self.new_run()
+        begin = time.monotonic()
+        assert os.waitstatus_to_exitcode(live(self.reference, None)) == 0
+        self.seconds = time.monotonic() - begin
+        self.adapter = load_file(self.reference / "tiny.safetensors")
+
+    def new_run(self, **changes: object) -> Path:
+        settings = {"name": "tiny", "base.model": str(self.base), "dataset.folder": str(self.dataset)} | SETTINGS | changes
+        return run_folder.create(config.replace(config.RunConfig(), settings))
+
+    def finish(self, folder: Path) -> str:
+        """Resumes a run to its end; what is wrong with its adapter, "" for nothing."""
+        code = os.waitstatus_to_exitcode(live(folder, None))
+        if code != 0:
+            return f"{folder.name} could not be finished: {run_folder.status(folder).message}"
+        adapter = load_file(folder / "tiny.safetensors")
+        same = adapter.keys() == self.adapter.keys() and all(torch.equal(adapter[name], self.adapter[name]) for name in adapter)
+        return "" if same else f"{folder.name} ended with another adapter"
+
+
+def broken_file(folder: Path) -> str:
+    """The first file under a final name that is not whole; "" where all are."""
+    for path in [*folder.glob("*.safetensors"), *folder.glob("state/[0-9]*/*.safetensors")]:
+        try:
+            load_file(path)
+        except Exception as error:  # whatever it is, the file cannot be read
+            return f"{path}: {error}"
+    folders = list((folder / "state").glob("[0-9]*"))
+    if folders and (state.load_state(folder)[0] is None or state.load_state(folder)[1]):
+        return f"{folder}/state: {state.load_state(folder)[1]}"
+    config.load(folder / "run.toml")
+    return ""
+
+
+def fork(work: Callable[[], int]) -> int:
+    """Runs something in a fork, quietly; its process id."""
+    child = os.fork()
+    if child == 0:
+        sys.stdout.flush()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1), os.dup2(nowhere, 2)
+        code = 1
+        with suppress(BaseException):
+            code = work()
+        os._exit(code)
+    return child
+
+
+def kill_trainer(lab: Lab, times: int) -> Tally:
+    tally = Tally("kill -9 of the trainer at a random moment")
+    while tally.injected < times:
+        folder, problems = lab.new_run(), []
+        for _ in range(min(5, times - tally.injected)):
+            child = fork(lambda folder=folder: run_in(folder))
+            time.sleep(lab.random.uniform(0.02, 0.9) * lab.seconds)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            problems.append(broken_file(folder))
+        end = lab.finish(folder)
+        for problem in problems:
+            tally.count(problem or end)
+    return tally
+
+
+def kill_in_save(lab: Lab, times: int) -> Tally:
+    tally = Tally("kill -9 in the midst of a save, at each fsync and rename")
+    for number in range(1, times + 1):
+        folder = lab.new_run()
+        child = fork(lambda folder=folder, number=number: arm("save", number) or run_in(folder))
+        os.waitpid(child, 0)
+        tally.count(broken_file(folder) or lab.finish(folder))
+    return tally
+
+
+def terminate(lab: Lab, times: int) -> Tally:
+    tally = Tally("SIGTERM at a random moment")
+    for _ in range(times):
+        folder = lab.new_run()
+        child = fork(lambda folder=folder: run_in(folder))
+        while not any(isinstance(e, events.Launched) for e in events.read_events(folder / "events.jsonl")):
+            time.sleep(0.02)
+        time.sleep(0.1 + lab.random.uniform(0, 0.7) * lab.seconds)
+        os.kill(child, signal.SIGTERM)
+        code, status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run_folder.status(folder)
+        kept = state.load_state(folder)[0]
+        said = code in (0, STOPPED) and kept is not None and kept.step == status.step
+        tally.count(broken_file(folder) or ("" if said else f"ended with {code} at {status.step}") or lab.finish(folder))
+    return tally
+
+
+def fill_disk(lab: Lab, times: int) -> Tally:
+    tally = Tally("disk full while a file is written")
+
+    def limited(folder: Path, limit: int) -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        return run_in(folder)
+
+    for number in range(times):
+        folder = lab.new_run()
+        child = fork(lambda folder=folder, number=number: limited(folder, 4000 + 5000 * number))
+        os.waitpid(child, 0)
+        tally.count(broken_file(folder) or lab.finish(folder))
+    return tally
+
+
+def damage_states(lab: Lab, times: int) -> Tally:
+    tally = Tally("newest state damaged: a file missing, empty, cut in half, one byte flipped")
+    cases = list(product(("adapter.safetensors", "optimizer.safetensors", "state.json"), ("missing", "empty", "half", "flipped")))
+    for name, how in lab.random.sample(cases, min(times, len(cases))):
+        folder = lab.new_run()
+        assert live(folder, ["StateSaved", 6]) == signal.SIGKILL
+        path = folder / "state" / "000006" / name
+        content = path.read_bytes()
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+        path.unlink() if how == "missing" else path.write_bytes({"empty": b"", "half": content[:middle], "flipped": flipped}[how])
+        tally.count(lab.finish(folder))
+    return tally
+
+
+def kill_page(lab: Lab, times: int) -> Tally:
+    """The page starts a run, is killed while captions are written through it, and is started again; the run goes on meanwhile."""
+    import app.__main__
+    import app.server
+
+    tally = Tally("kill -9 of the page, while a run goes on and captions are written")
+    outputs = run_folder.outputs_folder()
+    make_dataset(outputs / "datasets" / "cats")
+    caption, texts = outputs / "datasets" / "cats" / "00.txt", [letter * 5000 for letter in "abcdefgh"]
+    caption.write_text(texts[0])
+    folder = lab.new_run()
+    run_folder.request(folder, "queued")
+    for _ in range(times):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        child = fork(lambda port=port: app.__main__.main(["--no-browser", "--port", str(port)]))
+        end = time.monotonic() + lab.random.uniform(0, 8)
+        while time.monotonic() < end:
+            write_caption(port, lab.random.choice(texts))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        tally.count("" if caption.read_text() in texts else "a caption is torn")
+    wait = time.monotonic() + 120
+    while run_folder.is_alive(folder) and time.monotonic() < wait:
+        time.sleep(0.2)
+    run_folder.withdraw(folder, "queued")
+    launches = sum(isinstance(event, events.Launched) for event in events.read_events(folder / "events.jsonl"))
+    problem = broken_file(folder) or lab.finish(folder) or ("" if launches <= 1 else f"{launches} trainers for one run")
+    if problem:
+        tally.lost.append(problem)
+    return tally
+
+
+def write_caption(port: int, text: str) -> None:
+    """Through the page, as a browser does; what comes while it is not there is no matter."""
+    address = f"http://127.0.0.1:{port}"
+    try:
+        configuration = json.load(urllib.request.urlopen(f"{address}/config", timeout=5))
+        grid = next(c["id"] for c in configuration["components"] if c["props"].get("elem_id") == "dataset-view")
+        call = {"component_id": grid, "session_hash": "x", "fn_name": "save_caption"}
+        call["data"] = {"dataset": "cats", "file": "00.png", "caption": text}
+        headers = {"content-type": "application/json", "x-nonce": base64.b64encode(os.urandom(6)).decode()}
+        request = urllib.request.Request(f"{address}/gradio_api/component_server", json.dumps(call).encode(), headers)
+        urllib.request.urlopen(request, timeout=5).read()
+    except OSError:
+        time.sleep(0.05)
+
+
+def all_faults(lab: Lab, share: float = 1.0) -> list[Tally]:
+    def times(count: int) -> int:
+        return max(1, round(count * share))
+
+    return [
+        kill_trainer(lab, times(60)),
+        kill_in_save(lab, times(20)),
+        kill_page(lab, times(20)),
+        terminate(lab, times(8)),
+        fill_disk(lab, times(6)),
+        damage_states(lab, times(12)),
+    ]
+
+
+def table(tallies: list[Tally]) -> str:
+    lines = ["| fault | times injected | survived | lost |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {t.fault} | {t.injected} | {t.survived} | {len(t.lost)} |" for t in tallies)])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--soak", type=float, default=0, metavar="MINUTES", help="go on for so long")
+    parser.add_argument("--share", type=float, default=1.0, help="of the usual number of faults")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/reliability.md")
+    options = parser.parse_args()
+    os.nice(5)
+    total: dict[str, Tally] = {}
+    end, seed = time.monotonic() + 60 * options.soak, options.seed
+    while not total or time.monotonic() < end:
+        with tempfile.TemporaryDirectory(prefix="faults-") as place:
+            for tally in all_faults(Lab(Path(place), seed), options.share):
+                known = total.setdefault(tally.fault, Tally(tally.fault))
+                known.injected, known.survived, known.lost = (
+                    known.injected + tally.injected,
+                    known.survived + tally.survived,
+                    known.lost + tally.lost,
+                )
+        seed += 1
+        print(table(list(total.values())), flush=True)
+    for problem in (problem for tally in total.values() for problem in tally.lost):
+        print(problem)
+    if options.write:
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- faults -->\n")
+        PAGE.write_text(
+            f"{before}<!-- faults -->\n{table(list(total.values()))}\n<!-- end -->{rest.partition('<!-- end -->')[2]}", encoding="utf-8"
+        )
+    return int(any(tally.lost for tally in total.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
