@@ -306,3 +306,18 @@ def test_quantization_without_a_gpu_or_its_package_is_a_sentence(tiny_run, tiny_
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ConfigError, match="needs the bitsandbytes package"):
         quantize(torch.nn.Sequential(torch.nn.Linear(2, 2)), how, torch.float32, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_works_on_a_base_in_half_precision(tiny_base, kind, dtype):
+    """Dropout on convolutions is beyond PEFT's DoRA there, and is told."""
+    base = load_base(config.Base(model=str(tiny_base)), dtype)
+    module = injected(base, kind=kind, targets="linear+conv")
+    inputs = torch.randn(1, 4, 8, 8, dtype=dtype), 500, torch.randn(1, 5, 32, dtype=dtype)
+    module.train()(*inputs).sample.float().square().mean().backward()
+    gradients = [p.grad for p in adapters.trainable(module).values()]
+    assert any(g is not None and g.any() for g in gradients) and all(g is None or g.dtype == torch.float32 for g in gradients)
+    if kind == "dora":
+        with pytest.raises(ConfigError, match="adapter.dropout does not work with dora"):
+            injected(load_base(config.Base(model=str(tiny_base)), dtype), kind=kind, targets="linear+conv", dropout=0.1)

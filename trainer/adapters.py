@@ -22,6 +22,7 @@ from torch.nn.functional import conv2d, linear
 from trainer import config
 from trainer.adapted import AdaptedModule, kind_of
 from trainer.batches import seed_for
+from trainer.errors import ConfigError
 from trainer.targets import Target, choose_targets
 
 ADAPTER = "atelier"  # the name of the adapter inside PEFT's layers
@@ -65,6 +66,14 @@ def inject(component: nn.Module, name: str, adapter: config.Adapter, seed: int) 
     `name` is that of the component in its pipeline. Raises ConfigError where the settings choose nothing.
     """
     chosen = choose_targets(adapter, name, weight_shapes(component))
+    has_convolutions = any(len(target.shape) == 4 for target in chosen)
+    is_half = any(p.dtype in (torch.float16, torch.bfloat16) for p in component.parameters())
+    if adapter.kind == "dora" and adapter.dropout and has_convolutions and is_half:
+        # PEFT then multiplies float32 inputs with the base's own weights (tried with 0.21.2).
+        raise ConfigError(
+            f"adapter.dropout does not work with dora on the convolutions of the {name} in half precision; "
+            "set it to 0, adapter.targets = attention, or base.precision = fp32."
+        )
     common = {
         "r": adapter.rank,
         "target_modules": _any_of(target.name for target in chosen),
