@@ -6,6 +6,7 @@ A cure is a change of fields by dotted path, which one click makes.
 import os
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,13 @@ def view(run: RunConfig, folder_name: str, recipe: Preset | None) -> dict:
         needs = estimate.memory(run, device.kind())
     except TrainerError as error:
         return {"checks": [check("bad", str(error))]}
-    checks = [*_base_checks(run), *_memory_checks(run, needs), *_disk_checks(run), *_picture_checks(run, items, findings, recipe)]
+    checks = [
+        *_tracking_checks(run),
+        *_base_checks(run),
+        *_memory_checks(run, needs),
+        *_disk_checks(run),
+        *_picture_checks(run, items, findings, recipe),
+    ]
     return line | {"memory": _memory_view(needs), "checks": checks}
 
 
@@ -112,6 +119,14 @@ def _memory_checks(run: RunConfig, needs: estimate.Memory) -> list[dict]:
         return [check("warn", f"{text} Choose a smaller base or resolution.")]
     fits = estimate.memory(config.replace(run, changes), device.kind()).peak <= usage.total * ROOM
     return [check("warn", text if fits else f"{text} Even so it may be too little.", "Fit to my device", changes=form.to_widgets(changes))]
+
+
+def _tracking_checks(run: RunConfig) -> list[dict]:
+    name = run.saving.tracking
+    if name == "none" or find_spec(name):
+        return []
+    cure = {"cure": "Do without", "changes": {"saving.tracking": "none"}}
+    return [check("bad", f"The package {name} is not installed: pip install {name}.", **cure)]
 
 
 def _base_checks(run: RunConfig) -> list[dict]:

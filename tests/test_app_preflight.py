@@ -83,6 +83,12 @@ def test_nothing_starts_that_must_fail_late(values, monkeypatch) -> None:
     assert "refused" in train.start(values | {"base": train.OWN, "own_base": "/nowhere"}) and runs.all_runs() == []
 
 
+def test_a_tracker_that_is_not_there_is_told_before(values, monkeypatch) -> None:
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    view = train.start(values | {"saving.tracking": "wandb"})
+    assert "refused" in view and cures(view)["Do without"]["changes"] == {"saving.tracking": "none"}
+
+
 def test_many_pictures_are_seen_less_often() -> None:
     recipe = presets.load_preset("sd15-subject")
     found = preflight._length_checks(recipe.config, [None] * 120, recipe)

@@ -46,7 +46,7 @@ LEVELS = [
     {"checkpoint"},
     {"events", "presets", "base_model", "buckets", "foreign_configs", "adapted", "adapter_keys", "targets"},
     {"run_folder", "pictures", "findings", "hub", "adapter_file"},
-    {"storage", "report", "captions", "inspection", "tokens", "journal"},
+    {"storage", "report", "captions", "inspection", "tokens", "journal", "tracking"},
     {"doctor", "crops"},
     {"dataset", "caption_edits", "estimate", "batches", "device", "libraries", "attention"},
     {"variants"},

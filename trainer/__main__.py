@@ -222,11 +222,12 @@ def _train(run: config.RunConfig, folder: Path, log: EventLog) -> int:
 
     faulthandler.enable(sys.__stderr__)  # a crash in native code leaves at least its place in the log
     libraries.settle()
-    from trainer import memory
+    from trainer import memory, tracking
     from trainer.train import train
 
     try:
-        chosen = train(run, folder, log)
+        with tracking.tracked(run, folder, log):
+            chosen = train(run, folder, log)
     except Exception as error:  # the one place where any error becomes a sentence
         sentence = report.without_secrets(memory.advice(run) if memory.ran_out(error) else report.explain(error))
         _fail(folder, log, sentence, error)

@@ -340,6 +340,8 @@ class Saving(Section):
     """Number format of the finished file. fp16 is read everywhere."""
     dialects: tuple[Literal["kohya", "diffusers", "peft"], ...] = ()
     """Formats of the file: kohya is read by most programs, diffusers and peft (a folder) by those of these names. Empty: the one that most programs read for this kind of base."""
+    tracking: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Also report losses, learning rate and samples to a tracker, whose package must be installed. tensorboard and trackio write files on this machine; wandb sends them to its service, unless WANDB_MODE=offline is set."""
     include_captions: bool = False
     """Write how often each tag occurs, and the sample prompts, into the file. Off keeps them private."""
     include_folders: bool = False

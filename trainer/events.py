@@ -8,7 +8,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -186,12 +186,16 @@ class EventLog:
 
     def __init__(self, path: Path):
         self.path = path
+        self.listeners: list[Callable[[Event], None]] = []
+        """Told of each event after it is written."""
         if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
             self._write(b"\n")  # a line cut by a power loss must not swallow the first one after it
 
     def append(self, event: Event) -> None:
         line = json.dumps({"event": type(event).__name__, **asdict(event)}, ensure_ascii=True) + "\n"
         self._write(line.encode("ascii"))
+        for listener in tuple(self.listeners):
+            listener(event)
 
     def _write(self, line: bytes) -> None:
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
