@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from app import runs
+from app import device, runs
 from trainer import run_folder
 from trainer.errors import TrainerError
 from trainer.files import atomic_write
@@ -50,6 +50,12 @@ class PreviewRequest:
     def key(self) -> str:
         files = [(Path(adapter.file).stat().st_size, Path(adapter.file).stat().st_mtime_ns) for adapter in self.adapters]
         return hashlib.sha256(json.dumps([asdict(self), files], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def check_free() -> None:
+    """Raises PreviewError while a training has the GPU: two models would not fit."""
+    if device.has_cuda() and runs.active() is not None:
+        raise PreviewError("The GPU is busy with a training. Pause does not free its memory: wait for the end, or stop and save first.")
 
 
 PROMPTS_KEPT = 30

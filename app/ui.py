@@ -2,6 +2,7 @@
 
 import gradio as gr
 
+from app import api
 from app.drawn import drawn, read_static
 from app.page import Page
 from app.previews import PreviewEngine
@@ -28,6 +29,7 @@ def build(engine: PreviewEngine, device: str) -> gr.Blocks:
         heading.go_train(lambda: gr.Tabs(selected="train"), None, tabs, show_progress="hidden", api_visibility="private")
         _refill(heading, tabs, parts["train"])
         _remember_tab(panes)
+        api.build(engine)
         _load(blocks, page)
         _follow(blocks, page)
     return blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=4)

@@ -175,7 +175,7 @@ def curve() -> dict:
 
 def thin(points: list[tuple[int, float]], limit: int = PLOT_POINTS // 2) -> list[tuple[int, float]]:
     """At most `limit` points: means of neighbours."""
-    width = -(-len(points) // limit)
+    width = max(1, -(-len(points) // limit))
     groups = [points[start : start + width] for start in range(0, len(points), width)]
     return [(group[-1][0], float(f"{statistics.fmean(loss for _, loss in group):.4g}")) for group in groups]
 

@@ -48,6 +48,8 @@ def test_two_runs_side_by_side(finished) -> None:
     other = staged.stage("other", 40, **{"adapter.rank": 4, "base.model": "someone/model"})
     found = shelf.compare(finished.name, other.name)
     assert [(each["label"], each["was"], each["now"]) for each in found["settings"]] == [("Rank", "16", "4")]
+    fresh = run_folder.create(runs.settings(other))
+    assert shelf.compare(finished.name, fresh.name)["runs"][1]["loss"] == [], "a run that has not begun has no curve"
     assert [side["steps"] for side in found["runs"]] == [100, 40] and all(side["loss"] and side["sample"] for side in found["runs"])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from app import device, form, previews, runs, views
+from app import form, previews, runs, views
 from app.drawn import drawn
 from app.page import Page
 from app.previews import Adapter, PreviewRequest
@@ -314,8 +314,7 @@ def draw_all(page: Page, plan, values: dict[str, Any]) -> Iterator[dict]:
     try:
         if not values["run"]:
             raise TrainerError("There is no adapter to show yet; train one first.")
-        if device.has_cuda() and runs.active() is not None:
-            raise TrainerError("The GPU is busy with a training. Pause does not free its memory: wait for the end, or stop and save first.")
+        previews.check_free()
         _check(values)
         wanted = plan(values)
         previews.keep_prompt(wanted[-1][1].prompt)
