@@ -1,6 +1,6 @@
 """Injects faults into real trainings and a real page, looks for anything lost, and writes docs/reliability.md.
 
-    python -m benchmarks.faults               about ten minutes on two cores; --write puts the table into docs/reliability.md
+    python -m benchmarks.faults               about five minutes on two idle cores; --write puts the table into docs/reliability.md
     python -m benchmarks.faults --soak 120    the same again and again for so many minutes
 
 A fault is survived when every file under a final name is whole, a valid state is there, and the run, once resumed, ends with the
@@ -197,6 +197,7 @@ def kill_page(lab: Lab, times: int) -> Tally:
     caption.write_text(texts[0])
     folder = lab.new_run()
     run_folder.request(folder, "queued")
+    written = 0
     for _ in range(times):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -204,10 +205,11 @@ def kill_page(lab: Lab, times: int) -> Tally:
         child = fork(lambda port=port: app.__main__.main(["--no-browser", "--port", str(port)]))
         end = time.monotonic() + lab.random.uniform(0, 8)
         while time.monotonic() < end:
-            write_caption(port, lab.random.choice(texts))
+            written += write_caption(port, lab.random.choice(texts))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         tally.count("" if caption.read_text() in texts else "a caption is torn")
+    print(f"{written} captions were written through {times} lives of the page")
     wait = time.monotonic() + 120
     while run_folder.is_alive(folder) and time.monotonic() < wait:
         time.sleep(0.2)
@@ -219,7 +221,7 @@ def kill_page(lab: Lab, times: int) -> Tally:
     return tally
 
 
-def write_caption(port: int, text: str) -> None:
+def write_caption(port: int, text: str) -> bool:
     """Through the page, as a browser does; what comes while it is not there is no matter."""
     address = f"http://127.0.0.1:{port}"
     try:
@@ -229,9 +231,10 @@ def write_caption(port: int, text: str) -> None:
         call["data"] = {"dataset": "cats", "file": "00.png", "caption": text}
         headers = {"content-type": "application/json", "x-nonce": base64.b64encode(os.urandom(6)).decode()}
         request = urllib.request.Request(f"{address}/gradio_api/component_server", json.dumps(call).encode(), headers)
-        urllib.request.urlopen(request, timeout=5).read()
+        return json.load(urllib.request.urlopen(request, timeout=5)).get("caption") == text
     except OSError:
         time.sleep(0.05)
+        return False
 
 
 def all_faults(lab: Lab, share: float = 1.0) -> list[Tally]:

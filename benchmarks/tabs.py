@@ -1,0 +1,104 @@
+"""What open tabs cost: training speed and memory of the page with 50 of them, which ask once a second, and with none.
+
+    python -m benchmarks.tabs [--tabs 50] [--seconds 150]
+
+Phases without and with tabs take turns, so that a machine that changes its mind shows. The tabs are this process: they share the cores.
+"""
+
+import argparse
+import asyncio
+import os
+import secrets
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
+
+import httpx
+
+from tests.tiny import make_dataset, save_tiny_base
+from trainer import config, run_folder
+
+PORT = 7931
+ADDRESS = f"http://127.0.0.1:{PORT}"
+
+
+async def tab(tick: int, until: float, answered: list[float]) -> None:
+    """One browser window: its timer's event once a second, as the page sends it."""
+    session = secrets.token_hex(6)
+    async with httpx.AsyncClient(base_url=ADDRESS, timeout=60) as client:
+        while time.monotonic() < until:
+            begin = time.monotonic()
+            call = {"data": [None], "fn_index": tick, "session_hash": session}
+            await client.post("/gradio_api/queue/join", json=call)
+            await client.get(f"/gradio_api/queue/data?session_hash={session}")
+            answered.append(time.monotonic() - begin)
+            await asyncio.sleep(max(0.0, 1 - (time.monotonic() - begin)))
+
+
+async def open_tabs(count: int, seconds: float) -> list[float]:
+    """Seconds that each of their questions took."""
+    async with httpx.AsyncClient(base_url=ADDRESS, timeout=60) as client:
+        dependencies = (await client.get("/config")).json()["dependencies"]
+    tick = next(d["id"] for d in dependencies if any(target[1] == "tick" for target in d["targets"]))
+    answered: list[float] = []
+    until = time.monotonic() + seconds
+    await asyncio.gather(*(tab(tick, until, answered) for _ in range(count)))
+    return answered
+
+
+def memory(process: subprocess.Popen) -> float:
+    """Megabytes that a process holds."""
+    pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def speed(folder: Path, work) -> float:
+    """Steps per second while something else goes on."""
+    first, begin = run_folder.status(folder).step, time.monotonic()
+    work()
+    return (run_folder.status(folder).step - first) / (time.monotonic() - begin)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tabs", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=150, help="with tabs, in two halves; as long without")
+    options = parser.parse_args()
+    half = options.seconds / 2
+    with tempfile.TemporaryDirectory(prefix="tabs-") as place:
+        os.environ["ATELIER_OUTPUTS"] = str(Path(place, "outputs"))
+        settings = {
+            "base.model": str(save_tiny_base(Path(place, "base"))), "dataset.folder": str(make_dataset(Path(place, "dataset"))),
+            "dataset.resolution": 64, "dataset.bucket_step": 8, "dataset.allow_upscale": True, "training.batch_size": 8,
+            "training.steps": 100_000, "saving.saves": 1, "saving.state_every": 100_000, "sampling.prompts": ["a"], "sampling.inference_steps": 1,
+        }  # fmt: skip
+        folder = run_folder.create(config.replace(config.RunConfig(), settings))
+        page = subprocess.Popen([sys.executable, "-m", "app", "--no-browser", "--port", str(PORT)], stdout=subprocess.DEVNULL)
+        run_folder.request(folder, "queued")
+        try:
+            while run_folder.status(folder).step < 20:
+                time.sleep(0.5)
+            alone, beside, waits, held = [], [], [], [memory(page)]
+            for _ in range(2):
+                alone.append(speed(folder, lambda: time.sleep(half)))
+                beside.append(speed(folder, lambda: waits.extend(asyncio.run(open_tabs(options.tabs, half)))))
+                held.append(memory(page))
+        finally:
+            run_folder.request(folder, "stop")
+            while run_folder.is_alive(folder):
+                time.sleep(0.2)
+            page.terminate()
+            page.wait()
+    print(f"steps a second: {alone} without, {beside} with {options.tabs} tabs: {sum(beside) / sum(alone):.1%}")
+    print(f"{len(waits)} answers, median {statistics.median(waits):.2f} s, slowest {max(waits):.2f} s")
+    print(f"memory of the page: {', '.join(f'{megabytes:.0f} MB' for megabytes in held)} (before, after each half)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
