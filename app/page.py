@@ -1,5 +1,6 @@
 """What the tabs share: the live views, the preview engine, and how the page is told to follow the runs."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ class Page:
         updates = []
         for number, live in enumerate(self.live):
             data = live.data()
-            text = json.dumps(data, sort_keys=True)
+            text = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()  # each open window keeps one of each view
             updates.append(gr.skip() if sent.get(number) == text else live.to_update(data))
             now[number] = text
         return [gr.skip() if now == sent else now, *updates]

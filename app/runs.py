@@ -67,17 +67,14 @@ def start(run: RunConfig) -> str:
 
 
 def status(folder: Path) -> RunStatus:
-    """The state of a run; its events are read again only when they changed."""
-    log = folder / "events.jsonl"
-    size = log.stat().st_size if log.exists() else 0
+    """The state of a run; only what its trainer wrote since the last look is read."""
     with _probing:
-        requests = tuple(run_folder.requested(folder, what) for what in ("queued", "stop", "pause"))
-        return _status(folder, size, requests, run_folder.is_alive(folder))
+        return _replay(folder).status()
 
 
 @lru_cache(maxsize=256)
-def _status(folder: Path, size: int, requests: tuple[bool, ...], alive: bool) -> RunStatus:
-    return run_folder.status(folder)
+def _replay(folder: Path) -> run_folder.Replay:
+    return run_folder.Replay(folder)
 
 
 @lru_cache(maxsize=256)

@@ -1,6 +1,6 @@
 """What open tabs cost: training speed and memory of the page with 50 of them, which ask once a second, and with none.
 
-    python -m benchmarks.tabs [--tabs 50] [--seconds 150]
+    python -m benchmarks.tabs [--tabs 50] [--seconds 300]
 
 Phases without and with tabs take turns, so that a machine that changes its mind shows. The tabs are this process: they share the cores.
 """
@@ -23,13 +23,13 @@ import httpx
 from tests.tiny import make_dataset, save_tiny_base
 from trainer import config, run_folder
 
+PARTS = 3
 PORT = 7931
 ADDRESS = f"http://127.0.0.1:{PORT}"
 
 
-async def tab(tick: int, until: float, answered: list[float]) -> None:
+async def tab(session: str, tick: int, until: float, answered: list[float]) -> None:
     """One browser window: its timer's event once a second, as the page sends it."""
-    session = secrets.token_hex(6)
     async with httpx.AsyncClient(base_url=ADDRESS, timeout=60) as client:
         while time.monotonic() < until:
             begin = time.monotonic()
@@ -40,14 +40,14 @@ async def tab(tick: int, until: float, answered: list[float]) -> None:
             await asyncio.sleep(max(0.0, 1 - (time.monotonic() - begin)))
 
 
-async def open_tabs(count: int, seconds: float) -> list[float]:
+async def open_tabs(sessions: list[str], seconds: float) -> list[float]:
     """Seconds that each of their questions took."""
     async with httpx.AsyncClient(base_url=ADDRESS, timeout=60) as client:
         dependencies = (await client.get("/config")).json()["dependencies"]
     tick = next(d["id"] for d in dependencies if any(target[1] == "tick" for target in d["targets"]))
     answered: list[float] = []
     until = time.monotonic() + seconds
-    await asyncio.gather(*(tab(tick, until, answered) for _ in range(count)))
+    await asyncio.gather(*(tab(session, tick, until, answered) for session in sessions))
     return answered
 
 
@@ -67,15 +67,16 @@ def speed(folder: Path, work) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tabs", type=int, default=50)
-    parser.add_argument("--seconds", type=float, default=150, help="with tabs, in two halves; as long without")
+    parser.add_argument("--seconds", type=float, default=300, help="with tabs, in three parts; half as long without")
     options = parser.parse_args()
-    half = options.seconds / 2
+    part, sessions = options.seconds / PARTS, [secrets.token_hex(6) for _ in range(options.tabs)]
     with tempfile.TemporaryDirectory(prefix="tabs-") as place:
         os.environ["ATELIER_OUTPUTS"] = str(Path(place, "outputs"))
         settings = {
             "base.model": str(save_tiny_base(Path(place, "base"))), "dataset.folder": str(make_dataset(Path(place, "dataset"))),
             "dataset.resolution": 64, "dataset.bucket_step": 8, "dataset.allow_upscale": True, "training.batch_size": 8,
-            "training.steps": 100_000, "saving.saves": 1, "saving.state_every": 100_000, "sampling.prompts": ["a"], "sampling.inference_steps": 1,
+            "training.steps": 100_000, "saving.saves": 1, "saving.state_every": 100_000,
+            "sampling.prompts": ["a"], "sampling.inference_steps": 1,
         }  # fmt: skip
         folder = run_folder.create(config.replace(config.RunConfig(), settings))
         page = subprocess.Popen([sys.executable, "-m", "app", "--no-browser", "--port", str(PORT)], stdout=subprocess.DEVNULL)
@@ -84,9 +85,9 @@ def main() -> int:
             while run_folder.status(folder).step < 20:
                 time.sleep(0.5)
             alone, beside, waits, held = [], [], [], [memory(page)]
-            for _ in range(2):
-                alone.append(speed(folder, lambda: time.sleep(half)))
-                beside.append(speed(folder, lambda: waits.extend(asyncio.run(open_tabs(options.tabs, half)))))
+            for _ in range(PARTS):
+                alone.append(speed(folder, lambda: time.sleep(part / 2)))
+                beside.append(speed(folder, lambda: waits.extend(asyncio.run(open_tabs(sessions, part)))))
                 held.append(memory(page))
         finally:
             run_folder.request(folder, "stop")
@@ -96,7 +97,7 @@ def main() -> int:
             page.wait()
     print(f"steps a second: {alone} without, {beside} with {options.tabs} tabs: {sum(beside) / sum(alone):.1%}")
     print(f"{len(waits)} answers, median {statistics.median(waits):.2f} s, slowest {max(waits):.2f} s")
-    print(f"memory of the page: {', '.join(f'{megabytes:.0f} MB' for megabytes in held)} (before, after each half)")
+    print(f"memory of the page: {', '.join(f'{megabytes:.0f} MB' for megabytes in held)} (before, after each part)")
     return 0
 
 

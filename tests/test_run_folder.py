@@ -153,3 +153,38 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StateError, match="cannot be made"):
         run_folder.create(config.RunConfig(), tmp_path / "file" / "runs")
+
+
+def test_a_run_is_read_on_and_shows_what_a_whole_reading_shows(folder):
+    """Also across a line that is half written, a resumed run, and another run under the same name."""
+    replay, log, path = run_folder.Replay(folder), write(folder), folder / "events.jsonl"
+    assert replay.status() == run_folder.status(folder)
+    for event in (
+        Launched(1, "0"),
+        started(),
+        *(StepDone(step, 1.0, 1e-4, 0.1) for step in range(1, 5)),
+        started(step=2),
+        Failed("no room"),
+    ):
+        log.append(event)
+        assert replay.status() == run_folder.status(folder)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"event": "Step')
+    assert replay.status().state == "failed"
+    with open(path, "ab") as file:
+        file.write(b'Done", "step": 3, "loss": 0.5, "learning_rate": 0.1, "seconds": 0.1, "time": 1.0}\n')
+    assert replay.status().step == 3 and replay.status() == run_folder.status(folder)
+    path.unlink()
+    assert replay.status().state == "new"
+    write(folder, Launched(1, "0"), Finished(10, "a", 10, 1.0))
+    assert replay.status().state == "finished"
+
+
+def test_only_what_is_new_is_read(folder, monkeypatch):
+    log, replay, parsed = write(folder, Launched(1, "0"), started()), run_folder.Replay(folder), []
+    replay.status()
+    real = events.parse_event
+    monkeypatch.setattr(events, "parse_event", lambda line: parsed.append(line) or real(line))
+    log.append(StepDone(1, 1.0, 1e-4, 0.1))
+    replay.status(), replay.status()
+    assert len(parsed) == 1

@@ -20,7 +20,7 @@ import statistics
 import time
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from shutil import disk_usage
@@ -214,20 +214,50 @@ class RunStatus:
         return min(measured)[1] if measured else None
 
 
+class Replay:
+    """A run's events, read on from where the last look ended: a long run costs no more to follow than a short one."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._begin(0)
+
+    def _begin(self, inode: int) -> None:
+        self._inode, self._offset, self._known = inode, 0, RunStatus(name=self.folder.name)
+
+    def status(self) -> RunStatus:
+        """All that is known now. Its lists are shared with later looks, and only ever grow."""
+        self._read_on()
+        result, alive = replace(self._known), is_alive(self.folder)
+        if requested(self.folder, "queued") and not alive:
+            result.state = "queued"
+        elif not alive and result.is_active:
+            result.state = "interrupted"
+            result.message = f"{_how_it_ended(self.folder, result)} The last state is kept; press Resume."
+        elif alive and requested(self.folder, "stop") and result.is_active:
+            result.state = "stopping"
+        return result
+
+    def _read_on(self) -> None:
+        path = self.folder / "events.jsonl"
+        if not path.exists():
+            return self._begin(0)
+        with open(path, "rb") as file:
+            found = os.fstat(file.fileno())
+            if found.st_ino != self._inode or found.st_size < self._offset:  # another run under the same name
+                self._begin(found.st_ino)
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # still being written
+                self._offset += len(line)
+                event = events.parse_event(line)
+                if event is not None:
+                    _apply(self._known, event)
+
+
 def status(folder: Path) -> RunStatus:
-    """Replays a run's events. Cheap enough to be called once a second."""
-    result = RunStatus(name=folder.name)
-    for event in events.read_events(folder / "events.jsonl"):
-        _apply(result, event)
-    alive = is_alive(folder)
-    if requested(folder, "queued") and not alive:
-        result.state = "queued"
-    elif not alive and result.is_active:
-        result.state = "interrupted"
-        result.message = f"{_how_it_ended(folder, result)} The last state is kept; press Resume."
-    elif alive and requested(folder, "stop") and result.is_active:
-        result.state = "stopping"
-    return result
+    """Replays a run's events from the first one; who looks again and again keeps a `Replay`."""
+    return Replay(folder).status()
 
 
 def _how_it_ended(folder: Path, result: RunStatus) -> str:
