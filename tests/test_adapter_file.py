@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.test_families import XL_UNET, base_of, load, predict  # noqa: F401 (fixtures)
-from trainer import adapters, config, export, run_folder
+from trainer import adapters, config, events, export, prepare, run_folder
 from trainer.adapted import AdaptedModule
 from trainer.adapter_file import read_adapter
 from trainer.adapter_keys import place_of
 from trainer.errors import ConfigError, ModelError
 from trainer.families import FAMILIES, families_of_adapter
+from trainer.metadata import shared_config
 from trainer.sample import Sampler, SampleRequest, StackedAdapter
 from trainer.stack import Layer, Stack
 
@@ -357,3 +358,31 @@ def test_a_run_writes_each_dialect_it_is_told_to(train_tiny):
         torch.testing.assert_close(other, by_name[0])
     with pytest.raises(ConfigError, match="peft alone"):
         config.replace(config.RunConfig(), {"saving.dialects": ["peft"]})
+
+
+@pytest.mark.parametrize("kind", ["varying", "dora", "lokr"])
+def test_training_goes_on_from_a_file(base_of, tiny_run, load, tmp_path, kind):  # noqa: F811
+    """What it does at step 0 is what the file did, whatever its ranks and alphas; what the settings cannot go on with is a sentence."""
+    wanted, modules = trained(load("sd1"), kind)
+    path = tmp_path / "first.safetensors"
+    export.save_adapter(path, "kohya", modules, FAMILIES["sd1"], torch.float32, {})
+    settings = {name: value for name, value in KINDS[kind].items() if name in ("kind", "targets", "lokr_factor", "alpha")}
+    changes = {f"adapter.{name}": value for name, value in settings.items()} | {"adapter.start_from": str(path), "adapter.rank": 2}
+    changes |= {"base.model": str(base_of("sd1")), "training.text_encoder_learning_rate": 1e-3}
+    run = tiny_run(changes)
+    folder = run_folder.create(run)
+    session = prepare.prepare(run, folder, events.EventLog(folder / "events.jsonl"))
+    torch.testing.assert_close(predict(session.base.family, session.base.pipe), wanted, rtol=0, atol=1e-5)
+    assert json.loads(shared_config(run))["adapter"]["start_from"] == "first.safetensors"
+    if kind != "varying":
+        return
+    for wrong, words in (
+        ({"adapter.kind": "loha"}, "set it to that of the file"),
+        ({"training.text_encoder_learning_rate": 0.0}, "text_encoder, which is not trained"),
+        ({"adapter.targets": "attention"}, "adapter.targets leaves out"),
+        ({"adapter.start_from": "/nowhere.safetensors"}, "no adapter file"),
+    ):
+        with pytest.raises((ConfigError, ModelError), match=words):
+            prepare.prepare(config.replace(run, wrong), folder, events.EventLog(folder / "events.jsonl"))
+    with pytest.raises(ConfigError, match="does not go with adapter.start_from"):
+        config.replace(run, {"adapter.init": "gaussian"})

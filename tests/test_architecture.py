@@ -59,6 +59,7 @@ LEVELS = [
     {"tools"},
     {"sample", "info"},
     {"class_pictures"},
+    {"start_from"},
     {"prepare"},
     {"step"},
     {"train"},

@@ -167,7 +167,7 @@ def train_command(options: argparse.Namespace) -> int:
 
 def _with_whole_paths(run: config.RunConfig) -> config.RunConfig:
     """A run must be found again from any working directory."""
-    paths = {path: config.get(run, path) for path in ("dataset.folder", "base.model", "base.vae")}
+    paths = {path: config.get(run, path) for path in ("dataset.folder", "base.model", "base.vae", "adapter.start_from")}
     changes = {path: str(Path(value).resolve()) for path, value in paths.items() if value and Path(value).exists()}
     if run.dataset.regularisation_folder:  # need not be there yet
         changes["dataset.regularisation_folder"] = str(Path(run.dataset.regularisation_folder).resolve())

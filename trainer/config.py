@@ -187,6 +187,8 @@ class Adapter(Section):
 
     kind: Literal["lora", "rslora", "dora", "loha", "lokr"] = "lora"
     """lora: read everywhere. rslora: scale alpha / sqrt(rank), for high ranks. dora: direction and length of the weights apart, slower. loha, lokr: products with more rank for their size, in LyCORIS's names."""
+    start_from: str = ""
+    """An adapter file of any program to go on from, of the same kind and kind of base. Its rank and alpha are taken over. Empty: a fresh adapter."""
     targets: Literal["attention", "attention+feed-forward", "linear", "linear+conv"] = "attention"
     """Which layers of the UNet learn. linear: also the projections around the attention; linear+conv: also the convolutions (LoCon), good for styles. More layers learn more and give a larger file."""
     target_pattern: Annotated[str, Field(max_length=200), AfterValidator(_pattern)] = ""
@@ -428,6 +430,8 @@ class RunConfig(Section):
 
 def _unfit(adapter: Adapter) -> Iterator[str]:
     """What of an adapter's settings cannot go together."""
+    if adapter.start_from and adapter.init != "default":
+        yield f"adapter.init = {adapter.init} does not go with adapter.start_from, which starts with the weights of a file; use default"
     if adapter.init in ("pissa", "olora"):
         for setting in ("module_dropout", "max_norm"):
             if getattr(adapter, setting):

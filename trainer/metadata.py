@@ -111,12 +111,18 @@ def bucket_info(sizes: Iterable[tuple[int, int]]) -> dict[str, Any]:
 def shared_config(run: RunConfig) -> str:
     """The settings as JSON, to repeat the run; paths and prompts only where they may be told."""
     data = run.model_dump(mode="json")
-    for section, name in (("dataset", "folder"), ("dataset", "regularisation_folder"), ("base", "model"), ("base", "vae")):
+    for section, name in (
+        ("dataset", "folder"),
+        ("dataset", "regularisation_folder"),
+        ("base", "model"),
+        ("base", "vae"),
+        ("adapter", "start_from"),
+    ):
         path = Path(data[section][name])
         if run.saving.include_folders:
             data[section][name] = _without_home(data[section][name])
         elif path.is_absolute() or section == "dataset":
-            data[section][name] = path.name if section == "base" else ""
+            data[section][name] = path.name if section != "dataset" else ""
     if not run.saving.include_folders:
         data["dataset"]["repeats"] = []
     if not run.saving.include_captions:

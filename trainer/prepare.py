@@ -10,6 +10,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from trainer import adapters, cache, class_pictures, config, estimate
+from trainer.adapter_file import read_adapter
 from trainer.attention import choose_attention, use_attention
 from trainer.base_model import DENOISERS
 from trainer.config import RunConfig
@@ -25,6 +26,7 @@ from trainer.memory import Ladder, set_tiling
 from trainer.objective import Objective
 from trainer.optimizers import build_optimizer, try_optimizer, warmup_steps
 from trainer.quantization import quantize
+from trainer.start_from import settings_from, start
 from trainer.targets import check_names
 from trainer.variants import caption_varies, without_trigger
 
@@ -233,8 +235,12 @@ def _inject(run: RunConfig, base: LoadedBase) -> dict[str, nn.Module]:
             f"adapter.kind = {run.adapter.kind} has no file format that programs read for {family.name}; use lora or rslora there."
         )
     check_names(run.adapter, {name: adapters.weight_shapes(module) for name, module in components.items()})
+    file = read_adapter(Path(run.adapter.start_from).expanduser()) if run.adapter.start_from else None
+    adapter = settings_from(run.adapter, file, base) if file else run.adapter
     for name, module in components.items():
-        adapters.inject(module, name, run.adapter, training.seed)
+        adapters.inject(module, name, adapter, training.seed)
+    if file:
+        start(file, components)
     if training.gradient_checkpointing:
         base.denoiser.enable_gradient_checkpointing()
     return components
