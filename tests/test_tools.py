@@ -94,6 +94,15 @@ def test_resizing_is_the_nearest_of_its_rank_and_says_what_is_kept():
     assert nothing.rank == 1 and not nothing.delta.any()
 
 
+def test_what_each_rank_would_keep():
+    modules = [lora(QUERY, 4, 0.5, 6), lora(CONV, 5, 3.0, 7, inputs=(16, 3, 3))]
+    rows = tools.energy_by_rank(modules)
+    assert [rank for rank, _, _ in rows] == [1, 2, 4, 5]
+    for rank, whole, worst in rows:
+        _, kept = tools.resize(modules, rank=rank)
+        assert (whole, worst) == (pytest.approx(tools.whole_energy(kept)), pytest.approx(min(module.energy for module in kept)))
+
+
 def test_merging_adds_the_deltas_and_can_be_undone(bases, tmp_path):
     one, base = load(bases[0]), load(bases[0])
     query, value = lora(QUERY, 3, 0.7, 1), lora(TEXT, 2, 1.0, 3, "text_encoder", 32, (32,))

@@ -116,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="say what an adapter or a base model holds")
     info.add_argument("file", type=Path, help="a file, or the folder of a PEFT adapter or of a base model in diffusers' layout")
     info.add_argument("--json", action="store_true")
+    info.add_argument("--ranks", action="store_true", help="also what of an adapter would be kept at smaller ranks")
     info.set_defaults(command=info_command)
 
     cache = commands.add_parser("cache", help="say how large the caches are, or clear them")
@@ -361,12 +362,20 @@ def info_command(options: argparse.Namespace) -> int:
     from trainer.info import describe
 
     facts = describe(options.file)
-    print(
-        json.dumps(facts, indent=1, ensure_ascii=False)
-        if options.json
-        else "\n".join(f"{key + ':':22}{value}" for key, value in facts.items())
-    )
+    ranks = _energy_by_rank(options.file) if options.ranks else []
+    if options.json:
+        print(json.dumps(facts | ({"ranks": ranks} if options.ranks else {}), ensure_ascii=False))
+        return 0
+    rows = [f"rank {rank} keeps {whole:.2%} of the whole, {worst:.2%} of the layer that loses most" for rank, whole, worst in ranks]
+    print("\n".join([*(f"{key + ':':22}{value}" for key, value in facts.items()), *rows]))
     return 0
+
+
+def _energy_by_rank(file: Path) -> list[tuple[int, float, float]]:
+    from trainer.adapter_file import read_adapter
+    from trainer.tools import energy_by_rank
+
+    return energy_by_rank(read_adapter(file).modules)
 
 
 def demo_command(options: argparse.Namespace) -> int:

@@ -133,6 +133,24 @@ def whole_energy(kept: Sequence[Kept]) -> float:
     return sum(module.energy * module.size for module in kept) / total if total else 1.0
 
 
+def energy_by_rank(modules: Sequence[AdaptedModule]) -> list[tuple[int, float, float]]:
+    """(rank, share that is kept of the whole, least share that is kept of a module) for 1, 2, 4, ... up to the largest rank.
+
+    A DoRA has none, since it cannot be resized by itself.
+    """
+    if any("dora_scale" in module.tensors for module in modules):
+        return []
+    squares = [decompose(*pair(module))[1].square() for module in modules]
+    squares = [square for square in squares if float(square.sum())]
+    largest = max((len(square) for square in squares), default=0)
+    rows, total = [], float(sum(square.sum() for square in squares))
+    for rank in [2**power for power in range(10) if 2**power < largest] + [largest] * bool(largest):
+        kept = [float(square[:rank].sum()) for square in squares]
+        worst = min(part / float(square.sum()) for part, square in zip(kept, squares, strict=True))
+        rows.append((rank, sum(kept) / total, worst))
+    return rows
+
+
 @torch.no_grad()
 def merge(base: LoadedBase, layers: Sequence[Layer], progress: Progress = quiet) -> dict[tuple[str, str], Tensor]:
     """Adds the adapters to the weights of the base. Returns what was added, by (component, path in it), float64.

@@ -1,5 +1,5 @@
 // Every run as a card: searched, tagged, compared, renamed, deleted and brought back.
-const memory = { search: "", cache: "", chosen: [], compared: null, deleted: null, problem: "", editing: null, sharing: null };
+const memory = { search: "", cache: "", chosen: [], compared: null, deleted: null, problem: "", editing: null, sharing: null, tools: {} };
 const FEW = 4;
 
 drawWith((root, view) => {
@@ -23,7 +23,7 @@ function drawAll(root, view, again) {
   }
   const grid = el("div", { class: "at-library" });
   const words = (card) => [card.given || card.name, card.trigger, card.base, card.preset, ...(card.tags || [])].join(" ").toLowerCase();
-  const fill = () => grid.replaceChildren(...cards.filter((card) => memory.search.toLowerCase().split(/\s+/).every((word) => words(card).includes(word))).map((card) => cardOf(card, again)));
+  const fill = () => grid.replaceChildren(...cards.filter((card) => memory.search.toLowerCase().split(/\s+/).every((word) => words(card).includes(word))).map((card) => cardOf(card, again, cards)));
   const search = cards.length >= FEW || memory.search ? el("input", { type: "search", class: "at-search", placeholder: "Search by name, tag, trigger word or base", "aria-label": "Search the library", oninput: (event) => { memory.search = event.target.value; fill(); } }) : null;
   if (search) search.value = memory.search;
   root.replaceChildren(...[undo, memory.problem ? notice(memory.problem, "bad") : null, search, side(again), grid, cache(view)].filter(Boolean));
@@ -76,7 +76,7 @@ function cache(view) {
   return el("p", { class: "at-row at-hint" }, `Caches: ${view.cache}. Clearing them costs nothing but time at the next start.`, button("Clear caches", clear), said);
 }
 
-function cardOf(card, again) {
+function cardOf(card, again, cards) {
   const problem = el("p", { class: "at-notice at-bad", role: "alert" });
   const complain = (text) => { problem.textContent = text; };
   const act = (action) => ask("act", { run: card.run, action }, complain);
@@ -101,7 +101,7 @@ function cardOf(card, again) {
         card.settings ? button("Train again", () => trigger("train_again", { run: card.run })) : null,
         el("button", { type: "button", class: "at-button", "aria-pressed": String(memory.chosen.includes(card.run)), onclick: () => choose(card.run, again) }, "Compare"),
         card.actions.includes("delete") ? button("Delete", remove, "at-danger") : null),
-      more(card, name, complain)));
+      more(card, name, complain), card.file ? tools(card, name, cards, again) : null));
 }
 
 /** Name, tags, card and Hub: what one needs seldom. */
@@ -128,4 +128,74 @@ function more(card, name, complain) {
     el("div", { class: "at-row at-edit" }, named, tags, button("Keep", keep, "at-small")),
     card.file ? el("div", { class: "at-row at-edit" }, button("Model card", saveCard, "at-small"), repository, button("Push to the Hub", push, "at-small"), said) : null,
     el("p", { class: "at-hint at-path" }, card.folder), card.settings ? el("pre", { tabindex: 0, "aria-label": `Settings of ${name}` }, card.settings) : null);
+}
+
+/** The file itself: what is in it, and another one made from it. The work is done by a process of the server, which is asked how far it is. */
+function tools(card, name, cards, again) {
+  const own = memory.tools[card.run] ||= { dialect: "kohya", precision: "fp16", rank: 0, other: "", own_strength: 1, other_strength: 1 };
+  const wait = async (job, done) => {
+    for (;;) {
+      const answer = await ask("tool_state", { job }, (text) => { own.problem = text; });
+      if (answer.error) break;
+      if (!answer.progress) { done(answer); break; }
+      const [at, of] = answer.progress;
+      if (own.busy !== (own.busy = of ? `${at} of ${of} layers` : own.busy)) again();
+      await new Promise((resolve) => setTimeout(resolve, 700));
+    }
+    own.busy = "";
+    again();
+  };
+  const begin = async (call, data, said, done) => {
+    own.problem = "";
+    own.busy = said;
+    again();
+    const answer = await ask(call, data, (text) => { own.problem = text; own.busy = ""; });
+    if (answer.error) again(); else wait(answer.job, done);
+  };
+  const look = () => begin("look_into", { run: card.run }, "Reading the file…", (answer) => { own.facts = answer.facts; });
+  const make = () => begin("make_file", { run: card.run, dialect: own.dialect, precision: own.precision, rank: own.rank, other: own.other, own_strength: own.own_strength, other_strength: own.other_strength },
+    "Making the file…", (answer) => { own.made = answer; });
+  const open = (event) => { own.open = event.target.open; if (own.open && !own.facts && !own.busy && !own.problem) look(); };
+  return el("details", { open: own.open, ontoggle: open, class: "at-toolbench" }, el("summary", { "aria-label": `Tools for ${name}` }, "Tools"),
+    own.facts ? factsOf(own.facts) : null, own.facts ? keptEnergy(own.facts.ranks) : null,
+    own.facts ? wishes(card, own, cards, again, make) : null,
+    own.busy ? el("p", { class: "at-hint", role: "status" }, own.busy) : null,
+    own.problem ? notice(own.problem, "bad") : null,
+    own.made ? el("p", { class: "at-row", role: "status" }, el("a", { class: "at-button", href: own.made.file.href, download: own.made.file.name }, `Download ${own.made.file.name}`), el("span", { class: "at-hint" }, own.made.file.size), own.made.kept ? el("span", { class: "at-hint at-path" }, `keeps ${own.made.kept}; least of ${own.made.worst}`) : null) : null);
+}
+
+function factsOf(facts) {
+  const rows = Object.entries(facts).filter(([, value]) => typeof value === "string");
+  return el("table", { class: "at-facts-table" }, el("tbody", {}, rows.map(([label, value]) => el("tr", {}, el("th", { scope: "row" }, label), el("td", {}, value)))));
+}
+
+/** What is kept of the adapter at each rank: of the whole, and of the module that loses most. */
+function keptEnergy(ranks) {
+  if (!ranks || ranks.length < 2) return null;
+  const width = 320, height = 90, last = ranks.length - 1;
+  const line = (column) => ranks.map((row, number) => `${(20 + (width - 40) * number / last).toFixed(1)},${(8 + (height - 30) * (1 - row[column])).toFixed(1)}`).join(" ");
+  return el("figure", { class: "at-curve" }, el("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Kept energy by rank: ${ranks.map(([rank, whole]) => `${Math.round(whole * 100)} % at ${rank}`).join(", ")}` },
+    el("polyline", { class: "at-smooth", points: line(1) }), el("polyline", { class: "at-valid", points: line(2) }),
+    ranks.map(([rank], number) => el("text", { x: 20 + (width - 40) * number / last, y: height - 4, "text-anchor": "middle", "font-size": 10 }, String(rank)))),
+    el("figcaption", { class: "at-legend" }, el("span", { class: "at-key-smooth" }, "kept of the whole, by rank"), el("span", { class: "at-key-valid" }, "of the layer that loses most")));
+}
+
+function wishes(card, own, cards, again, make) {
+  const choice = (label, key, options, number = false) => {
+    const select = el("select", { "aria-label": label, onchange: (event) => { own[key] = number ? Number(event.target.value) : event.target.value; again(); } }, options.map(([value, text]) => el("option", { value, selected: String(own[key]) === String(value) }, text)));
+    return el("label", {}, `${label} `, select);
+  };
+  const strength = (label, key) => {
+    const field = el("input", { type: "number", min: -4, max: 4, step: 0.05, value: own[key], "aria-label": label, onchange: (event) => { own[key] = Number(event.target.value); } });
+    return el("label", {}, `${label} `, field);
+  };
+  const ranks = (own.facts.ranks || []).map(([rank, whole]) => [rank, `${rank} (keeps ${(whole * 100).toFixed(1)} %)`]);
+  const others = cards.filter((other) => other.file && other.run !== card.run).map((other) => [other.run, other.given || other.name]);
+  return el("div", { class: "at-row at-edit" },
+    choice("Format", "dialect", [["kohya", "kohya (most programs)"], ["diffusers", "diffusers"]]),
+    choice("Precision", "precision", [["fp16", "fp16"], ["bf16", "bf16"], ["fp32", "fp32"]]),
+    choice("Rank", "rank", [[0, "as it is"], ...ranks], true),
+    others.length ? choice("Together with", "other", [["", "nothing else"], ...others]) : null,
+    own.other ? strength("Strength of this", "own_strength") : null, own.other ? strength("Strength of the other", "other_strength") : null,
+    el("button", { type: "button", class: "at-button at-small", disabled: Boolean(own.busy), onclick: make }, "Make the file"));
 }

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from app import runs, shelf, views
+from app import runs, shelf, toolbench, views
 from app.drawn import drawn
 from app.page import Page
 from app.tabs.train import act
@@ -18,7 +18,7 @@ QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def build(page: Page) -> dict[str, Any]:
-    handlers = [answered(handle) for handle in (describe, delete, restore, compare, model_card, push)]
+    handlers = [answered(handle) for handle in (describe, delete, restore, compare, model_card, push, look_into, make_file, tool_state)]
     cards = drawn("library", elem_id="library-view", server_functions=[act, clear_cache, *handlers])
     page.follow(cards, cards_with_notes)
     return {"cards": cards}
@@ -70,6 +70,18 @@ def model_card(data: dict) -> dict:
 
 def push(data: dict) -> dict:
     return {"address": shelf.push(data.get("run"), data.get("repository"), data.get("private") is True)}
+
+
+def look_into(data: dict) -> dict:
+    return {"job": toolbench.look(data.get("run"))}
+
+
+def make_file(data: dict) -> dict:
+    return {"job": toolbench.make(data.get("run"), data)}
+
+
+def tool_state(data: dict) -> dict:
+    return toolbench.state(data.get("job"))
 
 
 def clear_cache(data: dict) -> dict:

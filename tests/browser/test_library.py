@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from app import shelf
 from tests.browser import staged
@@ -75,3 +75,32 @@ def test_a_finished_adapter_refills_the_form(open_page, tmp_path: Path) -> None:
     assert page.locator("#field-dataset-trigger textarea, #field-dataset-trigger input").first.input_value() == "zorbit"
     page.evaluate(DROP, ["y.json", [*b'{"a": 1}']])
     page.wait_for_selector("#said :text('no trainer')")
+
+
+def test_another_file_is_made_from_an_adapter(open_page) -> None:
+    """Tools: what is in the file, what each rank keeps, and a smaller file to download."""
+    import numpy
+
+    folder = staged.stage("toolbox", 100)
+    staged.finish(folder)
+    draw, key = numpy.random.default_rng(0), "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    pair = {
+        f"{key}.lora_down.weight": draw.normal(size=(4, 16)),
+        f"{key}.lora_up.weight": draw.normal(size=(16, 4)),
+        f"{key}.alpha": numpy.array(4.0),
+    }
+    about = {"ss_base_model_version": "sd_v1", "modelspec.trigger_phrase": "zorbit <img src=x>"}
+    save_file({name: value.astype(numpy.float32) for name, value in pair.items()}, folder / "toolbox.safetensors", metadata=about)
+    page = open_page("library")
+    card = page.locator("article", has_text="toolbox")
+    card.get_by_text("Tools", exact=True).click()
+    card.locator("table td", has_text="zorbit <img src=x>").wait_for()
+    assert card.locator("svg polyline").count() == 2
+    card.locator("select[aria-label=Rank]").select_option("2")
+    card.get_by_role("button", name="Make the file").click()
+    link = card.get_by_role("link", name="Download toolbox-rank2.safetensors")
+    link.wait_for()
+    with page.expect_download() as waiting:
+        link.click()
+    assert load_file(waiting.value.path())[f"{key}.lora_down.weight"].shape == (2, 16)
+    assert "keeps" in card.inner_text()
