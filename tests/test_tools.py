@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from tests import ldm
 from tests.tiny import save_tiny_base
 from trainer import config, export, tools
 from trainer.__main__ import main
@@ -49,8 +51,8 @@ def bases(tmp_path_factory):
     return save_tiny_base(folder / "one"), save_tiny_base(folder / "two", seed=1)
 
 
-def load(path):
-    return load_base(config.Base(model=str(path)), torch.float32)
+def load(path, prediction="auto"):
+    return load_base(config.Base(model=str(path), prediction=prediction), torch.float32)
 
 
 def test_a_composition_is_the_sum_of_its_parts():
@@ -217,3 +219,42 @@ def test_the_command_line_converts_composes_resizes_merges_and_extracts(bases, t
         code, _, err = run(capsys, *arguments)
         assert code == 1 and words in err and "Traceback" not in err
     assert not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+def test_a_single_file_keeps_its_layout_and_every_other_tensor(tmp_path, capsys, kind):
+    """Also where OpenCLIP has q, k and v in one tensor."""
+    path = ldm.write_checkpoint(tmp_path / "base.safetensors", kind)
+    prediction = "v" if kind == "sd2" else "auto"  # which a file of 2.x does not tell
+    plain = load(path, prediction)
+    block = next(n for n, _ in plain.pipe.unet.named_modules() if n.endswith("transformer_blocks.0.attn2.to_k"))
+    encoder = list(plain.family.text_encoders(plain.pipe))[-1]
+    modules = []
+    for seed, (component, name) in enumerate(
+        [("unet", block), (encoder, "encoder.layers.1.self_attn.k_proj"), (encoder, "encoder.layers.0.mlp.fc1")]
+    ):
+        part = plain.components[component]
+        weight = (part.text_model if hasattr(part, "text_model") and component != "unet" else part).get_submodule(name).weight
+        modules.append(lora(name, 2, 1.0, seed, component, weight.shape[0], (weight.shape[1],)))
+    adapter = tmp_path / "a.safetensors"
+    export.save_adapter(adapter, "kohya", modules, plain.family, torch.float32, {})
+    code, out, err = run(
+        capsys,
+        "merge",
+        "--base",
+        path,
+        "--adapter",
+        adapter,
+        "--prove",
+        "--json",
+        "--prediction",
+        prediction,
+        "--output",
+        tmp_path / "m.safetensors",
+    )
+    assert code == 0, err
+    assert float(json.loads(out.splitlines()[-1])["left_after_undoing"].split()[0]) < 2e-3  # the file is fp16
+    before, after = load_file(path), load_file(tmp_path / "m.safetensors")
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert before.keys() == after.keys() and len(changed) == 3 and all(before[n].dtype == after[n].dtype for n in before)
+    assert load(tmp_path / "m.safetensors", prediction).family is plain.family

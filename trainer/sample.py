@@ -201,6 +201,7 @@ class Sampler:
             text_strength = adapter.strength if adapter.text_strength is None else adapter.text_strength
             layers.append(Layer(self._read(Path(adapter.file)), adapter.strength, text_strength))
         self._stack.lay(layers)
+        self._files = {key: file for key, file in self._files.items() if any(file is layer.file for layer in layers)}  # no more than in use
 
     def _read(self, path: Path) -> AdapterFile:
         key = (str(path.resolve()), path.stat().st_mtime_ns if path.exists() else 0)

@@ -38,12 +38,14 @@ def add_to(commands: Any) -> None:
     extract.add_argument("--base", required=True, help="the plain base")
     extract.add_argument("--tuned", required=True, help="the base that was trained further")
     extract.add_argument("--conv", action="store_true", help="convolutions too")
+    _prediction(extract)
     _size(extract, "0: as --energy asks", rank=32)
     _output(extract, dialect=True)
 
     merge = _command(commands, "merge", merge_command, "put adapters into the weights of a base")
     _stack(merge)
     merge.add_argument("--base", required=True, help="a folder, a .safetensors file or a Hugging Face id")
+    _prediction(merge)
     merge.add_argument("--prove", action="store_true", help="read the result, take the adapters off again and show what is left")
     merge.add_argument("--precision", choices=PRECISIONS, default="fp16", help="of a folder; a file keeps its own")
     merge.add_argument("--output", type=Path, required=True, help="a folder, or a .safetensors file where the base is one")
@@ -59,6 +61,15 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
 def _stack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter", action="append", required=True, metavar="FILE[:STRENGTH[:TEXT]]", help="as often as wanted; TEXT: in the text encoders"
+    )
+
+
+def _prediction(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prediction",
+        choices=("auto", "epsilon", "v"),
+        default="auto",
+        help="base.prediction, for a base that does not tell what it predicts",
     )
 
 
@@ -153,7 +164,7 @@ def extract_command(options: argparse.Namespace) -> int:
 
     report = Report(options.json)
     _check_size(options)
-    plain, tuned = (load_base(Base(model=name), torch.float32) for name in (options.base, options.tuned))
+    plain, tuned = (load_base(Base(model=name, prediction=options.prediction), torch.float32) for name in (options.base, options.tuned))
     modules, kept = tools.extract(plain, tuned, options.rank, options.energy, options.conv, report.progress)
     return _write(options, report, modules, [], family=plain.family, **_kept(kept))
 
@@ -167,8 +178,9 @@ def merge_command(options: argparse.Namespace) -> int:
     from trainer.device import DTYPES
     from trainer.families import load_base
     from trainer.files import atomic_folder
+    from trainer.safetensors_header import read_header
 
-    report, layers, chosen = Report(options.json), _layers(options.adapter), Base(model=options.base)
+    report, layers, chosen = Report(options.json), _layers(options.adapter), Base(model=options.base, prediction=options.prediction)
     _check_free(options.output)
     base = load_base(chosen, torch.float32)
     is_file = options.output.suffix == ".safetensors"
@@ -178,15 +190,21 @@ def merge_command(options: argparse.Namespace) -> int:
     if is_file:
         tensors = tools.merged_checkpoint(base.files.path, load_base(chosen, torch.float32), added)
         partial = options.output.with_name(f".writing-{options.output.name}")
-        save_file(tensors, partial, {"format": "pt"})
-        partial.replace(options.output)
+        told = {key: value for key, value in read_header(base.files.path).metadata.items() if "hash" not in key}
+        try:
+            save_file(tensors, partial, {"format": "pt"} | told)
+            partial.replace(options.output)
+        finally:
+            partial.unlink(missing_ok=True)
     else:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(options.output) as folder:
             tools.save_base(base, folder, DTYPES[options.precision])
     facts: dict[str, Any] = {"file": str(options.output), "changed": f"{len(added)} layers"}
     if options.prove:
-        left = tools.proof(load_base(Base(model=str(options.output)), torch.float32), load_base(chosen, torch.float32), added)
+        left = tools.proof(
+            load_base(chosen.model_copy(update={"model": str(options.output)}), torch.float32), load_base(chosen, torch.float32), added
+        )
         facts["left_after_undoing"] = f"{left:.1e} of the largest weight in a layer, which is the rounding of the stored weights"
     return report.result(**facts)
 
