@@ -294,7 +294,7 @@ def test_a_bug_keeps_its_traceback_and_gives_a_plain_line(tiny_run, monkeypatch,
 
 
 def test_no_effect_is_no_success(tiny_run, monkeypatch):
-    monkeypatch.setattr(train, "check_gradients_arrive", lambda session: None)
+    monkeypatch.setattr(train, "check_gradients_arrive", lambda *given: None)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: None)
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 1 and "changes nothing" in run_folder.status(folder).message

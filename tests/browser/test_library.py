@@ -43,7 +43,7 @@ def test_find_compare_rename_delete_and_undo(open_page) -> None:
     page.get_by_role("button", name="Close").click()
 
     card = page.locator("article", has_text="shelf two")
-    card.locator("summary").click()
+    card.get_by_text("More", exact=True).click()
     card.get_by_label("Name of").fill("Renamed")
     card.get_by_label("Tags of").fill("best, cat")
     card.get_by_role("button", name="Keep").click()
