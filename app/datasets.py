@@ -5,16 +5,24 @@ what is not allowed get the same answer.
 """
 
 import hashlib
+import io
 import os
 import re
 import shutil
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from trainer import buckets, captions, config, doctor, importing, pictures, run_folder
+from app import runs
+from trainer import buckets, config, crops, importing, pictures, run_folder
 from trainer import dataset as reading
-from trainer.errors import DatasetError
-from trainer.findings import Finding
+from trainer.errors import DatasetError, TrainerError
+from trainer.files import atomic_write
+from trainer.findings import OWN_FOLDER, Finding
 
 EXAMPLES = Path(reading.__file__).resolve().parent / "embedded" / "examples"
 EXAMPLE_TITLES = {"subject": "A subject", "style": "A style", "photos": "Photographs"}
@@ -42,6 +50,7 @@ ORDINARY_WORDS = {
     "style",
 }
 FEWEST_FOR_TRIGGER = 3
+THUMBNAIL, LARGE = 320, 1280  # pixels of the longer side
 
 
 def root() -> Path:
@@ -100,43 +109,132 @@ def examples() -> list[dict[str, str]]:
     return [{"id": which, "title": title} for which, title in EXAMPLE_TITLES.items() if (EXAMPLES / which).is_dir()]
 
 
-def removed_folder(name: str) -> Path:
-    return run_folder.outputs_folder() / "cache" / "removed" / name
+def trash() -> Path:
+    """Where removed datasets lie until the person empties it."""
+    return run_folder.outputs_folder() / "trash"
 
 
-def remove_picture(name: object, file: object) -> None:
-    """Takes a picture and its caption out; `restore_picture` brings them back."""
-    picture = resolve_picture(name, file)
-    for path in (picture, captions.caption_path(picture)):
-        if path.is_file():
-            target = removed_folder(str(name)) / path.relative_to(resolve(name))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(path, target)
+def remove(name: object) -> str:
+    """Moves a dataset to the trash. Returns the name under which `restore` brings it back."""
+    folder = resolve(name)
+    _refuse_in_use(folder)
+    trash().mkdir(parents=True, exist_ok=True)
+    kept = f"{folder.name}-{time.time_ns()}"
+    os.replace(folder, trash() / kept)
+    return kept
 
 
-def restore_picture(name: object, file: object) -> None:
-    folder, kept = resolve(name), removed_folder(str(name))
-    picture = kept / str(file)
-    if (
-        not os.path.isfile(picture)
-        or not picture.resolve().is_relative_to(kept.resolve())
-        or picture.suffix.lower() not in pictures.PICTURE_SUFFIXES
-    ):
-        raise DatasetError("The picture cannot be brought back; add it again.")
-    for path in (picture, captions.caption_path(picture)):
-        if path.is_file():
-            shutil.move(path, folder / path.relative_to(kept))
+def restore(kept: object) -> str:
+    """Brings a removed dataset back, under its own name or, where that is taken, another. Returns the name."""
+    name, _, stamp = str(kept).rpartition("-")
+    if run_folder.slug(name) != name or not stamp.isdigit() or not (trash() / str(kept)).is_dir():
+        raise DatasetError("This dataset is not in the trash any more.")
+    target = _free(name)
+    root().mkdir(parents=True, exist_ok=True)
+    os.replace(trash() / str(kept), target)
+    return target.name
 
 
-def remove(name: object) -> None:
-    shutil.rmtree(resolve(name))
+def rename(name: object, new: object) -> str:
+    """Gives a dataset another name. Returns it."""
+    folder, slug = resolve(name), run_folder.slug(str(new or ""))
+    if slug == folder.name:
+        return slug
+    _refuse_in_use(folder)
+    if (root() / slug).exists():
+        raise DatasetError(f"There is a dataset named {slug} already; choose another name.")
+    os.replace(folder, root() / slug)
+    return slug
+
+
+def duplicate(name: object) -> str:
+    """A copy with captions, masks and crops, without the journal. Returns its name."""
+    folder = resolve(name)
+    target = _free(f"{folder.name}-copy")
+    work = Path(tempfile.mkdtemp(prefix=".copying-", dir=root()))
+    try:
+        shutil.copytree(folder, work / "set", symlinks=True, ignore=shutil.ignore_patterns("journal", "captioning", "lock"))
+        os.replace(work / "set", target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target.name
+
+
+def _free(name: str) -> Path:
+    """A folder that is not there yet."""
+    slug = run_folder.slug(name)
+    return next(path for path in (root() / (slug if n == 1 else f"{slug}-{n}") for n in range(1, 10_000)) if not path.exists())
+
+
+def _refuse_in_use(folder: Path) -> None:
+    """A run that trains or waits reads its pictures by their place."""
+    for run in [*runs.waiting(), *filter(None, [runs.active()])]:
+        try:
+            used = Path(runs.settings(run).dataset.folder)
+        except TrainerError:
+            continue
+        if used == folder:
+            raise DatasetError(f"The run {run.name} trains on this dataset or waits to: let it end, or stop it first.")
+
+
+def export(name: object) -> Iterator[bytes]:
+    """The dataset as a zip, piece by piece: what a person put there, not what this program keeps."""
+    folder = resolve(name)
+    files = [path for path in reading.files_of(folder) if path.is_file() and not path.is_symlink()]
+    return _zipped(folder, files)
+
+
+def _zipped(folder: Path, files: list[Path]) -> Iterator[bytes]:
+    pieces = _Pieces()
+    with zipfile.ZipFile(pieces, "w", zipfile.ZIP_STORED) as archive:  # pictures do not become smaller
+        for path in files:
+            info = zipfile.ZipInfo.from_file(path, f"{folder.name}/{path.relative_to(folder).as_posix()}", strict_timestamps=False)
+            with open(path, "rb") as source, archive.open(info, "w", force_zip64=path.stat().st_size > 2**30) as target:
+                while piece := source.read(2**20):
+                    target.write(piece)
+                    yield pieces.take()
+            yield pieces.take()
+    yield pieces.take()
+
+
+class _Pieces(io.RawIOBase):
+    """A file that is written to and emptied in turn."""
+
+    def __init__(self) -> None:
+        self.held = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.held += data
+        return len(data)
+
+    def take(self) -> bytes:
+        taken = bytes(self.held)
+        self.held.clear()
+        return taken
 
 
 def scan(name: str, resolution: int = 64, trigger: str = "", caption_tokens: int = 75) -> tuple[list[reading.DatasetItem], list[Finding]]:
     """Pictures and findings of a dataset; read again only when a file in it changed. Raises DatasetError where no picture is usable."""
     folder = resolve(name)
-    signature = tuple(sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()))
-    return _scan(folder, hash(signature), resolution, trigger, caption_tokens)
+    return _scan(folder, signature(folder), resolution, trigger, caption_tokens)
+
+
+def signature(folder: Path) -> int:
+    """Another number when a file of the dataset, or a crop, was changed."""
+    found = []
+    waiting = [folder]
+    while waiting:
+        for entry in os.scandir(waiting.pop()):
+            if entry.is_dir(follow_symlinks=False):
+                waiting += [Path(entry.path)] if not entry.name.startswith(".") else []
+            else:
+                status = entry.stat(follow_symlinks=False)
+                found.append((entry.path, status.st_size, status.st_mtime_ns))
+    kept = folder / OWN_FOLDER / crops.FILE
+    return hash((tuple(sorted(found)), kept.read_bytes() if kept.is_file() else b""))
 
 
 @lru_cache(maxsize=32)
@@ -146,58 +244,13 @@ def _scan(
     return reading.scan_dataset(folder, resolution=resolution, trigger=trigger, caption_tokens=caption_tokens)
 
 
-def view(name: str | None) -> dict:
-    """All that the Dataset tab draws."""
-    if not name:
-        return {"name": "", "cards": [], "findings": [], "examples": examples()}
-    folder = resolve(name)
-    try:
-        items, findings = scan(name)
-    except DatasetError as error:
-        empty = not any(path.is_file() for path in folder.rglob("*"))
-        return {"name": name, "examples": examples(), "cards": [], "findings": [] if empty else [_finding("", "error", str(error))]}
-    return {
-        "name": name,
-        "examples": examples(),
-        "cards": [_card(name, folder, item) for item in items],
-        "findings": _findings(findings),
-        "verdict": doctor.verdict(len(items), findings),
-    }
-
-
-def summary(name: object) -> dict:
-    """The part of the view that changes with a caption."""
-    resolve(name)
-    items, findings = scan(str(name))
-    return {"findings": _findings(findings), "verdict": doctor.verdict(len(items), findings)}
-
-
-def _card(name: str, folder: Path, item: reading.DatasetItem) -> dict:
-    file = item.path.relative_to(folder).as_posix()
-    version = item.path.stat().st_mtime_ns
-    return {
-        "file": file,
-        "caption": item.caption,
-        "size": f"{item.width} × {item.height}",
-        "src": f"/thumb/{name}/{_key(file)}?v={version}",
-    }
-
-
 def crop_shown(item: reading.DatasetItem, settings: config.Dataset) -> dict:
     """The overlay of a picture: the part that is trained on, from 0 to 1, and its size in pixels."""
     crop = reading.crop_of(item, settings)
     return {"box": [round(side, 5) for side in buckets.box_of(crop)], "bucket": list(crop.bucket), "moved": item.crop_centre is not None}
 
 
-def _findings(findings: list[Finding]) -> list[dict]:
-    return [_finding(finding.file, finding.level, finding.message) for finding in findings]
-
-
-def _finding(file: str, level: str, text: str) -> dict:
-    return {"file": file, "level": level, "text": text}
-
-
-def thumbnail(name: object, key: str) -> Path:
+def thumbnail(name: object, key: str, side: int = THUMBNAIL) -> Path:
     """A small copy of the picture with that key, made on demand. Raises DatasetError where there is none."""
     folder = resolve(name)
     changed = folder.stat().st_mtime_ns
@@ -206,15 +259,36 @@ def thumbnail(name: object, key: str) -> Path:
         _files_by_key.cache_clear()
         file = _files_by_key(folder, changed).get(key)
     picture = resolve_picture(name, file)
-    version = hashlib.sha256(f"{picture}{picture.stat().st_mtime_ns}".encode()).hexdigest()[:32]
+    version = hashlib.sha256(f"{picture}{picture.stat().st_mtime_ns}{side}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
     target = run_folder.outputs_folder() / "cache" / "thumbs" / f"{version}.webp"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
-        pictures.save_thumbnail(picture, target)
+        pictures.save_thumbnail(picture, target, side)
     return target
 
 
-def _key(file: str) -> str:
+def mask_shown(name: object, key: str) -> Path:
+    """The mask of the picture with that key as a grey PNG of at most `LARGE` pixels. Raises DatasetError where there is none."""
+    folder = resolve(name)
+    file = next((file for file in _files_by_key(folder, folder.stat().st_mtime_ns).values() if key_of(file) == key), None)
+    picture = resolve_picture(name, file)
+    _, masks = reading.pair_masks([picture, *picture.parent.glob("*.png"), *(picture.parent / reading.MASK_FOLDER).glob("*.png")])
+    if picture not in masks:
+        raise DatasetError("The picture has no mask.")
+    mask = resolve_picture(name, masks[picture].relative_to(folder).as_posix())
+    version = hashlib.sha256(f"{mask}{mask.stat().st_mtime_ns}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    target = run_folder.outputs_folder() / "cache" / "thumbs" / f"{version}.png"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        image = pictures.open_picture(mask)[0].convert("L")
+        image.thumbnail((LARGE, LARGE))
+        encoded = io.BytesIO()
+        image.save(encoded, "PNG")
+        atomic_write(target, encoded.getvalue())
+    return target
+
+
+def key_of(file: str) -> str:
     """How a picture is named in an address, whatever its file is called."""
     return hashlib.sha256(file.encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
@@ -222,7 +296,7 @@ def _key(file: str) -> str:
 @lru_cache(maxsize=8)
 def _files_by_key(folder: Path, changed: int) -> dict[str, str]:
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in pictures.PICTURE_SUFFIXES]
-    return {_key(file): file for file in files}
+    return {key_of(file): file for file in files}
 
 
 def suggest_trigger(items: list[reading.DatasetItem]) -> str:

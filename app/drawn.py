@@ -20,13 +20,16 @@ def read_static(name: str) -> str:
     return (STATIC / name).read_text(encoding="utf-8")
 
 
-def drawn(script: str, data: Any = None, *, elem_id: str, server_functions: list[Callable] | None = None, constant: Any = None) -> gr.HTML:
-    """A view drawn by `static/<script>.js` from JSON-like data; `constant` is what never changes, there as CONSTANT."""
+def drawn(
+    script: str, *more: str, data: Any = None, elem_id: str, server_functions: list[Callable] | None = None, constant: Any = None
+) -> gr.HTML:
+    """A view drawn by `static/<script>.js` and the scripts it uses from JSON-like data; `constant` never changes, there as CONSTANT."""
+    parts = "".join(read_static(f"{name}.js") for name in ("common", *more, script))
     return gr.HTML(
         data,
         html_template='<div class="atelier"></div>',
         apply_default_css=False,
         elem_id=elem_id,
-        js_on_load=f"const CONSTANT = {json.dumps(constant)};\n" + read_static("common.js") + read_static(f"{script}.js"),
+        js_on_load=f"const CONSTANT = {json.dumps(constant)};\n{parts}",
         server_functions=server_functions,
     )

@@ -22,7 +22,7 @@ from app import workspace
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 UPLOAD = "/gradio_api/upload"
-FILE_ROUTES = ("/gradio_api/file=", "/gradio_api/file/", "/file=", "/thumb/", "/runfile/", "/previewfile/")
+FILE_ROUTES = ("/gradio_api/file=", "/gradio_api/file/", "/file=", "/thumb/", "/mask/", "/datasetfile/", "/runfile/", "/previewfile/")
 CLOSED_ROUTES = ("/monitoring", "/gradio_api/monitoring", "/openapi.json", "/gradio_api/openapi.json", "/docs", "/redoc", "/run-history")
 BODY_LIMIT = 2 * 1024**2  # captions and settings; only uploads are larger
 UPLOAD_LIMIT = 8 * 1024**3  # of one drop; a file has a smaller one (server.MAX_UPLOAD)

@@ -6,9 +6,10 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 from fastapi import FastAPI
-from fastapi.responses import FileResponse, PlainTextResponse, Response
+from fastapi.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 
 from app import datasets, device, previews, runs, workspace
 from app.drawn import STATIC
@@ -71,13 +72,29 @@ def _add_file_routes(app: FastAPI) -> None:
     """Files by id, looked up below their roots; what is missing and what is not allowed look the same."""
 
     @app.get("/thumb/{dataset}/{key}")
-    def thumb(dataset: str, key: str) -> Response:
+    def thumb(dataset: str, key: str, large: bool = False) -> Response:
         try:
-            return FileResponse(
-                datasets.thumbnail(dataset, key), media_type="image/webp", headers={"cache-control": "private, max-age=31536000"}
-            )
+            side = datasets.LARGE if large else datasets.THUMBNAIL
+            headers = {"cache-control": "private, max-age=31536000"}
+            return FileResponse(datasets.thumbnail(dataset, key, side), media_type="image/webp", headers=headers)
         except TrainerError:
             return not_found()
+
+    @app.get("/mask/{dataset}/{key}")
+    def mask(dataset: str, key: str) -> Response:
+        try:
+            return FileResponse(datasets.mask_shown(dataset, key), media_type="image/png", headers={"cache-control": "no-store"})
+        except TrainerError:
+            return not_found()
+
+    @app.get("/datasetfile/{name}.zip")
+    def datasetfile(name: str) -> Response:
+        try:
+            pieces = datasets.export(name)
+        except TrainerError:
+            return not_found()
+        disposition = f"attachment; filename*=UTF-8''{quote(name)}.zip"
+        return StreamingResponse(pieces, media_type="application/zip", headers={"content-disposition": disposition})
 
     @app.get("/runfile/{run}/{name:path}")
     def runfile(run: str, name: str) -> Response:

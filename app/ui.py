@@ -15,7 +15,7 @@ MAX_WAITING = 200  # events in the queue; more are refused
 
 def build(engine: PreviewEngine, device: str) -> gr.Blocks:
     with gr.Blocks(title="LoRA Atelier", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
-        heading = drawn("header", {"device": device, "text": "Idle"}, elem_id="header")
+        heading = drawn("header", data={"device": device, "text": "Idle"}, elem_id="header")
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabs:
             page = Page(tabs, engine, device)
             page.follow(heading, lambda: header(device))

@@ -5,6 +5,7 @@ No picture is ever left out: each gets a crop. Nothing is enlarged unless asked,
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from PIL import Image
 
@@ -21,6 +22,11 @@ class Crop:
     """Size of the whole picture after resizing, at least `bucket` on both sides. Equal to it, the picture may be squeezed a little."""
     left: int
     top: int
+
+
+@lru_cache(maxsize=64)
+def _buckets(resolution: int, step: int, max_aspect: float) -> tuple[tuple[int, int], ...]:
+    return tuple(make_buckets(resolution, step, max_aspect))
 
 
 def make_buckets(resolution: int, step: int, max_aspect: float = MAX_ASPECT) -> list[tuple[int, int]]:
@@ -61,7 +67,7 @@ def choose_crop(
     def distance(size: tuple[int, int]) -> float:
         return abs(math.log(size[0] / size[1]) - ratio)
 
-    bucket = min(make_buckets(resolution, step, max_aspect), key=lambda size: (distance(size), -size[0] * size[1], size))
+    bucket = min(_buckets(resolution, step, max_aspect), key=lambda size: (distance(size), -size[0] * size[1], size))
     if not allow_upscale and (bucket[0] > width or bucket[1] > height):
         fitting = _sizes_within(width, height, resolution, step, max_aspect)
         bucket = min(fitting, key=lambda size: (-size[0] * size[1], distance(size), size))

@@ -34,14 +34,14 @@ class Cure:
     """Applied to the file of the finding; else once, to the whole dataset."""
 
 
-def apply(dataset: Path, findings: Sequence[Finding], name: str, tokenizer: Path | None = None) -> int:
+def apply(dataset: Path, findings: Sequence[Finding], name: str, tokenizer: Path | None = None, limit: int = tokens.LIMIT) -> int:
     """Applies a cure to the files of these findings, as one change of the journal. Returns the number of files that changed.
 
     Findings of kinds that the cure is not for are passed over. Raises `DatasetError` where there is no such cure, or nothing to cure.
     """
     if name not in CURES:
         raise DatasetError(f"There is no cure named {name}; there are {', '.join(CURES)}.")
-    cure, folder = CURES[name], _Folder(Path(dataset), tokenizer)
+    cure, folder = CURES[name], _Folder(Path(dataset), tokenizer, limit)
     edits: dict[Path, Edit] = {}
     for finding in findings:
         if name not in FOR_KIND.get(finding.kind, ()):
@@ -65,8 +65,8 @@ def _files(edits: Sequence[Path] | dict[Path, Edit]) -> str:
 class _Folder:
     """A dataset as the cures see it."""
 
-    def __init__(self, path: Path, tokenizer: Path | None):
-        self.path = path
+    def __init__(self, path: Path, tokenizer: Path | None = None, limit: int = tokens.LIMIT):
+        self.path, self.limit = path, limit
         self.count = tokens.counter(tokenizer)
         self.files = files_of(path)
         self.by_name = {relative(file, path): file for file in self.files}
@@ -87,7 +87,7 @@ class _Folder:
 
 def exclude(dataset: Path, pictures: Sequence[Path]) -> list[Edit]:
     """Edits that take pictures, with their captions and masks, out of a dataset."""
-    folder = _Folder(dataset, None)
+    folder = _Folder(dataset)
     return [Edit(path, None) for picture in pictures for path in (picture, *folder.companions(picture))]
 
 
@@ -134,7 +134,7 @@ def _shorten(folder: _Folder, path: Path, finding: Finding) -> list[Edit]:
     low, high = 0, len(ends)
     while low < high:  # the longest beginning that fits, by halving
         middle = (low + high) // 2
-        fits = folder.count([caption[: ends[middle]]])[0] <= tokens.LIMIT
+        fits = folder.count([caption[: ends[middle]]])[0] <= folder.limit
         low, high = (middle + 1, high) if fits else (low, middle)
     return [caption_edits.caption_edit(path, caption[: ends[low - 1]].strip())] if low else []
 

@@ -205,6 +205,14 @@ def alpha_mask(path: Path) -> Image.Image | None:
         return alpha.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else alpha
 
 
+def grey_png(data: bytes, path: Path) -> bytes:
+    """A mask of any allowed format as a grey PNG without metadata; `path` is only named in messages. Raises `DatasetError`."""
+    image, _ = decode_picture(data, path)
+    encoded = io.BytesIO()
+    image.convert("L").save(encoded, "PNG", optimize=True)
+    return encoded.getvalue()
+
+
 def _is_srgb(icc: bytes) -> bool:
     with contextlib.suppress(ImageCms.PyCMSError, *PICTURE_ERRORS):
         return "srgb" in (ImageCms.ImageCmsProfile(io.BytesIO(icc)).profile.profile_description or "").lower()

@@ -1,16 +1,49 @@
-// The caption grid: drop target, pictures with their captions, findings. Captions save themselves.
-const memory = { messages: [], working: "", removed: [], timers: new Map(), refresh: null };
+// The Dataset tab: drop area, what the doctor says, and one page of pictures with their captions, which save themselves.
+const memory = { name: "", turn: 0, page: 0, filter: null, panel: "", messages: [], working: "", view: null, timers: new Map(), refresh: null, trash: null, open: new Set() };
+let settings = {};
 
-drawWith((root, view) => {
-  const cards = view.cards || [];
-  const note = el("div", { "aria-live": "polite" });
-  const say = (text) => note.replaceChildren(notice(text, "bad"));
-  root.replaceChildren(el("div", { class: "at-dataset", "data-name": view.name, ondragover: hover, ondragleave: leave, ondrop: (event) => drop(event, view) },
-    dropArea(view, cards.length === 0), note, messages(), summary(view), undoBar(view, say), el("div", { class: "at-grid" }, cards.map((card) => cardOf(view, card, say))),
-    cards.length ? tools(view, say) : null));
+drawWith((root, value) => {
+  if (!value.settings || value.settings.resolution === undefined) return;  // those of the Train tab are on their way
+  settings = value.settings;
+  if (value.name === undefined) { if (memory.exists) load(); return; }
+  memory.exists = value.exists;
+  if (value.name !== memory.name) Object.assign(memory, { name: value.name, page: 0, filter: null, panel: "", open: new Set(), followed: "" });
+  if (value.exists) load();
+  else { memory.turn++; memory.view = { name: value.name, examples: value.examples, cards: [], groups: [], total: 0 }; paint(); }
 });
 
-function changed(name) { trigger("change_dataset", { name }); }
+const call = (name, data = {}, onerror = say) => ask(name, { dataset: memory.name, settings, ...data }, onerror);
+const changed = (name) => trigger("change_dataset", { name });
+const say = (text) => { const place = root().querySelector(".at-note"); if (place) place.replaceChildren(notice(text, "bad")); };
+const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
+
+/** Asks for the page again; `turn` only turns it, without looking at the folder. */
+async function load({ turn = false } = {}) {
+  const mine = ++memory.turn;
+  const view = await call("view", { page: memory.page, filter: memory.filter, turn });
+  if (mine !== memory.turn || view.error) return;
+  if (view.scanning) {
+    working(view.scanning.total ? `Looking at ${view.scanning.done} of ${plural(view.scanning.total, "picture")}` : "Looking at the pictures");
+    if (!root().querySelector(".at-dataset")) { memory.view = { ...view, examples: [] }; paint(); }
+    setTimeout(() => mine === memory.turn && load(), 500);
+    return;
+  }
+  memory.working = "";
+  memory.view = view;
+  memory.page = view.page || 0;
+  paint();
+  if (memory.followed !== memory.name) { memory.followed = memory.name; follow(); }
+}
+
+function paint() {
+  const view = memory.view;
+  const empty = !view.total && !view.trouble && !view.scanning;
+  root().replaceChildren(el("div", { class: "at-dataset", "data-name": view.name, ondragover: hover, ondragleave: leave, ondrop: (event) => drop(event, view) },
+    dropArea(view, empty), el("div", { class: "at-note", "aria-live": "polite" }, view.trouble ? notice(view.trouble, "bad") : null), trashBar(), messages(), summary(view),
+    el("div", { class: "at-job-place" }), view.total ? tools(view) : null, filterBar(view),
+    el("div", { class: "at-grid" }, view.cards.map((card) => cardOf(view, card))), pager(view)));
+  drawJob();
+}
 
 function hover(event) { event.preventDefault(); event.currentTarget.classList.add("at-over"); }
 function leave(event) { if (!event.currentTarget.contains(event.relatedTarget)) event.currentTarget.classList.remove("at-over"); }
@@ -24,7 +57,7 @@ function dropArea(view, empty) {
   return el("section", { class: `at-drop ${empty ? "at-roomy" : ""}`, "aria-label": "Add pictures" }, files, folder,
     el("div", {}, el("strong", {}, empty ? `No pictures in “${view.name}” yet` : "Add more"),
       el("p", {}, empty ? "Drop 10 to 30 pictures of one subject or one style anywhere here. Sharp, varied pictures matter more than many."
-        : "Drop pictures, captions, folders or a .zip anywhere here.")),
+        : "Drop pictures, captions, masks, folders or a .zip anywhere here.")),
     choose, examples, el("p", { class: "at-working", role: "status" }, memory.working));
 }
 
@@ -85,112 +118,157 @@ async function walk(entry) {
   return (await Promise.all(found.map(walk))).flat();
 }
 
+/** A <details> that stays as the person left it when the tab is drawn anew. */
+function fold(key, title, ...content) {
+  return el("details", { class: `at-findings at-fold-${key.split(":")[0]}`, open: memory.open.has(key), ontoggle: (event) => { if (event.target === event.currentTarget) memory.open[event.target.open ? "add" : "delete"](key); } },
+    el("summary", {}, title), ...content);
+}
+
+const findingsList = (findings) => el("ul", {}, findings.map((finding) => el("li", { class: `at-${finding.level || "note"}` }, finding.file ? el("b", {}, finding.file) : null, finding.file ? " " : "", finding.text)));
+
 function messages() {
   if (!memory.messages.length) return null;
-  return findingsList(`From the last import: ${memory.messages.length} remark${memory.messages.length > 1 ? "s" : ""}`, memory.messages, true);
+  return el("details", { class: "at-findings", open: true }, el("summary", {}, `From the last import: ${plural(memory.messages.length, "remark")}`), findingsList(memory.messages.slice(0, 200)));
 }
 
-function findingsList(title, findings, open) {
-  return el("details", { class: "at-findings", open }, el("summary", {}, title),
-    el("ul", {}, findings.map((finding) => el("li", { class: `at-${finding.level}` }, finding.file ? el("b", {}, finding.file) : null, finding.file ? " " : "", finding.text))));
-}
+// What the doctor says
 
 function summary(view) {
-  const cards = view.cards || [], findings = view.findings || [];
   const place = el("div", { class: "at-summary" });
-  if (!cards.length && !findings.length) return place;
-  const bare = cards.filter((card) => !card.caption.trim()).length;
-  const left = findings.filter((finding) => finding.level === "error").length;
+  if (!view.total && !view.groups.length && !view.undo) return place;
   place.append(el("div", { class: "at-row" },
-    pill(`${cards.length} picture${cards.length === 1 ? "" : "s"}`), cards.length ? pill(bare ? `${bare} without caption` : "all captioned", bare ? "warn" : "good") : null,
-    left ? pill(`${left} left out`, "bad") : null, cards.length ? button("Go to training", () => trigger("go_train"), "at-primary at-push") : null));
-  if (findings.length) place.append(findingsList(`${findings.length} remark${findings.length > 1 ? "s" : ""} about this dataset`, findings, cards.length === 0));
+    pill(plural(view.total, "picture")), view.total ? pill(view.bare ? `${view.bare} without caption` : "all captioned", view.bare ? "warn" : "good") : null,
+    view.left_out ? pill(`${view.left_out} left out`, "bad") : null, undoButton(view),
+    view.total ? button("Go to training", () => trigger("go_train"), "at-primary at-push") : null));
+  if (view.verdict) place.append(el("p", { class: "at-verdict" }, view.verdict));
+  const remarks = view.groups.reduce((sum, group) => sum + group.count, 0);
+  if (remarks) place.append(fold("doctor", `${plural(remarks, "remark")} about this dataset`, el("div", { class: "at-groups" }, view.groups.map((group) => groupOf(view, group)))));
   return place;
 }
 
-function undoBar(view, say) {
-  const bar = el("div", { class: "at-undo", role: "status" });
-  const last = memory.removed[memory.removed.length - 1];
-  if (last && last.dataset === view.name) {
-    bar.append(el("span", {}, `${last.file} removed.`), button("Undo", async () => {
-      const answer = await ask("restore_picture", last, say);
-      if (!answer.error) { memory.removed.pop(); changed(view.name); }
-    }));
-  }
-  return bar;
+function undoButton(view) {
+  return el("span", { class: "at-undo" }, view.undo ? button(`Undo: ${view.undo}`, async () => {
+    const answer = await call("undo");
+    if (answer.error) return;
+    await load();
+    if (answer.kept.length) say(`Changed by something else since, and left as they are: ${answer.kept.join(", ")}.`);
+  }, "at-small") : null);
 }
 
-function redrawSummary(view, say) {
-  root().querySelector(".at-summary").replaceWith(summary(view));
-  root().querySelector(".at-undo").replaceWith(undoBar(view, say));
+function setUndo(label) {
+  memory.view.undo = label;
+  const place = root().querySelector(".at-undo");
+  if (place) place.replaceWith(undoButton(memory.view));
 }
 
-function cardOf(view, card, say) {
+function groupOf(view, group) {
+  const cure = (name, file) => async (event) => {
+    event.target.disabled = true;
+    const answer = await call("cure", { kind: group.kind, cure: name, file });
+    if (answer.error) event.target.disabled = false; else load();
+  };
+  const cures = (file) => group.cures.map((each) => button(file === undefined && group.count > 1 ? `${each.label} (all ${group.count})` : each.label, cure(each.name, file), "at-small"));
+  const isOnPictures = group.kind && group.level !== "error" && !["shared-tag", "mixed-sizes", "orphan"].includes(group.kind);
+  return el("section", { class: `at-group at-${group.level}`, "data-kind": group.kind },
+    el("div", { class: "at-row" }, el("b", {}, group.title), group.count > 1 ? pill(group.count, "quiet") : null, el("span", { class: "at-push" }),
+      isOnPictures ? button("Show", () => filterBy({ kind: group.kind, title: group.title }), "at-small") : null, cures()),
+    el("p", { class: "at-hint" }, el("span", { class: "at-file-name" }, group.files[0].file), " ", group.files[0].text),
+    group.count > 1 ? fold(`group:${group.kind}`, "All of them", el("ul", {}, group.files.map((finding) => el("li", {}, el("b", {}, finding.file), " ", finding.text,
+      el("span", { class: "at-row" }, cures(finding.file))))), group.count > group.files.length ? el("p", { class: "at-hint" }, `and ${group.count - group.files.length} more`) : null) : null);
+}
+
+// Which pictures are shown
+
+function filterBy(filter) { memory.filter = filter; memory.page = 0; load({ turn: true }); }
+
+function filterBar(view) {
+  if (!view.total) return null;
+  const text = memory.filter ? memory.filter.title || (memory.filter.tag && `tag “${memory.filter.tag}”`) : "";
+  const search = el("input", { type: "search", class: "at-search", placeholder: "Search names and captions", "aria-label": "Search names and captions", value: (memory.filter && memory.filter.text) || "",
+    onchange: (event) => filterBy(event.target.value ? { text: event.target.value } : null) });
+  return el("div", { class: "at-row at-filter" }, view.total > 12 || memory.filter ? search : null,
+    text ? el("span", { class: "at-pill at-quiet" }, text) : null,
+    memory.filter ? el("span", { class: "at-hint" }, `${view.matching} of ${view.total}`) : null, memory.filter ? button("Show all", () => filterBy(null), "at-small") : null);
+}
+
+function pager(view) {
+  if (!(view.pages > 1)) return null;
+  const go = (page) => { memory.page = page; load({ turn: true }).then(() => root().querySelector(".at-filter").scrollIntoView()); };
+  return el("nav", { class: "at-row at-pager", "aria-label": "Pages" }, button("← Previous", () => go(view.page - 1), view.page ? "" : "at-off"),
+    el("span", {}, `Page ${view.page + 1} of ${view.pages}`), button("Next →", () => go(view.page + 1), view.page + 1 < view.pages ? "" : "at-off"));
+}
+
+// One picture
+
+/** The caption box of a card, in the grid or in the dialog: saves by itself. */
+function captionBox(view, card, extra = {}) {
   const saved = el("span", { class: "at-saved", role: "status" });
-  const caption = el("textarea", { rows: 3, "aria-label": `Caption of ${card.file}`, placeholder: "What is in the picture?", spellcheck: "true",
-    oninput: () => { saved.textContent = "…"; clearTimeout(memory.timers.get(card.file)); memory.timers.set(card.file, setTimeout(save, 700)); },
-    onblur: () => save(),
-    onkeydown: (event) => {
-      if (event.key !== "Enter" || !event.ctrlKey) return;
-      event.preventDefault();
-      const all = [...root().querySelectorAll(".at-card textarea")];
-      (all[all.indexOf(event.target) + 1] || all[0]).focus();
-    } });
-  caption.value = card.caption;
+  const tokens = el("span", { class: "at-tokens" });
+  const count = () => { tokens.textContent = card.tokens > view.limit ? `${card.tokens} of ${view.limit} tokens` : plural(card.tokens, "token"); tokens.classList.toggle("at-long", card.tokens > view.limit); };
+  const box = el("textarea", { rows: 3, "aria-label": `Caption of ${card.file}`, placeholder: "What is in the picture?", spellcheck: "true",
+    oninput: () => { saved.textContent = "…"; clearTimeout(memory.timers.get(card.file)); memory.timers.set(card.file, setTimeout(save, 700)); }, onblur: () => save(), ...extra });
+  box.value = card.caption;
   const save = async () => {
     clearTimeout(memory.timers.get(card.file));
-    const text = caption.value;
+    const text = box.value;
     if (text === card.caption) { if (saved.textContent === "…") saved.textContent = ""; return; }
-    const answer = await ask("save_caption", { dataset: view.name, file: card.file, caption: text }, () => {
+    const answer = await call("save_caption", { file: card.file, caption: text }, () => {
       saved.replaceChildren(el("button", { type: "button", class: "at-retry", onclick: save }, "not saved – retry"));
     });
     if (answer.error) return;
+    if (!card.caption.trim() !== !text.trim()) memory.view.bare += text.trim() ? -1 : 1;
     card.caption = text;
-    saved.textContent = caption.value === text ? "saved" : "…";
-    redrawSummary(view, say);
-    refreshLater(view, say);
+    card.tokens = answer.tokens;
+    count();
+    saved.textContent = box.value === text ? "saved" : "…";
+    setUndo(answer.undo);
+    refreshLater();
   };
+  count();
+  return { box, saved, tokens, save };
+}
+
+function cardOf(view, card) {
+  const move = (event, step) => {
+    event.preventDefault();
+    const all = [...root().querySelectorAll(".at-card textarea")], next = all[all.indexOf(event.target) + step];
+    if (next) next.focus();
+    else if (view.pages > 1) { memory.page = (view.page + step + view.pages) % view.pages; load({ turn: true }).then(() => [...root().querySelectorAll(".at-card textarea")].at(step > 0 ? 0 : -1).focus()); }
+    else (step > 0 ? all[0] : all.at(-1)).focus();
+  };
+  const { box, saved, tokens } = captionBox(view, card, { onkeydown: (event) => {
+    if ((event.key === "Enter" && event.ctrlKey) || (event.key === "ArrowDown" && event.altKey)) move(event, 1);
+    if (event.key === "ArrowUp" && event.altKey) move(event, -1);
+  } });
   const remove = async () => {
-    const answer = await ask("remove_picture", { dataset: view.name, file: card.file }, say);
-    if (answer.error) return;
-    memory.removed.push({ dataset: view.name, file: card.file });
-    view.cards.splice(view.cards.indexOf(card), 1);
-    node.remove();
-    redrawSummary(view, say);
-    if (!view.cards.length) changed(view.name);
+    const answer = await call("remove_picture", { file: card.file });
+    if (!answer.error) load();
   };
-  const node = el("figure", { class: "at-card" },
-    el("div", { class: "at-picture" }, el("img", { src: card.src, alt: card.caption || card.file, loading: "lazy" }),
+  return el("figure", { class: "at-card", "data-file": card.file },
+    el("div", { class: "at-picture" }, el("button", { type: "button", class: "at-open", "aria-label": `Crop and mask of ${card.file}`, title: "Crop and mask", onclick: () => openPicture(view, card) },
+      el("img", { src: card.src, alt: card.caption || card.file, loading: "lazy" }), cropOverlay(card)),
+      card.mask ? el("span", { class: "at-badge" }, "mask") : null, card.repeats > 1 ? el("span", { class: "at-badge at-right" }, `× ${card.repeats}`) : null,
       el("button", { type: "button", class: "at-remove", title: "Remove from the dataset", "aria-label": `Remove ${card.file}`, onclick: remove }, "✕")),
-    caption, el("figcaption", {}, el("span", { class: "at-file", title: card.file }, card.file), el("span", { class: "at-size" }, card.size), saved));
-  return node;
+    box, el("figcaption", {}, el("span", { class: "at-file", title: `${card.file}, ${card.size}` }, card.file), tokens, saved));
 }
 
-// The findings about captions follow an edit, where reading the whole dataset again is cheap.
-function refreshLater(view, say) {
+/** The part of the picture that is trained on, over a square thumbnail; nothing where it is all of it. */
+function cropOverlay(card) {
+  const [left, top, right, bottom] = card.box;
+  if (right - left > 0.995 && bottom - top > 0.995) return null;
+  const width = Math.min(1, card.ratio), height = Math.min(1, 1 / card.ratio);
+  const style = `left:${100 * ((1 - width) / 2 + left * width)}%;top:${100 * ((1 - height) / 2 + top * height)}%;width:${100 * (right - left) * width}%;height:${100 * (bottom - top) * height}%`;
+  return el("span", { class: "at-crop", style });
+}
+
+// The doctor follows an edit, where looking at the whole dataset again is cheap.
+function refreshLater() {
   clearTimeout(memory.refresh);
-  if (view.cards.length > 60) return;
+  if (memory.view.total > 500) return;
   memory.refresh = setTimeout(async () => {
-    const answer = await ask("refresh", { dataset: view.name }, () => {});
-    if (answer.error) return;
-    view.findings = answer.findings;
-    redrawSummary(view, say);
+    const mine = memory.turn, view = await call("view", { page: memory.page, filter: memory.filter }, () => {});
+    if (view.error || view.scanning || mine !== memory.turn) return;
+    Object.assign(memory.view, { groups: view.groups, verdict: view.verdict, bare: view.bare, tags: view.tags, undo: view.undo });
+    root().querySelector(".at-summary").replaceWith(summary(memory.view));
   }, 2000);
-}
-
-function tools(view, say) {
-  const field = (label, id) => el("label", {}, el("span", {}, label), el("input", { type: "text", id }));
-  const apply = async () => {
-    const value = (id) => root().querySelector(id).value;
-    const answer = await ask("edit_all", { dataset: view.name, find: value("#edit-find"), replace: value("#edit-replace"), front: value("#edit-front") }, say);
-    if (!answer.error) changed(view.name);
-  };
-  const removeAll = async () => {
-    if (!confirm(`Delete the dataset ${view.name} with its ${view.cards.length} pictures? This cannot be undone.`)) return;
-    const answer = await ask("remove_dataset", { dataset: view.name }, say);
-    if (!answer.error) changed(answer.name);
-  };
-  return el("details", { class: "at-tools" }, el("summary", {}, "Edit all captions, or delete the dataset"),
-    el("div", { class: "at-row" }, field("Find", "edit-find"), field("Replace with", "edit-replace"), field("Put in front", "edit-front"), button("Apply to all captions", apply)),
-    el("div", { class: "at-row" }, button("Delete this dataset", removeAll, "at-danger")));
 }

@@ -1,4 +1,4 @@
-"""Dataset tab: pictures come in, captions are written beside them."""
+"""Dataset tab: pictures come in, the doctor looks at them, captions, crops and masks are edited beside them."""
 
 import os
 import shutil
@@ -9,13 +9,21 @@ from typing import Any
 
 import gradio as gr
 
-from app import datasets
+from app import captioning, datasets, studio
 from app.drawn import drawn
 from app.page import Page
-from trainer import captions, run_folder
+from trainer import run_folder
 from trainer.errors import DatasetError, TrainerError
 
 ID, TITLE = "dataset", "Dataset"
+SETTINGS = (
+    "resolution",
+    "bucket_step",
+    "max_aspect",
+    "allow_upscale",
+    "crop",
+    "trigger",
+)  # of the Train tab, that decide what is seen of a picture
 
 
 def build(page: Page) -> dict[str, Any]:
@@ -29,38 +37,49 @@ def build(page: Page) -> dict[str, Any]:
             scale=0,
             min_width=340,
         )
+    served = [add_files, add_example, add_mask, rename_dataset, copy_dataset, remove_dataset, restore_dataset]
+    served += [studio.view, studio.save_caption, studio.preview_edit, studio.apply_edit, studio.cure, studio.undo]
+    served += [studio.remove_picture, studio.move_crop, studio.save_mask, studio.crops_overview]
+    served += [caption_start, caption_stop, caption_status, caption_size]
     grid = drawn(
         "dataset",
+        "picture",
+        "dataset_tools",
         elem_id="dataset-view",
-        server_functions=[
-            _guarded(add_files),
-            _guarded(add_example),
-            _guarded(save_caption),
-            _guarded(edit_all),
-            _guarded(remove_picture),
-            _guarded(restore_picture),
-            _guarded(refresh),
-            _guarded(remove_dataset),
-        ],
+        server_functions=[_guarded(function) for function in served],
     )
 
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
-    chosen.input(show, chosen, [chosen, grid], **quiet)
-    page.on_load(lambda: show(next(iter(datasets.names()), "")), [chosen, grid])
-    return {"chosen": chosen, "grid": grid, "quiet": quiet}
+    return {"chosen": chosen, "grid": grid, "quiet": {"show_progress": "hidden", "api_visibility": "private"}}
 
 
 def connect(page: Page, own: dict, others: dict[str, dict]) -> None:
-    """A changed dataset is shown here and chosen in the Train tab."""
-    train = others["train"]
+    """A changed dataset is shown here and chosen in the Train tab; the settings there decide what is seen of each picture."""
+    train, chosen, quiet = others["train"], own["chosen"], own["quiet"]
+    fields = [train["fields"][name] for name in ("base", "own_base", *(f"dataset.{name}" for name in SETTINGS))]
 
-    def changed(event: gr.EventData) -> list:
-        return [*show(event.name), *train["choose_dataset"](event.name)]
+    def settings(values: tuple) -> dict:
+        base, own_base, *rest = values
+        return {"base": own_base if base == "own" else base, **dict(zip(SETTINGS, rest, strict=True))}
 
-    both = [own["chosen"], own["grid"], *train["dataset_outputs"]]
-    own["grid"].change_dataset(changed, None, both, **own["quiet"])
-    own["chosen"].input(lambda name: train["choose_dataset"](_known(name)), own["chosen"], train["dataset_outputs"], **own["quiet"])
-    own["grid"].go_train(lambda: gr.Tabs(selected="train"), None, page.tabs, **own["quiet"])
+    def changed(event: gr.EventData, *values) -> list:
+        return [*show(event.name, settings(values)), *train["choose_dataset"](event.name)]
+
+    def shown(name: str, *values) -> list:
+        return show(name, settings(values))
+
+    page.on_load(
+        lambda: show(next(iter(datasets.names()), ""), {})[0],
+        [chosen],
+        then={"fn": shown, "inputs": [chosen, *fields], "outputs": [chosen, own["grid"]], **quiet},
+    )
+    both = [chosen, own["grid"], *train["dataset_outputs"]]
+    own["grid"].change_dataset(changed, fields, both, **quiet)
+    chosen.input(shown, [chosen, *fields], [chosen, own["grid"]], **quiet)
+    chosen.input(lambda name: train["choose_dataset"](_known(name)), chosen, train["dataset_outputs"], **quiet)
+    # Without a name: a dataset that is just being chosen must not be put back by the trigger word that it brings along.
+    settled = {"fn": lambda *values: {"settings": settings(values)}, "inputs": fields, "outputs": own["grid"], **quiet}
+    gr.on([field.change for field in fields], trigger_mode="always_last", **settled)
+    own["grid"].go_train(lambda: gr.Tabs(selected="train"), None, page.tabs, **quiet)
 
 
 def _names() -> list[str]:
@@ -72,11 +91,11 @@ def _known(name: object) -> str:
     return slug if slug in datasets.names() else ""
 
 
-def show(name: object) -> list:
-    """Updates of the list and the grid for a dataset, which need not exist yet."""
+def show(name: object, settings: dict) -> list:
+    """Updates of the list and the view for a dataset, which need not exist yet."""
     slug = run_folder.slug(str(name)) if name else "my-dataset"
-    view = datasets.view(slug) if slug in datasets.names() else {**datasets.view(None), "name": slug}
     choices = datasets.names()
+    view = {"name": slug, "settings": settings, "examples": datasets.examples(), "exists": slug in choices, "stamp": os.urandom(4).hex()}
     return [gr.Dropdown(choices if slug in choices else [slug, *choices], value=slug), view]
 
 
@@ -143,42 +162,43 @@ def add_example(data: dict) -> dict:
     return {"name": datasets.add_example(data.get("example")), "messages": []}
 
 
-def save_caption(data: dict) -> dict:
-    picture = datasets.resolve_picture(data.get("dataset"), data.get("file"))
-    captions.write_caption(picture, str(data.get("caption", "")))
-    return {"caption": captions.read_caption(picture)[0]}
+def add_mask(data: dict) -> dict:
+    """An uploaded picture becomes the mask of `file`."""
+    upload = _upload(data.get("path"))
+    try:
+        return studio.put_mask(data, upload.read_bytes(), Path(upload.name))
+    finally:
+        upload.unlink(missing_ok=True)
 
 
-def edit_all(data: dict) -> dict:
-    """Find and replace, and a text in front of every caption that does not begin with it."""
-    name = data.get("dataset")
-    find, replacement, front = (str(data.get(key, "")) for key in ("find", "replace", "front"))
-    changed = 0
-    for item in datasets.scan(datasets.resolve(name).name)[0]:
-        before = captions.read_caption(item.path)[0]
-        after = before.replace(find, replacement) if find else before
-        if front.strip() and not after.startswith(front.strip()):
-            after = f"{front.strip()} {after}".strip()
-        if after != before:
-            captions.write_caption(item.path, after)
-            changed += 1
-    return {"name": name, "changed": changed}
+def rename_dataset(data: dict) -> dict:
+    return {"name": datasets.rename(data.get("dataset"), data.get("to"))}
 
 
-def remove_picture(data: dict) -> dict:
-    datasets.remove_picture(data.get("dataset"), data.get("file"))
-    return {"ok": True}
-
-
-def restore_picture(data: dict) -> dict:
-    datasets.restore_picture(data.get("dataset"), data.get("file"))
-    return {"name": data["dataset"]}
-
-
-def refresh(data: dict) -> dict:
-    return datasets.summary(data.get("dataset"))
+def copy_dataset(data: dict) -> dict:
+    return {"name": datasets.duplicate(data.get("dataset"))}
 
 
 def remove_dataset(data: dict) -> dict:
-    datasets.remove(data.get("dataset"))
-    return {"name": next(iter(datasets.names()), "")}
+    kept = datasets.remove(data.get("dataset"))
+    return {"name": next(iter(datasets.names()), ""), "kept": kept}
+
+
+def restore_dataset(data: dict) -> dict:
+    return {"name": datasets.restore(data.get("kept"))}
+
+
+def caption_start(data: dict) -> dict:
+    return captioning.start(data)
+
+
+def caption_stop(data: dict) -> dict:
+    return captioning.stop(data)
+
+
+def caption_status(data: dict) -> dict:
+    return captioning.status(data)
+
+
+def caption_size(data: dict) -> dict:
+    return captioning.download_size(data)

@@ -110,7 +110,7 @@ def _advanced_form() -> tuple[dict[str, gr.components.Component], gr.HTML]:
     """Every other field of RunConfig, a closed section each, in the order of declaration; above them the tools."""
     fields, recipe = {}, next(iter(presets.load_presets().values())).config
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-        tools = drawn("advanced", {}, elem_id="advanced-tools", constant=_searchable())
+        tools = drawn("advanced", data={}, elem_id="advanced-tools", constant=_searchable())
         for section in dict.fromkeys(path.partition(".")[0] for path in advanced_paths()):
             with gr.Accordion(SECTION_TITLES[section], open=False, elem_id=f"section-{section}"), gr.Row(elem_classes="at-section"):
                 for path in advanced_paths():

@@ -1,0 +1,89 @@
+"""How a dataset of 10,000 pictures is read: `python benchmarks/dataset.py [--pictures N]`. Makes the pictures first, in a temporary folder.
+
+Prints a table: scanning the folder for the first time and again, the memory that took, the first page of the gallery with
+its thumbnails, and one caption edit. The result is in docs/performance.md.
+"""
+
+import argparse
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+SIZE = (768, 512)
+
+
+def make(target: tuple[str, int]) -> None:
+    """One picture with a caption: coloured clouds with grain, as JPEG."""
+    folder, seed = target
+    random = np.random.default_rng(seed)
+    clouds = Image.fromarray(random.integers(0, 255, (6, 9, 3), dtype=np.uint8)).resize(SIZE, Image.Resampling.BICUBIC)
+    grain = random.integers(-12, 12, (SIZE[1], SIZE[0], 1))
+    pixels = np.clip(np.asarray(clouds, dtype=np.int16) + grain, 0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(f"{folder}/{seed:05}.jpg", quality=88)
+    Path(f"{folder}/{seed:05}.txt").write_text(f"photo, cloud {seed % 50}, sky", encoding="utf-8")
+
+
+def timed(name: str, action: Callable[[], object]) -> object:
+    start = time.perf_counter()
+    result = action()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"| {name} | {time.perf_counter() - start:.2f} s | {memory:.0f} MB |", flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pictures", type=int, default=10_000)
+    count = parser.parse_args().pictures
+    with tempfile.TemporaryDirectory() as root:
+        os.environ["ATELIER_OUTPUTS"] = root
+        folder = Path(root) / "datasets" / "many"
+        folder.mkdir(parents=True)
+        with ProcessPoolExecutor() as pool:
+            list(pool.map(make, ((str(folder), seed) for seed in range(count)), chunksize=100))
+        measure(folder)
+
+
+def measure(folder: Path) -> None:
+    from app import datasets, studio
+
+    time.sleep(3)  # a file just written to is not trusted by its time
+    settings = {"resolution": 512, "bucket_step": 64, "crop": "centre", "base": "embedded"}
+    asked = {"dataset": "many", "settings": settings}
+    studio.PATIENCE = 36_000
+
+    def first_page(**more: object) -> dict:
+        view = studio.view(asked | more)
+        for card in view["cards"]:
+            datasets.thumbnail("many", card["src"].split("/")[-1].split("?")[0])
+        return view
+
+    print(f"\n{len(list(folder.glob('*.jpg')))} pictures of {SIZE[0]} x {SIZE[1]}, {os.cpu_count()} cores\n")
+    print("| what | time | most memory so far |\n|---|---|---|")
+    timed("first scan, nothing known", lambda: studio.look(asked))
+    timed("first page of the gallery, 60 new thumbnails", lambda: first_page(turn=True))
+    timed("the same page again", lambda: first_page(turn=True))
+    timed("another page", lambda: first_page(turn=True, page=70))
+    timed("one caption edit", lambda: studio.save_caption(asked | {"file": "05000.jpg", "caption": "a red sky"}))
+    timed("the next caption edit", lambda: studio.save_caption(asked | {"file": "05001.jpg", "caption": "a blue sky"}))
+    timed("scan again after the edits", lambda: studio.look(asked))
+    studio._looks.clear()
+    timed("scan again in a new process' stead: nothing in memory", lambda: studio.look(asked))
+    words = asked | {"operation": "replace", "find": "photo", "replacement": "picture"}
+    timed("replace a word in all captions: preview", lambda: studio.preview_edit(words))
+    timed("replace a word in all captions: done", lambda: studio.apply_edit(words))
+    timed("take that back", lambda: studio.undo(asked))
+
+
+if __name__ == "__main__":
+    main()

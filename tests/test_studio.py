@@ -1,0 +1,173 @@
+"""What the Dataset tab is given, without a browser: pages, findings, changes, datasets moved about and exported."""
+
+import base64
+import io
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from app import captioning, datasets, studio
+from tests.corpus import encoded, photo
+from trainer import config, run_folder
+from trainer.errors import DatasetError, TrainerError
+
+SETTINGS = {"resolution": 64, "bucket_step": 8, "max_aspect": 2, "allow_upscale": False, "crop": "centre", "base": "embedded"}
+
+
+def png(seed: int, size=(48, 48), mode="RGB") -> bytes:
+    return encoded(photo(*size, mode=mode, seed=seed), "PNG")
+
+
+@pytest.fixture
+def cats(outputs):
+    folder = outputs / "datasets" / "cats"
+    folder.mkdir(parents=True)
+    for seed in range(5):
+        (folder / f"{seed}.png").write_bytes(png(seed))
+        (folder / f"{seed}.txt").write_text(f"pic, cat {seed}")
+    return folder
+
+
+def asked(**data) -> dict:
+    return {"dataset": "cats", "settings": SETTINGS, **data}
+
+
+def files(view: dict) -> list[str]:
+    return [card["file"] for card in view["cards"]]
+
+
+def test_pages_filters_and_findings(cats, monkeypatch):
+    monkeypatch.setattr(studio, "PAGE", 2)
+    (cats / "1.txt").unlink()
+    view = studio.view(asked(page=1))
+    assert (view["total"], view["pages"], files(view), view["bare"]) == (5, 3, ["2.png", "3.png"], 1)
+    assert view["verdict"].startswith("5 of 5") and {"no-caption", "small"} <= {group["kind"] for group in view["groups"]}
+    assert files(studio.view(asked(page=99))) == ["4.png"]
+    assert files(studio.view(asked(filter={"kind": "no-caption"}, turn=True))) == ["1.png"]
+    assert files(studio.view(asked(filter={"tag": "CAT 3"}))) == ["3.png"] == files(studio.view(asked(filter={"text": "cat 3"})))
+    assert view["tags"][0] == ("pic", 4)
+
+
+def test_captions_are_saved_planned_changed_and_taken_back(cats):
+    studio.view(asked())
+    assert studio.save_caption(asked(file="2.png", caption="a dog"))["caption"] == "a dog"
+    assert [card["caption"] for card in studio.view(asked(turn=True))["cards"]][2] == "a dog"
+    wish = asked(operation="replace", find="pic", replacement="photo")
+    plan = studio.preview_edit(wish)
+    assert plan["count"] == 4 and plan["changes"][0] == {"file": "0.png", "before": "pic, cat 0", "after": "photo, cat 0"}
+    assert (cats / "0.txt").read_text() == "pic, cat 0", "a preview writes nothing"
+    assert studio.apply_edit(wish) == {"changed": 4}
+    assert studio.undo(asked()) == {"label": "Changed 4 captions", "kept": []} and studio.view(asked())["undo"] == "The caption of 2.png"
+    studio.undo(asked())
+    assert (cats / "2.txt").read_text() == "pic, cat 2"
+
+
+def test_a_removed_picture_takes_its_own_and_no_other_caption(cats):
+    (cats / "2.mask.png").write_bytes(png(2, mode="L"))
+    studio.remove_picture(asked(file="2.png"))
+    view = studio.view(asked())
+    assert [(card["file"], card["caption"]) for card in view["cards"]][2] == ("3.png", "pic, cat 3")
+    assert not list(cats.glob("2.*"))
+    studio.undo(asked())
+    assert sorted(path.name for path in cats.glob("2.*")) == ["2.mask.png", "2.png", "2.txt"]
+
+
+def test_cures_crops_and_masks(cats):
+    (cats / "twin.png").write_bytes(png(1))
+    assert studio.cure(asked(kind="duplicate", cure="exclude", file="twin.png")) == {"changed": 1}
+    assert studio.move_crop(asked(file="0.png", centre=[1, 1]))["moved"] is True
+    with pytest.raises(DatasetError, match="two numbers"):
+        studio.move_crop(asked(file="0.png", centre="middle"))
+    mask = Image.fromarray(np.repeat(np.uint8([[0, 255]]), 24, 1).repeat(48, 0))
+    studio.save_mask(asked(file="0.png", mask=base64.b64encode(encoded(mask, "PNG")).decode()))
+    card = studio.view(asked())["cards"][0]
+    assert card["mask"].startswith("/mask/cats/") and Image.open(datasets.mask_shown("cats", datasets.key_of("0.png"))).getextrema() == (
+        0,
+        255,
+    )
+    for bad in ("not base64!", base64.b64encode(b"no picture").decode(), base64.b64encode(png(1, (90, 30))).decode()):
+        with pytest.raises(TrainerError):
+            studio.save_mask(asked(file="0.png", mask=bad))
+    studio.save_mask(asked(file="0.png"))
+    assert studio.view(asked())["cards"][0]["mask"] == ""
+    assert studio.crops_overview(asked())["buckets"] == [{"size": "48 × 48", "count": 5, "ratio": 1.0}]
+
+
+@pytest.mark.parametrize("file", ["../secret.png", "/etc/passwd", "", None, 3, "gone.png", "0.txt", ".atelier/journal/000001/0"])
+def test_only_pictures_of_the_dataset_are_touched(cats, file):
+    for action in (studio.save_caption, studio.remove_picture, studio.move_crop, studio.save_mask):
+        with pytest.raises(DatasetError):
+            action(asked(file=file, caption="x", centre=[0, 0]))
+
+
+def test_a_long_look_shows_its_progress(cats, monkeypatch):
+    import threading
+
+    go, real = threading.Event(), studio.reading.scan_dataset
+
+    def slow(*arguments, progress, **options):
+        progress(2, 5)
+        go.wait(20)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(studio, "PATIENCE", 0.05)
+    monkeypatch.setattr(studio.reading, "scan_dataset", slow)
+    assert studio.view(asked())["scanning"] == {"done": 2, "total": 5}
+    go.set()
+    studio.look(asked()).ended.wait(20)
+    assert studio.view(asked())["total"] == 5
+
+
+# The datasets themselves
+
+
+def test_datasets_are_renamed_copied_removed_and_brought_back(cats):
+    studio.view(asked())
+    studio.remove_picture(asked(file="4.png"))
+    studio.move_crop(asked(file="0.png", centre=[0.2, 0.2]))
+    assert (datasets.duplicate("cats"), datasets.duplicate("cats")) == ("cats-copy", "cats-copy-2")
+    copied = datasets.root() / "cats-copy" / ".atelier"
+    assert (copied / "crops.json").is_file() and not (copied / "journal").exists()
+    assert datasets.rename("cats", "Big Cats!") == "Big-Cats"
+    assert studio.undo(asked(dataset="Big-Cats"))["label"].startswith("Moved the crop")
+    with pytest.raises(DatasetError, match="already"):
+        datasets.rename("Big-Cats", "cats-copy")
+    kept = datasets.remove("Big-Cats")
+    assert "Big-Cats" not in datasets.names()
+    assert datasets.restore(kept) == "Big-Cats" and len(list((datasets.root() / "Big-Cats").glob("*.png"))) == 4
+    for wrong in ("../../x-1", "Big-Cats", None, kept):
+        with pytest.raises(DatasetError):
+            datasets.restore(wrong)
+
+
+def test_a_dataset_in_use_stays_where_it_is(cats):
+    run = run_folder.create(config.replace(config.RunConfig(), {"dataset.folder": str(cats)}))
+    run_folder.request(run, "queued")
+    for action in (datasets.remove, lambda name: datasets.rename(name, "other")):
+        with pytest.raises(DatasetError, match="trains on this dataset"):
+            action("cats")
+
+
+def test_the_export_holds_every_file_and_nothing_of_ours(cats):
+    studio.save_caption(asked(file="0.png", caption="żółć"))
+    (cats / "10_more").mkdir()
+    (cats / "10_more" / "x.png").write_bytes(png(9))
+    with zipfile.ZipFile(io.BytesIO(b"".join(datasets.export("cats")))) as archive:
+        assert archive.testzip() is None
+        inside = {name: archive.read(name) for name in archive.namelist()}
+    kept = [path for path in cats.rglob("*") if path.is_file() and ".atelier" not in path.parts]
+    on_disk = {f"cats/{path.relative_to(cats).as_posix()}": path.read_bytes() for path in kept}
+    assert inside == on_disk and len(inside) == 11
+
+
+def test_a_captioning_job_that_cannot_start_is_a_sentence(cats):
+    assert captioning.status(asked())["state"] == "none"
+    with pytest.raises(DatasetError, match="threshold"):
+        captioning.start(asked(model="x/y", threshold="much"))
+    assert captioning.start(asked(model="--overwrite"))["state"] == "running"
+    from tests.browser.conftest import wait_for
+
+    status = wait_for(lambda: (now := captioning.status(asked()))["state"] != "running" and now, "the job")
+    assert status["state"] == "failed" and "--overwrite is neither a folder nor" in status["message"]
