@@ -5,6 +5,7 @@ The last look at each dataset is kept in memory, so that turning a page or savin
 
 import base64
 import binascii
+import contextvars
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
@@ -100,7 +101,8 @@ def look(data: dict, again: bool = True) -> Look:
             current = known
         else:
             current = _looks[folder] = Look(settings, base, datasets.signature(folder))
-            threading.Thread(target=_read, args=(folder, current), daemon=True).start()
+            # In this request's context: whose outputs folder it is, is known there.
+            threading.Thread(target=contextvars.copy_context().run, args=(_read, folder, current), daemon=True).start()
     current.ended.wait(PATIENCE)
     return current
 
