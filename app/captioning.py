@@ -28,7 +28,8 @@ def start(data: dict) -> dict:
     place.mkdir(exist_ok=True)
     (place / "events.jsonl").unlink(missing_ok=True)
     with open(place / "log.txt", "wb") as log:
-        _processes[folder] = runs.trainer_process(arguments, place, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+        _processes[folder] = runs.trainer_process(arguments, place, run_folder.outputs_folder(), **streams)
     return status(data)
 
 

@@ -180,13 +180,16 @@ def _log_end(folder: Path) -> str:
     return "\n".join(lines[-LOG_LINES:])
 
 
-def trainer_process(arguments: list[str], folder: Path, **streams) -> subprocess.Popen:
-    """Starts `python -m trainer ...` in a session of its own, away from the page's signals."""
+def trainer_process(arguments: list[str], folder: Path, outputs: Path | None = None, **streams) -> subprocess.Popen:
+    """Starts `python -m trainer ...` in a session of its own, away from the page's signals, in `folder`.
+
+    Its outputs folder is that of the person whose run `folder` is, unless given.
+    """
     root = str(Path(__file__).resolve().parent.parent)
     environment = {
         **os.environ,
         "PYTHONUTF8": "1",
-        "ATELIER_OUTPUTS": str(folder.parents[1]),  # of the person whose run it is
+        "ATELIER_OUTPUTS": str(outputs or folder.parents[1]),
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
     }
     detached = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}

@@ -122,7 +122,9 @@ def _read(folder: Path, current: Look) -> None:
             progress=progress,
         )
         metadata = captions.Metadata(folder, [])
-        current.captions = {_file(folder, item): captions.caption_of(item.path, folder, metadata)[0] for item in current.items}
+        current.captions = {
+            _file(folder, item): captions.caption_of(item.path, folder, metadata, separate_lines=True)[0] for item in current.items
+        }
     except (TrainerError, OSError) as error:
         is_empty = not any(path.is_file() for path in reading.files_of(folder)) if folder.is_dir() else True
         current.error = "" if is_empty else str(error)
@@ -249,7 +251,7 @@ def save_caption(data: dict) -> dict:
     if len(text.encode("utf-8", "replace")) > captions.MAX_CAPTION_BYTES:
         raise DatasetError(f"A caption may have {captions.MAX_CAPTION_BYTES >> 20} MB at most; shorten it.")
     journal.apply(folder, f"The caption of {file}", [caption_edits.caption_edit(picture, text)], merge=f"caption {file}")
-    caption = captions.read_caption(picture)[0]
+    caption = captions.read_caption(picture, separate_lines=True)[0]
     current = _looks.get(folder)
     if current is not None:
         current.captions[file] = caption

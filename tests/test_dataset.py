@@ -12,7 +12,7 @@ from tests.corpus import PNG, encoded, photo
 from trainer.captions import caption_path, clean_caption, decode_text, read_caption, suffix_of, write_caption
 from trainer.dataset import scan_dataset
 from trainer.doctor import verdict
-from trainer.errors import DatasetError
+from trainer.errors import DatasetError, DiskError
 from trainer.findings import Finding
 
 
@@ -179,7 +179,7 @@ def test_failed_write_keeps_the_old_caption(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DiskError, match="No space"):
         write_caption(picture, "new")
     assert read_caption(picture)[0] == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.png", "x.txt"]

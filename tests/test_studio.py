@@ -64,6 +64,15 @@ def test_captions_are_saved_planned_changed_and_taken_back(cats):
     assert (cats / "2.txt").read_text() == "pic, cat 2"
 
 
+def test_the_lines_of_a_caption_stay_lines(cats):
+    (cats / "1.txt").write_text("a cat, sea\na {red|blue} cat, sea\n")
+    assert studio.view(asked())["cards"][1]["caption"] == "a cat, sea\na {red|blue} cat, sea"
+    studio.apply_edit(asked(operation="remove", find="sea"))
+    assert (cats / "1.txt").read_text() == "a cat\na {red|blue} cat"
+    assert studio.save_caption(asked(file="1.png", caption="one\ntwo"))["caption"] == "one\ntwo"
+    assert files(studio.view(asked(filter={"tag": "two"}, turn=True))) == ["1.png"]
+
+
 def test_a_removed_picture_takes_its_own_and_no_other_caption(cats):
     (cats / "2.mask.png").write_bytes(png(2, mode="L"))
     studio.remove_picture(asked(file="2.png"))
@@ -170,4 +179,5 @@ def test_a_captioning_job_that_cannot_start_is_a_sentence(cats):
     from tests.browser.conftest import wait_for
 
     status = wait_for(lambda: (now := captioning.status(asked()))["state"] != "running" and now, "the job")
+    assert not (cats / "cache").exists(), "the job keeps what it learns of pictures where everything else is kept"
     assert status["state"] == "failed" and "--overwrite is neither a folder nor" in status["message"]

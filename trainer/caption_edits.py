@@ -1,6 +1,7 @@
 """Changes to many captions at once: worked out and shown first, then written through the journal.
 
-A caption is read as one line (`captions.read_caption`); tags are its parts between commas. Nothing is written here.
+A caption may have several lines, of which `dataset.caption_wildcards` takes one at a time: each is changed by itself.
+Tags are the parts between commas. Nothing is written here.
 """
 
 import time
@@ -20,7 +21,7 @@ PATTERN_SECONDS = 5.0  # for all captions together: some patterns take longer th
 MAX_PATTERN = 1000  # characters
 
 Operation = Callable[[str], str]
-"""A caption in, the new one out."""
+"""A line of a caption in, the new one out."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,9 @@ def plan(captions: Iterable[tuple[Path, str]], operation: Operation, tag: str = 
     for picture, before in captions:
         if tag and tag.casefold() not in (other.casefold() for other in tags_of(before)):
             continue
-        after = operation(before)
+        after = "\n".join(filter(None, (clean_caption(operation(line))[0] for line in before.split("\n"))))
         if len(after.encode("utf-8", "replace")) > MAX_CAPTION_BYTES:
             raise DatasetError(f"The caption of {picture.name} would become larger than {MAX_CAPTION_BYTES >> 20} MB.")
-        after = clean_caption(after)[0]
         if after != before:
             changes.append(Change(picture, before, after))
     return changes

@@ -58,16 +58,17 @@ def write_caption(picture: Path, text: str) -> None:
     atomic_write(target, text.encode("utf-8", "replace"))
 
 
-def read_caption(picture: Path) -> tuple[str, list[Finding]]:
+def read_caption(picture: Path, separate_lines: bool = False) -> tuple[str, list[Finding]]:
     """The caption of `picture` as one line ("" where there is none) and what was odd about it.
 
     From `<stem>.txt`, `<stem>.caption`, `<name.ext>.txt`, or `metadata.jsonl` in its folder, the first that is there.
     Lines are joined with a comma, or a space where one ends in punctuation; control, direction and zero-width
-    characters (but not the joiners inside emoji and some scripts) are removed. Bad captions are findings, not errors.
+    characters (but not the joiners inside emoji and some scripts) are removed. With `separate_lines` lines
+    stay lines. Bad captions are findings, not errors.
     """
     picture = Path(picture)
     findings: list[Finding] = []
-    caption, about_caption = caption_of(picture, picture.parent, Metadata(picture.parent, findings))
+    caption, about_caption = caption_of(picture, picture.parent, Metadata(picture.parent, findings), separate_lines)
     return caption, findings + about_caption
 
 

@@ -75,7 +75,7 @@ class _Folder:
         self.metadata = Metadata(path, [])
 
     def caption(self, picture: Path) -> str:
-        return caption_of(picture, self.path, self.metadata)[0]
+        return caption_of(picture, self.path, self.metadata, separate_lines=True)[0]
 
     def companions(self, picture: Path) -> list[Path]:
         """Its captions and its mask, unless another picture has the same stem."""
@@ -128,15 +128,20 @@ def _caption_from_name(folder: _Folder, path: Path, finding: Finding) -> list[Ed
 
 
 def _shorten(folder: _Folder, path: Path, finding: Finding) -> list[Edit]:
-    """Up to the last comma or full stop that the text encoder still reads."""
-    caption = folder.caption(path)
-    ends = [found.start() for found in re.finditer(r"[,.;](?=\s|$)", caption)] or [found.start() for found in re.finditer(r"\s", caption)]
-    low, high = 0, len(ends)
-    while low < high:  # the longest beginning that fits, by halving
-        middle = (low + high) // 2
-        fits = folder.count([caption[: ends[middle]]])[0] <= folder.limit
-        low, high = (middle + 1, high) if fits else (low, middle)
-    return [caption_edits.caption_edit(path, caption[: ends[low - 1]].strip())] if low else []
+    """Each line up to the last comma or full stop that the text encoder still reads."""
+
+    def shorter(line: str) -> str:
+        if folder.count([line])[0] <= folder.limit:
+            return line
+        ends = [found.start() for found in re.finditer(r"[,.;](?=\s|$)", line)] or [found.start() for found in re.finditer(r"\s", line)]
+        low, high = 0, len(ends)
+        while low < high:  # the longest beginning that fits, by halving
+            middle = (low + high) // 2
+            fits = folder.count([line[: ends[middle]]])[0] <= folder.limit
+            low, high = (middle + 1, high) if fits else (low, middle)
+        return line[: ends[low - 1]].strip() if low else line
+
+    return caption_edits.edits(caption_edits.plan([(path, folder.caption(path))], shorter))
 
 
 def _as_utf8(folder: _Folder, path: Path, finding: Finding) -> list[Edit]:

@@ -122,8 +122,8 @@ def _about_shared_tags(captions: list[str], trigger: str) -> list[Finding]:
 
 
 def tags_of(caption: str) -> list[str]:
-    """The parts of a caption between commas."""
-    return [tag for tag in map(str.strip, caption.split(",")) if tag]
+    """The parts of a caption between commas, of all its lines."""
+    return [tag for tag in map(str.strip, caption.replace("\n", ",").split(",")) if tag]
 
 
 def has_word(text: str, word: str) -> bool:

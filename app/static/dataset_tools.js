@@ -5,7 +5,7 @@ const PANELS = { captions: ["Edit captions", captionsPanel], tags: ["Tags", tags
 function tools(view) {
   const open = (name) => { memory.panel = memory.panel === name ? "" : name; root().querySelector(".at-tools").replaceWith(tools(memory.view)); };
   const tabs = Object.entries(PANELS).map(([name, [title]]) => el("button", { type: "button", class: `at-button at-small ${memory.panel === name ? "at-chosen" : ""}`, "data-panel": name, "aria-expanded": memory.panel === name ? "true" : "false", onclick: () => open(name) }, title));
-  return el("section", { class: "at-tools", "aria-label": "Tools for all pictures" }, el("div", { class: "at-row" }, tabs), memory.panel ? el("div", { class: "at-panel" }, PANELS[memory.panel][1](view)) : null);
+  return el("section", { class: "at-tools", "aria-label": "Tools for all pictures" }, fold("tools", "Captions, tags and crops of all pictures; the dataset itself", el("div", { class: "at-row" }, tabs), memory.panel ? el("div", { class: "at-panel" }, PANELS[memory.panel][1](view)) : null));
 }
 
 function field(label, attributes = {}) {

@@ -15,6 +15,7 @@ from tests.test_caption import blip  # noqa: F401 (a fixture: the tiny captionin
 from trainer import config
 from trainer.cache import to_pixels
 from trainer.dataset import crop_of, scan_dataset
+from trainer.variants import Look
 
 pytestmark = pytest.mark.timeout(600)
 PICTURES = 70  # more than a page of the gallery
@@ -68,6 +69,7 @@ def test_the_studio_from_drop_to_mask(open_page, server, drop: list[Path], blip:
     paint_a_mask(page, folder)
     nothing_is_lost_by_a_reload(page, folder)
     download_it_all(page, server, folder)
+    delete_it_and_bring_it_back(page, folder)
 
 
 def see_the_findings_and_cure_two(page, folder: Path) -> None:
@@ -86,6 +88,7 @@ def see_the_findings_and_cure_two(page, folder: Path) -> None:
 
 def change_all_captions_and_take_it_back(page, folder: Path) -> None:
     before = captions_on_disk(folder)
+    page.locator(".at-fold-tools > summary").click()
     page.locator("[data-panel=captions]").click()
     page.locator("#edit-find").fill(r"a (\w+) hat")
     page.locator("#edit-replace").fill(r"\1 cap")
@@ -151,7 +154,7 @@ def move_a_crop(page, folder: Path) -> None:
     box = tuple(min(max(side, 0), image.size[i % 2]) for i, side in enumerate(box))
     crop = crop_of(item, settings)
     seen = np.asarray(image.resize(crop.bucket, Image.Resampling.LANCZOS, box=box), dtype=np.float32) / 127.5 - 1
-    assert np.abs(to_pixels(item.path, crop)[0].permute(1, 2, 0).numpy() - seen).max() < 0.05, "the overlay is the tensor"
+    assert np.abs(to_pixels(item.path, Look(crop))[0].permute(1, 2, 0).numpy() - seen).max() < 0.05, "the overlay is the tensor"
     page.locator(".at-editor").get_by_role("button", name="Close", exact=True).click()
 
 
@@ -195,3 +198,18 @@ def download_it_all(page, server, folder: Path) -> None:
         assert archive.testzip() is None
         inside = {name.removeprefix("studio/"): archive.read(name) for name in archive.namelist()}
     assert inside == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def delete_it_and_bring_it_back(page, folder: Path) -> None:
+    before = captions_on_disk(folder)
+    for last in (False, True):
+        if not page.locator("[data-panel=dataset]").is_visible():
+            page.locator(".at-fold-tools > summary").click()
+        page.locator("[data-panel=dataset]").click()
+        page.get_by_role("button", name="Delete this dataset").click()
+        page.get_by_text("The dataset studio is in the trash.").wait_for()
+        assert not folder.exists()
+        if not last:
+            page.get_by_role("button", name="Bring it back").click()
+            page.wait_for_selector(".at-dataset[data-name=studio] .at-card")
+            assert captions_on_disk(folder) == before
