@@ -73,7 +73,7 @@ function cache(view) {
     if (answer.text) memory.cache = answer.text;
     said.textContent = memory.cache;
   };
-  return el("p", { class: "at-row at-hint" }, `Caches: ${view.cache}. Clearing them costs nothing but time at the next start.`, button("Clear caches", clear), said);
+  return el("p", { class: "at-row at-hint at-caches" }, `Caches: ${view.cache}. Clearing them costs nothing but time at the next start.`, button("Clear caches", clear), said);
 }
 
 function cardOf(card, again, cards) {
@@ -93,7 +93,7 @@ function cardOf(card, again, cards) {
       el("p", { class: "at-hint" }, [card.preset, card.base.split(/[\\/]/).pop(), card.steps, card.best ? `best at step ${card.best}` : "", card.file ? card.file.size : ""].filter(Boolean).join(" · ")),
       card.file ? el("p", { class: "at-hint at-facts" }, fact("trigger", card.trigger), fact("strength", "0.8 to 1")) : null,
       el("p", { class: "at-hint" }, card.date),
-      card.fault ? notice(card.fault, "bad") : null, card.report ? el("a", { href: card.report, download: "report.txt" }, "Report") : null, problem,
+      card.fault ? notice(card.fault, "bad") : null, card.report ? el("a", { class: "at-button", href: card.report, download: "report.txt" }, "Report") : null, problem,
       el("div", { class: "at-row at-actions" },
         card.file ? el("a", { class: "at-button at-primary", href: card.file.href, download: card.file.name }, "Download") : null,
         card.can_preview ? button("Preview", () => trigger("open_preview", { run: card.run })) : null,

@@ -19,7 +19,7 @@ drawWith((root, view) => {
       el("span", { class: "at-percent" }, view.share ? `${Math.floor(100 * view.share)} %` : "")),
     bar(view), figures(view),
     view.message ? notice(view.message, "bad") : null,
-    view.report ? el("p", { class: "at-hint" }, el("a", { href: view.report, download: "report.txt" }, "Report"), " (what happened, with versions and settings, without tokens and home paths)") : null,
+    view.report ? el("p", { class: "at-row at-hint" }, el("a", { class: "at-button", href: view.report, download: "report.txt" }, "Report"), "Traceback, versions and settings, without tokens and home paths.") : null,
     view.warnings.map((text) => notice(text, "warn")),
     el("div", { class: "at-row at-actions" }, ORDER.filter((action) => view.actions.includes(action)).map((action) => button(WORDS[action], () => act(view.run, action), `at-act-${action}`)),
       view.actions.includes("unqueue") ? button("Take out of the queue", () => act(view.run, "unqueue")) : null,
