@@ -257,8 +257,9 @@ function cropOverlay(card) {
   const [left, top, right, bottom] = card.box;
   if (right - left > 0.995 && bottom - top > 0.995) return null;
   const width = Math.min(1, card.ratio), height = Math.min(1, 1 / card.ratio);
-  const style = `left:${100 * ((1 - width) / 2 + left * width)}%;top:${100 * ((1 - height) / 2 + top * height)}%;width:${100 * (right - left) * width}%;height:${100 * (bottom - top) * height}%`;
-  return el("span", { class: "at-crop", style });
+  const at = (x, y, w, h) => `left:${100 * x}%;top:${100 * y}%;width:${100 * w}%;height:${100 * h}%`;
+  return el("span", { class: "at-area", style: at((1 - width) / 2, (1 - height) / 2, width, height) },
+    el("span", { class: "at-crop", style: at(left, top, right - left, bottom - top) }));
 }
 
 // The doctor follows an edit, where looking at the whole dataset again is cheap.

@@ -36,7 +36,7 @@ function captionsPanel() {
     if (answer.error) return;
     const apply = async () => { const done = await call("apply_edit", asked, bad); if (!done.error) load(); };
     result.replaceChildren(el("p", { class: "at-hint" }, answer.count ? `${plural(answer.count, "caption")} would change${answer.count > answer.changes.length ? "; the first of them:" : ":"}` : "No caption would change."),
-      el("dl", {}, answer.changes.map((change) => [el("dt", {}, change.file), el("dd", {}, el("del", {}, change.before || "(none)"), el("ins", {}, change.after || "(none)"))])),
+      el("dl", {}, answer.changes.flatMap((change) => [el("dt", {}, change.file), el("dd", {}, el("del", {}, change.before || "(none)"), el("ins", {}, change.after || "(none)"))])),
       answer.count ? button(`Change ${plural(answer.count, "caption")}`, apply, "at-primary") : "");
   };
   inputs.append(...places.replace);
@@ -48,11 +48,11 @@ function captionsPanel() {
 
 function tagsPanel(view) {
   const edit = async (asked) => { const answer = await call("apply_edit", asked); if (!answer.error) load(); };
-  const chip = ([tag, count]) => el("span", { class: "at-chip" },
-    el("button", { type: "button", class: "at-chip-name", title: "Show only these pictures", onclick: () => filterBy({ tag }) }, tag, el("small", {}, ` ${count}`)),
+  const chip = ([tag, count]) => el("span", { class: "at-word" },
+    el("button", { type: "button", class: "at-word-name", title: "Show only these pictures", onclick: () => filterBy({ tag }) }, tag, el("small", {}, ` ${count}`)),
     el("button", { type: "button", "aria-label": `Rename the tag ${tag}`, title: "Rename everywhere", onclick: () => { const name = prompt(`Rename the tag “${tag}” everywhere to`, tag); if (name && name !== tag) edit({ operation: "rename", find: tag, replacement: name }); } }, "✎"),
     el("button", { type: "button", "aria-label": `Remove the tag ${tag}`, title: "Remove everywhere", onclick: () => edit({ operation: "remove", find: tag }) }, "✕"));
-  return el("div", {}, el("p", { class: "at-hint" }, "The parts of captions between commas, the commonest first. Click one to see its pictures."), el("div", { class: "at-chips" }, (view.tags || []).map(chip)));
+  return el("div", {}, el("p", { class: "at-hint" }, "The parts of captions between commas, the commonest first. Click one to see its pictures."), el("div", { class: "at-words" }, (view.tags || []).map(chip)));
 }
 
 // Captions by a model
