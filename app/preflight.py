@@ -32,9 +32,9 @@ def check(level: str, text: str, cure: str = "", **what: Any) -> dict:
 def view(run: RunConfig, folder_name: str, recipe: Preset | None) -> dict:
     """All that is drawn above the Start button. A start is possible where "steps" is in it and no check is bad."""
     if not run.dataset.folder:
-        examples = datasets.examples()
-        cures = [check("quiet", "Add pictures on the Dataset tab first, or take one of its examples.", "Go to Dataset", go="dataset")]
-        cures += [check("quiet", f"{each['title']} as an example", "Take it", example=each["id"]) for each in examples[:1]]
+        first = next(iter(datasets.examples()), None)
+        cure = {"cure": "Take an example", "example": first["id"]} if first else {}
+        cures = [check("quiet", "Add pictures on the Dataset tab first, or try everything out with an example.", **cure)]
         return {"checks": cures}
     try:
         items, findings = datasets.scan(folder_name, run.dataset.resolution, caption_tokens=run.dataset.caption_tokens)

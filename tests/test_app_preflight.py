@@ -48,7 +48,7 @@ def test_the_line_says_what_the_run_will_do(values) -> None:
 
 def test_without_pictures_it_offers_them(values) -> None:
     view = train.summary(values | {"dataset.folder": None})
-    assert "steps" not in view and cures(view)["Take it"]["example"] == "subject"
+    assert "steps" not in view and cures(view)["Take an example"]["example"] == "subject"
     assert train.start(values | {"dataset.folder": None})["refused"] and runs.all_runs() == []
 
 

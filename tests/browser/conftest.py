@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.browser import staged
+
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ARGUMENTS = [
@@ -88,6 +90,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running = Server(tmp_path_factory.mktemp("page") / "outputs").start()
     yield running
     running.stop()
+
+
+@pytest.fixture(autouse=True)
+def _no_staged_runs_left() -> Iterator[None]:
+    yield
+    while staged.made:
+        shutil.rmtree(staged.made.pop(), ignore_errors=True)
 
 
 @pytest.fixture

@@ -12,10 +12,15 @@ from trainer.events import AdapterSaved, EventLog, Failed, Finished, Launched, S
 PROMPT = "a zorbit on a green background"
 
 
+made: list[Path] = []
+"""What `stage` made since the last test; the tests share a server, and a run of one would be in the other's way."""
+
+
 def stage(name: str, steps: int, total: int = 100, **changes) -> Path:
     """A run of `total` steps and 5 saves that has come as far as `steps`, with samples and adapters of the saves so far."""
     settings = {"name": name, "dataset.trigger": "zorbit", "sampling.prompts": [PROMPT], "training.steps": total, **changes}
     folder = run_folder.create(config.replace(config.RunConfig(), settings))
+    made.append(folder)
     (folder / "samples").mkdir()
     log = EventLog(folder / "events.jsonl")
     log.append(Launched(1, "0"))

@@ -1,6 +1,7 @@
 """The client API, by running the very code of docs/api.md against a real page."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,8 @@ def test_the_code_of_the_page_runs(server, client: Client, tmp_path: Path, monke
         assert "Lora: zorbit: 0.8" in picture.text["parameters"]
     run = server.outputs / "runs" / names["run"]
     assert (tmp_path / "zorbit.safetensors").read_bytes() == (run / "zorbit.safetensors").read_bytes()
+    shutil.rmtree(run)
+    shutil.rmtree(server.outputs / "datasets" / "zorbit")
 
 
 def test_what_cannot_be_done_is_a_sentence(client: Client, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ TABS = ("dataset", "train", "preview", "library")
 MOST_CONTROLS = {"dataset": 8, "train": 8, "preview": 10}
 
 # A control is a labelled field or a button that is seen: a group of radio buttons is one, a slider with its number too.
-# The cures of what stands in the way (#estimate) come and go with it.
+# A cure is there only where something needs one, and is not counted.
 COUNT_CONTROLS = """() => {
-  const seen = (node) => node.checkVisibility() && !node.closest('[role=tablist], #header, .at-grid, #estimate');
+  const seen = (node) => node.checkVisibility() && !node.closest('[role=tablist], #header, .at-grid, .at-checks');
   const blocks = new Set();
   for (const node of document.querySelectorAll('input:not([type=file]), textarea, button, select, summary, a.at-button')) {
     if (seen(node)) blocks.add(node.closest('.block[id^=field-], .block[id^=preview-], .block[id=dataset]') || node);

@@ -22,7 +22,10 @@ def test_three_clicks_from_pictures_to_training(open_page, server) -> None:
     """Example, Go to training, Start. The launcher is kept busy, so that nothing is trained."""
     with staged.at_work(staged.stage("keeps the device", 3)):
         page = open_page()
-        page.wait_for_selector(".at-dataset")
+        page.wait_for_selector(".at-dataset[data-name]")
+        page.locator("#dataset input").fill("as on the first day")  # other tests have left datasets
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".at-drop.at-roomy")
         clicks = ["A style", "Go to training", "Start training"]
         for text in clicks:
             page.get_by_role("button", name=text, exact=True).first.click()
@@ -113,3 +116,4 @@ def test_run_again_takes_the_same_settings(server) -> None:
         again = run_folder.queue()[-1]
         assert again != folder and config.load(again / "run.toml") == config.load(folder / "run.toml")
         runs.act(again.name, "unqueue")
+        runs.act(again.name, "delete")

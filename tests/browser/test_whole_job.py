@@ -113,7 +113,7 @@ def compare_at_strength(page, server) -> Image.Image:
 def download(page, tmp_path: Path) -> Path:
     page.get_by_role("tab", name="Library").click()
     with page.expect_download() as waiting:
-        page.locator("article", has_text="zorbit").get_by_role("link", name="Download").click()
+        page.locator("article[aria-label=zorbit]").first.get_by_role("link", name="Download").click()
     file = tmp_path / waiting.value.suggested_filename
     waiting.value.save_as(file)
     assert file.name == "zorbit.safetensors"
