@@ -12,7 +12,7 @@ from trainer import caption, journal, run_folder
 from trainer.__main__ import main
 from trainer.caption import Wish, caption_dataset
 from trainer.errors import ModelError, StateError
-from trainer.events import Captioned, CaptionsDone, Failed, Progress, read_events
+from trainer.events import Captioned, CaptionsDone, Failed, Progress, Warned, read_events
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "on", "red", "mat", "sits"]
 
@@ -39,6 +39,36 @@ def blip(tmp_path_factory):
     torch.manual_seed(0)
     BlipForConditionalGeneration(config).save_pretrained(folder)
     BlipProcessor(BlipImageProcessorPil(size={"height": 32, "width": 32}), BertTokenizer(str(folder / "vocab.txt"))).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def florence(tmp_path_factory):
+    """A Florence-2 of two thin stages, saved as the published one is."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BartConfig, Florence2Config, Florence2ForConditionalGeneration, Florence2Processor, PreTrainedTokenizerFast
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("florence")
+    words = ["<s>", "<pad>", "</s>", "<unk>", "<image>", *WORDS[5:]]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens={"image_token": "<image>"}, **special)
+    images = CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False)
+    images.image_seq_length = 17  # 4 x 4 places and their mean
+    sizes = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
+    layers = {f"{part}_{what}": size for part in ("encoder", "decoder") for what, size in sizes.items()}
+    text = BartConfig(vocab_size=len(words), d_model=16, bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2, **layers)
+    vision = {"embed_dim": [8, 16], "depths": [1, 1], "num_heads": [1, 2], "num_groups": [1, 2], "window_size": 4, "projection_dim": 16}
+    vision |= {"patch_size": [7, 3], "patch_stride": [4, 2], "patch_padding": [3, 1], "patch_prenorm": [False, True]}
+    torch.manual_seed(0)
+    model = Florence2ForConditionalGeneration(Florence2Config(text_config=text.to_dict(), vision_config=vision, image_token_id=4))
+    with torch.no_grad():  # it should say words rather than end at once
+        model.get_input_embeddings().weight[5:] *= 50
+    model.save_pretrained(folder)
+    Florence2Processor(images, fast).save_pretrained(folder)
     return folder
 
 
@@ -106,6 +136,12 @@ def test_sentences_go_to_pictures_without_a_caption_and_can_be_taken_back(blip, 
     assert captions(dataset) == {"1": "mine"} and journal.last(dataset) is None
 
 
+def test_florence_is_asked_its_own_way(florence, dataset):
+    assert caption_dataset(dataset, Wish(model=str(florence), overwrite=True)) == 3
+    written = captions(dataset)
+    assert all(text and set(text.split()) <= set(WORDS) for text in written.values()), written
+
+
 def test_tags_keep_their_thresholds(tagger, dataset):
     caption_dataset(dataset, Wish(tagger=str(tagger), overwrite=True))
     assert captions(dataset).keys() == {"0", "1", "2"} and "blue sky, " in captions(dataset)["1"]
@@ -143,6 +179,12 @@ def test_only_one_job_at_a_time(tagger, dataset):
     folder.mkdir()
     with run_folder.acquire(folder), pytest.raises(StateError):
         caption_dataset(dataset, Wish(tagger=str(tagger)))
+
+
+def test_a_model_that_says_nothing_takes_no_caption_away(blip, dataset, monkeypatch):
+    monkeypatch.setattr(caption, "load_describer", lambda folder: lambda image: "")
+    assert caption_dataset(dataset, Wish(model=str(blip), overwrite=True)) == 0
+    assert captions(dataset) == {"1": "mine"} and sum(isinstance(event, Warned) for event in events(dataset)) == 3
 
 
 @pytest.mark.parametrize(

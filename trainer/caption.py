@@ -100,6 +100,9 @@ def _caption_all(dataset: Path, wish: Wish, folder: Path, log: EventLog, say: Ca
         except TrainerError as error:
             log.append(Warned(f"{file} was passed over: {error}"))
             continue
+        if not caption:
+            log.append(Warned(f"{file} was passed over: the model finds nothing to say about it."))
+            continue
         edit = caption_edits.caption_edit(item.path, caption)
         written += journal.apply(dataset, change, [edit], merge=f"captioning {started}")
         log.append(Captioned(file, caption))
@@ -155,10 +158,7 @@ def load_describer(folder: Path) -> Describe:
         given = {"text": FLORENCE_TASK} if is_florence else {}
         inputs = processor(images=image, return_tensors="pt", **given).to(device, model.dtype)
         ids = model.generate(**inputs, max_new_tokens=LONGEST, num_beams=3, do_sample=False)
-        text = processor.batch_decode(ids, skip_special_tokens=not is_florence)[0]
-        if is_florence:
-            text = processor.post_process_generation(text, task=FLORENCE_TASK, image_size=image.size)[FLORENCE_TASK]
-        return re.sub(r"<[^<>]*>", "", text).strip()
+        return processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
 
     return describe
 
