@@ -36,8 +36,9 @@ def make(target: tuple[str, int]) -> None:
 def timed(name: str, action: Callable[[], object]) -> object:
     start = time.perf_counter()
     result = action()
+    taken = time.perf_counter() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"| {name} | {time.perf_counter() - start:.2f} s | {memory:.0f} MB |", flush=True)
+    print(f"| {name} | {f'{taken:.1f} s' if taken >= 1 else f'{1000 * taken:.0f} ms'} | {memory:.0f} MB |", flush=True)
     return result
 
 
@@ -78,7 +79,7 @@ def measure(folder: Path) -> None:
     timed("the next caption edit", lambda: studio.save_caption(asked | {"file": "05001.jpg", "caption": "a blue sky"}))
     timed("scan again after the edits", lambda: studio.look(asked))
     studio._looks.clear()
-    timed("scan again in a new process' stead: nothing in memory", lambda: studio.look(asked))
+    timed("scan again, nothing in memory, only the cache on disk", lambda: studio.look(asked))
     words = asked | {"operation": "replace", "find": "photo", "replacement": "picture"}
     timed("replace a word in all captions: preview", lambda: studio.preview_edit(words))
     timed("replace a word in all captions: done", lambda: studio.apply_edit(words))
