@@ -121,7 +121,7 @@ def _present(current: RunStatus) -> dict:
     gpu = device.has_cuda()
     return now | {
         "images": f"{images:.1f}" if images else "",
-        "rate": f"{current.learning_rates[-1][1]:.1e}" if current.learning_rates else "",
+        "rate": f"{current.learning_rates[-1][1]:.2g}" if current.learning_rates else "",
         "memory": f"{here.used / 1e9:.1f} / {here.total / 1e9:.0f} GB" if here.total else "",
         "memory_of": f"GPU memory (RAM {host.used / 1e9:.0f} / {host.total / 1e9:.0f} GB)" if gpu else "memory",
         "use": f"{round(20 * here.busy) * 5} % {'GPU' if gpu else 'CPU'}",

@@ -1,11 +1,13 @@
 """Takes the pictures of the page in `docs/images/`: `python docs/screenshots.py`. Trains a real adapter for a minute or two.
 
-Needs chromium and playwright, as the browser tests do, and leaves nothing but the pictures.
+Every tab empty, busy, failed and finished, in light, dark and at phone width. Needs chromium and playwright, as the browser tests do,
+and leaves nothing but the pictures.
 """
 
 import os
 import sys
 import tempfile
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
@@ -13,11 +15,15 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from app import runs
 from tests.browser.conftest import ARGUMENTS, CHROMIUM, Server
+from trainer import config
 
 IMAGES = Path(__file__).resolve().parent / "images"
 DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
-MAX_BYTES = 250_000
+MAX_BYTES = 120_000
+QUALITY = 82
+TABS = ("dataset", "train", "preview", "library")
 PATIENCE = 900_000  # milliseconds
 STEPS = 400
 
@@ -38,38 +44,83 @@ def main() -> None:
 
 def take_all(browser: Browser, server: Server) -> None:
     page = open_page(browser, server)
+    for tab in TABS:
+        show(page, tab)
+        save(page, f"{tab}-empty")
+    show(page, "dataset")
     page.get_by_role("button", name="A subject").click()
     page.wait_for_function("document.querySelectorAll('.at-card').length === 12")
     page.wait_for_function("[...document.querySelectorAll('.at-card img')].slice(0, 8).every((image) => image.complete)")
-    save(page, "dataset")
+    every_look(browser, server, page, "dataset", "dataset")
 
     start_training(page)
     page.wait_for_function("document.querySelectorAll('#samples figure').length >= 6", timeout=PATIENCE)
     page.wait_for_function("document.querySelector('#progress .at-pill').innerText === 'Training'")
+    every_look(browser, server, page, "train", "train", "#progress")
+    page.wait_for_function("document.querySelector('#progress .at-pill').innerText === 'Finished'", timeout=PATIENCE)
+    page.wait_for_timeout(1500)
+    save(page, "train-finished")
+    take_advanced(page)
+    take_preview(browser, server, page)
+    show(page, "library")
+    page.wait_for_selector(".at-run img")
+    fail_a_run(server)
+    page.wait_for_selector(".at-run .at-bad")
+    every_look(browser, server, page, "library", "library")
+    show(page, "train")
+    save(page, "train-failed")
+
+
+def take_advanced(page: Page) -> None:
+    page.locator("#advanced > button").click()
+    page.fill("#advanced-search", "rank")
+    page.wait_for_selector("#field-adapter-rank input")
+    page.locator("#field-adapter-rank input").first.fill("32")
+    page.wait_for_selector(".at-chip")
+    page.locator("#advanced").scroll_into_view_if_needed()
+    page.wait_for_timeout(500)
+    save(page, "train-advanced", top=False)
+
+
+def take_preview(browser: Browser, server: Server, page: Page) -> None:
+    page.locator("#progress").get_by_role("button", name="Preview").click()
+    page.wait_for_function("document.querySelector('#preview-prompt textarea')?.value")
+    page.locator("#compare").click()
+    page.wait_for_selector("#preview-view .at-compare")
+    every_look(browser, server, page, "preview", "preview")
+    page.locator("#grid-strengths").click()
+    page.wait_for_function("document.querySelectorAll('#preview-view img').length === 5")
+    page.wait_for_selector("#preview-view .at-busy", state="detached")
+    page.wait_for_timeout(800)
+    save(page, "preview-grid")
+
+
+def fail_a_run(server: Server) -> None:
+    """A base that goes away after the start, as a disk that is unplugged does."""
+    os.environ["ATELIER_OUTPUTS"] = str(server.outputs)
+    dataset = config.Dataset(folder=str(server.outputs / "datasets" / "example-subject"))
+    runs.start(config.RunConfig(name="went wrong", base=config.Base(model="/media/models/gone"), dataset=dataset))
+
+
+def every_look(browser: Browser, server: Server, page: Page, tab: str, name: str, phone_at: str = "") -> None:
+    """Light, dark, and on a phone in the dark."""
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         page.wait_for_timeout(800)
-        save(page, f"train-{scheme}")
-    phone = open_page(browser, server, "train", viewport=PHONE, device_scale_factor=2)
-    phone.locator("#progress").scroll_into_view_if_needed()
-    phone.evaluate("document.querySelector('#progress').scrollIntoView()")
-    phone.wait_for_timeout(1500)
-    save(phone, "train-phone")
-
-    page.wait_for_function("document.querySelector('#progress .at-pill').innerText === 'Finished'", timeout=PATIENCE)
-    page.locator("#progress").get_by_role("button", name="Preview").click()
-    page.locator("#compare").click()
-    wait_for_pictures(page, 2)
-    page.locator("#grid-strengths").click()
-    wait_for_pictures(page, 5)
-    save(page, "preview-dark")
+        save(page, f"{name}-{scheme}")
     page.emulate_media(color_scheme="light")
-    page.locator("#compare").click()
-    wait_for_pictures(page, 2)
-    save(page, "preview")
-    page.get_by_role("tab", name="Library").click()
-    page.wait_for_selector(".at-run img")
-    save(page, "library")
+    phone = open_page(browser, server, tab, viewport=PHONE, device_scale_factor=2)
+    phone.wait_for_timeout(2500)
+    if phone_at:
+        phone.evaluate("(place) => document.querySelector(place).scrollIntoView()", phone_at)
+        phone.wait_for_timeout(500)
+    save(phone, f"{name}-phone", top=not phone_at)
+    phone.context.close()
+
+
+def show(page: Page, tab: str) -> None:
+    page.get_by_role("tab", name=tab.capitalize()).click()
+    page.wait_for_timeout(1800)
 
 
 def open_page(browser: Browser, server: Server, tab: str = "dataset", **look) -> Page:
@@ -92,19 +143,12 @@ def start_training(page: Page) -> None:
     page.locator("#start-training").click()
 
 
-def wait_for_pictures(page: Page, count: int) -> None:
-    page.wait_for_function(f"""() => {{ const view = document.querySelector('#preview-view');
-        return view.querySelectorAll('img').length === {count} && !view.querySelector('.at-busy') }}""")
-    page.wait_for_timeout(800)
-
-
-def save(page: Page, name: str) -> None:
-    path = IMAGES / f"{name}.png"
-    if name != "train-phone":
+def save(page: Page, name: str, top: bool = True) -> None:
+    path = IMAGES / f"{name}.webp"
+    if top:
         page.evaluate("window.scrollTo(0, 0)")
-    page.screenshot(path=path)
-    with Image.open(path) as image:
-        image.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
+    with Image.open(BytesIO(page.screenshot())) as image:
+        image.convert("RGB").save(path, quality=QUALITY, method=6)
     assert path.stat().st_size <= MAX_BYTES, f"{name} is {path.stat().st_size} bytes"
     print(path)
 

@@ -18,7 +18,7 @@ function drawAll(root, view, again) {
     again();
   }, "at-small")) : null;
   if (!cards.length) {
-    root.replaceChildren(...[undo, emptyState("Nothing trained yet", "Every training appears here with its samples, its settings and its file.", button("Go to training", () => trigger("go_train")))].filter(Boolean));
+    root.replaceChildren(...[undo, emptyState("Nothing trained yet", "Every training appears here with its samples, its settings and its file. A finished LoRA that you drop on the page fills the form with its settings.", button("Go to training", () => trigger("go_train")))].filter(Boolean));
     return;
   }
   const grid = el("div", { class: "at-library" });

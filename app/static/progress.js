@@ -5,7 +5,7 @@ const ORDER = ["continue", "resume", "pause", "stop", "save", "sample", "repeat"
 
 drawWith((root, view) => {
   if (!view.run) {
-    root.replaceChildren(emptyState("No training yet", "Pick a purpose and press Start training. You may close this page meanwhile: training goes on."));
+    root.replaceChildren(emptyState("No training yet", "Pick a purpose and press Start training. You may close this page meanwhile: training goes on. A finished LoRA dropped here brings its settings back."));
     return;
   }
   const act = async (run, action) => {
