@@ -41,7 +41,7 @@ TORCH_FREE = {
 }
 # Each module of the engine may import those on the levels below its own, and on its own level none.
 LEVELS = [
-    {"errors"},
+    {"errors", "fused_lora"},
     {"config", "safetensors_header", "files"},
     {"checkpoint"},
     {"events", "presets", "base_model", "buckets", "foreign_configs", "adapted", "adapter_keys", "targets"},
@@ -52,6 +52,7 @@ LEVELS = [
     {"variants"},
     {"importing", "cures", "caption", "cache", "adapters", "objective", "optimizers", "quantization", "state", "memory"},
     {"families.base"},
+    {"graphs"},
     {"families.latent_diffusion"},
     {"families.sd1", "families.sd2", "families.sd3", "families.sdxl", "families.single_file"},
     {"families"},

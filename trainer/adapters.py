@@ -23,6 +23,7 @@ from trainer import config
 from trainer.adapted import AdaptedModule, kind_of
 from trainer.batches import seed_for
 from trainer.errors import ConfigError
+from trainer.fused_lora import fuse
 from trainer.targets import Target, choose_targets
 
 ADAPTER = "atelier"  # the name of the adapter inside PEFT's layers
@@ -92,6 +93,7 @@ def inject(component: nn.Module, name: str, adapter: config.Adapter, seed: int) 
                 _start(layer, adapter.init)
             if isinstance(layer, LoraLayer) and (adapter.rank_dropout or adapter.module_dropout):
                 layer.lora_A[ADAPTER].register_forward_hook(_leaving_out(adapter))
+    fuse(component, ADAPTER)
     component.eval()  # fresh layers are in training mode, and would drop out while measuring
 
 

@@ -91,6 +91,7 @@ class Ladder:
     def _take(self, rung: str, phase: str, largest: int) -> bool:
         """Whether the measure could be taken and may help."""
         if rung == FREE:
+            self.use(rung)
             return True
         if rung == TILE:
             is_new = phase not in self.tiled

@@ -1,8 +1,9 @@
 """Everything before the first step: settings and pictures in, a `Session` out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,10 +21,11 @@ from trainer.errors import ConfigError
 from trainer.events import EventLog, Progress, Warned
 from trainer.examples import Example, encode_texts, hold_out, make_examples, throttled
 from trainer.families import LoadedBase, load_base
-from trainer.families.base import PLAIN_READING, Conditioning, pixel_step
+from trainer.families.base import PLAIN_READING, Batch, Conditioning, pixel_step
 from trainer.files import check_room
+from trainer.graphs import GraphedPredict
 from trainer.memory import Ladder, set_tiling
-from trainer.objective import Objective
+from trainer.objective import Noised, Objective
 from trainer.optimizers import build_optimizer, try_optimizer, warmup_steps
 from trainer.quantization import quantize
 from trainer.start_from import settings_from, start
@@ -56,6 +58,8 @@ class Session:
     """Of every caption that may occur, without a batch; None where the text encoders run in every step."""
     total_steps: int
     ladder: Ladder
+    predict: Callable[[Noised, Batch], Tensor]
+    """The family's, of the denoiser; made faster where that is possible."""
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -120,7 +124,7 @@ def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None =
     base = ladder.attempt("load", 0, lambda: load_base(run.base, DTYPES[precision], run.dataset.caption_tokens, report))
     for note in base.files.notes:
         log.append(Warned(note))
-    objective = base.family.objective(base.pipe).to(device)
+    objective = base.family.objective(base.pipe)
     if run.objective.weighting not in objective.weightings:
         raise ConfigError(
             f"objective.weighting: {run.objective.weighting} does not suit {base.family.name}; choose {' or '.join(objective.weightings)}."
@@ -129,23 +133,42 @@ def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None =
         raise ConfigError(
             f"dataset.bucket_step ({run.dataset.bucket_step}) must be a multiple of {pixel_step(base.pipe)} for {base.family.name}."
         )
-    attention, why = choose_attention(device, DTYPES[precision])
-    use_attention(base.denoiser, attention)
     ladder.catch_up("cache", 0)
     examples, class_examples, texts = ladder.attempt(
         "cache", 0, lambda: _encode_all(run, base, items, device, log, "cache" in ladder.tiled)
     )
     examples, held_out = hold_out(run, examples)
+    return assemble(run, folder, log, ladder, device, precision, base, examples, held_out, class_examples, texts)
+
+
+def assemble(
+    run: RunConfig,
+    folder: Path,
+    log: EventLog,
+    ladder: Ladder,
+    device: torch.device,
+    precision: str,
+    base: LoadedBase,
+    examples: list[Example],
+    held_out: list[Example],
+    class_examples: list[Example],
+    texts: dict[str, Conditioning] | None,
+) -> Session:
+    """The second half, where all that is trained on is there: the adapter, the optimiser, and the fastest way through the denoiser."""
+    attention, why = choose_attention(device, DTYPES[precision])
+    use_attention(base.denoiser, attention)
     if run.base.quantization != "none":
         quantize(base.denoiser, run.base.quantization, DTYPES[precision], device)
         ladder.attempt("load", 0, lambda: base.denoiser.to(device))  # there the weights are rounded, before an adapter is put on them
     components = _inject(run, base)
-    ladder.attempt("load", 0, lambda: base.denoiser.to(device))
+    layout = torch.channels_last if device.type == "cuda" else torch.preserve_format  # what its convolutions are fastest in
+    ladder.attempt("load", 0, lambda: base.denoiser.to(device, memory_format=layout))
     views = sum(example.repeats for example in examples)
     total_steps = estimate.total_steps(run, views)
     warmup_steps(run, total_steps)
+    graphed = device.type == "cuda" and run.training.cuda_graphs and _can_be_recorded(run)
     parameters = [p for module in components.values() for p in adapters.trainable(module).values()]
-    session = Session(
+    return Session(
         run=run,
         folder=folder,
         log=log,
@@ -153,7 +176,7 @@ def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None =
         precision=precision,
         attention=why,
         base=base,
-        objective=objective,
+        objective=base.family.objective(base.pipe).to(device),
         components=components,
         optimizer=optimizer_for(run, components, device, log),
         average=EMAModel(parameters, decay=run.training.ema_decay) if run.training.ema_decay else None,
@@ -163,8 +186,15 @@ def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None =
         texts=texts,
         total_steps=total_steps,
         ladder=ladder,
+        predict=GraphedPredict(base.family, base.denoiser) if graphed else partial(base.family.predict, base.denoiser),
     )
-    return session
+
+
+def _can_be_recorded(run: RunConfig) -> bool:
+    """Draws and copies on the CPU's side would happen once, while a graph is recorded, and never again."""
+    adapter = run.adapter
+    draws = adapter.dropout or adapter.rank_dropout or adapter.module_dropout
+    return not (draws or run.training.activation_offload or run.base.quantization != "none")
 
 
 def _encode_all(

@@ -136,7 +136,7 @@ def _noised(session: Session, batch: Batch, noise: Tensor, timesteps: Tensor, pe
 
 def _losses(session: Session, batch: Batch, noised: Noised, mask: Tensor | None) -> Tensor:
     """Of each picture, [B]."""
-    model_pred = session.base.family.predict(session.base.denoiser, noised, batch)
+    model_pred = session.predict(noised, batch)
     return picture_losses(session.objective, model_pred, noised, session.run.objective, mask)
 
 

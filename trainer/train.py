@@ -32,6 +32,7 @@ from trainer.events import (
     Validated,
     Warned,
 )
+from trainer.graphs import GraphedPredict
 from trainer.optimizers import lr_factor, optimizer_state, restore_optimizer, set_learning_rate, try_optimizer
 from trainer.prepare import Session, optimizer_for, prepare
 from trainer.sample import generate, sampler_name, save_sample
@@ -94,7 +95,7 @@ def train(run: RunConfig, folder: Path, log: EventLog) -> Path:
         elif not (torch.isfinite(loss) and scaler.is_enabled() and scaler.get_scale() > SMALLEST_LOSS_SCALE):
             facts["bad_steps"] += 1  # the scaler of fp16 meets its limit by overflowing now and then; this is more
         scaler.update()
-        session.optimizer.zero_grad(set_to_none=True)
+        clear_gradients(session)
         if not facts["bad_steps"]:
             log.append(StepDone(step, float(loss), learning_rate, time.monotonic() - begin))
         elif facts["bad_steps"] < BAD_STEPS_IN_A_ROW:
@@ -158,7 +159,7 @@ def started_event(session: Session, step: int) -> Started:
 def forward_backward(session: Session, buckets: list[list[int]], step: int, scaler: torch.amp.GradScaler) -> torch.Tensor:
     """Sums the gradients of all microbatches of a step. Returns their mean loss, without gradients."""
     count, pieces = session.run.training.gradient_accumulation_steps, session.ladder.pieces["step"]
-    session.optimizer.zero_grad(set_to_none=True)  # of a try that ran out of memory
+    clear_gradients(session)  # of a try that ran out of memory
     for name, module in session.components.items():
         module.train(session.learns(name, step))
     total = torch.zeros((), device=session.device)
@@ -178,6 +179,10 @@ def keeping_activations(session: Session) -> AbstractContextManager:
     if not session.run.training.activation_offload:
         return nullcontext()
     return torch.autograd.graph.save_on_cpu(pin_memory=session.device.type == "cuda")
+
+
+def clear_gradients(session: Session) -> None:
+    session.optimizer.zero_grad(set_to_none=session.device.type != "cuda")  # there GraphedPredict needs them to stay
 
 
 def finite_gradients(session: Session, scaler: torch.amp.GradScaler) -> bool:
@@ -255,6 +260,8 @@ def find_cause(session: Session, buckets: list[list[int]], step: int) -> str:
 def relieve(session: Session, rung: str) -> bool:
     """Takes a measure of the ladder against want of memory on the model; whether that was possible."""
     denoiser = session.base.denoiser
+    if isinstance(session.predict, GraphedPredict):
+        session.predict.release()  # of the model as it was
     if rung == memory.CHECKPOINT and not denoiser.is_gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
         return True
