@@ -73,8 +73,8 @@ def test_advanced_is_searched_marked_and_reset(open_page, server, tmp_path: Path
 
 def test_while_it_runs(open_page, server) -> None:
     folder = staged.stage("at work", 40)
-    waiting = [server.outputs / "runs" / runs.start(config.RunConfig(name=name)) for name in ("one", "two")]
     with staged.at_work(folder) as log:
+        waiting = [server.outputs / "runs" / runs.start(config.RunConfig(name=name)) for name in ("one", "two")]
         page = open_page("train")
         page.wait_for_function("document.title.startsWith('Training 40 %')")
         text = page.locator("#progress .at-figures").inner_text()

@@ -67,15 +67,21 @@ def start_training(page) -> None:
     page.wait_for_function("document.querySelector('#field-dataset-trigger textarea, #field-dataset-trigger input').value === 'zorbit'")
     page.locator("#field-sampling-prompts textarea").fill(PROMPT)
     page.locator("#advanced > button").click()
-    page.locator("#section-training > button").click()
-    page.locator("#field-training-steps input").fill("16")
-    page.locator("#section-sampling > button").click()
-    page.locator("#field-sampling-inference_steps input").fill("6")
-    page.locator("#section-saving > button").click()
-    page.locator("#field-saving-saves input").fill("2")
+    set_number(page, "training", "steps", 16)
+    set_number(page, "sampling", "inference_steps", 6)
+    set_number(page, "saving", "saves", 2)
     page.wait_for_function("document.querySelector('#estimate').innerText.includes('= 16 steps')")
     page.locator("#start-training").click()
     page.wait_for_selector("#progress .at-panel")
+
+
+def set_number(page, section: str, name: str, value: int) -> None:
+    """Once the field is there with its number: Gradio draws the fields of a fold when it opens, and fills them after that."""
+    page.locator(f"#section-{section} > button").click()
+    field = f"#field-{section}-{name} input"
+    page.wait_for_function(f"document.querySelector('{field}')?.value")
+    page.locator(field).first.fill(str(value))
+    page.wait_for_function(f"[...document.querySelectorAll('.at-changed button')].some(chip => / {value} ↺$/.test(chip.innerText))")
 
 
 def see_it_run(page) -> None:
