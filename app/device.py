@@ -40,6 +40,15 @@ def has_cuda() -> bool:
     return _gpu() is not None
 
 
+@cache
+def count() -> int:
+    """How many devices a training may use at once; 1 where there is no NVIDIA GPU."""
+    if _gpu() is None:
+        return 1
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return len(visible.split(",")) if visible.strip() else int(pynvml.nvmlDeviceGetCount())
+
+
 def kind() -> str:
     """ "cuda" or "cpu", as `trainer.estimate` counts."""
     return "cuda" if has_cuda() else "cpu"

@@ -45,6 +45,7 @@ def view(run: RunConfig, folder_name: str, recipe: Preset | None) -> dict:
         return {"checks": [check("bad", str(error))]}
     checks = [
         *_tracking_checks(run),
+        *_devices_checks(run),
         *_base_checks(run),
         *_memory_checks(run, needs),
         *_disk_checks(run),
@@ -127,6 +128,14 @@ def _tracking_checks(run: RunConfig) -> list[dict]:
         return []
     cure = {"cure": "Do without", "changes": {"saving.tracking": "none"}}
     return [check("bad", f"The package {name} is not installed: pip install {name}.", **cure)]
+
+
+def _devices_checks(run: RunConfig) -> list[dict]:
+    """Without a GPU several processes may train; with GPUs each needs its own."""
+    if run.training.devices <= device.count() or not device.has_cuda():
+        return []
+    text = f"The settings ask for {run.training.devices} GPUs; this machine has {device.count()}."
+    return [check("bad", text, f"Use {device.count()}", changes={"training.devices": device.count()})]
 
 
 def _base_checks(run: RunConfig) -> list[dict]:

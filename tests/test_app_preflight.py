@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import gradio as gr
 import pytest
 
 from app import datasets, device, form, preflight, recipes, runs
@@ -50,6 +51,20 @@ def test_without_pictures_it_offers_them(values) -> None:
     view = train.summary(values | {"dataset.folder": None})
     assert "steps" not in view and cures(view)["Take an example"]["example"] == "subject"
     assert train.start(values | {"dataset.folder": None})["refused"] and runs.all_runs() == []
+
+
+def test_several_gpus_are_offered_where_they_are(values, memory, monkeypatch) -> None:
+    def is_shown() -> bool:
+        with gr.Blocks():
+            return train._advanced_form()[0]["training.devices"].visible
+
+    memory(80 * GB)
+    two = values | {"training.devices": 2}
+    assert not is_shown() and cures(train.summary(two))["Use 1"]["changes"] == {"training.devices": 1}
+    monkeypatch.setattr(device, "count", lambda: 2)
+    assert is_shown() and "Use 2" not in cures(train.summary(two))
+    one_way, other = (estimate.memory(train._read(shown), "cuda").step for shown in (values, two))
+    assert other < one_way
 
 
 def test_fit_to_my_device_fits(values, memory) -> None:

@@ -38,11 +38,12 @@ TORCH_FREE = {
     "storage",
     "report",
     "foreign_configs",
+    "launch",
 }
 # Each module of the engine may import those on the levels below its own, and on its own level none.
 LEVELS = [
-    {"errors", "fused_lora"},
-    {"config", "safetensors_header", "files"},
+    {"errors", "fused_lora", "launch"},
+    {"config", "safetensors_header", "files", "distributed"},
     {"checkpoint"},
     {"events", "presets", "base_model", "buckets", "foreign_configs", "adapted", "adapter_keys", "targets"},
     {"run_folder", "pictures", "findings", "hub", "adapter_file"},

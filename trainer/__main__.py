@@ -12,14 +12,19 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from trainer import __version__, config, presets, report, run_folder, storage, tool_commands
+from trainer import __version__, config, launch, presets, report, run_folder, storage, tool_commands
 from trainer.errors import ConfigError, StateError, TrainerError
-from trainer.events import EventLog, Failed, Launched, Progress, Stopped
+from trainer.events import EventLog, Failed, Launched, Progress, SilentLog, Stopped
 from trainer.terminal import TerminalLog
+
+if TYPE_CHECKING:  # it reads torch
+    from trainer.distributed import World
 
 STOPPED = 3
 
@@ -163,7 +168,13 @@ def train_command(options: argparse.Namespace) -> int:
     run = _read_recipe(options)
     if not run.dataset.folder:
         raise ConfigError("Which pictures? Give --dataset DIR, or dataset.folder in the file.")
-    return run_in(run_folder.create(_with_whole_paths(run)))
+    run = _with_whole_paths(run)
+    if not launch.is_one_of_several():
+        return run_in(run_folder.create(run))
+    from trainer.distributed import join
+
+    world = join()
+    return run_in(Path(world.agree_on_text(str(run_folder.create(run).resolve()) if world.is_main else "")), world)
 
 
 def _with_whole_paths(run: config.RunConfig) -> config.RunConfig:
@@ -175,12 +186,21 @@ def _with_whole_paths(run: config.RunConfig) -> config.RunConfig:
     return config.replace(run, changes)
 
 
-def run_in(folder: Path) -> int:
-    """Starts or continues the run of a folder in this process, which holds its lock for life."""
+def run_in(folder: Path, world: "World | None" = None) -> int:
+    """Starts or continues the run of a folder in this process, which holds its lock for life.
+
+    Where several devices are asked for, in a process for each; the first one has the lock, the log and the files.
+    """
     if not (folder / "run.toml").is_file():
         raise StateError(f"{folder} is no run folder: it has no run.toml.")
     folder = folder.resolve()
     run = config.load(folder / "run.toml")
+    if run.training.devices > 1 and not launch.is_one_of_several():
+        return launch.start_several(run.training.devices, folder, lambda: run_folder.request(folder, "stop"))
+    if launch.rank() > 0:
+        for name in (signal.SIGINT, signal.SIGTERM):  # the first process is told too, and stops all at the same step
+            signal.signal(name, signal.SIG_IGN)
+        return _train(run, folder, SilentLog(), world)
     lock, device = run_folder.acquire(folder), run_folder.device_lock()
     storage.clean_half_written(folder)
     storage.prune()
@@ -195,7 +215,7 @@ def run_in(folder: Path) -> int:
         if not _wait_for(device, folder, log):
             log.append(Stopped(run_folder.status(folder).step, ""))
             return STOPPED
-        return _train(run, folder, log)
+        return _train(run, folder, log, world)
     finally:
         log.close()
         device.release()
@@ -218,21 +238,29 @@ def _wait_for(device: FileLock, folder: Path, log: EventLog) -> bool:
     return False
 
 
-def _train(run: config.RunConfig, folder: Path, log: EventLog) -> int:
+def _train(run: config.RunConfig, folder: Path, log: EventLog, world: "World | None") -> int:
     from trainer import libraries  # seconds, which wrong usage need not wait for
 
     faulthandler.enable(sys.__stderr__)  # a crash in native code leaves at least its place in the log
     libraries.settle()
     from trainer import memory, tracking
+    from trainer.distributed import join
     from trainer.train import train
 
+    is_main = launch.rank() == 0
     try:
-        with tracking.tracked(run, folder, log):
-            chosen = train(run, folder, log)
+        world = world or (join() if launch.is_one_of_several() else None)
+        with tracking.tracked(run, folder, log) if is_main else nullcontext():
+            chosen = train(run, folder, log, world)
     except Exception as error:  # the one place where any error becomes a sentence
         sentence = report.without_secrets(memory.advice(run) if memory.ran_out(error) else report.explain(error))
-        _fail(folder, log, sentence, error)
+        if is_main:
+            _fail(folder, log, sentence, error)
+        else:
+            print(f"\nProcess {launch.rank() + 1}: {report.without_secrets(traceback.format_exc())}\n{sentence}", file=sys.stderr)
         return 1
+    if not is_main:
+        return 0
     print(f"\n{chosen}")
     return STOPPED if run_folder.status(folder).state == "stopped" else 0
 

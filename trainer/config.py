@@ -268,6 +268,8 @@ class Training(Section):
     """Keep activations in the machine's memory until the backward pass needs them: less memory on the GPU, slower by the way there and back. The numbers stay the same."""
     cuda_graphs: bool = True
     """On an NVIDIA GPU, replay recorded steps instead of launching each operation from Python. A large gain for small pictures and batches; dropout, offloading and quantised bases run without."""
+    devices: Annotated[int, Field(ge=1, le=64)] = 1
+    """GPUs of this machine that train as one: they share the pictures of each step, so the result is the same up to rounding. Each step needs at least as many pictures (batch size x accumulation). Without a GPU: processes."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     """The same seed, settings and pictures give the same adapter."""
 
@@ -380,6 +382,11 @@ class RunConfig(Section):
             raise ValueError(
                 "training.text_encoder_until would leave nothing to train after that share of the steps, "
                 "since training.learning_rate is 0; set it to 1"
+            )
+        if training.devices > training.batch_size * training.gradient_accumulation_steps:
+            raise ValueError(
+                f"training.devices ({training.devices}) cannot share a step of {training.batch_size * training.gradient_accumulation_steps} "
+                "pictures; raise training.batch_size or training.gradient_accumulation_steps, or use fewer devices"
             )
         if self.base.quantization != "none" and self.adapter.kind not in ("lora", "rslora"):
             raise ValueError(f"base.quantization does not go with adapter.kind = {self.adapter.kind}; use lora or rslora")
@@ -563,6 +570,13 @@ def fingerprint(config: RunConfig) -> str:
     """Sha256 of everything that alters the numbers: the same for two runs that must give the same adapter."""
     data = config.model_dump(
         mode="json",
-        exclude={"name": True, "preset": True, "sampling": True, "saving": True, "dataset": {"folder", "regularisation_folder"}},
+        exclude={
+            "name": True,
+            "preset": True,
+            "sampling": True,
+            "saving": True,
+            "dataset": {"folder", "regularisation_folder"},
+            "training": {"devices"},
+        },
     )
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

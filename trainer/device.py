@@ -11,7 +11,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device() -> torch.device:
-    """The device accelerate finds: CUDA, else Apple's, else the CPU. What `accelerate config` left on the machine is not read."""
+    """The device accelerate finds: CUDA, else Apple's, else the CPU. What `accelerate config` left on the machine is not read.
+
+    Of several processes that train as one each has its own GPU.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     return Accelerator(mixed_precision="no").device
 
 

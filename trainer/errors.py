@@ -33,5 +33,9 @@ class OutOfMemory(TrainerError):
     """The device has too little memory for these settings."""
 
 
+class ProcessLost(TrainerError):
+    """Another process of the same training ended."""
+
+
 class NotLearning(TrainerError):
     """The run can give no useful adapter: no gradient arrives, or the numbers are not finite."""

@@ -119,6 +119,7 @@ def _speed_key(run: RunConfig) -> Sequence[object]:
         training.rate_of("text_encoder") > 0,
         training.rate_of("text_encoder_2") > 0,
         training.learning_rate > 0,
+        training.devices,
     )
 
 
@@ -254,7 +255,7 @@ def memory(run: RunConfig, device: str) -> Memory:
     adapter = _adapter_parameters(run, size) * ADAPTER_BYTES
     base = LIBRARIES_BYTES[device]
     resident = base + weights["denoiser"] + adapter
-    activations = training.batch_size * (kept * unit + trained_text * TEXT_KEPT)
+    activations = pictures_per_pass(run) * (kept * unit + trained_text * TEXT_KEPT)
     drawing = max(2 * FORWARD_KEPT * unit, VAE_DECODE * pixels)
     if device == "cpu":
         everything = base + sum(weights.values())
@@ -265,6 +266,13 @@ def memory(run: RunConfig, device: str) -> Memory:
         step=resident + (weights["text"] if trained_text else 0) + activations,
         sample=resident + weights["vae"] + weights["text"] + drawing,
     )
+
+
+def pictures_per_pass(run: RunConfig) -> int:
+    """Pictures in a forward pass of one device: several cut a microbatch where they cannot deal out whole ones (`World.shares`)."""
+    training = run.training
+    pieces = training.devices // math.gcd(training.devices, training.gradient_accumulation_steps)
+    return math.ceil(training.batch_size / pieces)
 
 
 def _adapter_parameters(run: RunConfig, size: Size) -> float:
@@ -306,4 +314,4 @@ def expected_seconds_per_step(run: RunConfig, device: str, cores: int = 1) -> fl
     passes, images = training.gradient_accumulation_steps, training.batch_size
     operations = each * positions * size.denoiser * images * passes
     speed = OPERATIONS_PER_SECOND[device] * (max(1, cores) ** 0.8 if device == "cpu" else 1)
-    return operations / speed + STEP_OVERHEAD[device] * passes
+    return (operations / speed + STEP_OVERHEAD[device] * passes) / training.devices

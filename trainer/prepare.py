@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from trainer import adapters, cache, class_pictures, config, estimate
 from trainer.adapter_file import read_adapter
 from trainer.attention import choose_attention, use_attention
-from trainer.base_model import DENOISERS
+from trainer.base_model import DENOISERS, locate
 from trainer.config import RunConfig
 from trainer.dataset import DatasetItem, override_repeats, scan_dataset
 from trainer.device import DTYPES, choose_device, choose_precision
+from trainer.distributed import World
 from trainer.errors import ConfigError
 from trainer.events import EventLog, Progress, Warned
 from trainer.examples import Example, encode_texts, hold_out, make_examples, throttled
@@ -60,6 +62,7 @@ class Session:
     ladder: Ladder
     predict: Callable[[Noised, Batch], Tensor]
     """The family's, of the denoiser; made faster where that is possible."""
+    world: World
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -101,19 +104,21 @@ def to_device(conditioning: Conditioning, device: torch.device) -> Conditioning:
     return {name: tensor.to(device) for name, tensor in conditioning.items()}
 
 
-def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None = None) -> Session:
+def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None = None, world: World | None = None) -> Session:
     """Loads, checks, caches and injects. Raises TrainerError in a sentence for whatever cannot work."""
-    ladder = ladder or Ladder(run, log)
+    ladder, world = ladder or Ladder(run, log), world or World()
+    world.check(run.training.batch_size, run.training.gradient_accumulation_steps)
     log.append(Progress("loading"))
     report, root = throttled(log.append), Path(run.dataset.folder)
-    items, findings = scan_dataset(
-        root,
-        resolution=run.dataset.resolution,
-        trigger=run.dataset.trigger,
-        caption_tokens=run.dataset.caption_tokens,
-        separate_lines=run.dataset.caption_wildcards,
-        progress=lambda done, total: report(Progress("loading", done, total)),
-    )
+    with world.main_first():
+        items, findings = scan_dataset(
+            root,
+            resolution=run.dataset.resolution,
+            trigger=run.dataset.trigger,
+            caption_tokens=run.dataset.caption_tokens,
+            separate_lines=run.dataset.caption_wildcards,
+            progress=lambda done, total: report(Progress("loading", done, total)),
+        )
     for finding in findings:
         if finding.level == "error":
             log.append(Warned(f"{finding.file} is left out: {finding.message}"))
@@ -121,7 +126,8 @@ def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None =
     items = override_repeats(items, root, run.dataset.repeats)
     device = choose_device()
     precision = choose_precision(run.base.precision, device)
-    base = ladder.attempt("load", 0, lambda: load_base(run.base, DTYPES[precision], run.dataset.caption_tokens, report))
+    with world.main_first() if world.agree(locate(run.base) is None) else nullcontext():  # one downloads it, all read it
+        base = ladder.attempt("load", 0, lambda: load_base(run.base, DTYPES[precision], run.dataset.caption_tokens, report))
     for note in base.files.notes:
         log.append(Warned(note))
     objective = base.family.objective(base.pipe)
@@ -134,11 +140,12 @@ def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None =
             f"dataset.bucket_step ({run.dataset.bucket_step}) must be a multiple of {pixel_step(base.pipe)} for {base.family.name}."
         )
     ladder.catch_up("cache", 0)
-    examples, class_examples, texts = ladder.attempt(
-        "cache", 0, lambda: _encode_all(run, base, items, device, log, "cache" in ladder.tiled)
-    )
+    with world.main_first():
+        examples, class_examples, texts = ladder.attempt(
+            "cache", 0, lambda: _encode_all(run, base, items, device, log, "cache" in ladder.tiled)
+        )
     examples, held_out = hold_out(run, examples)
-    return assemble(run, folder, log, ladder, device, precision, base, examples, held_out, class_examples, texts)
+    return assemble(run, folder, log, ladder, device, precision, base, examples, held_out, class_examples, texts, world)
 
 
 def assemble(
@@ -153,6 +160,7 @@ def assemble(
     held_out: list[Example],
     class_examples: list[Example],
     texts: dict[str, Conditioning] | None,
+    world: World | None = None,
 ) -> Session:
     """The second half, where all that is trained on is there: the adapter, the optimiser, and the fastest way through the denoiser."""
     attention, why = choose_attention(device, DTYPES[precision])
@@ -187,6 +195,7 @@ def assemble(
         total_steps=total_steps,
         ladder=ladder,
         predict=GraphedPredict(base.family, base.denoiser) if graphed else partial(base.family.predict, base.denoiser),
+        world=world or World(),
     )
 
 

@@ -15,7 +15,8 @@ from trainer.base_model import DENOISERS
 from trainer.batches import batch_at
 from trainer.config import RunConfig, fingerprint, replace
 from trainer.device import DTYPES, device_name
-from trainer.errors import ConfigError, NotLearning, OutOfMemory
+from trainer.distributed import World
+from trainer.errors import ConfigError, NotLearning, OutOfMemory, ProcessLost
 from trainer.events import (
     AdapterSaved,
     Continued,
@@ -45,22 +46,27 @@ LOWER = 0.5  # what the learning rate is multiplied with at each
 SMALLEST_LOSS_SCALE = 2.0**-10  # of fp16; gradients that overflow even so are no accident
 
 
-def train(run: RunConfig, folder: Path, log: EventLog) -> Path:
-    """Trains, or goes on from the last state; returns the chosen adapter file. Raises TrainerError."""
+def train(run: RunConfig, folder: Path, log: EventLog, world: World | None = None) -> Path:
+    """Trains, or goes on from the last state; returns the chosen adapter file. Raises TrainerError.
+
+    Where several processes train as one, all go through this loop and take the same turns in it; only the first one writes.
+    """
+    world = world or World()
     ladder = memory.Ladder(run, log, memory.earlier(events.read_events(folder / "events.jsonl")))
-    session = prepare(run, folder, log, ladder)
+    session = prepare(run, folder, log, ladder, world)
     ladder.use = partial(relieve, session)
     facts, step = restore(session)
     clock = time.monotonic() - facts["elapsed"]
     log.append(started_event(session, step))
     saves, buckets, first_step = estimate.save_steps(session.total_steps, run.saving.saves), session.buckets, step
     scaler = torch.amp.GradScaler(session.device.type, enabled=session.precision == "fp16", init_scale=facts["loss_scale"])
-    if step == 0:
+    if step == 0 and world.is_main:
         measure(session, 0)
         sample(session, 0)
     while True:
         # Keep what the last step left.
-        ending = step == session.total_steps or run_folder.requested(folder, "stop")
+        with keeping_the_last_whole_step(session, step, facts):
+            ending = step == session.total_steps or world.agree(run_folder.requested(folder, "stop"))
         keeping = step in saves or ending or step % run.saving.state_every == 0
         if keeping and not finite_weights(session):
             step = roll_back(session, buckets, step, facts)
@@ -68,14 +74,16 @@ def train(run: RunConfig, folder: Path, log: EventLog) -> Path:
         if keeping and (ending or not facts["bad_steps"]):
             facts |= {"elapsed": time.monotonic() - clock, "loss_scale": scaler.get_scale() or 1.0}
             keep_state(session, step, facts)
-        if step and (step in saves or ending):
+        if step and (step in saves or ending) and world.is_main:
             with final_weights(session):
                 keep_adapter(session, step, facts)
                 sample(session, step)
         if ending:
             break
-        answer_requests(session, step, facts)
-        wait_while_paused(session, step)
+        if world.is_main:
+            answer_requests(session, step, facts)
+        with keeping_the_last_whole_step(session, step, facts):
+            wait_while_paused(session, step)
 
         # One step.
         step += 1
@@ -83,6 +91,8 @@ def train(run: RunConfig, folder: Path, log: EventLog) -> Path:
         ladder.catch_up("step", step)
         learning_rate = set_learning_rate(session.optimizer, facts["lr_scale"] * lr_factor(run, step, session.total_steps))
         loss = ladder.attempt("step", step, partial(forward_backward, session, buckets, step, scaler), run.training.batch_size)
+        with keeping_the_last_whole_step(session, step - 1, facts):
+            loss = world.sum_gradients(list(session.parameters.values()), loss)
         if finite_gradients(session, scaler) and torch.isfinite(loss):
             if step == first_step + 1:
                 check_gradients_arrive(session, step)
@@ -103,6 +113,8 @@ def train(run: RunConfig, folder: Path, log: EventLog) -> Path:
             log.append(Warned(f"Step {step} was skipped: its loss or gradients were not finite. {cause}"))
         else:
             step = roll_back(session, buckets, step, facts)
+    if not world.is_main:
+        return folder
     with final_weights(session):
         return finish(session, step, clock)
 
@@ -147,7 +159,7 @@ def started_event(session: Session, step: int) -> Started:
         trainable_parameters=sum(p.numel() for p in session.parameters.values()),
         parameters={name: sum(p.numel() for p in adapters.trainable(module).values()) for name, module in session.components.items()},
         base_parameters={name: estimate.base_parameters(session.base.files, name) for name in session.components},
-        device=device_name(session.device),
+        device=f"{session.world.size} x " * (session.world.size > 1) + device_name(session.device),
         precision=session.precision,
         attention=session.attention,
         family=session.base.family.name,
@@ -157,16 +169,16 @@ def started_event(session: Session, step: int) -> Started:
 
 
 def forward_backward(session: Session, buckets: list[list[int]], step: int, scaler: torch.amp.GradScaler) -> torch.Tensor:
-    """Sums the gradients of all microbatches of a step. Returns their mean loss, without gradients."""
-    count, pieces = session.run.training.gradient_accumulation_steps, session.ladder.pieces["step"]
+    """Sums the gradients of this process's share of the microbatches of a step. Returns its share of their mean loss, without gradients."""
+    count, splits = session.run.training.gradient_accumulation_steps, session.ladder.pieces["step"]
     clear_gradients(session)  # of a try that ran out of memory
     for name, module in session.components.items():
         module.train(session.learns(name, step))
     total = torch.zeros((), device=session.device)
-    for part in range(count):
-        for piece in range(pieces):
+    for part, piece, pieces in session.world.shares(count):
+        for split in range(splits):
             with keeping_activations(session):
-                loss = microbatch_loss(session, buckets, (step - 1) * count + part, piece, pieces) / count
+                loss = microbatch_loss(session, buckets, (step - 1) * count + part, piece * splits + split, pieces * splits) / count
             scaler.scale(loss).backward()
             total += loss.detach()
     for module in session.components.values():
@@ -221,6 +233,7 @@ def roll_back(session: Session, buckets: list[list[int]], step: int, facts: dict
     state, _ = load_state(session.folder, lambda state: not state.facts.get("bad_steps"))
     if state is None or facts["rollbacks"] >= ROLLBACKS:
         raise NotLearning(f"The numbers of the training were not finite any more, up to step {step}. {cause} The last state is kept.")
+    session.world.meet()  # all have read it; it is written anew next
     put_back(session, state)
     facts |= {"lr_scale": facts["lr_scale"] * LOWER, "rollbacks": facts["rollbacks"] + 1, "bad_steps": 0}
     keep_state(session, state.step, facts)
@@ -265,7 +278,7 @@ def relieve(session: Session, rung: str) -> bool:
     if rung == memory.CHECKPOINT and not denoiser.is_gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
         return True
-    if rung == memory.EIGHT_BIT and session.run.training.optimizer == "adamw":
+    if rung == memory.EIGHT_BIT and session.run.training.optimizer == "adamw" and session.world.size == 1:  # all must take the same steps
         smaller = replace(session.run, {"training.optimizer": "adamw8bit"})
         try:
             try_optimizer(smaller, session.device)
@@ -290,15 +303,30 @@ def answer_requests(session: Session, step: int, facts: dict) -> None:
 
 
 def wait_while_paused(session: Session, step: int) -> None:
-    if not run_folder.requested(session.folder, "pause"):
+    def is_paused() -> bool:
+        return session.world.agree(run_folder.requested(session.folder, "pause") and not run_folder.requested(session.folder, "stop"))
+
+    if not is_paused():
         return
     session.log.append(Paused(step))
-    while run_folder.requested(session.folder, "pause") and not run_folder.requested(session.folder, "stop"):
+    while is_paused():
         time.sleep(0.2)
     session.log.append(Continued(step))
 
 
+@contextmanager
+def keeping_the_last_whole_step(session: Session, step: int, facts: dict) -> Iterator[None]:
+    """Where another process of the training ends in the block, the state of a step is kept before the run ends too."""
+    try:
+        yield
+    except ProcessLost:
+        keep_state(session, step, facts)
+        raise
+
+
 def keep_state(session: Session, step: int, facts: dict) -> None:
+    if not session.world.is_main:
+        return
     adapter = {name: parameter.detach().cpu().contiguous() for name, parameter in session.kept.items()}
     average = {}
     if session.average:

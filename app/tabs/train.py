@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from app import datasets, form, preflight, recipes, runs, views
+from app import datasets, device, form, preflight, recipes, runs, views
 from app.drawn import drawn
 from app.page import Page
 from trainer import base_model, config, estimate, foreign_configs, presets, run_folder
@@ -115,7 +115,8 @@ def _advanced_form() -> tuple[dict[str, gr.components.Component], gr.HTML]:
             with gr.Accordion(SECTION_TITLES[section], open=False, elem_id=f"section-{section}"), gr.Row(elem_classes="at-section"):
                 for path in advanced_paths():
                     if path.startswith(f"{section}."):
-                        fields[path] = form.widget(path, value=form.to_widget(config.get(recipe, path)), min_width=180)
+                        value, is_shown = form.to_widget(config.get(recipe, path)), path != "training.devices" or device.count() > 1
+                        fields[path] = form.widget(path, value=value, min_width=180, visible=is_shown)
     return fields, tools
 
 

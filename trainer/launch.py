@@ -1,0 +1,37 @@
+"""Whether this process is one of several that train together, and how to start them."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def is_one_of_several() -> bool:
+    """Whether torchrun or `accelerate launch` started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
+def rank() -> int:
+    """Which of them it is; the first one writes."""
+    return int(os.environ.get("RANK") or 0) if is_one_of_several() else 0
+
+
+def start_several(count: int, folder: Path, on_signal: Callable[[], None]) -> int:
+    """Trains the run of a folder with so many processes of this machine; returns the exit code when all have ended.
+
+    Torch's elastic launcher ends the others when one ends. It gets a session of its own, so that Ctrl-C reaches this process alone,
+    which asks for the run to be stopped and waits.
+    """
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        "PYTHONSAFEPATH": "1",  # the working directory, a data folder, is no place to import from
+    }
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    detached = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
+    process = subprocess.Popen([*launcher, "-m", "trainer", "resume", str(folder)], env=environment, **detached)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: on_signal())
+    return process.wait()
