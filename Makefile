@@ -1,7 +1,7 @@
 # Each of the three is the only command needed after a clone.
 #   make app    set up, and open the page on http://127.0.0.1:7860
 #   make demo   the same job without a page; leaves an adapter, pictures and a report in outputs/
-#   make test   set up, check the style, run every test
+#   make test   set up, check style and types, run every test
 PYTHON ?= python3
 PORT ?= 7860
 VENV := .venv
@@ -18,6 +18,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready-to-test
 	sh tests/browser/install_chromium.sh
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
 	$(RUN) -m pytest
 
 $(VENV)/bin/python:

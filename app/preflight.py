@@ -126,7 +126,7 @@ def _tracking_checks(run: RunConfig) -> list[dict]:
     name = run.saving.tracking
     if name == "none" or find_spec(name):
         return []
-    cure = {"cure": "Do without", "changes": {"saving.tracking": "none"}}
+    cure: dict[str, Any] = {"cure": "Do without", "changes": {"saving.tracking": "none"}}
     return [check("bad", f"The package {name} is not installed: pip install {name}.", **cure)]
 
 
@@ -159,7 +159,7 @@ def _disk_checks(run: RunConfig) -> list[dict]:
     free = shutil.disk_usage(run_folder.outputs_folder()).free
     if free > need + SPARE_DISK / 2:
         return []
-    fewer = {"cure": "Keep one save", "changes": {"saving.saves": 1}} if run.saving.saves > 1 else {}
+    fewer: dict[str, Any] = {"cure": "Keep one save", "changes": {"saving.saves": 1}} if run.saving.saves > 1 else {}
     return [check("bad", f"The run writes about {views.size(int(need))}, and the disk has {views.size(free)} left.", **fewer)]
 
 
@@ -188,7 +188,13 @@ def _length_checks(run: RunConfig, items: list, recipe: Preset | None) -> list[d
     """A recipe's views suit the numbers of pictures it names; far more pictures need each of them less often."""
     most = [int(number) for number in re.findall(r"\d+", recipe.pictures if recipe else "")][-1:]
     training = run.training
-    if not most or training.steps or len(items) <= 2 * most[0] or training.views_per_picture != recipe.config.training.views_per_picture:
+    if (
+        recipe is None
+        or not most
+        or training.steps
+        or len(items) <= 2 * most[0]
+        or training.views_per_picture != recipe.config.training.views_per_picture
+    ):
         return []
     enough = max(5, round(training.views_per_picture * most[0] / len(items)))
     text = f"{len(items)} pictures are many for this recipe: each may be seen less often."

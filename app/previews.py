@@ -129,6 +129,7 @@ class PreviewEngine:
         if not self.is_running:
             self._process = self._launch(["sample", "--serve"], folder())
         process = self._process
+        assert process and process.stdin and process.stdout, "it is launched with pipes"
         try:
             process.stdin.write(line.encode())
             process.stdin.flush()

@@ -12,9 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, partial, update_wrapper
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 from app import workspace
 from trainer import config, estimate, events, report, run_folder
@@ -33,19 +33,22 @@ MOMENT = 0.3  # seconds; a tick of the page asks the same several times
 _probing = threading.RLock()
 
 
-def briefly(function: Callable[[], T], seconds: float = MOMENT) -> Callable[[], T]:
-    """Remembers an answer for a moment; `.fresh()` does not, and `.forget()` makes it forget."""
-    known: dict[Path, tuple[float, T]] = {}
+class briefly(Generic[T]):
+    """Remembers the answer of a function for a moment, for each person's runs."""
 
-    @wraps(function)
-    def answer() -> T:
+    def __init__(self, function: Callable[[], T], seconds: float = MOMENT):
+        self.function, self.seconds = function, seconds
+        self.known: dict[Path, tuple[float, T]] = {}
+        update_wrapper(self, function)
+
+    def __call__(self) -> T:
         place, now = run_folder.runs_folder(), time.monotonic()
-        if place not in known or now - known[place][0] > seconds:
-            known[place] = (now, function())
-        return known[place][1]
+        if place not in self.known or now - self.known[place][0] > self.seconds:
+            self.known[place] = (now, self.function())
+        return self.known[place][1]
 
-    answer.fresh, answer.forget = function, known.clear
-    return answer
+    def forget(self) -> None:
+        self.known.clear()
 
 
 def resolve(run_id: object) -> Path:
@@ -128,7 +131,8 @@ def actions(current: RunStatus) -> dict[str, Callable[[Path], None]]:
         return {}
     if current.is_active:
         wishes = ("pause", "save", "sample") if current.step else ("pause",)
-        return {"stop": _stop} | {what: partial(run_folder.request, what=what) for what in wishes}
+        asked: dict[str, Callable[[Path], None]] = {what: partial(run_folder.request, what=what) for what in wishes}
+        return {"stop": _stop} | asked
     if current.can_resume or current.state == "new":
         return {"resume": _resume, "delete": _delete, "repeat": repeat}
     return {"delete": _delete, "repeat": repeat}
@@ -192,7 +196,8 @@ def trainer_process(arguments: list[str], folder: Path, outputs: Path | None = N
         "ATELIER_OUTPUTS": str(outputs or folder.parents[1]),
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
     }
-    detached = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
+    windows = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+    detached: dict[str, Any] = {"creationflags": windows} if windows else {"start_new_session": True}
     # -P keeps the working directory, a data folder, out of the places that Python imports from.
     return subprocess.Popen([sys.executable, "-P", "-m", TRAINER, *arguments], cwd=folder, env=environment, **streams, **detached)
 
@@ -239,7 +244,8 @@ class Launcher(threading.Thread):
 
     def _bury(self) -> None:
         """A trainer that ended before it took its run must not be started again and again; one that died at work is explained."""
-        folder, code = self.folder, self.process.returncode
+        folder, process = self.folder, self.process
+        assert folder and process, "only what was launched is buried"
         self.process = self.folder = None
         if not folder.is_dir() or run_folder.is_alive(folder):
             return
@@ -247,10 +253,10 @@ class Launcher(threading.Thread):
         if run_folder.requested(folder, "queued"):
             run_folder.withdraw(folder, "queued")
             lines = _log_end(folder).strip().splitlines()
-            reason = lines[-1] if lines else f"exit code {code}"
+            reason = lines[-1] if lines else f"exit code {process.returncode}"
             log.append(events.Failed(report.without_secrets(f"The trainer ended before it began: {reason}")))
         elif run_folder.status(folder).state == "interrupted":
-            log.append(events.TrainerDied(code))
+            log.append(events.TrainerDied(process.returncode))
         else:
             return
         report.write_report(folder, run_folder.status(folder).message)

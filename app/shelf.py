@@ -131,6 +131,8 @@ def push(run_id: object, repository: object, is_private: bool, api: HfApi | None
     """Uploads adapter, samples and card to the Hub. Returns its address. Only ever called for a person who asked for it."""
     folder, api = runs.resolve(run_id), api or HfApi()
     file = views.final_file(folder, runs.status(folder))
+    if file is None:
+        raise TrainerError("This run has no adapter yet.")
     card = model_card(run_id)
     try:
         address = api.create_repo(str(repository or ""), private=is_private, exist_ok=True)

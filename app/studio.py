@@ -97,7 +97,7 @@ def look(data: dict, again: bool = True) -> Look:
     with _starting:
         known = _looks.get(folder)
         fits = known is not None and (known.settings, known.base) == (settings, base)
-        if fits and (not again or not known.ended.is_set() or known.signature == datasets.signature(folder)):
+        if known and fits and (not again or not known.ended.is_set() or known.signature == datasets.signature(folder)):
             current = known
         else:
             current = _looks[folder] = Look(settings, base, datasets.signature(folder))

@@ -59,14 +59,14 @@ def make(run_id: object, wishes: dict[str, Any]) -> str:
 
 def state(job_id: object) -> dict:
     """How far a job is: {"progress": [done, total]}, its result, or its one sentence of error. Asked for the last time, it is forgotten."""
-    job = _jobs.get(job_id) if isinstance(job_id, str) else None
+    job = _jobs.get(str(job_id))
     if job is None:
         raise StateError("That is not known any more; do it again.")
     lines = job.output.read_text(encoding="utf-8", errors="replace").splitlines() if job.output.exists() else []
     said = [data for line in lines if isinstance(data := _parsed(line), dict)]
     if job.process.poll() is None:
         return {"progress": said[-1].get("progress", [0, 0]) if said else [0, 0]}
-    del _jobs[job_id]
+    del _jobs[str(job_id)]
     job.output.unlink(missing_ok=True)
     if job.process.returncode or not said:
         reason = next((line for line in reversed(lines) if line.strip() and _parsed(line) is None), "it ended without a word")

@@ -68,10 +68,12 @@ def label(folder: Path, current: RunStatus) -> str:
 def header(machine: str) -> dict:
     """The line above the tabs."""
     folder = runs.shown()
-    current = runs.status(folder) if folder else None
-    if current is None or not (current.is_active or current.state == "queued"):
-        ended = {"run": folder.name, "name": title(folder), "state": current.state} if current else {}
-        return {"device": machine, "text": "Idle", "tone": "quiet"} | ended
+    idle = {"device": machine, "text": "Idle", "tone": "quiet"}
+    if folder is None:
+        return idle
+    current = runs.status(folder)
+    if not (current.is_active or current.state == "queued"):
+        return idle | {"run": folder.name, "name": title(folder), "state": current.state}
     text = label(folder, current)
     if current.state == "training" and current.total_steps:
         text += f" {100 * current.step // current.total_steps} %"

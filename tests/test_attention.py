@@ -17,7 +17,7 @@ def test_a_cpu_uses_torch():
 def pretend_cuda(monkeypatch):
     """The trial as on CUDA, its tensors on the CPU, its clock scripted."""
     real = attention._inputs
-    monkeypatch.setitem(attention.TRIAL, "size", (1, 2, 16, 8))
+    monkeypatch.setattr(attention, "TRIAL_SIZE", (1, 2, 16, 8))
     monkeypatch.setattr(attention, "_inputs", lambda device, dtype: real(CPU, torch.float32))
 
     def use(kernel, seconds):

@@ -241,7 +241,7 @@ def _wait_for(device: FileLock, folder: Path, log: EventLog) -> bool:
 def _train(run: config.RunConfig, folder: Path, log: EventLog, world: "World | None") -> int:
     from trainer import libraries  # seconds, which wrong usage need not wait for
 
-    faulthandler.enable(sys.__stderr__)  # a crash in native code leaves at least its place in the log
+    faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash in native code leaves at least its place in the log
     libraries.settle()
     from trainer import memory, tracking
     from trainer.distributed import join

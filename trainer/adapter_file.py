@@ -84,7 +84,10 @@ def _read_peft_folder(path: Path) -> AdapterFile:
     parts = {path.name: path} if (path / PEFT_CONFIG).is_file() else {p: path / p for p in DOTTED if (path / p / PEFT_CONFIG).is_file()}
     if not parts:
         raise ModelError(f"{path.name} is no adapter: it is a folder without {PEFT_CONFIG}.")
-    modules, remarks, metadata, dtype = [], [], {}, ""
+    modules: list[AdaptedModule] = []
+    remarks: list[str] = []
+    metadata: dict[str, str] = {}
+    dtype = ""
     for name, folder in parts.items():
         if not (folder / PEFT_WEIGHTS).is_file():
             raise ModelError(f"{path.name} has no {PEFT_WEIGHTS}; other formats can run code when opened. Save it as .safetensors.")

@@ -230,7 +230,9 @@ def checkpoint_places(component: str, module: str) -> list[tuple[str, int | None
     bare = module.removeprefix("text_model.")
     places: list[tuple[str, int | None]] = [(f"{prefix}.text_model.{bare}.weight", None) for prefix in CLIP_PREFIXES.get(component, ())]
     match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", bare)
-    for prefix in OPEN_CLIP_PREFIXES.get(component, ()) if match else ():
+    if match is None:
+        return places
+    for prefix in OPEN_CLIP_PREFIXES.get(component, ()):
         block, part = f"{prefix}.transformer.resblocks.{match[1]}", match[2]
         if part in OPEN_CLIP:
             places.append((f"{block}.{OPEN_CLIP[part]}.weight", None))

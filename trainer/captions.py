@@ -241,7 +241,8 @@ def read_metadata(path: Path) -> tuple[dict[str, str], str]:
         text, _ = decode_text(_read_regular(path, MAX_METADATA_BYTES))
     except DatasetError as error:
         return {}, f"The file {error}; its captions were not read."
-    captions, bad = {}, Counter()
+    captions: dict[str, str] = {}
+    bad: Counter[int] = Counter()
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue

@@ -402,7 +402,7 @@ def text_encoder_tensors(tensors: Tensors) -> dict[str, TensorInfo]:
     """Tensors of a CLIP text encoder under transformers' names; OpenCLIP's query, key and value are one tensor, which counts as three."""
     if not any(name.startswith("transformer.resblocks.") for name in tensors):
         return dict(tensors)
-    renamed = {}
+    renamed: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         for theirs, ours in OPEN_CLIP_NAMES.items():
             name = name.replace(theirs, ours)

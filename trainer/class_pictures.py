@@ -13,7 +13,7 @@ from trainer import config
 from trainer.config import RunConfig
 from trainer.dataset import DatasetItem, scan_dataset
 from trainer.errors import DatasetError
-from trainer.events import Event, EventLog, Progress, Warned
+from trainer.events import EventLog, Progress, Warned
 from trainer.families import LoadedBase
 from trainer.files import atomic_write
 from trainer.pictures import PICTURE_SUFFIXES
@@ -44,7 +44,7 @@ def settings(run: RunConfig) -> RunConfig:
 PLAIN = ("trigger", "flip", "random_crop", "colour_jitter", "shuffle_tags", "tag_dropout", "caption_wildcards", "masked_loss")
 
 
-def fill(run: RunConfig, base: LoadedBase, device: torch.device, report: Callable[[Event], Any]) -> int:
+def fill(run: RunConfig, base: LoadedBase, device: torch.device, report: Callable[[Progress], Any]) -> int:
     """Makes class pictures until the folder holds `dataset.class_pictures`; returns how many were made. The base must have no adapter.
 
     The number of a picture is its seed: the same settings make the same pictures, whenever they were interrupted.
@@ -59,7 +59,7 @@ def fill(run: RunConfig, base: LoadedBase, device: torch.device, report: Callabl
     base.pipe.to(device)
     for done, number in zip(missing, numbers, strict=False):
         report(Progress("sampling", done, len(missing)))
-        asked = {
+        asked: dict[str, Any] = {
             "prompt": run.dataset.class_words,
             "negative_prompt": "",
             "seed": number,

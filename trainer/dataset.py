@@ -208,7 +208,8 @@ def _leads_inside(link: Path, root: Path) -> bool:
 
 def _about_other_files(folder: Path, files: list[Path], pictures: set[Path], masks: set[Path], metadata: Metadata) -> list[Finding]:
     """Findings on files that are neither a picture nor the caption of one."""
-    findings, strange = [], {}
+    findings: list[Finding] = []
+    strange: dict[str, list[Path]] = {}
     captions = {candidate for picture in pictures for candidate in caption_candidates(picture)}
     for path in files:
         suffix = suffix_of(path.name)
@@ -249,7 +250,8 @@ def _looks_like_picture(path: Path) -> bool:
 
 
 def _about_case_twins(folder: Path, pictures: list[Path]) -> list[Finding]:
-    findings, later = [], {}
+    findings: list[Finding] = []
+    later: dict[str, str] = {}
     for path in reversed(pictures):  # so that of `DUP.png` and `dup.png` the one in capitals is named
         stem = stem_of(path).as_posix()
         twin = later.setdefault(stem.casefold(), stem)

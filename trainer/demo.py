@@ -52,7 +52,11 @@ def measure(run: config.RunConfig, folder: Path, adapter: Path) -> dict[str, Any
     def draw(name: str, adapters: list[StackedAdapter], prompts: Sequence[str] = prompts) -> list[Image.Image]:
         files = [folder / "demo" / f"{name}-{i:02d}.png" for i in range(len(prompts))]
         for i, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
-            settings = {"seed": FIRST_SEED + i, "inference_steps": chosen.inference_steps, "guidance_scale": chosen.guidance_scale}
+            settings: dict[str, Any] = {
+                "seed": FIRST_SEED + i,
+                "inference_steps": chosen.inference_steps,
+                "guidance_scale": chosen.guidance_scale,
+            }
             sampler.render(SampleRequest(prompt=prompt, target=str(file), base=run.base, adapters=adapters, **settings))
         return [Image.open(file).convert("RGB") for file in files]
 

@@ -234,8 +234,9 @@ def _measured_size(base: BaseFiles) -> Size:
     counted = {part: float(sum(info.numel for info in tensors.values())) for part, tensors in base.tensors.items()}
     levels = base.configs["vae"].get("block_out_channels") or [VAE_WIDTH] * 4
     denoiser = base.configs.get("transformer") or base.configs.get("unet") or {}
-    heads = denoiser.get("num_attention_heads"), denoiser.get("attention_head_dim")
-    widths = denoiser.get("block_out_channels") or [heads[0] * heads[1] if "transformer" in base.configs else costs.width]
+    widths = denoiser.get("block_out_channels") or [costs.width]
+    if "transformer" in base.configs:
+        widths = [int(denoiser["num_attention_heads"]) * int(denoiser["attention_head_dim"])]
     return Size(costs, counted, int(widths[0]), 2 ** (len(levels) - 1), int(levels[0]))
 
 

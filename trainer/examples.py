@@ -110,12 +110,13 @@ def size_ids(item: DatasetItem, look: Look) -> SizeIds:
 def _mask(run: RunConfig, item: DatasetItem, look: Look, shape: torch.Size) -> tuple[str, Tensor | None]:
     """Its cache key and the mask. Raises DatasetError where it leaves nothing to learn from."""
     kind, outside = run.dataset.masked_loss, run.dataset.mask_outside
-    if kind == "off" or (kind == "mask" and item.mask is None):
+    drawn = item.mask if kind == "mask" else None
+    if kind == "off" or (kind == "mask" and drawn is None):
         return "", None
-    key = cache.mask_key(kind, cache.file_hash(item.mask) if kind == "mask" else item.sha256, look.facts)
+    key = cache.mask_key(kind, cache.file_hash(drawn) if drawn else item.sha256, look.facts)
 
     def make() -> dict[str, Tensor]:
-        image = open_picture(item.mask)[0].convert("L") if kind == "mask" else open_alpha(item.path)
+        image = open_picture(drawn)[0].convert("L") if drawn else open_alpha(item.path)
         return {"mask": mask_pixels(image, look, shape[1:])}
 
     mask = outside + (1 - outside) * cache.cached(key, make)["mask"]

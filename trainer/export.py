@@ -194,7 +194,7 @@ def _peft_part(
     component: str, modules: list[AdaptedModule], family: ModelFamily, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
+    ranks: dict[str, int | None] = {}
     kinds = {_pair_kind(module) for module in modules}
     if len(kinds) > 1 or "lokr" in kinds:
         raise ModelError(f"PEFT's folder has no exact form for {' and '.join(sorted(kinds))}. Choose kohya, or resize it to a LoRA first.")

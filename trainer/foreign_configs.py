@@ -18,7 +18,7 @@ from trainer.config import RunConfig
 from trainer.errors import ConfigError
 
 SIZE_LIMIT = 1_000_000  # characters
-OFF = (None, "", 0, False, "none", "None", "NONE", "OFF", [], {})
+OFF: tuple[Any, ...] = (None, "", 0, False, "none", "None", "NONE", "OFF", [], {})
 
 Rule = str | Callable[[Any], dict[str, Any]]
 """A dotted path that takes the value as it is, or what makes changes of it; an error for what has no counterpart."""
@@ -114,7 +114,7 @@ def _without_sections(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flatten(data: Mapping[str, Any], front: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in data.items():
         flat |= _flatten(value, f"{front}{key}.") if isinstance(value, dict) else {f"{front}{key}": value}
     return flat

@@ -25,7 +25,7 @@ from .captions import MAX_CAPTION_BYTES, METADATA_NAME, caption_path, read_metad
 from .dataset import JUNK_NAMES, MASK_ENDINGS, MASK_FOLDER, is_junk
 from .errors import DatasetError
 from .files import atomic_write
-from .findings import Finding
+from .findings import Finding, Level
 from .inspection import check_picture
 from .pictures import MAX_FILE_BYTES, PICTURE_SUFFIXES, read_picture, shown
 
@@ -227,7 +227,8 @@ def _refuse_bad_zip(archive: zipfile.ZipFile) -> None:
         if info.header_offset + smallest + info.compress_size > end:
             raise DatasetError("is not an honest zip: its files overlap; make it anew")
         end = info.header_offset
-    files, folders = set(), set()
+    files: set[str] = set()
+    folders: set[str] = set()
     for info in infos:
         name = _entry_name(info)
         parts = name.split("/")
@@ -289,7 +290,7 @@ class _Import:
                 if suffix_of(path.name) in PICTURE_SUFFIXES and path.is_file():
                     self.already[_sha256(path)] = path
 
-    def say(self, file: str, level: str, message: str) -> None:
+    def say(self, file: str, level: Level, message: str) -> None:
         self.findings.append(Finding(file, level, message))
 
     def place(self, dropped: list[_Dropped]) -> None:
@@ -351,8 +352,8 @@ class _Import:
                 contents.pop(ending, None)
                 self.say(entry.shown, "warning", f"{error} The mask was not imported.")
         for ending, entry in captions.items():
-            if (data := self._caption_bytes(entry)) is not None:
-                contents[ending] = data
+            if (text := self._caption_bytes(entry)) is not None:
+                contents[ending] = text
         if not contents:
             return
         wanted = self._wanted(next(iter(group.values())))

@@ -59,7 +59,7 @@ def apply(dataset: Path, label: str, edits: Sequence[Edit], merge: str = "") -> 
         contents = {_name(dataset, edit.path): edit.content for edit in edits}
         if not rows:
             return 0
-        new = {"label": label, "time": time.time(), "merge": merge, "edits": []}
+        new: dict[str, Any] = {"label": label, "time": time.time(), "merge": merge, "edits": []}
         entry, data = _mergeable(dataset, rows, merge) or (_new_entry(dataset), new)
         numbers = {row["file"]: number for number, row in enumerate(data["edits"])}
         for row in rows:
@@ -75,8 +75,8 @@ def apply(dataset: Path, label: str, edits: Sequence[Edit], merge: str = "") -> 
             path = dataset / row["file"]
             if _is_moved(row):
                 os.replace(path, entry / str(numbers[row["file"]]))
-            else:
-                _place(path, contents[row["file"]])
+            elif (content := contents[row["file"]]) is not None:
+                _place(path, content)
         return len(rows)
 
 

@@ -31,7 +31,7 @@ PICTURE_SUFFIXES = frozenset((
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif",
     ".avif", ".heic", ".heif", ".hif",
 ))  # fmt: skip
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 megapixels, where Pillow itself begins to warn of a decompression bomb
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # 89 megapixels, where Pillow itself begins to warn of a decompression bomb
 MAX_FILE_BYTES = 512 * 2**20
 MAX_JPEG_SCANS = 64  # encoders write about 10; each costs a decoding (300 scans of 25 megapixels took 13 s)
 MAX_ROT_PIXELS = 40_000_000  # beyond, the search for hidden damage would take too much memory
@@ -433,6 +433,7 @@ def _to_srgb(image: Image.Image, icc: bytes) -> tuple[Image.Image, list[str]]:
             image, profile, ImageCms.createProfile("sRGB"), ImageCms.Intent.RELATIVE_COLORIMETRIC, outputMode="RGB",
             flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )  # fmt: skip
+        assert converted is not None, "it is None only where the picture itself is changed"
         return converted, []
     except (ImageCms.PyCMSError, *PICTURE_ERRORS):
         return image.convert("RGB"), ["has a damaged colour profile: it was ignored, colours may be slightly off"]

@@ -34,7 +34,7 @@ from trainer.stack import Layer, Stack
 
 # By the names of A1111. Without a choice the first: a way through flow matching is nearly straight, and Euler's steps do; elsewhere
 # DPM++ needs fewer.
-SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
+SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "DPM++ 2M": (DPMSolverMultistepScheduler, {}),
     "DPM++ 2M Karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
     "Euler": (EulerDiscreteScheduler, {}),
@@ -43,7 +43,7 @@ SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
     "DDIM": (DDIMScheduler, {}),
     "UniPC": (UniPCMultistepScheduler, {}),
 }
-FLOW_SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
+FLOW_SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "Euler": (FlowMatchEulerDiscreteScheduler, {}),
     "Heun": (FlowMatchHeunDiscreteScheduler, {}),
 }
@@ -76,7 +76,7 @@ class SampleRequest:
     """How much of the prompts is read: as much as of the captions that the adapter was trained on."""
 
 
-def samplers_of(pipe: Any) -> dict[str, tuple[type, dict[str, Any]]]:
+def samplers_of(pipe: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Those that fit the base, by name; the first is taken where none is chosen."""
     return FLOW_SAMPLERS if type(pipe.scheduler).__name__.startswith("FlowMatch") else SAMPLERS
 
@@ -200,6 +200,7 @@ class Sampler:
         for adapter in adapters:
             text_strength = adapter.strength if adapter.text_strength is None else adapter.text_strength
             layers.append(Layer(self._read(Path(adapter.file)), adapter.strength, text_strength))
+        assert self._stack, "loaded with the base"
         self._stack.lay(layers)
         self._files = {key: file for key, file in self._files.items() if any(file is layer.file for layer in layers)}  # no more than in use
 

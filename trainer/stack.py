@@ -80,7 +80,7 @@ def find_modules(base: LoadedBase, file: AdapterFile) -> list[tuple[AdaptedModul
     parts, found = base.components, []
     for module in file.modules:
         target = _submodule(parts.get(module.component), module.name)
-        delta = module.to("meta").delta if target is not None else None
+        delta = module.to("meta").delta
         if target is None or delta.numel() != target.weight.numel() or delta.shape[0] != target.weight.shape[0]:
             raise ModelError(
                 f"{file.path.name} does not fit the base model {name} ({base.family.name}): it was trained on another one. "
@@ -92,6 +92,8 @@ def find_modules(base: LoadedBase, file: AdapterFile) -> list[tuple[AdaptedModul
 
 def _submodule(part: nn.Module | None, name: str) -> nn.Module | None:
     """A projection by its path; text encoders may have the level `text_model` on top."""
+    if part is None:
+        return None
     for path in (name, f"text_model.{name}"):
         try:
             found = part.get_submodule(path)

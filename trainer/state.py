@@ -62,7 +62,7 @@ def save_state(folder: Path, state: State) -> None:
 
 def load_state(folder: Path, wanted: Callable[[State], bool] = lambda state: True) -> tuple[State | None, list[str]]:
     """The newest whole state that is wanted (None without one), and a sentence for each damaged one that was passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for path in _folders(folder):
         try:
             state = _read(path)
@@ -93,7 +93,8 @@ def _read(path: Path) -> State:
     for name, content in contents.items():
         if hashlib.sha256(content).hexdigest() != document["sha256"][name]:
             raise StateError(f"{name} is not what was written")
-    return State(document["step"], *map(load_tensors, contents.values()), document["facts"])
+    adapter, optimizer, average = map(load_tensors, contents.values())
+    return State(document["step"], adapter, optimizer, average, document["facts"])
 
 
 def _digest(document: dict[str, Any]) -> str:

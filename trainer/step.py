@@ -58,7 +58,7 @@ def _examples_loss(session: Session, examples: Sequence[Example], purpose: str, 
     noise = _noise(session, latents.shape, draws)
     timesteps = timesteps_at(session, spread_places(len(views), draws))
     dropped = (torch.rand(len(views), generator=draws) < session.run.dataset.caption_dropout).tolist()
-    captions = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
+    captions = tuple("" if drop else caption for caption, drop in zip(captions, dropped, strict=True))
     perturbed = noise + settings.input_perturbation * torch.randn(noise.shape, generator=draws) if settings.input_perturbation else noise
     place = (microbatch, piece) if piece else (microbatch,)
     torch.manual_seed(seed_for(seed, purpose + "dropout", *place))  # the adapter's dropout draws from the global generator

@@ -88,7 +88,8 @@ def _output(parser: argparse.ArgumentParser, dialect: bool = False) -> None:
 
 def stacked(text: str) -> dict[str, Any]:
     """ "a.safetensors:0.8:0.5" -> file and strengths; a colon inside the path (C:\\...) is no strength."""
-    file, strengths = text, []
+    file = text
+    strengths: list[str] = []
     while len(strengths) < 2 and not (file.endswith(".safetensors") or Path(file).exists()) and ":" in file:
         file, _, strength = file.rpartition(":")
         strengths.insert(0, strength)

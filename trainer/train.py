@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -402,7 +403,7 @@ def keep_adapter(session: Session, step: int, facts: dict) -> None:
 def adapter_names(session: Session, step: int | None = None) -> dict[str, str]:
     """File name by dialect. The first one is the file that the page shows; PEFT's is a folder, and never the first."""
     stem = f"{run_folder.slug(session.run.name)}{'' if step is None else f'-{step:06d}'}"
-    dialects = session.run.saving.dialects or (session.base.family.dialect,)
+    dialects: tuple[str, ...] = session.run.saving.dialects or (session.base.family.dialect,)
     first = next(dialect for dialect in dialects if dialect != "peft")
     others = {dialect: f"{stem}-{dialect}{'' if dialect == 'peft' else '.safetensors'}" for dialect in dialects if dialect != first}
     return {first: f"{stem}.safetensors", **others}
@@ -429,7 +430,7 @@ def sample(session: Session, step: int) -> None:
     try:
         for index, prompt in enumerate(prompts):
             session.log.append(Progress("sampling", index, len(prompts)))
-            settings = {
+            settings: dict[str, Any] = {
                 "prompt": prompt,
                 "negative_prompt": chosen.negative_prompt,
                 "seed": chosen.seed + index,

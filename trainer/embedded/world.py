@@ -303,7 +303,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     kind = rng.random()
     if kind < 0.72:
         background = "white" if rng.random() < 0.2 else str(rng.choice(list(COLOURS)))
-        clash = (background,)
+        clash: tuple[str, ...] = (background,)
     elif kind < 0.82:
         stripe = str(rng.choice([c for c in COLOURS if c != "white"]))
         background, clash = f"{stripe} stripes", (stripe, "white")
@@ -332,6 +332,7 @@ def article(noun: str) -> str:
 
 
 def describe_background(background: str, rng: np.random.Generator) -> str:
+    choices: tuple[str, ...]
     if background in SCENES:
         choices = _PLACES[background]
     elif background.endswith(" stripes"):
@@ -357,6 +358,7 @@ def caption_scene(scene: Scene, rng: np.random.Generator) -> str:
     name = made_up_word(rng) if rng.random() < 0.04 else scene.object
     thing = f"{colour}{name}"
     a_thing = f"{article(thing)} {thing}"
+    forms: tuple[str, ...]
     if scene.style == "outline":
         forms = (f"outline drawing of {a_thing}", f"an outline drawing of {a_thing}", f"outline of {a_thing}", f"line art of {a_thing}")
     else:

@@ -161,7 +161,7 @@ def _settle_schedule(pipe: Any, base: Base, name: str) -> None:
     (Lin et al. 2024, arXiv:2305.08891, section 3.3).
     """
     config = pipe.scheduler.config
-    changes = {}
+    changes: dict[str, Any] = {}
     if base.prediction != "auto":
         changes["prediction_type"] = {"epsilon": "epsilon", "v": "v_prediction"}[base.prediction]
     if base.zero_terminal_snr != "auto":

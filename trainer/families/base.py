@@ -57,14 +57,25 @@ class ModelFamily(Protocol):
     name: str
     pipeline_class: Any
     """The diffusers pipeline that loads and samples this family."""
-    pipeline_options: Mapping[str, Any]
-    """What its `from_pretrained` is told, so that parts which no training needs are not loaded."""
+
+    @property
+    def pipeline_options(self) -> Mapping[str, Any]:
+        """What its `from_pretrained` is told, so that parts which no training needs are not loaded."""
+        ...
+
     denoiser_name: str
     """Of its component in the pipeline: "unet" or "transformer"."""
-    adapter_marks: tuple[str, ...]
-    """How the family's name begins in the metadata of adapter files."""
-    open_clip: Sequence[str]
-    """The text encoders that other programs have in OpenCLIP's form, with q, k, v and out in one."""
+
+    @property
+    def adapter_marks(self) -> tuple[str, ...]:
+        """How the family's name begins in the metadata of adapter files."""
+        ...
+
+    @property
+    def open_clip(self) -> Sequence[str]:
+        """The text encoders that other programs have in OpenCLIP's form, with q, k, v and out in one."""
+        ...
+
     text_width: int
     """Numbers by token that the denoiser's cross attention reads, in the published models; 0 where there is none."""
     skips_layers: bool
@@ -99,8 +110,10 @@ class ModelFamily(Protocol):
         """The denoiser's output, in the shape of the target."""
         ...
 
-    dialect: Literal["kohya", "diffusers"]
-    """What its files are written in: what most programs read."""
+    @property
+    def dialect(self) -> Literal["kohya", "diffusers"]:
+        """What its files are written in: what most programs read."""
+        ...
 
     def export_key(self, component: str, module: str) -> str:
         """Where a module stands in a kohya file: ("unet", "mid_block...to_q") -> "lora_unet_mid_block_..._to_q"."""

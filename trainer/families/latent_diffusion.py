@@ -1,25 +1,30 @@
 """What the UNet families have in common: latents of a VAE, CLIP text encoders, epsilon or v prediction."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from trainer.families.base import PLAIN_READING, Batch, Conditioning, Reading, denoiser_of
-from trainer.objective import DiffusionObjective, Noised
+from trainer.objective import DiffusionObjective, Noised, Objective
 
 
 class LatentDiffusion:
     """With one text encoder, as in Rombach et al. 2022 (arXiv:2112.10752)."""
 
-    pipeline_class = StableDiffusionPipeline
-    pipeline_options = {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
+    pipeline_class: Any = StableDiffusionPipeline
+    pipeline_options: Mapping[str, Any] = {
+        "safety_checker": None,
+        "feature_extractor": None,
+        "image_encoder": None,
+        "requires_safety_checker": False,
+    }
     denoiser_name = "unet"
-    text_encoder_keys = {"text_encoder": "lora_te"}
+    text_encoder_keys: Mapping[str, str] = {"text_encoder": "lora_te"}
     """How kohya files name each text encoder."""
-    dialect = "kohya"
+    dialect: Literal["kohya", "diffusers"] = "kohya"
     open_clip: Sequence[str] = ()
     skips_layers = True
     reads_in_chunks = True
@@ -33,7 +38,7 @@ class LatentDiffusion:
     def trainable_text_encoders(self, pipe: Any) -> dict[str, nn.Module]:
         return self.text_encoders(pipe)
 
-    def objective(self, pipe: Any) -> DiffusionObjective:
+    def objective(self, pipe: Any) -> Objective:
         return DiffusionObjective.from_scheduler(pipe.scheduler)
 
     def encode_prompts(self, pipe: Any, prompts: Sequence[str], reading: Reading = PLAIN_READING) -> Conditioning:
