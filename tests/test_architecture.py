@@ -39,6 +39,7 @@ TORCH_FREE = {
     "report",
     "foreign_configs",
     "launch",
+    "sweep",
 }
 # Each module of the engine may import those on the levels below its own, and on its own level none.
 LEVELS = [
@@ -48,7 +49,7 @@ LEVELS = [
     {"events", "presets", "base_model", "buckets", "foreign_configs", "adapted", "adapter_keys", "targets"},
     {"run_folder", "pictures", "findings", "hub", "adapter_file"},
     {"storage", "report", "captions", "inspection", "tokens", "journal", "tracking"},
-    {"doctor", "crops"},
+    {"doctor", "crops", "sweep"},
     {"dataset", "caption_edits", "estimate", "batches", "device", "libraries", "attention"},
     {"variants"},
     {"importing", "cures", "caption", "cache", "adapters", "objective", "optimizers", "quantization", "state", "memory"},

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from trainer import __version__, config, launch, presets, report, run_folder, storage, tool_commands
+from trainer import __version__, config, launch, presets, report, run_folder, storage, sweep, tool_commands
 from trainer.errors import ConfigError, StateError, TrainerError
 from trainer.events import EventLog, Failed, Launched, Progress, SilentLog, Stopped
 from trainer.terminal import TerminalLog
@@ -56,6 +56,18 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recipe(train)
     train.add_argument("--name", help="name of the adapter")
     train.set_defaults(command=train_command)
+
+    grid = commands.add_parser(
+        "sweep",
+        help="train every combination of some settings, and compare what comes out",
+        description="Makes a run for each combination and trains them one after the other; a table and a plot say what came out. "
+        "With the folder of a sweep: trains what is left of it, and writes both anew.",
+    )
+    _add_recipe(grid, "RUN.toml|PRESET|SWEEP_DIR")
+    grid.add_argument("--grid", action="append", default=[], metavar="KEY=VALUE,VALUE", help="a setting and its values, as often as wanted")
+    grid.add_argument("--name", help="name of the sweep, with which the names of its runs begin")
+    grid.add_argument("--queue", action="store_true", help="leave the training to the page: the runs wait in its queue")
+    grid.set_defaults(command=sweep_command)
 
     classes = commands.add_parser(
         "class-pictures",
@@ -136,8 +148,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RUN.toml|PRESET", help=f"a file, or one of: {', '.join(presets.load_presets())}")
+def _add_recipe(parser: argparse.ArgumentParser, what: str = "RUN.toml|PRESET") -> None:
+    parser.add_argument("recipe", metavar=what, help=f"a file, or one of: {', '.join(presets.load_presets())}")
     parser.add_argument("--dataset", type=Path, metavar="DIR", help="folder with pictures and captions")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="any setting of `train --help`, as often as wanted"
@@ -165,16 +177,41 @@ def _read_recipe(options: argparse.Namespace) -> config.RunConfig:
 
 
 def train_command(options: argparse.Namespace) -> int:
-    run = _read_recipe(options)
-    if not run.dataset.folder:
-        raise ConfigError("Which pictures? Give --dataset DIR, or dataset.folder in the file.")
-    run = _with_whole_paths(run)
+    run = _read_run(options)
     if not launch.is_one_of_several():
         return run_in(run_folder.create(run))
     from trainer.distributed import join
 
     world = join()
     return run_in(Path(world.agree_on_text(str(run_folder.create(run).resolve()) if world.is_main else "")), world)
+
+
+def sweep_command(options: argparse.Namespace) -> int:
+    if launch.is_one_of_several():
+        raise ConfigError("A sweep starts its runs itself: set training.devices, and start it without torchrun.")
+    if (Path(options.recipe) / "sweep.json").is_file():
+        if options.grid or options.settings or options.dataset or options.name:
+            raise ConfigError(f"{options.recipe} is a sweep whose settings are made; start a new one from a preset or a run.toml.")
+        folder = Path(options.recipe)
+    elif not options.grid:
+        raise ConfigError("Which settings? Give --grid KEY=VALUE,VALUE, for example --grid adapter.rank=8,16.")
+    else:
+        folder = sweep.create(_read_run(options), [sweep.parse_grid(text) for text in options.grid])
+    if options.queue:
+        sweep.leave_in_queue(folder)
+        print(f"The runs wait in the page's queue. When they are done: python -m trainer sweep {folder}")
+        return 0
+    code = sweep.train(folder, run_in, STOPPED)
+    print(f"\n{sweep.write_results(folder)}\n\n{folder / 'results.md'}")
+    return code
+
+
+def _read_run(options: argparse.Namespace) -> config.RunConfig:
+    """The recipe of a training, with its pictures."""
+    run = _read_recipe(options)
+    if not run.dataset.folder:
+        raise ConfigError("Which pictures? Give --dataset DIR, or dataset.folder in the file.")
+    return _with_whole_paths(run)
 
 
 def _with_whole_paths(run: config.RunConfig) -> config.RunConfig:
