@@ -60,7 +60,7 @@ def test_each_variation_is_seen_by_some_step_and_again_by_the_same_step(session_
     session = session_of(**{"dataset.folder": str(dataset)} | changes)
     after = losses(session)
     assert before != after and after == losses(session)
-    assert step.validation_loss(session) == step.validation_loss(session)
+    assert step.validation_losses(session) == step.validation_losses(session)
 
 
 def test_views_are_cached_and_measured_plain(session_of):
@@ -68,7 +68,7 @@ def test_views_are_cached_and_measured_plain(session_of):
     assert all(len(e.views) == 6 and len({v.mean.shape for v in e.views}) == 1 for e in first.examples)
     plain = session_of()
     assert all(torch.equal(a.mean, b.mean) for a, b in zip(first.held_out, plain.held_out, strict=True))
-    assert step.validation_loss(first) == step.validation_loss(plain)
+    assert step.validation_losses(first) == step.validation_losses(plain)
 
 
 def test_a_mirrored_view_of_sdxl_tells_the_mirrored_crop():

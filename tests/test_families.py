@@ -203,7 +203,7 @@ def test_sdxl_is_told_the_crop_that_was_made(session_of, tmp_path):
         2,
         24,
     )
-    step.validation_loss(session)
+    step.validation_losses(session)
     assert seen[1]["time_ids"].tolist() == [[24, 16, 6, 0, 24, 24]] * step.VALIDATION_TIMESTEPS
 
 

@@ -37,7 +37,7 @@ def adapter_of(folder):
     [
         (prepare, "load_base", 1, [("load", 0, FREE)]),
         (cache, "encode_picture", 2, [("cache", 0, FREE), ("cache", 0, TILE)]),
-        (train, "validation_loss", 2, [("validate", 0, FREE), ("validate", 0, SPLIT)]),
+        (train, "validation_losses", 2, [("validate", 0, FREE), ("validate", 0, SPLIT)]),
         (train, "generate", 2, [("sample", 0, FREE), ("sample", 0, TILE)]),
         (train, "microbatch_loss", 1, [("step", 1, FREE)]),
         (train, "microbatch_loss", 3, [("step", 1, FREE), ("step", 1, CHECKPOINT), ("step", 1, SPLIT)]),
@@ -92,7 +92,7 @@ def test_the_last_measure_is_an_optimiser_in_eight_bits(train_tiny, monkeypatch)
 
 def test_samples_and_measuring_that_never_fit_end_no_run(train_tiny, monkeypatch):
     failing(monkeypatch, train, "generate", 1000)
-    failing(monkeypatch, train, "validation_loss", 1000)
+    failing(monkeypatch, train, "validation_losses", 1000)
     status = run_folder.status(train_tiny())
     assert status.state == "finished" and not status.samples and not status.validation
 
@@ -118,9 +118,9 @@ def test_a_step_in_pieces_learns_the_same(tiny_run):
     for loss, gradients in found[1:]:
         torch.testing.assert_close(loss, found[0][0], rtol=1e-6, atol=0)
         assert float((gradients - found[0][1]).norm() / found[0][1].norm()) < 1e-5
-    whole = train.validation_loss(session)
+    whole = train.validation_losses(session)
     session.ladder.pieces["validate"] = 8
-    assert train.validation_loss(session) == pytest.approx(whole, rel=1e-6)
+    assert train.validation_losses(session) == pytest.approx(whole, rel=1e-6)
 
 
 def test_a_resumed_run_takes_the_measures_again_at_the_same_step(tiny_run, monkeypatch):

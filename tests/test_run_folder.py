@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -113,9 +114,13 @@ def test_what_a_resumed_run_repeats_is_superseded(folder):
     assert not status.adapters and not status.samples and not status.validation
 
 
-def test_the_best_save_is_that_of_the_lowest_validation_loss(folder):
-    write(folder, started(), AdapterSaved(2, "a", 0.3), AdapterSaved(4, "b", 0.2), AdapterSaved(6, "c", 0.25))
-    assert run_folder.status(folder).best_step == 4
+def test_the_best_save_is_told_by_what_is_held_out_and_only_by_that(folder):
+    saves = [(2, 0.3), (4, 0.2), (6, 0.25)]
+    happened = [event for step, loss in saves for event in (Validated(step, loss), AdapterSaved(step, f"{step}", loss))]
+    write(folder, started(), *happened)
+    assert run_folder.status(folder).best_step is None
+    write(folder, replace(started(), held_out=1), *happened, Validated(8, 0.1))
+    assert run_folder.status(folder).best_step == 4, "step 8 was measured, but not saved"
 
 
 def _hold(folder, ready):

@@ -71,8 +71,15 @@ class StepDone(Event):
 
 @dataclass(frozen=True)
 class Validated(Event):
+    """What the adapter makes of pictures at fixed noise and timesteps."""
+
     step: int
     loss: float
+    """On the held-out pictures; on training pictures where none are held out."""
+    parts: list[float] = field(default_factory=list)
+    """What that is the mean of: a number for each held-out picture, or for each draw of noise where there are fewer than eight."""
+    training_loss: float | None = None
+    """On some of the training pictures, in the same way; None where none are held out."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,17 @@ class Stopped(Event):
 
     step: int
     file: str
+    file_step: int = 0
+    """The save that the file is."""
+
+
+@dataclass(frozen=True)
+class EndedEarly(Event):
+    """The held-out loss did not fall any more, and `training.early_stop` asks to end then."""
+
+    step: int
+    best_step: int
+    message: str
 
 
 @dataclass(frozen=True)
@@ -157,7 +175,10 @@ class Finished(Event):
     step: int
     file: str
     best_step: int
+    """The save with the best held-out loss; the last one where none are held out."""
     seconds: float
+    file_step: int = 0
+    """The save that the file is; 0 in the logs of older versions: the last one."""
 
 
 @dataclass(frozen=True)

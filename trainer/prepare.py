@@ -145,6 +145,8 @@ def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None =
             "cache", 0, lambda: _encode_all(run, base, items, device, log, "cache" in ladder.tiled)
         )
     examples, held_out = hold_out(run, examples)
+    if run.training.early_stop and {e.name for e in held_out} & {e.name for e in examples}:
+        log.append(Warned("training.early_stop does nothing here: too few pictures to hold some out, so the run goes to its end."))
     return assemble(run, folder, log, ladder, device, precision, base, examples, held_out, class_examples, texts, world)
 
 

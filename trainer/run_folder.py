@@ -27,7 +27,7 @@ from shutil import disk_usage
 
 from filelock import FileLock, Timeout
 
-from trainer import config, events
+from trainer import config, events, guidance
 from trainer.errors import StateError
 from trainer.files import atomic_write
 
@@ -159,7 +159,7 @@ class RunStatus:
     total_steps: int = 0
     started: events.Started | None = None
     losses: list[tuple[int, float]] = field(default_factory=list)
-    validation: list[tuple[int, float]] = field(default_factory=list)
+    measured: list[events.Validated] = field(default_factory=list)
     learning_rates: list[tuple[int, float]] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     samples: list[events.SampleSaved] = field(default_factory=list)
@@ -177,6 +177,13 @@ class RunStatus:
     last_step_at: float | None = None
     """When the last step ended; None where what came since was no work (a pause)."""
     at_station: bool = False
+    ended_early: str = ""
+    """Why it ended before its last step, in a sentence."""
+
+    @property
+    def validation(self) -> list[tuple[int, float]]:
+        """(step, loss on the held-out pictures)."""
+        return [(point.step, point.loss) for point in self.measured]
 
     @property
     def is_active(self) -> bool:
@@ -209,9 +216,12 @@ class RunStatus:
 
     @property
     def best_step(self) -> int | None:
-        """The save with the lowest validation loss."""
-        measured = [(a.validation_loss, a.step) for a in self.adapters if a.validation_loss is not None]
-        return min(measured)[1] if measured else None
+        """The save with the best loss on held-out pictures (`guidance.best_save`); None where none are held out."""
+        if not self.started or not self.started.held_out:
+            return None
+        steps = {saved.step for saved in self.adapters}
+        best = guidance.best_save([point for point in self.measured if point.step in steps])
+        return best.step if best else None
 
 
 class Replay:
@@ -308,7 +318,7 @@ def _apply(result: RunStatus, event: events.Event) -> None:
             result.learning_rates.append((event.step, event.learning_rate))
             result.step_seconds.append(event.seconds)
         case events.Validated():
-            result.validation = [point for point in result.validation if point[0] != event.step] + [(event.step, event.loss)]
+            result.measured = [point for point in result.measured if point.step != event.step] + [event]
             result.at_station = True
         case events.SampleSaved():
             result.samples = [saved for saved in result.samples if saved.file != event.file] + [event]
@@ -319,6 +329,8 @@ def _apply(result: RunStatus, event: events.Event) -> None:
         case events.RolledBack():
             result.warnings.append(event.message)
             _forget_after(result, event.step)
+        case events.EndedEarly():
+            result.ended_early = event.message
         case events.Paused():
             result.state, result.last_step_at = "paused", None
         case events.Continued():
@@ -334,9 +346,10 @@ def _apply(result: RunStatus, event: events.Event) -> None:
 def _forget_after(result: RunStatus, step: int) -> None:
     """A resumed run repeats the steps after its last state: what the first try wrote about them is superseded."""
     result.step = step
-    for name in ("losses", "validation", "learning_rates"):
+    result.ended_early = ""
+    for name in ("losses", "learning_rates"):
         setattr(result, name, [point for point in getattr(result, name) if point[0] <= step])
-    for name in ("samples", "adapters"):
+    for name in ("measured", "samples", "adapters"):
         setattr(result, name, [saved for saved in getattr(result, name) if saved.step <= step])
 
 

@@ -45,8 +45,10 @@ class TerminalLog(EventLog):
                 self._say(f"Paused after step {event.step}")
             case events.Stopped():
                 self._say(f"Stopped after step {event.step}; everything is saved, and `resume` goes on from here")
+            case events.EndedEarly():
+                self._say(event.message)
             case events.Finished():
-                self._say(f"Finished {event.step} steps in {event.seconds:.0f} s; lowest validation loss at step {event.best_step}")
+                self._say(f"Finished {event.step} steps in {event.seconds:.0f} s; {event.file} is the save of step {event.file_step}")
 
     def _say(self, line: str) -> None:
         tqdm.write(line.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8"), file=sys.stdout)

@@ -2,16 +2,17 @@
 
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from PIL import Image
 
-from trainer import adapters, cache, estimate, events, export, memory, metadata, run_folder
+from trainer import adapters, cache, estimate, events, export, guidance, memory, metadata, run_folder
 from trainer.base_model import DENOISERS
 from trainer.batches import batch_at
 from trainer.config import RunConfig, fingerprint, replace
@@ -21,6 +22,7 @@ from trainer.errors import ConfigError, NotLearning, OutOfMemory, ProcessLost
 from trainer.events import (
     AdapterSaved,
     Continued,
+    EndedEarly,
     EventLog,
     Finished,
     Paused,
@@ -39,7 +41,7 @@ from trainer.optimizers import lr_factor, optimizer_state, restore_optimizer, se
 from trainer.prepare import Session, optimizer_for, prepare
 from trainer.sample import generate, sampler_name, save_sample
 from trainer.state import State, check_unchanged, load_state, restore_parameters, save_state
-from trainer.step import VALIDATION_TIMESTEPS, measured_loss, microbatch_loss, validation_loss
+from trainer.step import VALIDATION_TIMESTEPS, fixed_losses, microbatch_loss, training_loss, validation_losses
 
 BAD_STEPS_IN_A_ROW = 3  # then the run goes back to its last good state
 ROLLBACKS = 2  # then it stops
@@ -79,7 +81,7 @@ def train(run: RunConfig, folder: Path, log: EventLog, world: World | None = Non
             with final_weights(session):
                 keep_adapter(session, step, facts)
                 sample(session, step)
-        if ending:
+        if ending or ends_early(session, step, saves):
             break
         if world.is_main:
             answer_requests(session, step, facts)
@@ -261,7 +263,7 @@ def find_cause(session: Session, buckets: list[list[int]], step: int) -> str:
         for example in seen:
             if not all(torch.isfinite(tensor).all() for view in example.views for tensor in (view.mean, view.std)):
                 return f"The latents of {example.name} are not finite: save that picture anew, or leave it out."
-            if not torch.isfinite(measured_loss(session, example)):
+            if not torch.isfinite(fixed_losses(session, example)).all():
                 return f"The base itself gives no finite numbers for {example.name} in {session.precision}: " + (
                     "leave that picture out." if session.precision == "fp32" else "use base.precision = fp32, or leave that picture out."
                 )
@@ -367,12 +369,35 @@ def measure(session: Session, step: int) -> float | None:
     """The validation loss; None, with a warning, where it needs more memory than there is."""
     session.ladder.catch_up("validate", step)
     try:
-        loss = session.ladder.attempt("validate", step, lambda: validation_loss(session), VALIDATION_TIMESTEPS)
+        parts = session.ladder.attempt("validate", step, lambda: validation_losses(session), VALIDATION_TIMESTEPS)
+        compared = session.ladder.attempt("validate", step, lambda: training_loss(session), VALIDATION_TIMESTEPS)
     except OutOfMemory:
         session.log.append(Warned(f"The validation loss of step {step} could not be measured for want of memory; the training goes on."))
         return None
-    session.log.append(Validated(step, loss))
+    loss = fmean(parts)
+    session.log.append(Validated(step, loss, parts, compared))
     return loss
+
+
+def ends_early(session: Session, step: int, saves: Sequence[int]) -> bool:
+    """Whether the held-out loss has not fallen for as many saves as the settings allow. A save that a person asked for does not count,
+    so that asking alters nothing; what was measured is read from the events, so that a resumed run decides alike."""
+    patience = session.run.training.early_stop
+    if not patience or step not in saves:
+        return False
+    status = run_folder.status(session.folder)
+    measured = [point for point in status.measured if point.step in saves]
+    if not session.world.agree(bool(status.started and status.started.held_out) and guidance.has_run_dry(measured, patience)):
+        return False
+    session.log.append(
+        EndedEarly(
+            step,
+            status.best_step or step,
+            f"The loss on the held-out pictures has not fallen for {patience} saves, so the run ended at step {step} of "
+            f"{session.total_steps}. The best save is that of step {status.best_step}.",
+        )
+    )
+    return True
 
 
 def keep_adapter(session: Session, step: int, facts: dict) -> None:
@@ -450,22 +475,25 @@ def sample(session: Session, step: int) -> None:
 
 
 def finish(session: Session, step: int, clock: float) -> Path:
-    """Gives the last save, whose files were read back and compared, the adapter's plain name."""
+    """Gives the chosen save, whose files were read back and compared, the adapter's plain name."""
     status = run_folder.status(session.folder)
     if step == 0:  # stopped before the first step: there is nothing to save
         run_folder.withdraw(session.folder, "stop")
         session.log.append(Stopped(0, ""))
         return session.folder
-    chosen = adapter_names(session)
-    for dialect, name in adapter_names(session, step).items():
-        export.copy_adapter(session.folder / name, session.folder / chosen[dialect])
-    file = session.folder / next(iter(chosen.values()))
-    if step < session.total_steps:
+    names, best = adapter_names(session), status.best_step or step
+    chosen = best if session.run.saving.main == "best" else step
+    if not all((session.folder / name).exists() for name in adapter_names(session, chosen).values()):
+        chosen = step  # that save was taken away meanwhile
+    for dialect, name in adapter_names(session, chosen).items():
+        export.copy_adapter(session.folder / name, session.folder / names[dialect])
+    file = session.folder / next(iter(names.values()))
+    if step < session.total_steps and not status.ended_early:
         run_folder.withdraw(session.folder, "stop")
-        session.log.append(Stopped(step, file.name))
+        session.log.append(Stopped(step, file.name, chosen))
         return file
     check_adapter_acts(session)
-    session.log.append(Finished(step, file.name, status.best_step or step, time.monotonic() - clock))
+    session.log.append(Finished(step, file.name, best, time.monotonic() - clock, chosen))
     return file
 
 

@@ -65,7 +65,7 @@ def _controls() -> tuple[dict[str, gr.components.Component], gr.Button]:
     with gr.Group(elem_classes="at-form"):
         fields["run"] = gr.Dropdown(_run_choices(), label="Adapter", elem_id="preview-run", filterable=False)
         fields["save"] = gr.Dropdown(
-            [], label="Save", info="Each save of the run. ★ has the lowest validation loss.", elem_id="preview-save", filterable=False
+            [], label="Save", info="Each save of the run. ★ is the best on the held-out pictures.", elem_id="preview-save", filterable=False
         )
         fields["prompt"] = gr.Textbox(label="Prompt", lines=2, elem_id="preview-prompt")
         fields["strength"] = gr.Slider(

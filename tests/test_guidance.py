@@ -1,0 +1,140 @@
+"""The run guides: which save is the best, when to end, and what the numbers say."""
+
+import pytest
+from safetensors.torch import load_file
+
+from trainer import config, events, guidance, run_folder
+from trainer.__main__ import STOPPED, run_in
+from trainer.errors import ConfigError
+from trainer.events import Validated
+
+OVERLONG = {"training.steps": 24, "training.lr_schedule": "constant", "adapter.rank": 8, "adapter.alpha": 8.0, "saving.saves": 6}
+
+
+@pytest.fixture(scope="module")
+def twelve(tmp_path_factory):
+    from tests.tiny import make_dataset
+
+    return make_dataset(tmp_path_factory.mktemp("guidance") / "dataset", count=12)
+
+
+def measured(step, *parts):
+    return Validated(step, sum(parts) / len(parts), list(parts))
+
+
+def test_a_difference_is_told_in_pairs():
+    """The pictures differ far more from each other than the saves do, and still the better save is known."""
+    better, worse = measured(1, 0.1, 0.5, 0.9, 0.3), measured(2, 0.11, 0.51, 0.91, 0.31)
+    assert guidance.is_worse(worse, better) and not guidance.is_worse(better, worse)
+    chance = measured(2, 0.2, 0.4, 0.95, 0.28)
+    assert not guidance.is_worse(chance, better) and chance.loss > better.loss
+
+
+def test_the_best_is_the_latest_that_is_not_measurably_worse():
+    falling = [measured(1, 0.5, 0.6, 0.7), measured(2, 0.4, 0.5, 0.6), measured(3, 0.3, 0.4, 0.5)]
+    assert guidance.best_save(falling).step == 3
+    flat = [*falling, measured(4, 0.34, 0.37, 0.5)]
+    assert guidance.best_save(flat).step == 4 and flat[3].loss > flat[2].loss
+    assert guidance.best_save([*flat, measured(5, 0.4, 0.5, 0.6)]).step == 4
+    assert guidance.best_save([]) is None
+
+
+@pytest.mark.parametrize(
+    "losses, patience, dry",
+    [
+        ([5, 4, 3], 1, False),
+        ([5, 4, 4], 1, True),
+        ([5, 4, 6, 3], 2, False),
+        ([5, 4, 6, 5], 2, True),
+        ([5, 6], 2, False),
+        ([5, 4, 4], 0, False),
+    ],
+)
+def test_patience_counts_the_saves_without_a_lower_loss(losses, patience, dry):
+    assert guidance.has_run_dry([Validated(step, loss) for step, loss in enumerate(losses)], patience) is dry
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [({"training.early_stop": 2, "dataset.hold_out": 0.0}, "hold_out"), ({"training.early_stop": 5, "saving.saves": 5}, "can never end")],
+)
+def test_early_stop_that_cannot_act_is_refused(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        config.replace(config.RunConfig(), changes)
+
+
+def rising(monkeypatch, losses):
+    """Each measuring finds the next of these."""
+    from trainer import train
+
+    found = iter(losses)
+    monkeypatch.setattr(train, "validation_losses", lambda session: [next(found)] * 4)
+
+
+def test_the_best_save_is_the_finished_file_unless_the_last_is_wanted(tiny_run, twelve, monkeypatch):
+    for main, step in (("best", 8), ("last", 24)):
+        rising(monkeypatch, [0.9, 0.5, 0.4, 0.45, 0.5, 0.6, 0.7])
+        folder = run_folder.create(tiny_run(OVERLONG | {"dataset.folder": str(twelve), "saving.main": main}))
+        assert run_in(folder) == 0
+        status = run_folder.status(folder)
+        assert (status.best_step, status.finished.best_step, status.finished.file_step) == (8, 8, step)
+        assert (folder / "tiny.safetensors").read_bytes() == (folder / f"tiny-{step:06d}.safetensors").read_bytes()
+        assert load_file(folder / "tiny.safetensors") and status.state == "finished"
+
+
+def test_early_stop_ends_the_run_and_a_resumed_run_ends_there_too(tiny_run, twelve, monkeypatch):
+    rising(monkeypatch, [0.9, 0.5, 0.4, 0.45, 0.5, 0.3])
+    folder = run_folder.create(tiny_run(OVERLONG | {"dataset.folder": str(twelve), "training.early_stop": 2}))
+    assert run_in(folder) == 0
+    status = run_folder.status(folder)
+    assert (status.state, status.step, status.finished.file_step) == (
+        "finished",
+        16,
+        8,
+    ) and "has not fallen for 2 saves" in status.ended_early
+    kept = (folder / "tiny.safetensors").read_bytes()
+    log = (folder / "events.jsonl").read_text().splitlines()
+    cut = next(number for number, line in enumerate(log) if '"StepDone"' in line and '"step": 13' in line)
+    (folder / "events.jsonl").write_text("\n".join(log[: cut + 1]) + "\n")
+    for path in (folder / "state").iterdir():
+        if int(path.name) > 14:
+            path.rename(folder / f"gone-{path.name}")
+    rising(monkeypatch, [0.5])
+    assert run_in(folder) == 0
+    again = run_folder.status(folder)
+    assert (again.state, again.step, again.finished.file_step) == ("finished", 16, 8) and (folder / "tiny.safetensors").read_bytes() == kept
+
+
+def test_early_stop_without_held_out_pictures_is_said(train_tiny):
+    status = run_folder.status(train_tiny({"training.early_stop": 1}))
+    assert status.step == 6 and any("too few pictures to hold some out" in warning for warning in status.warnings)
+
+
+def test_what_is_measured_is_the_same_twice_and_finer_for_few_pictures(tiny_run, twelve):
+    from trainer import step
+    from trainer.prepare import prepare
+
+    for share, parts in ((0.1, 32), (0.25, 48), (0.3, 32)):
+        run = tiny_run({"dataset.folder": str(twelve), "dataset.hold_out": share})
+        folder = run_folder.create(run)
+        session = prepare(run, folder, events.EventLog(folder / "events.jsonl"))
+        once, trained = step.validation_losses(session), step.training_loss(session)
+        assert len(once) == parts and once == pytest.approx(step.validation_losses(session), abs=1e-6)
+        assert trained == pytest.approx(step.training_loss(session), abs=1e-6)
+        session.ladder.pieces["validate"] = 4
+        assert step.validation_losses(session) == pytest.approx(once, rel=1e-5)
+
+
+def test_a_stopped_run_hands_out_its_best_save(tiny_run, twelve, monkeypatch):
+    rising(monkeypatch, [0.9, 0.4, 0.5, 0.6])
+    folder = run_folder.create(tiny_run(OVERLONG | {"dataset.folder": str(twelve)}))
+    append = events.EventLog.append
+
+    def stop_at_ten(self, event):
+        append(self, event)
+        if isinstance(event, events.StepDone) and event.step == 10:
+            run_folder.request(folder, "stop")
+
+    monkeypatch.setattr(events.EventLog, "append", stop_at_ten)
+    assert run_in(folder) == STOPPED
+    assert (folder / "tiny.safetensors").read_bytes() == (folder / "tiny-000004.safetensors").read_bytes()
