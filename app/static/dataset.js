@@ -1,5 +1,5 @@
 // The Dataset tab: drop area, what the doctor says, and one page of pictures with their captions, which save themselves.
-const memory = { name: "", turn: 0, page: 0, filter: null, panel: "", messages: [], working: "", view: null, timers: new Map(), refresh: null, trash: null, open: new Set() };
+const memory = { name: "", turn: 0, page: 0, filter: null, panel: "", messages: [], working: "", view: null, timers: new Map(), refresh: null, trash: null, open: new Set(), edits: 0, savedFile: "" };
 let settings = {};
 
 drawWith((root, value) => {
@@ -19,9 +19,10 @@ const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 
 /** Asks for the page again; `turn` only turns it, without looking at the folder. */
 async function load({ turn = false } = {}) {
-  const mine = ++memory.turn;
+  const mine = ++memory.turn, edits = memory.edits;
   const view = await call("view", { page: memory.page, filter: memory.filter, turn });
   if (mine !== memory.turn || view.error) return;
+  if (edits !== memory.edits) return load({ turn });  // it may be of before the edit
   if (view.scanning) {
     working(view.scanning.total ? `Looking at ${view.scanning.done} of ${plural(view.scanning.total, "picture")}` : "Looking at the pictures");
     if (!root().querySelector(".at-dataset")) { memory.view = { ...view, examples: [] }; paint(); }
@@ -36,13 +37,28 @@ async function load({ turn = false } = {}) {
 }
 
 function paint() {
-  const view = memory.view;
+  const view = memory.view, typeOn = typing();
   const empty = !view.total && !view.trouble && !view.scanning;
   root().replaceChildren(el("div", { class: "at-dataset", "data-name": view.name, ondragover: hover, ondragleave: leave, ondrop: (event) => drop(event, view) },
     dropArea(view, empty), el("div", { class: "at-note", "aria-live": "polite" }, view.trouble ? notice(view.trouble, "bad") : null), trashBar(), messages(), summary(view),
     el("div", { class: "at-job-place" }), view.total ? tools(view) : null, filterBar(view),
     el("div", { class: "at-grid" }, view.cards.map((card) => cardOf(view, card))), pager(view)));
   drawJob();
+  typeOn();
+}
+
+/** Takes note of the caption that is being typed; gives what puts it back where the person was, after the tab is drawn anew. */
+function typing() {
+  const box = document.activeElement, card = box && box.closest(".at-card");
+  if (!card || box.tagName !== "TEXTAREA") return () => {};
+  const { value, selectionStart, selectionEnd } = box;
+  return () => {
+    const next = root().querySelector(`.at-card[data-file="${CSS.escape(card.dataset.file)}"] textarea`);
+    if (!next) return;
+    if (next.value !== value) { next.value = value; next.dispatchEvent(new Event("input")); }
+    next.focus({ preventScroll: true });
+    next.setSelectionRange(selectionStart, selectionEnd);
+  };
 }
 
 function hover(event) { event.preventDefault(); event.currentTarget.classList.add("at-over"); }
@@ -156,6 +172,7 @@ function undoButton(view) {
 }
 
 function setUndo(label) {
+  memory.edits++;
   memory.view.undo = label;
   const place = root().querySelector(".at-undo");
   if (place) place.replaceWith(undoButton(memory.view));
@@ -202,7 +219,7 @@ function pager(view) {
 
 /** The caption box of a card, in the grid or in the dialog: saves by itself. */
 function captionBox(view, card, extra = {}) {
-  const saved = el("span", { class: "at-saved", role: "status" });
+  const saved = el("span", { class: "at-saved", role: "status" }, memory.savedFile === card.file ? "saved" : "");
   const tokens = el("span", { class: "at-tokens" });
   const count = () => { tokens.textContent = card.tokens > view.limit ? `${card.tokens} of ${view.limit} tokens` : plural(card.tokens, "token"); tokens.classList.toggle("at-long", card.tokens > view.limit); };
   const box = el("textarea", { rows: 3, "aria-label": `Caption of ${card.file}`, placeholder: "What is in the picture?", spellcheck: "true",
@@ -219,9 +236,11 @@ function captionBox(view, card, extra = {}) {
     if (!card.caption.trim() !== !text.trim()) memory.view.bare += text.trim() ? -1 : 1;
     card.caption = text;
     card.tokens = answer.tokens;
+    memory.savedFile = card.file;
     count();
     saved.textContent = box.value === text ? "saved" : "…";
     setUndo(answer.undo);
+    if (!box.isConnected) load({ turn: true });  // drawn anew meanwhile, perhaps with the caption of before
     refreshLater();
   };
   count();
@@ -267,8 +286,10 @@ function refreshLater() {
   clearTimeout(memory.refresh);
   if (memory.view.total > 500) return;
   memory.refresh = setTimeout(async () => {
-    const mine = memory.turn, view = await call("view", { page: memory.page, filter: memory.filter }, () => {});
+    const mine = memory.turn, edits = memory.edits;
+    const view = await call("view", { page: memory.page, filter: memory.filter }, () => {});
     if (view.error || view.scanning || mine !== memory.turn) return;
+    if (edits !== memory.edits) return refreshLater();
     Object.assign(memory.view, { groups: view.groups, verdict: view.verdict, bare: view.bare, tags: view.tags, undo: view.undo });
     root().querySelector(".at-summary").replaceWith(summary(memory.view));
   }, 2000);

@@ -10,7 +10,9 @@ import pytest
 from app import runs
 from tests.browser.conftest import wait_for
 from trainer import config, events, run_folder
+from trainer.base_model import EMBEDDED_FOLDER
 
+EXAMPLES = EMBEDDED_FOLDER.parent / "examples"
 STATE = "document.querySelector('#progress .at-pill')?.innerText"
 
 
@@ -138,3 +140,23 @@ def test_a_trainer_that_cannot_begin_is_not_started_for_ever(tmp_path: Path, mon
     status = run_folder.status(folder)
     assert status.state == "failed" and "no_such_module" in status.message
     assert launcher.process is None and not run_folder.requested(folder, "queued")
+
+
+def test_a_caption_is_typed_on_while_the_tab_is_drawn_anew(open_page, server) -> None:
+    first, second = sorted((EXAMPLES / "photos").glob("*.jpg"))[:2]
+    page = open_page()
+    page.wait_for_selector(".at-dataset[data-name]")
+    page.locator("#dataset input").fill("typed")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".at-dataset[data-name=typed]")
+    page.set_input_files("#dataset-files", [first])
+    page.wait_for_function("document.querySelectorAll('.at-card').length === 1")
+    words = "a photograph, described slowly and with many words while more pictures arrive"
+    page.locator(".at-card textarea").focus()
+    page.set_input_files("#dataset-files", [second])
+    page.keyboard.type(words, delay=80)
+    page.wait_for_function("document.querySelectorAll('.at-card').length === 2")
+    box = page.locator(f".at-card[data-file='{first.name}'] textarea")
+    assert box.input_value() == words
+    caption = server.outputs / "datasets" / "typed" / first.with_suffix(".txt").name
+    wait_for(lambda: caption.exists() and caption.read_text().strip() == words, "the caption on the disk")
