@@ -14,7 +14,7 @@ def values(outputs) -> dict:
     first, second = (staged.stage(name, 100) for name in ("maya", "ink"))
     for folder in (first, second):
         staged.finish(folder)
-    runs.all_runs.fresh()
+    runs.all_runs.forget()
     return dict.fromkeys(preview.NAMES) | {
         "run": first.name,
         "save": "maya.safetensors",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def is_one_of_several() -> bool:
@@ -30,7 +31,8 @@ def start_several(count: int, folder: Path, on_signal: Callable[[], None]) -> in
         "PYTHONSAFEPATH": "1",  # the working directory, a data folder, is no place to import from
     }
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    detached = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
+    windows = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+    detached: dict[str, Any] = {"creationflags": windows} if windows else {"start_new_session": True}
     process = subprocess.Popen([*launcher, "-m", "trainer", "resume", str(folder)], env=environment, **detached)
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: on_signal())
