@@ -22,9 +22,9 @@ import torch
 from full_size import PHOTOS, build
 
 from trainer import config, events, run_folder
-from trainer.__main__ import run_in
 from trainer.adapter_file import read_adapter
 from trainer.device import choose_device, device_name
+from trainer.running import run_in
 
 REFERENCE = "fp32"
 RESUMED = "fp32, resumed"

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from tests.killer import arm, live
 from tests.tiny import make_dataset, save_tiny_base
 from trainer import config, events, run_folder, state
-from trainer.__main__ import STOPPED, run_in
+from trainer.running import STOPPED, run_in
 
 PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
 STEPS = 12

@@ -73,7 +73,7 @@ def train_tiny(tiny_run: Callable[..., config.RunConfig]) -> Callable[..., Path]
     """Trains a tiny run in this process and returns its folder."""
 
     def run(changes: dict | None = None) -> Path:
-        from trainer.__main__ import run_in
+        from trainer.running import run_in
 
         folder = run_folder.create(tiny_run(changes))
         assert run_in(folder) == 0, run_folder.status(folder).message

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import trainer.train  # noqa: F401  (before the forks)
 from trainer import events, train
-from trainer.__main__ import run_in
+from trainer.running import run_in
 
 
 def arm(place: str, step: int) -> None:

@@ -69,6 +69,7 @@ LEVELS = [
     {"step"},
     {"train"},
     {"demo", "terminal", "tool_commands"},
+    {"running"},
     {"__main__"},
 ]
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from trainer import config, distributed, events, run_folder
-from trainer.__main__ import run_in
 from trainer.errors import ConfigError
+from trainer.running import run_in
 
 ROOT = Path(__file__).parent.parent
 SHARED = {"training.batch_size": 2, "training.gradient_accumulation_steps": 2, "saving.precision": "fp32", "training.ema_decay": 0.9}

@@ -7,10 +7,11 @@ import torch
 from PIL import Image
 
 from trainer import class_pictures, config, examples, run_folder, step
-from trainer.__main__ import main, run_in
+from trainer.__main__ import main
 from trainer.errors import ConfigError
 from trainer.events import EventLog
 from trainer.prepare import prepare
+from trainer.running import run_in
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import pytest
 from safetensors.torch import load_file
 
 from trainer import config, events, guidance, run_folder
-from trainer.__main__ import STOPPED, run_in
 from trainer.errors import ConfigError
 from trainer.events import Validated
+from trainer.running import STOPPED, run_in
 
 OVERLONG = {"training.steps": 24, "training.lr_schedule": "constant", "adapter.rank": 8, "adapter.alpha": 8.0, "saving.saves": 6}
 

@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 
 from tests.tiny import save_tiny_base
 from trainer import adapters, config, estimate, events, prepare, run_folder, targets
-from trainer.__main__ import run_in
 from trainer.adapter_file import read_adapter
 from trainer.errors import ConfigError
 from trainer.families import load_base
 from trainer.quantization import quantize
+from trainer.running import run_in
 
 KINDS = {
     "lora": {},

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from trainer import cache, config, events, families, memory, optimizers, prepare, run_folder, train
-from trainer.__main__ import run_in
 from trainer.memory import CHECKPOINT, FREE, SPLIT, TILE
+from trainer.running import run_in
 
 
 def failing(monkeypatch, module, name, times, error=None, only=lambda *args: True):

@@ -6,7 +6,6 @@ from diffusers import DDPMScheduler, EDMDPMSolverMultistepScheduler, FlowMatchEu
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3, compute_snr
 
 from trainer import config, run_folder, step
-from trainer.__main__ import run_in
 from trainer.errors import ConfigError, ModelError
 from trainer.objective import (
     TIMESTEP_SAMPLING,
@@ -22,6 +21,7 @@ from trainer.objective import (
     pyramid_noise,
     sample_places,
 )
+from trainer.running import run_in
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DEFAULT = config.Objective()

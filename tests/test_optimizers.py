@@ -8,9 +8,9 @@ from pytorch_optimizer import get_supported_optimizers
 from safetensors.torch import load_file
 
 from trainer import config, events, optimizers, run_folder, state, train
-from trainer.__main__ import STOPPED, run_in
 from trainer.errors import ConfigError, StateError
 from trainer.optimizers import build_optimizer, lr_factor, optimizer_state, restore_optimizer, set_learning_rate, try_optimizer
+from trainer.running import STOPPED, run_in
 
 CPU = torch.device("cpu")
 NEEDS = {

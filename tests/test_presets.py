@@ -3,9 +3,9 @@
 import pytest
 
 from trainer import config, run_folder
-from trainer.__main__ import run_in
 from trainer.errors import ConfigError
 from trainer.presets import load_preset, load_presets
+from trainer.running import run_in
 
 KINDS = {"embedded": "sd1", "sd15": "sd1", "sd21": "sd2-v", "sdxl": "sdxl", "sd35m": "sd35-medium"}  # of tiny bases, by how a preset begins
 

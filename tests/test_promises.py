@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from app import __main__ as page
 from app import runs
 from trainer import config, events, files, run_folder
-from trainer.__main__ import STOPPED, run_in
+from trainer.running import STOPPED, run_in
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = ["x; touch PWNED", "$(touch PWNED)", "`touch PWNED`", "--output_dir=/tmp/x", "-rf", "a\nb", '"', "'", "a\x00b", "żółć 😀"]
@@ -97,7 +97,7 @@ def test_P04_a_signal_saves_the_present_step_and_resuming_goes_on(tiny_run, trai
 def test_P06_a_folder_that_cannot_be_written_is_refused_before_the_base_is_read(tiny_run, monkeypatch):
     folder = run_folder.create(tiny_run())
     (folder / ".lock").mkdir()  # as on a read-only disk: the lock cannot be made
-    monkeypatch.setattr("trainer.__main__._train", lambda *a: pytest.fail("it went on"))
+    monkeypatch.setattr("trainer.running._train", lambda *a: pytest.fail("it went on"))
     from trainer.__main__ import main
 
     assert main(["resume", str(folder)]) == 1

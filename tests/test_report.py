@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from trainer import report, run_folder, train
-from trainer.__main__ import run_in
 from trainer.errors import ConfigError
+from trainer.running import run_in
 
 TOKEN = "hf_" + "aBcD1234" * 4
 

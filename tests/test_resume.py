@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from trainer import config, run_folder, state
-from trainer.__main__ import run_in
 from trainer.errors import StateError
+from trainer.running import run_in
 
 STEPS = 10
 HARD = {

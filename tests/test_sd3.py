@@ -15,9 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tests.tiny import save_tiny_base
 from trainer import attention, base_model, config, estimate, events, prepare, run_folder, step, train
-from trainer.__main__ import run_in
 from trainer.errors import ModelError
 from trainer.families import load_base
+from trainer.running import run_in
 from trainer.sample import Sampler, SampleRequest, StackedAdapter
 
 KINDS = ["sd3", "sd35-medium"]  # with T5, and without it but with the second attention

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from tests.test_resume import resumed_from
 from trainer import config, estimate, files, run_folder, state, storage
-from trainer.__main__ import main, run_in
+from trainer.__main__ import main
 from trainer.errors import DiskError
+from trainer.running import run_in
 
 
 def full(monkeypatch, free):

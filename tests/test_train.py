@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from trainer import events, run_folder, step, train
-from trainer.__main__ import STOPPED, run_in
 from trainer.families.sd1 import StableDiffusion1
+from trainer.running import STOPPED, run_in
 
 
 def adapter_of(folder):

@@ -4,29 +4,16 @@ Exit code 0: done. 1: failed, with a sentence. 2: wrong usage. 3: stopped on req
 """
 
 import argparse
-import faulthandler
 import json
-import os
 import re
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-
-from trainer import __version__, config, launch, presets, report, run_folder, storage, sweep, tool_commands
-from trainer.errors import ConfigError, StateError, TrainerError
-from trainer.events import EventLog, Failed, Launched, Progress, SilentLog, Stopped
-from trainer.terminal import TerminalLog
-
-if TYPE_CHECKING:  # it reads torch
-    from trainer.distributed import World
-
-STOPPED = 3
+from trainer import __version__, config, launch, presets, run_folder, storage, sweep, tool_commands
+from trainer.errors import ConfigError, TrainerError
+from trainer.running import STOPPED, run_in, with_whole_paths
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -211,108 +198,7 @@ def _read_run(options: argparse.Namespace) -> config.RunConfig:
     run = _read_recipe(options)
     if not run.dataset.folder:
         raise ConfigError("Which pictures? Give --dataset DIR, or dataset.folder in the file.")
-    return _with_whole_paths(run)
-
-
-def _with_whole_paths(run: config.RunConfig) -> config.RunConfig:
-    """A run must be found again from any working directory."""
-    paths = {path: config.get(run, path) for path in ("dataset.folder", "base.model", "base.vae", "adapter.start_from")}
-    changes = {path: str(Path(value).resolve()) for path, value in paths.items() if value and Path(value).exists()}
-    if run.dataset.regularisation_folder:  # need not be there yet
-        changes["dataset.regularisation_folder"] = str(Path(run.dataset.regularisation_folder).resolve())
-    return config.replace(run, changes)
-
-
-def run_in(folder: Path, world: "World | None" = None) -> int:
-    """Starts or continues the run of a folder in this process, which holds its lock for life.
-
-    Where several devices are asked for, in a process for each; the first one has the lock, the log and the files.
-    """
-    if not (folder / "run.toml").is_file():
-        raise StateError(f"{folder} is no run folder: it has no run.toml.")
-    folder = folder.resolve()
-    run = config.load(folder / "run.toml")
-    if run.training.devices > 1 and not launch.is_one_of_several():
-        return launch.start_several(run.training.devices, folder, lambda: run_folder.request(folder, "stop"))
-    if launch.rank() > 0:
-        for name in (signal.SIGINT, signal.SIGTERM):  # the first process is told too, and stops all at the same step
-            signal.signal(name, signal.SIG_IGN)
-        return _train(run, folder, SilentLog(), world)
-    lock, device = run_folder.acquire(folder), run_folder.device_lock()
-    storage.clean_half_written(folder)
-    storage.prune()
-    log = TerminalLog(folder / "events.jsonl")
-    for message in ("queued", "stop", "pause"):
-        run_folder.withdraw(folder, message)
-    (folder / report.NAME).unlink(missing_ok=True)  # of an earlier failure
-    log.append(Launched(os.getpid(), __version__, run_folder.boot_id()))
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: run_folder.request(folder, "stop"))
-    try:
-        if not _wait_for(device, folder, log):
-            log.append(Stopped(run_folder.status(folder).step, ""))
-            return STOPPED
-        return _train(run, folder, log, world)
-    finally:
-        log.close()
-        device.release()
-        lock.release()
-
-
-def _wait_for(device: FileLock, folder: Path, log: EventLog) -> bool:
-    """Waits until no other run has the device; False where the person stops the run meanwhile."""
-    try:
-        device.acquire(timeout=0)
-        return True
-    except Timeout:
-        log.append(Progress("waiting"))
-    while not run_folder.take(folder, "stop"):
-        try:
-            device.acquire(timeout=0.5)
-            return True
-        except Timeout:
-            continue
-    return False
-
-
-def _train(run: config.RunConfig, folder: Path, log: EventLog, world: "World | None") -> int:
-    from trainer import libraries  # seconds, which wrong usage need not wait for
-
-    faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash in native code leaves at least its place in the log
-    libraries.settle()
-    from trainer import memory, tracking
-    from trainer.distributed import join
-    from trainer.train import train
-
-    is_main = launch.rank() == 0
-    try:
-        world = world or (join() if launch.is_one_of_several() else None)
-        with tracking.tracked(run, folder, log) if is_main else nullcontext():
-            chosen = train(run, folder, log, world)
-    except Exception as error:  # the one place where any error becomes a sentence
-        sentence = report.without_secrets(memory.advice(run) if memory.ran_out(error) else report.explain(error))
-        if is_main:
-            _fail(folder, log, sentence, error)
-        else:
-            print(f"\nProcess {launch.rank() + 1}: {report.without_secrets(traceback.format_exc())}\n{sentence}", file=sys.stderr)
-        return 1
-    if not is_main:
-        return 0
-    print(f"\n{chosen}")
-    return STOPPED if run_folder.status(folder).state == "stopped" else 0
-
-
-def _fail(folder: Path, log: EventLog, sentence: str, error: Exception) -> None:
-    """Says it everywhere, as far as the disk lets it. The traceback of what nobody foresaw goes to the log as well."""
-    if not isinstance(error, TrainerError):
-        print(report.without_secrets("".join(traceback.format_exception(error))), file=sys.stderr)
-    print(f"\n{sentence}", file=sys.stderr)
-    try:
-        log.append(Failed(sentence))
-        report.write_report(folder, sentence, error)
-        print(f"The whole story is in {folder / report.NAME}", file=sys.stderr)
-    except (OSError, TrainerError) as also:
-        print(f"It could not be written down: {also}", file=sys.stderr)
+    return with_whole_paths(run)
 
 
 def cache_command(options: argparse.Namespace) -> int:

@@ -218,6 +218,9 @@ class EventLog:
         for listener in tuple(self.listeners):
             listener(event)
 
+    def close(self) -> None:
+        """The run ended; a log that shows it may have to tidy up."""
+
     def _write(self, line: bytes) -> None:
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:

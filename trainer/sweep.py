@@ -43,7 +43,7 @@ def combinations(run: RunConfig, grid: Sequence[tuple[str, list[Any]]]) -> list[
     paths = [path for path, _ in grid]
     if len(set(paths)) < len(paths):
         raise ConfigError(f"--grid names {next(path for path in paths if paths.count(path) > 1)} twice; give all its values at once.")
-    found = []
+    found: list[RunConfig] = []
     for values in itertools.product(*(values for _, values in grid)):
         if len(found) == MOST_RUNS:
             raise ConfigError(f"These settings have more than {MOST_RUNS} combinations; leave some values out.")
@@ -112,7 +112,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
                 "state": status.state,
                 "validation_loss": status.validation[-1][1] if status.validation else None,
                 "best_step": status.best_step,
-                "best_loss": losses.get(status.best_step),
+                "best_loss": None if status.best_step is None else losses.get(status.best_step),
                 "seconds": status.finished.seconds if status.finished else None,
                 "curve": status.validation,
             }
