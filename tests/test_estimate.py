@@ -72,3 +72,31 @@ def test_a_guess_of_the_time_grows_with_the_work() -> None:
     seconds = estimate.expected_seconds_per_step
     assert seconds(SD15, "cuda") < seconds(SDXL, "cuda") < seconds(SDXL, "cpu", 4) < seconds(SDXL, "cpu", 1)
     assert seconds(config.replace(SD15, {"training.batch_size": 8}), "cpu") > 2 * seconds(SD15, "cpu")
+
+
+@pytest.mark.parametrize(
+    "model, resolution, batch_size, checkpointing, measured",
+    [
+        ("x/stable-diffusion-v1-5", 512, 1, False, 3.1),
+        ("x/stable-diffusion-v1-5", 512, 8, False, 8.3),
+        ("x/sdxl", 1024, 1, False, 11.3),
+        ("x/sdxl", 1024, 1, True, 6.6),
+        ("x/sdxl", 1024, 4, False, 27.1),
+        ("x/stable-diffusion-3.5-medium", 1024, 4, False, 35.1),
+    ],
+)
+def test_a_step_needs_what_was_measured_on_an_h200(
+    model: str, resolution: int, batch_size: int, checkpointing: bool, measured: float
+) -> None:
+    """GiB allocated at the peak of benchmarks/step.py, in bf16 (docs/performance.md)."""
+    training = {"training.batch_size": batch_size, "training.gradient_checkpointing": checkpointing}
+    run = config.replace(config.RunConfig(), {"base.model": model, "dataset.resolution": resolution, "adapter.rank": 16, **training})
+    assert estimate.memory(run, "cuda").step / 2**30 == pytest.approx(measured, rel=0.1)
+
+
+def test_a_quantised_denoiser_needs_less_where_its_layers_are_linear() -> None:
+    def step(how: str) -> float:
+        return estimate.memory(config.replace(SDXL, {"base.quantization": how, "base.precision": "bf16"}), "cuda").step
+
+    assert step("none") - step("8bit") == pytest.approx(0.87 * 2567e6, rel=0.01)
+    assert step("none") - step("4bit") == pytest.approx(0.87 * 2567e6 * 1.48, rel=0.01)
