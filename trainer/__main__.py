@@ -152,7 +152,7 @@ def _settings_help() -> str:
     return "\n".join(lines).replace("%", "%%")
 
 
-def _read_recipe(options: argparse.Namespace) -> config.RunConfig:
+def read_recipe(options: argparse.Namespace) -> config.RunConfig:
     path = Path(options.recipe)
     run = config.load(path) if path.suffix == ".toml" or path.is_file() else presets.load_preset(options.recipe).config
     changes = dict(config.parse_setting(text) for text in options.settings)
@@ -195,7 +195,7 @@ def sweep_command(options: argparse.Namespace) -> int:
 
 def _read_run(options: argparse.Namespace) -> config.RunConfig:
     """The recipe of a training, with its pictures."""
-    run = _read_recipe(options)
+    run = read_recipe(options)
     if not run.dataset.folder:
         raise ConfigError("Which pictures? Give --dataset DIR, or dataset.folder in the file.")
     return with_whole_paths(run)
@@ -209,7 +209,7 @@ def cache_command(options: argparse.Namespace) -> int:
 
 
 def class_pictures_command(options: argparse.Namespace) -> int:
-    run = _read_recipe(options)
+    run = read_recipe(options)
     if not run.dataset.class_pictures:
         raise ConfigError(
             "How many, of what, and where to? Set dataset.class_pictures, dataset.class_words and dataset.regularisation_folder."
