@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 from app import device, recipes, runs
-from trainer import report, run_folder, storage
+from trainer import guidance, report, run_folder, storage
 from trainer.errors import TrainerError
 from trainer.events import SampleSaved
 from trainer.run_folder import RunStatus
@@ -104,6 +104,8 @@ def progress() -> dict:
         **_present(current),
         "took": duration(current.finished.seconds) if current.finished else "",
         "message": current.message if current.state in ("failed", "interrupted") else "",
+        "gauge": gauge(folder, current),
+        "ended_early": current.ended_early,
         "warnings": current.warnings[-5:],
         "actions": sorted(runs.actions(current)),
         "report": report_href(folder, current),
@@ -111,6 +113,19 @@ def progress() -> dict:
         "details": _details(current),
         "queue": [{"run": other.name, "name": title(other)} for other in runs.waiting() if other != folder],
     }
+
+
+def gauge(folder: Path, current: RunStatus) -> dict | None:
+    """Where a run stands between learning and memorising, in a sentence, and what to change; None where nothing says so."""
+    reading = current.reading
+    if reading is None:
+        return None
+    whole = (current.seconds_per_step or 0.0) * current.total_steps
+    try:
+        changes = guidance.what_to_change(runs.settings(folder), reading, whole)
+    except TrainerError:
+        changes = []
+    return {"zone": reading.zone, "needle": round(reading.needle, 3), "sentence": reading.sentence, "changes": changes}
 
 
 def _present(current: RunStatus) -> dict:
@@ -169,6 +184,7 @@ def curve() -> dict:
         "loss": thin(current.losses),
         "smooth": thin(smooth(current.losses)),
         "validation": current.validation,
+        "training": [(point.step, point.training_loss) for point in current.measured if point.training_loss is not None],
         "rates": thin(current.learning_rates, 100),
         "saves": sorted({saved.step for saved in current.adapters}),
         "best": current.best_step,
@@ -266,5 +282,6 @@ def _library_card(folder: Path) -> dict:
         "folder": str(folder),
         "can_preview": bool(current.adapters),
         "trigger": run.dataset.trigger if run else "",
+        "gauge": gauge(folder, current),
         "base": run.base.model if run else "",
     }

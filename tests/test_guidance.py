@@ -1,5 +1,7 @@
 """The run guides: which save is the best, when to end, and what the numbers say."""
 
+from pathlib import Path
+
 import pytest
 from safetensors.torch import load_file
 
@@ -138,3 +140,109 @@ def test_a_stopped_run_hands_out_its_best_save(tiny_run, twelve, monkeypatch):
     monkeypatch.setattr(events.EventLog, "append", stop_at_ten)
     assert run_in(folder) == STOPPED
     assert (folder / "tiny.safetensors").read_bytes() == (folder / "tiny-000004.safetensors").read_bytes()
+
+
+RECORDED = Path(__file__).parent / "recorded" / "guidance"
+"""Events of real runs on the embedded base: the example subject, three of its twelve pictures held out."""
+
+
+def reading_at(name, step):
+    """Where a recorded run stood after a step."""
+    found = [event for event in events.read_events(RECORDED / f"{name}.jsonl") if isinstance(event, Validated) and event.step <= step]
+    return guidance.read(found, ended=True)
+
+
+def test_a_short_run_is_learning_and_an_over_long_one_memorising():
+    short, middle, long = (reading_at("overlong", step) for step in (100, 200, 450))
+    assert (short.zone, short.fault) == ("learning", "weak") and "still falls" in short.sentence
+    assert (long.zone, long.fault) == ("memorising", "overfit") and "copies them" in long.sentence
+    assert short.needle < 1 / 3 and long.needle > 2 / 3 and short.needle < middle.needle < long.needle
+
+
+def curve(*points):
+    """(held-out, training) losses, a save every ten steps."""
+    parts = [0.01, -0.01, 0.02, -0.02]
+    return [Validated(10 * number, out, [out + part for part in parts], own) for number, (out, own) in enumerate(points)]
+
+
+@pytest.mark.parametrize(
+    "points, zone, fault",
+    [
+        ([(1.0, 1.0)], None, ""),
+        ([(1.0, 1.0), (0.8, 0.8)], "learning", "weak"),
+        ([(1.0, 1.0), (0.99, 0.99), (0.99, 0.98)], "learning", "weak"),
+        ([(1.0, 1.0), (0.6, 0.6), (0.5, 0.5), (0.5, 0.45), (0.5, 0.43)], "ready", ""),
+        ([(1.0, 1.0), (0.5, 0.4), (0.6, 0.3), (0.7, 0.2)], "memorising", "overfit"),
+        ([(1.0, 1.0), (0.5, 0.4), (0.6, 0.5), (0.7, 0.7)], "learning", "burning"),
+        ([(1.0, 1.0), (1.2, 1.1), (1.3, 1.2)], "learning", "burning"),
+    ],
+)
+def test_the_zones(points, zone, fault):
+    reading = guidance.read(curve(*points), ended=True)
+    assert (reading and reading.zone) == zone and (not reading or reading.fault == fault)
+
+
+def test_nothing_held_out_says_nothing():
+    assert guidance.read([Validated(step, 1 / (1 + step), [1.0]) for step in range(5)]) is None
+
+
+def test_what_to_change_follows_the_fault_and_the_settings():
+    run, weak = config.RunConfig(), guidance.Reading("learning", 0.1, "", "weak")
+    advice = guidance.what_to_change(run, weak)
+    assert advice == [
+        "raise the rank (16 to 32)",
+        "add targets (attention to attention+feed-forward)",
+        "raise the learning rate (0.0001 to 0.00015)",
+        "train longer",
+    ]
+    over = guidance.what_to_change(run, guidance.Reading("memorising", 0.9, "", "overfit"))
+    assert "lower the rank (16 to 8)" in over and "more dropout (0.1)" in over and "train fewer steps" in over and "more pictures" in over
+    assert over[0] == "train fewer steps"
+    last = config.replace(run, {"saving.main": "last"})
+    assert guidance.what_to_change(last, guidance.Reading("memorising", 0.9, "", "overfit"))[0] == "take the save with the star"
+    dropping = config.replace(run, {"adapter.dropout": 0.2, "adapter.targets": "linear", "training.gradient_checkpointing": True})
+    assert "more dropout (0.1)" not in guidance.what_to_change(dropping, guidance.Reading("memorising", 0.9, "", "overfit"))
+    ready = guidance.Reading("ready", 0.5, "")
+    assert guidance.what_to_change(dropping, ready) == []
+    assert guidance.what_to_change(dropping, ready, 10_000) == ["to be faster: fewer targets, gradient checkpointing off, a bigger batch"]
+
+
+def test_page_and_terminal_say_where_a_run_stands(outputs, capsys):
+    from app import views
+    from trainer.terminal import TerminalLog
+
+    folder = run_folder.create(config.RunConfig(name="long"))
+    log = TerminalLog(folder / "events.jsonl")
+    for event in events.read_events(RECORDED / "overlong.jsonl"):
+        log.append(event)
+    log.close()
+    said = capsys.readouterr().out
+    assert "Learning: " in said and "Memorising: " in said and "For another run: train fewer steps; lower the rank (16 to 8)" in said
+    gauge = views.progress()["gauge"]
+    assert gauge["zone"] == "memorising" and gauge["changes"] and views.library()["cards"][0]["gauge"] == gauge
+
+
+def test_on_the_embedded_base_the_best_save_of_an_over_long_run_beats_its_last(outputs):
+    """Six photographs, which this base cannot draw, at a learning rate that is far too high: some fifteen seconds of real training."""
+    from trainer import presets
+    from trainer.base_model import EMBEDDED_FOLDER
+
+    changes = {
+        "dataset.folder": str(EMBEDDED_FOLDER.parent / "examples" / "photos"),
+        "dataset.hold_out": 0.5,
+        "adapter.targets": "linear",
+        "training.steps": 60,
+        "training.batch_size": 2,
+        "training.learning_rate": 1e-2,
+        "training.text_encoder_learning_rate": 0.0,
+        "training.lr_schedule": "constant",
+        "saving.saves": 3,
+        "sampling.inference_steps": 1,
+        "sampling.prompts": ["a"],
+    }
+    folder = run_folder.create(config.replace(presets.load_preset("embedded-subject").config, changes))
+    assert run_in(folder) == 0
+    status = run_folder.status(folder)
+    held_out = dict(status.validation)
+    assert status.finished.file_step == status.best_step < status.step
+    assert held_out[status.best_step] < 0.95 * held_out[status.step]

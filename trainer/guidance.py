@@ -1,9 +1,12 @@
-"""What the measurements of a run say: which save is the best one, and when more steps no longer help. Reads events only."""
+"""What the measurements of a run say: which save is the best one, when more steps no longer help, and what to change. Reads events only."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Literal
 
+from trainer.config import RunConfig
 from trainer.events import Validated
 
 
@@ -45,3 +48,82 @@ def has_run_dry(saves: Sequence[Validated], patience: int) -> bool:
         return False
     losses = [save.loss for save in saves]
     return min(losses[:-patience]) <= min(losses[-patience:])
+
+
+STILL_FALLING = 0.03  # of all that the held-out loss has fallen, in the last quarter of the steps
+RISEN = 0.05  # of all that it has fallen, above its lowest
+HARDLY = 0.02  # of the base's own loss
+SLOW = 2 * 3600  # seconds
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the held-out loss and that of the training pictures say together."""
+
+    zone: Literal["learning", "ready", "memorising"]
+    needle: float
+    """Where it stands from 0, just begun, to 1, mostly memorised; each zone is a third."""
+    sentence: str
+    fault: Literal["", "weak", "overfit", "burning"] = ""
+
+
+def read(measured: Sequence[Validated], ended: bool = False) -> Reading | None:
+    """What has been measured so far, the base at step 0 first; None before the first save, and where no pictures are held out.
+
+    While the held-out loss falls, what is learned holds for pictures that were never seen. When it is flat the work is done. When it
+    rises while the loss on the training pictures goes on falling, only these are learned (the thresholds were chosen on the small base).
+    """
+    points = [point for point in measured if point.training_loss is not None]
+    if len(points) < 2:
+        return None
+    first, last, lowest = points[0], points[-1], min(points, key=lambda point: point.loss)
+    fallen = first.loss - lowest.loss
+    before = [point for point in points if point.step <= 0.75 * last.step][-1]
+    ends = "ended" if ended else "goes on"
+    if fallen < HARDLY * first.loss:
+        burning = is_worse(last, first)
+        said = (
+            "The loss rises instead of falling: the learning rate is too high."
+            if burning
+            else f"The loss on held-out pictures has hardly fallen yet, and the run {ends}."
+        )
+        return Reading("learning", 0.05, said, "burning" if burning else "weak" if ended else "")
+    risen = (last.loss - lowest.loss) / fallen
+    if risen > RISEN and is_worse(last, lowest):
+        if last.training_loss > lowest.training_loss:
+            return Reading("learning", 0.05, f"Since step {lowest.step} both losses rise: the learning rate is too high.", "burning")
+        sentence = (
+            f"Since step {lowest.step} the loss falls only on the training pictures ({last.training_loss / first.training_loss:.0%} of the "
+            f"base's) and rises on the others ({last.loss / lowest.loss - 1:+.0%}): it copies them."
+        )
+        return Reading("memorising", 2 / 3 + min(1.0, risen) / 3, sentence, "overfit")
+    falls = (before.loss - last.loss) / fallen
+    if falls > STILL_FALLING and (before is first or is_worse(before, last)):
+        sentence = f"The loss on held-out pictures still falls ({last.loss / first.loss - 1:+.0%} so far), and the run {ends}."
+        return Reading("learning", (1 - min(1.0, falls)) / 3, sentence, "weak" if ended else "")
+    sentence = f"The loss on held-out pictures has settled ({last.loss / first.loss - 1:+.0%} against the base): more steps add little."
+    return Reading("ready", 1 / 3 + min(1.0, max(0.0, risen) / RISEN) / 3, sentence)
+
+
+def what_to_change(run: RunConfig, reading: Reading, seconds: float = 0.0) -> list[str]:
+    """The classic rules, with the numbers of this run. `seconds` is how long a whole run takes."""
+    adapter, training, found = run.adapter, run.training, []
+    wider = {"attention": "attention+feed-forward", "attention+feed-forward": "linear", "linear": "linear+conv"}.get(adapter.targets)
+    if reading.fault == "weak":
+        found += [f"raise the rank ({adapter.rank} to {2 * adapter.rank})"] if adapter.rank < 128 else []
+        found += [f"add targets ({adapter.targets} to {wider})"] if wider and not adapter.target_pattern else []
+        found += [f"raise the learning rate ({training.learning_rate:g} to {1.5 * training.learning_rate:.2g})", "train longer"]
+    if reading.fault == "overfit":
+        found += ["take the save with the star"] if run.saving.main == "last" else []
+        found += ["train fewer steps"]
+        found += [f"lower the rank ({adapter.rank} to {adapter.rank // 2})"] if adapter.rank > 4 else []
+        found += ["more dropout (0.1)"] if adapter.dropout < 0.1 and adapter.kind not in ("loha", "lokr") else []
+        found += ["more pictures"]
+    if reading.fault == "burning":
+        found += [f"lower the learning rate ({training.learning_rate:g} to {training.learning_rate / 3:.2g})"]
+    if seconds > SLOW:
+        faster = ["fewer targets"] if adapter.targets != "attention" else []
+        faster += ["a lower rank"] if adapter.rank > 16 else []
+        faster += ["gradient checkpointing off"] if training.gradient_checkpointing else []
+        found.append(f"to be faster: {', '.join([*faster, 'a bigger batch'])}")
+    return found

@@ -223,6 +223,11 @@ class RunStatus:
         best = guidance.best_save([point for point in self.measured if point.step in steps])
         return best.step if best else None
 
+    @property
+    def reading(self) -> guidance.Reading | None:
+        """Whether it learns, is ready or memorises; None where nothing says so yet."""
+        return guidance.read(self.measured, ended=self.state in ("finished", "stopped"))
+
 
 class Replay:
     """A run's events, read on from where the last look ended: a long run costs no more to follow than a short one."""

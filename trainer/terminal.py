@@ -4,14 +4,17 @@ import sys
 
 from tqdm import tqdm
 
-from trainer import events
+from trainer import config, events, run_folder
 from trainer.events import Event, EventLog
+from trainer.guidance import what_to_change
 
 
 class TerminalLog(EventLog):
     """Writes events to the run folder, and shows them."""
 
     bar: tqdm | None = None
+    zone: str = ""
+    """The last one that was said."""
 
     def append(self, event: Event) -> None:
         super().append(event)
@@ -39,6 +42,7 @@ class TerminalLog(EventLog):
                     f"Step {event.step}: saved {event.file}"
                     + ("" if event.validation_loss is None else f", validation loss {event.validation_loss:.4f}")
                 )
+                self._guide()
             case events.Warned() | events.MemoryRelieved() | events.RolledBack():
                 self._say(f"Warning: {event.message}")
             case events.Paused():
@@ -49,6 +53,19 @@ class TerminalLog(EventLog):
                 self._say(event.message)
             case events.Finished():
                 self._say(f"Finished {event.step} steps in {event.seconds:.0f} s; {event.file} is the save of step {event.file_step}")
+                self._guide(ended=True)
+
+    def _guide(self, ended: bool = False) -> None:
+        """Says where the run stands, when it has come into another zone and at the end; then also what to change."""
+        status = run_folder.status(self.path.parent)
+        reading = status.reading
+        if reading and (ended or reading.zone != self.zone):
+            self.zone = reading.zone
+            self._say(f"{reading.zone.capitalize()}: {reading.sentence}")
+            whole = (status.seconds_per_step or 0.0) * status.total_steps
+            changes = what_to_change(config.load(self.path.parent / "run.toml"), reading, whole) if ended else []
+            if changes:
+                self._say(f"For another run: {'; '.join(changes)}.")
 
     def _say(self, line: str) -> None:
         tqdm.write(line.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8"), file=sys.stdout)

@@ -3,7 +3,8 @@ drawWith((root, view) => {
   if (!(view.loss || []).length) { root.replaceChildren(); return; }
   const width = 640, height = 220, left = 62, right = 12, top = 12, bottom = 26;
   const validation = view.validation || [];
-  const values = [...view.smooth, ...view.loss, ...validation].map((point) => point[1]);
+  const training = view.training || [];  // at the same noise as the validation
+  const values = [...view.smooth, ...view.loss, ...validation, ...training].map((point) => point[1]);
   const sorted = [...values].sort((a, b) => a - b);
   const low = sorted[0], high = Math.max(sorted[Math.floor(0.99 * (sorted.length - 1))], low + 1e-6);  // one wild step must not flatten the rest
   const last = Math.max(view.total, 1);
@@ -19,8 +20,8 @@ drawWith((root, view) => {
   const now = view.smooth[view.smooth.length - 1];
   root.replaceChildren(el("figure", { class: "at-panel at-curve" },
     el("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Loss, ${now[1].toPrecision(3)} at step ${now[0]}` }, ticks, saves, rate,
-      line(view.loss, "at-raw"), line(view.smooth, "at-smooth"), validation.length > 1 ? line(validation, "at-valid") : null,
+      line(view.loss, "at-raw"), line(view.smooth, "at-smooth"), validation.length > 1 ? line(validation, "at-valid") : null, training.length > 1 ? line(training, "at-valid at-own") : null,
       validation.map(([step, value]) => el("circle", { class: "at-valid-dot", cx: x(step), cy: y(value), r: 3.5 }, el("title", {}, `Validation ${value.toPrecision(4)} at step ${step}`)))),
-    el("figcaption", { class: "at-legend" }, el("span", { class: "at-key-smooth" }, "Loss (smoothed)"), validation.length ? el("span", { class: "at-key-valid" }, "Validation") : null, rate ? el("span", { class: "at-key-rate" }, `Learning rate, up to ${Number(fastest.toPrecision(2))}`) : null,
+    el("figcaption", { class: "at-legend" }, el("span", { class: "at-key-smooth" }, "Loss (smoothed)"), validation.length ? el("span", { class: "at-key-valid" }, "Validation") : null, training.length > 1 ? el("span", { class: "at-key-own" }, "Training pictures at the same noise") : null, rate ? el("span", { class: "at-key-rate" }, `Learning rate, up to ${Number(fastest.toPrecision(2))}`) : null,
       view.best !== null && view.best !== undefined ? el("span", {}, "★ best save") : null)));
 });

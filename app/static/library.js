@@ -89,7 +89,7 @@ function cardOf(card, again, cards) {
   return el("article", { class: "at-run", "aria-label": name },
     card.sample ? zoomable(card.sample, `Sample of ${name}: ${card.prompt}`) : el("div", { class: "at-placeholder" }, "no sample"),
     el("div", { class: "at-run-text" },
-      el("div", { class: "at-row" }, el("h3", {}, name), pill(card.label, card.tone), (card.tags || []).map((tag) => el("span", { class: "at-tag" }, tag))),
+      el("div", { class: "at-row" }, el("h3", {}, name), pill(card.label, card.tone), card.gauge ? el("span", { class: `at-pill at-zone at-zone-${card.gauge.zone}`, title: card.gauge.sentence }, card.gauge.zone) : null, (card.tags || []).map((tag) => el("span", { class: "at-tag" }, tag))),
       el("p", { class: "at-hint" }, [card.preset, card.base.split(/[\\/]/).pop(), card.steps, card.best ? `best at step ${card.best}` : "", card.file ? card.file.size : ""].filter(Boolean).join(" · ")),
       card.file ? el("p", { class: "at-hint at-facts" }, fact("trigger", card.trigger), fact("strength", "0.8 to 1")) : null,
       el("p", { class: "at-hint" }, card.date),

@@ -17,7 +17,7 @@ drawWith((root, view) => {
   root.replaceChildren(el("section", { class: "at-panel", "aria-label": "Training" },
     el("div", { class: "at-row" }, pill(view.label, view.tone), el("strong", { class: "at-name" }, view.name), el("span", { class: "at-phase" }, view.phase),
       el("span", { class: "at-percent" }, view.share ? `${Math.floor(100 * view.share)} %` : "")),
-    bar(view), figures(view),
+    bar(view), figures(view), view.gauge ? gauge(view.gauge) : null, view.ended_early ? notice(view.ended_early, "good") : null,
     view.message ? notice(view.message, "bad") : null,
     view.report ? el("p", { class: "at-row at-hint" }, el("a", { class: "at-button", href: view.report, download: "report.txt" }, "Report"), "Traceback, versions and settings, without tokens and home paths.") : null,
     view.warnings.map((text) => notice(text, "warn")),
@@ -31,6 +31,16 @@ drawWith((root, view) => {
 function bar(view) {
   return el("div", { class: `at-bar at-${view.tone}`, role: "progressbar", "aria-valuemin": 0, "aria-valuemax": 100, "aria-valuenow": Math.floor(100 * view.share), "aria-label": view.label },
     el("div", { style: `width:${(100 * view.share).toFixed(1)}%` }));
+}
+
+/** Three zones with a needle, a sentence, and what to change. */
+const ZONES = ["learning", "ready", "memorising"];
+function gauge(found) {
+  return el("div", { class: `at-gauge at-zone-${found.zone}` },
+    el("div", { class: "at-zones", role: "img", "aria-label": `${found.zone}, ${Math.round(100 * found.needle)} of 100 from learning to memorising` },
+      ZONES.map((zone) => el("span", { class: zone === found.zone ? "at-lit" : "" }, zone)), el("i", { style: `left:${(100 * found.needle).toFixed(1)}%` })),
+    el("p", {}, found.sentence),
+    found.changes.length ? el("p", { class: "at-hint" }, `To change for another run: ${found.changes.join("; ")}.`) : null);
 }
 
 function figures(view) {
