@@ -77,6 +77,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="asks for a name and password of this file, one user:password a line; each person sees their own datasets and runs",
     )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        default="",
+        help="train on a Ray cluster instead of this machine: the address of its dashboard, such as http://head:8265 (docs/scale.md)",
+    )
     parser.add_argument("--no-browser", action="store_true", help="do not open the browser")
     return parser.parse_args(arguments)
 
@@ -110,7 +116,7 @@ def serve(listening: socket.socket, options: argparse.Namespace, accounts: dict[
     port = listening.getsockname()[1]
     shown = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
     address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
-    app = create_app(accounts, separate=options.auth_file is not None)
+    app = create_app(accounts, separate=options.auth_file is not None, ray=options.ray)
     if port != options.port:
         print(f"Port {options.port} is busy; serving on {port} instead.")
     print(f"LoRA Atelier is at {address}  (Ctrl-C ends the page; a running training goes on)", flush=True)

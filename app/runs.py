@@ -1,7 +1,7 @@
 """Runs as the page sees them: it starts trainer processes and reads run folders, and keeps nothing else.
 
 The trainer is a process of its own session, so it outlives the page; a page that starts later finds the run
-by its folder. A thread starts the oldest waiting run whenever none is alive.
+by its folder. A thread starts the oldest waiting run whenever the executor has room: this machine, or a cluster (`app/ray_jobs.py`).
 """
 
 import logging
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from functools import lru_cache, partial, update_wrapper
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from app import workspace
 from trainer import config, estimate, events, report, run_folder
@@ -202,61 +202,114 @@ def trainer_process(arguments: list[str], folder: Path, outputs: Path | None = N
     return subprocess.Popen([sys.executable, "-P", "-m", TRAINER, *arguments], cwd=folder, env=environment, **streams, **detached)
 
 
-class Launcher(threading.Thread):
-    """Starts the oldest waiting run when the device is free."""
+class Executor(Protocol):
+    """Where the runs of the queue are trained. All it shares with the page is the run folder, which it must be able to reach."""
+
+    def has_room(self) -> bool:
+        """Whether another run may be given to it now."""
+
+    def start(self, folder: Path) -> None:
+        """Has a run trained; it may wait there for a device. What its trainer says goes into log.txt."""
+
+    def poll(self) -> list[tuple[Path, int]]:
+        """The runs whose trainers ended since this was last asked, with their exit codes."""
+
+    def stop(self, folder: Path) -> None:
+        """Ends what was started for a run that is not to begin any more."""
+
+
+class Local:
+    """On this machine, one run after the other; those that others started here count too."""
 
     def __init__(self, before_start: Callable[[], None] = lambda: None):
-        super().__init__(name="launcher", daemon=True)
         self.before_start = before_start
         self.process: subprocess.Popen | None = None
         self.folder: Path | None = None
+
+    def has_room(self) -> bool:
+        with _probing:
+            alive = (run_folder.is_alive(folder) for place in workspace.all_runs_folders() for folder in run_folder.any_order(place))
+            return self.process is None and not any(alive)
+
+    def start(self, folder: Path) -> None:
+        self.before_start()
+        with open(folder / "log.txt", "ab") as log:
+            self.process = trainer_process(["resume", str(folder)], folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        self.folder = folder
+
+    def poll(self) -> list[tuple[Path, int]]:
+        if self.process is None or self.folder is None or self.process.poll() is None:
+            return []
+        ended = (self.folder, self.process.returncode)
+        self.process = self.folder = None
+        return [ended]
+
+    def stop(self, folder: Path) -> None:
+        if self.process is not None and folder == self.folder:
+            self.process.terminate()
+
+
+class Launcher(threading.Thread):
+    """Gives the oldest waiting run to the executor whenever that has room."""
+
+    def __init__(self, executor: Executor | None = None):
+        super().__init__(name="launcher", daemon=True)
+        self.executor = executor or Local()
+        self.given: dict[Path, float] = {}
+        """Runs in the executor's hands, and when their trainer had begun the last time before."""
         self._ended = threading.Event()
 
     def run(self) -> None:
+        said = ""
         while not self._ended.wait(0.5):
             try:
                 self.look()
+                said = ""
             except (OSError, TrainerError) as error:  # a folder deleted under our eyes, a full disk: the next look may succeed
-                logging.getLogger(__name__).warning("The queue could not be looked at: %s", error)
+                if str(error) != said:
+                    logging.getLogger(__name__).warning("The queue could not be looked at: %s", error)
+                said = str(error)
 
     def end(self) -> None:
         """Stops looking. Trainers go on."""
         self._ended.set()
 
     def look(self) -> None:
-        if self.process is not None:
-            if self.process.poll() is None:
-                return
-            self._bury()
-        places = workspace.all_runs_folders()
-        with _probing:
-            if any(run_folder.is_alive(folder) for place in places for folder in run_folder.list_runs(place)):
-                return
-        queue = [folder for place in places for folder in run_folder.queue(place)]
-        if queue:
+        for folder, code in self.executor.poll():
+            self.given.pop(folder, None)
+            _bury(folder, code)
+        for folder in [folder for folder in self.given if self._is_withdrawn(folder)]:
+            self.executor.stop(folder)
+            del self.given[folder]
+        queue = [folder for place in workspace.all_runs_folders() for folder in run_folder.queue(place) if folder not in self.given]
+        if queue and self.executor.has_room():
             self._launch(min(queue, key=lambda folder: (folder / "queued").read_text()))
 
     def _launch(self, folder: Path) -> None:
-        self.before_start()
-        with open(folder / "log.txt", "ab") as log:
-            self.process = trainer_process(["resume", str(folder)], folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        self.folder = folder
+        launched_at = status(folder).launched_at
+        self.executor.start(folder)
+        self.given[folder] = launched_at
 
-    def _bury(self) -> None:
-        """A trainer that ended before it took its run must not be started again and again; one that died at work is explained."""
-        folder, process = self.folder, self.process
-        assert folder and process, "only what was launched is buried"
-        self.process = self.folder = None
-        if not folder.is_dir() or run_folder.is_alive(folder):
-            return
-        log = events.EventLog(folder / "events.jsonl")
+    def _is_withdrawn(self, folder: Path) -> bool:
+        """Whether the person took it out of the queue before its trainer began (which does so itself, holding the run's lock)."""
         if run_folder.requested(folder, "queued"):
-            run_folder.withdraw(folder, "queued")
-            lines = _log_end(folder).strip().splitlines()
-            reason = lines[-1] if lines else f"exit code {process.returncode}"
-            log.append(events.Failed(report.without_secrets(f"The trainer ended before it began: {reason}")))
-        elif run_folder.status(folder).state == "interrupted":
-            log.append(events.TrainerDied(process.returncode))
-        else:
-            return
-        report.write_report(folder, run_folder.status(folder).message)
+            return False
+        current = status(folder)
+        return not current.is_active and current.launched_at == self.given[folder]
+
+
+def _bury(folder: Path, code: int) -> None:
+    """A trainer that ended before it took its run must not be started again and again; one that died at work is explained."""
+    if not folder.is_dir() or run_folder.is_alive(folder):
+        return
+    log = events.EventLog(folder / "events.jsonl")
+    if run_folder.requested(folder, "queued"):
+        run_folder.withdraw(folder, "queued")
+        lines = _log_end(folder).strip().splitlines()
+        reason = lines[-1] if lines else f"exit code {code}"
+        log.append(events.Failed(report.without_secrets(f"The trainer ended before it began: {reason}")))
+    elif run_folder.status(folder).state == "interrupted":
+        log.append(events.TrainerDied(code))
+    else:
+        return
+    report.write_report(folder, run_folder.status(folder).message)

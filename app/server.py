@@ -14,6 +14,7 @@ from fastapi.responses import FileResponse, PlainTextResponse, Response, Streami
 from app import datasets, device, previews, runs, workspace
 from app.drawn import STATIC
 from app.guard import Guard
+from app.ray_jobs import RayJobs
 from trainer import run_folder, storage
 from trainer.errors import TrainerError
 
@@ -21,8 +22,11 @@ SERVED = {".webp": "image/webp", ".png": "image/png", ".safetensors": "applicati
 MAX_UPLOAD = "512mb"
 
 
-def create_app(accounts: Mapping[str, str] | None = None, separate: bool = False) -> FastAPI:
-    """The whole application, ready for uvicorn. `accounts` are passwords by name; `separate` gives each person their own folders."""
+def create_app(accounts: Mapping[str, str] | None = None, separate: bool = False, ray: str = "") -> FastAPI:
+    """The whole application, ready for uvicorn. `accounts` are passwords by name; `separate` gives each person their own folders.
+
+    `ray` is the address of a Ray cluster that trains the runs instead of this machine.
+    """
     outputs = run_folder.outputs_folder()
     uploads = outputs / "cache" / "uploads"
     uploads.mkdir(parents=True, exist_ok=True)
@@ -37,7 +41,7 @@ def create_app(accounts: Mapping[str, str] | None = None, separate: bool = False
     from app.ui import build
 
     engine = previews.PreviewEngine()
-    launcher = runs.Launcher(before_start=lambda: engine.end() if device.has_cuda() else None)
+    launcher = runs.Launcher(RayJobs(ray) if ray else runs.Local(before_start=lambda: engine.end() if device.has_cuda() else None))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

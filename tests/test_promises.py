@@ -185,7 +185,7 @@ def test_P14_a_trainer_that_dies_is_explained(outputs, tmp_path, monkeypatch, ho
     folder = run_folder.runs_folder() / runs.start(config.RunConfig(name="short life"))
     launcher = runs.Launcher()
     launcher.look()
-    launcher.process.wait(60)
+    launcher.executor.process.wait(60)
     launcher.look()
     status = run_folder.status(folder)
     assert status.state == "interrupted" and said in status.message and "press Resume" in status.message and status.can_resume

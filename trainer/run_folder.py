@@ -19,7 +19,7 @@ import signal
 import statistics
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -95,11 +95,15 @@ def acquire(folder: Path) -> FileLock:
 
 
 def device_lock() -> FileLock:
-    """Held by the trainer that has the device; others wait. One for all that train below the same outputs folder."""
+    """Held by the trainer that has the device; others wait. One for all that train below the same outputs folder.
+
+    $ATELIER_SLOT names the device where a cluster has many behind one outputs folder, and gives each to one run itself.
+    """
     root = outputs_folder()
     root = root.parents[1] if root.parent.name == USERS else root
     root.mkdir(parents=True, exist_ok=True)
-    return FileLock(root / ".device.lock", mode=0o644)
+    slot = os.environ.get("ATELIER_SLOT", "")
+    return FileLock(root / (f".device-{slug(slot)}.lock" if slot else ".device.lock"), mode=0o644)
 
 
 def boot_id() -> str:
@@ -360,11 +364,14 @@ def _forget_after(result: RunStatus, step: int) -> None:
 
 def list_runs(parent: Path | None = None) -> list[Path]:
     """Run folders, newest first (by the date in their name, then by their number)."""
+    return sorted(any_order(parent), key=lambda folder: (_created(folder), folder.name), reverse=True)
+
+
+def any_order(parent: Path | None = None) -> Iterator[Path]:
+    """Run folders as the disk has them: a look at thousands reads no file of theirs."""
     parent = parent or runs_folder()
-    if not parent.is_dir():
-        return []
-    found = [folder for folder in parent.iterdir() if (folder / "run.toml").is_file()]
-    return sorted(found, key=lambda folder: (_created(folder), folder.name), reverse=True)
+    if parent.is_dir():
+        yield from (folder for folder in parent.iterdir() if (folder / "run.toml").is_file())
 
 
 def _created(folder: Path) -> float:
@@ -374,5 +381,5 @@ def _created(folder: Path) -> float:
 
 def queue(parent: Path | None = None) -> Sequence[Path]:
     """Runs that wait for the device, in the order in which they were asked for."""
-    waiting = [folder for folder in list_runs(parent) if requested(folder, "queued")]
+    waiting = [folder for folder in any_order(parent) if requested(folder, "queued")]
     return sorted(waiting, key=lambda folder: (folder / "queued").read_text().strip())

@@ -135,11 +135,11 @@ def test_a_trainer_that_cannot_begin_is_not_started_for_ever(tmp_path: Path, mon
     monkeypatch.setattr(runs, "TRAINER", "no_such_module")
     launcher = runs.Launcher()
     launcher.look()
-    launcher.process.wait(60)
+    launcher.executor.process.wait(60)
     launcher.look()
     status = run_folder.status(folder)
     assert status.state == "failed" and "no_such_module" in status.message
-    assert launcher.process is None and not run_folder.requested(folder, "queued")
+    assert launcher.executor.process is None and not run_folder.requested(folder, "queued")
 
 
 def test_a_caption_is_typed_on_while_the_tab_is_drawn_anew(open_page, server) -> None:
