@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from app import __main__ as server
 from trainer import base_model, config, sweep
 from trainer.__main__ import build_parser, main, read_recipe
 
@@ -27,6 +28,7 @@ ONLY_READ = {
     "make ": "sets up a machine anew; `make test` is what runs this",
     "python -m trainer train sdxl": "needs a GPU and a download",
     "python -m trainer sweep sd15": "needs a download; tests/test_sweep.py runs one",
+    "python -m app --ray": "needs a Ray cluster; tests/test_ray.py starts one where Ray is installed",
     "torchrun ": "needs several GPUs; tests/test_distributed.py runs two processes",
     "accelerate launch ": "needs several GPUs; tests/test_distributed.py runs two processes",
 }
@@ -80,6 +82,8 @@ def read_only(line: str) -> None:
         options = build_parser().parse_args(words[words.index("trainer") + 1 :])
         assert read_recipe(options).name
         assert not hasattr(options, "grid") or [sweep.parse_grid(text) for text in options.grid]
+    elif words[:3] == ["python", "-m", "app"]:
+        assert server.parse(words[3:]).ray
     elif words[0] == "make":
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
