@@ -7,7 +7,7 @@ from pathlib import Path
 from app import device, recipes, runs
 from trainer import guidance, report, run_folder, storage
 from trainer.errors import TrainerError
-from trainer.events import SampleSaved
+from trainer.events import Probed, SampleSaved
 from trainer.run_folder import RunStatus
 
 LABELS = {
@@ -217,9 +217,19 @@ def samples() -> dict:
     rows: dict[tuple[str, int], list[SampleSaved]] = {}
     for sample in current.samples:
         rows.setdefault((sample.prompt, sample.seed), []).append(sample)
+    probes = [probe for probe in current.probes if probe.file]
     return {
         "best": current.best_step,
         "active": current.is_active,
+        "without": {
+            "prompt": probes[0].prompt,
+            "seed": probes[0].seed,
+            "pictures": [_sample(folder, probe) | {"leak": probe.leak} for probe in probes],
+        }
+        if probes
+        else None,
+        "likeness": [(probe.step, round(probe.likeness, 3)) for probe in current.probes if probe.likeness is not None],
+        "between": next((round(probe.likeness_between, 3) for probe in current.probes if probe.likeness_between is not None), None),
         "rows": [
             {"prompt": prompt, "seed": seed, "pictures": [_sample(folder, sample) for sample in row]}
             for (prompt, seed), row in rows.items()
@@ -227,7 +237,7 @@ def samples() -> dict:
     }
 
 
-def _sample(folder: Path, sample: SampleSaved) -> dict:
+def _sample(folder: Path, sample: SampleSaved | Probed) -> dict:
     return {"step": sample.step, "src": f"/runfile/{folder.name}/{sample.file}"}
 
 

@@ -53,7 +53,7 @@ LEVELS = [
     {"storage", "report", "captions", "inspection", "tokens", "journal", "tracking"},
     {"doctor", "crops", "sweep"},
     {"dataset", "caption_edits", "estimate", "batches", "device", "libraries", "attention"},
-    {"variants"},
+    {"variants", "probe"},
     {"importing", "cures", "caption", "cache", "adapters", "objective", "optimizers", "quantization", "state", "memory"},
     {"families.base"},
     {"graphs"},

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-from trainer import config, events, guidance, run_folder
+from trainer import config, events, guidance, probe, run_folder
 from trainer.errors import ConfigError
 from trainer.events import Validated
 from trainer.running import STOPPED, run_in
@@ -246,3 +248,37 @@ def test_on_the_embedded_base_the_best_save_of_an_over_long_run_beats_its_last(o
     held_out = dict(status.validation)
     assert status.finished.file_step == status.best_step < status.step
     assert held_out[status.best_step] < 0.95 * held_out[status.step]
+
+
+def test_a_leak_is_the_change_without_the_trigger_against_that_with_it():
+    black, grey, white = (Image.new("RGB", (64, 64), (level,) * 3) for level in (0, 102, 255))
+    assert probe.leak((black, white), (black, black)) == 0
+    assert probe.leak((black, white), (black, grey)) == pytest.approx(0.4)
+    assert probe.leak((black, black), (black, grey)) is None
+
+
+def test_a_copy_is_nearer_than_the_pictures_are_to_each_other():
+    draws = torch.Generator().manual_seed(0)
+    pictures = [torch.randn(4, 8, 8 + 4 * (number % 2), generator=draws) for number in range(6)]
+    copied, between = probe.likeness([pictures[0] + 0.05 * torch.randn(4, 8, 8, generator=draws)], pictures)
+    new, _ = probe.likeness([torch.randn(4, 8, 8, generator=draws)], pictures)
+    assert copied > 0.95 and abs(new) < 0.3 and between < 0.3
+    assert probe.likeness([pictures[0]], pictures[:1]) is None
+
+
+def test_each_save_is_probed_without_the_trigger(train_tiny):
+    """What an adapter of noise does without the trigger is seen, and alters no other number."""
+    from app import views
+
+    changes = {"dataset.trigger": "zorbit", "sampling.prompts": ["a zorbit on the moon", "a zorbit"], "training.learning_rate": 0.3}
+    folder = train_tiny(changes)
+    status = run_folder.status(folder)
+    assert [found.step for found in status.probes] == [0, 3, 6] and {found.prompt for found in status.probes} == {"a on the moon"}
+    assert status.probes[0].leak is None and all(found.leak > 0 for found in status.probes[1:])
+    assert all((folder / found.file).is_file() and -1 <= found.likeness <= 1 for found in status.probes)
+    assert [saved.file.split("-")[-1] for saved in status.samples[-2:]] == ["0.png", "1.png"]
+    shown = views.samples()
+    assert [picture["leak"] for picture in shown["without"]["pictures"]] == [found.leak for found in status.probes]
+    assert len(shown["rows"]) == 2 and len(shown["likeness"]) == 3
+    plain = run_folder.status(train_tiny(changes | {"sampling.prompts": ["the moon"]}))
+    assert not any(found.file for found in plain.probes) and plain.losses == status.losses and views.samples()["without"] is None

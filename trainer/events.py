@@ -92,6 +92,24 @@ class SampleSaved(Event):
 
 
 @dataclass(frozen=True)
+class Probed(Event):
+    """What the samples of a save give away."""
+
+    step: int
+    prompt: str = ""
+    """The first sample prompt without its trigger word."""
+    seed: int = 0
+    file: str = ""
+    """The picture of that prompt, relative to the run folder; empty where the prompt has no trigger word."""
+    leak: float | None = None
+    """How much of the change with the trigger is there without it: 0 none, 1 as much."""
+    likeness: float | None = None
+    """Of the samples to the nearest training picture, -1..1, in colour and layout."""
+    likeness_between: float | None = None
+    """Of the training pictures to each other, in the same measure."""
+
+
+@dataclass(frozen=True)
 class AdapterSaved(Event):
     step: int
     file: str

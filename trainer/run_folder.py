@@ -167,6 +167,7 @@ class RunStatus:
     learning_rates: list[tuple[int, float]] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     samples: list[events.SampleSaved] = field(default_factory=list)
+    probes: list[events.Probed] = field(default_factory=list)
     adapters: list[events.AdapterSaved] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     message: str = ""
@@ -331,6 +332,8 @@ def _apply(result: RunStatus, event: events.Event) -> None:
             result.at_station = True
         case events.SampleSaved():
             result.samples = [saved for saved in result.samples if saved.file != event.file] + [event]
+        case events.Probed():
+            result.probes = [probe for probe in result.probes if probe.step != event.step] + [event]
         case events.AdapterSaved():
             result.adapters = [saved for saved in result.adapters if saved.file != event.file] + [event]
         case events.Warned() | events.MemoryRelieved():
@@ -358,7 +361,7 @@ def _forget_after(result: RunStatus, step: int) -> None:
     result.ended_early = ""
     for name in ("losses", "learning_rates"):
         setattr(result, name, [point for point in getattr(result, name) if point[0] <= step])
-    for name in ("measured", "samples", "adapters"):
+    for name in ("measured", "samples", "probes", "adapters"):
         setattr(result, name, [saved for saved in getattr(result, name) if saved.step <= step])
 
 

@@ -8,6 +8,8 @@ from trainer import config, events, run_folder
 from trainer.events import Event, EventLog
 from trainer.guidance import what_to_change
 
+LEAKS = 0.5  # of the change with the trigger; from here on it is said
+
 
 class TerminalLog(EventLog):
     """Writes events to the run folder, and shows them."""
@@ -49,6 +51,8 @@ class TerminalLog(EventLog):
                 self._say(f"Paused after step {event.step}")
             case events.Stopped():
                 self._say(f"Stopped after step {event.step}; everything is saved, and `resume` goes on from here")
+            case events.Probed() if event.leak is not None and event.leak > LEAKS:
+                self._say(f"Step {event.step}: without its trigger word the adapter changes pictures {event.leak:.0%} as much as with it.")
             case events.EndedEarly():
                 self._say(event.message)
             case events.Finished():

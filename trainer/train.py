@@ -2,7 +2,7 @@
 
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from trainer import adapters, cache, estimate, events, export, guidance, memory, metadata, run_folder
+from trainer import adapters, cache, estimate, events, export, guidance, memory, metadata, probe, run_folder
 from trainer.base_model import DENOISERS
 from trainer.batches import batch_at
 from trainer.config import RunConfig, fingerprint, replace
@@ -26,6 +26,7 @@ from trainer.events import (
     EventLog,
     Finished,
     Paused,
+    Probed,
     Progress,
     RolledBack,
     SampleSaved,
@@ -42,6 +43,7 @@ from trainer.prepare import Session, optimizer_for, prepare
 from trainer.sample import generate, sampler_name, save_sample
 from trainer.state import State, check_unchanged, load_state, restore_parameters, save_state
 from trainer.step import VALIDATION_TIMESTEPS, fixed_losses, microbatch_loss, training_loss, validation_losses
+from trainer.variants import without_trigger
 
 BAD_STEPS_IN_A_ROW = 3  # then the run goes back to its last good state
 ROLLBACKS = 2  # then it stops
@@ -440,10 +442,10 @@ def sample_prompts(session: Session) -> list[str]:
 
 
 def sample(session: Session, step: int) -> None:
-    """One picture a prompt. A failure here is a warning: the training itself is fine."""
+    """One picture a prompt, and what they give away. A failure here is a warning: the training itself is fine."""
     chosen, pipe, side = session.run.sampling, session.base.pipe, session.run.dataset.resolution
     homes = {part: part.device for part in (pipe.vae, *session.base.family.text_encoders(pipe).values())}
-    prompts = sample_prompts(session)
+    prompts, drawn = sample_prompts(session), []
     session.ladder.catch_up("sample", step)
 
     def draw(settings: dict) -> Image.Image:
@@ -452,26 +454,53 @@ def sample(session: Session, step: int) -> None:
             part.to(session.device)
         return generate(session.base, **settings, width=side, height=side, sampler=chosen.sampler)
 
+    def make(prompt: str, seed: int, file: str) -> Image.Image:
+        settings: dict[str, Any] = {
+            "prompt": prompt,
+            "negative_prompt": chosen.negative_prompt,
+            "seed": seed,
+            "inference_steps": chosen.inference_steps,
+            "guidance_scale": chosen.guidance_scale,
+        }
+        image = session.ladder.attempt("sample", step, partial(draw, settings))
+        save_sample(session.folder / file, image, **settings, sampler=sampler_name(pipe, chosen.sampler), note=f"Step: {step}")
+        return image
+
     try:
         for index, prompt in enumerate(prompts):
             session.log.append(Progress("sampling", index, len(prompts)))
-            settings: dict[str, Any] = {
-                "prompt": prompt,
-                "negative_prompt": chosen.negative_prompt,
-                "seed": chosen.seed + index,
-                "inference_steps": chosen.inference_steps,
-                "guidance_scale": chosen.guidance_scale,
-            }
-            image = session.ladder.attempt("sample", step, partial(draw, settings))
-            file = f"samples/{step:06d}-{index}{run_folder.SAMPLE_SUFFIX}"
-            save_sample(session.folder / file, image, **settings, sampler=sampler_name(pipe, chosen.sampler), note=f"Step: {step}")
-            session.log.append(SampleSaved(step, prompt, settings["seed"], file))
+            file = sample_file(step, index)
+            drawn.append(make(prompt, chosen.seed + index, file))
+            session.log.append(SampleSaved(step, prompt, chosen.seed + index, file))
+        session.log.append(probed(session, step, prompts[0], drawn, make))
     except Exception as error:  # whatever it is, the training itself is fine; the log has the details
         traceback.print_exc()
         session.log.append(Warned(f"The samples of step {step} could not be made ({str(error)[:200]}); the training goes on."))
     finally:
         for part, home in homes.items():
             part.to(home)
+
+
+def sample_file(step: int, name: int | str) -> str:
+    return f"samples/{step:06d}-{name}{run_folder.SAMPLE_SUFFIX}"
+
+
+def probed(session: Session, step: int, prompt: str, drawn: Sequence[Image.Image], make: Callable[[str, int, str], Image.Image]) -> Probed:
+    """Draws the first prompt without its trigger and compares it with the base's; how near the samples come to the training pictures."""
+    dataset, seed = session.run.dataset, session.run.sampling.seed
+    facts: dict[str, Any] = {}
+    without = without_trigger(prompt, dataset) if dataset.trigger else prompt
+    if without != prompt:
+        picture = make(without, seed, sample_file(step, "without"))
+        facts = {"prompt": without, "seed": seed, "file": sample_file(step, "without")}
+        of_base = [session.folder / sample_file(0, name) for name in (0, "without")]
+        if step and all(path.is_file() for path in of_base):
+            first, second = (Image.open(path) for path in of_base)
+            facts["leak"] = probe.leak((first, drawn[0]), (second, picture))
+    pictures = [example.mean for example in session.examples if example.resolution == dataset.resolution]
+    if found := probe.likeness(probe.latents_of(session.base.pipe, drawn), pictures):
+        facts |= {"likeness": found[0], "likeness_between": found[1]}
+    return Probed(step, **facts)
 
 
 def finish(session: Session, step: int, clock: float) -> Path:
