@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.test_families import XL_UNET, base_of, load, predict  # noqa: F401 (fixtures)
-from trainer import adapters, config, events, export, prepare, run_folder
+from trainer import adapters, config, events, export, prepare, run_folder, targets
 from trainer.adapted import AdaptedModule
 from trainer.adapter_file import read_adapter
 from trainer.adapter_keys import place_of
 from trainer.errors import ConfigError, ModelError
 from trainer.families import FAMILIES, families_of_adapter
 from trainer.metadata import shared_config
+from trainer.safetensors_header import TensorInfo
 from trainer.sample import Sampler, SampleRequest, StackedAdapter
 from trainer.stack import Layer, Stack
 
@@ -72,6 +73,63 @@ def test_stabilitys_names_are_those_of_the_table():
     }
     assert {name: FAMILIES["sdxl"].export_key("unet", name) for name in by_hand} == {n: f"lora_unet_{k}" for n, k in by_hand.items()}
     assert place_of("lora_unet_output_blocks_2_1_conv.alpha").module == "up_blocks.0.upsamplers.0.conv"  # a block without attention
+
+
+ATTENTIONS = [f"{attention}_{part}" for attention in ("attn1", "attn2") for part in ("to_q", "to_k", "to_v", "to_out_0")]
+
+
+def transformer(depth):
+    """Below an attention: its projections in and out, and so many blocks."""
+    inner = [f"transformer_blocks_{n}_{part}" for n in range(depth) for part in (*ATTENTIONS, "ff_net_0_proj", "ff_net_2")]
+    return ["proj_in", "proj_out", *inner]
+
+
+def golden_sd1():
+    """From v1-inference.yaml, in diffusers' names: attention where the picture is halved at most twice; a shortcut where widths differ."""
+    plain = ("conv1", "time_emb_proj", "conv2")
+    keys = [f"down_blocks_{b}_resnets_{j}_{part}" for b in range(4) for j in range(2) for part in plain]
+    keys += [f"mid_block_resnets_{j}_{part}" for j in range(2) for part in plain]
+    keys += [f"up_blocks_{b}_resnets_{j}_{part}" for b in range(4) for j in range(3) for part in (*plain, "conv_shortcut")]
+    keys += [f"down_blocks_{b}_resnets_0_conv_shortcut" for b in (1, 2)]
+    keys += [f"down_blocks_{b}_downsamplers_0_conv" for b in range(3)] + [f"up_blocks_{b}_upsamplers_0_conv" for b in range(3)]
+    places = [f"down_blocks_{b}_attentions_{j}" for b in range(3) for j in range(2)] + ["mid_block_attentions_0"]
+    places += [f"up_blocks_{b}_attentions_{j}" for b in (1, 2, 3) for j in range(3)]
+    return keys + [f"{place}_{part}" for place in places for part in transformer(1)]
+
+
+def golden_sdxl():
+    """From sd_xl_base.yaml, in Stability's names: attention of depth 2 at 640 channels, 10 at 1280."""
+    resnets = [f"input_blocks_{n}_0" for n in (1, 2, 4, 5, 7, 8)] + ["middle_block_0", "middle_block_2"]
+    outputs = [f"output_blocks_{n}_0" for n in range(9)]
+    keys = [f"{place}_{part}" for place in resnets + outputs for part in ("in_layers_2", "emb_layers_1", "out_layers_3")]
+    keys += [f"{place}_skip_connection" for place in ("input_blocks_4_0", "input_blocks_7_0", *outputs)]
+    keys += ["input_blocks_3_0_op", "input_blocks_6_0_op", "output_blocks_2_2_conv", "output_blocks_5_2_conv"]
+    shallow = ["input_blocks_4_1", "input_blocks_5_1", *(f"output_blocks_{n}_1" for n in (3, 4, 5))]
+    deep = ["input_blocks_7_1", "input_blocks_8_1", "middle_block_1", *(f"output_blocks_{n}_1" for n in (0, 1, 2))]
+    return keys + [f"{place}_{part}" for places, depth in ((shallow, 2), (deep, 10)) for place in places for part in transformer(depth)]
+
+
+@pytest.mark.parametrize("family, golden, count", [("sd1", golden_sd1(), 278), ("sdxl", golden_sdxl(), 788)])
+def test_the_keys_of_all_layers_of_a_full_size_unet_are_the_golden_list(family, golden, count):
+    """Convolutions among them: none missing, none unexpected."""
+    tensors = {name: TensorInfo("F16", tuple(weight.shape)) for name, weight in meta_model(family).named_parameters()}
+    chosen = targets.choose_targets(config.Adapter(targets="linear+conv"), "unet", targets.projections(tensors))
+    keys = [FAMILIES[family].export_key("unet", target.name) for target in chosen]
+    assert len(keys) == len(set(keys)) == count and set(keys) == {f"lora_unet_{key}" for key in golden}
+
+
+@pytest.mark.parametrize("family, component, front, layers", [
+    ("sd1", "text_encoder", "lora_te", 12), ("sd2", "text_encoder", "lora_te", 23),
+    ("sdxl", "text_encoder", "lora_te1", 12), ("sdxl", "text_encoder_2", "lora_te2", 32),
+])  # fmt: skip
+@pytest.mark.parametrize("level", ["", "text_model."])
+def test_the_keys_of_all_layers_of_a_text_encoder_are_the_golden_list(family, component, front, layers, level):
+    """Whether this version of transformers has the level `text_model` or not, the file has it."""
+    parts = {f"self_attn.{part}": (8, 8) for part in ("q_proj", "k_proj", "v_proj", "out_proj")} | {"mlp.fc1": (16, 8), "mlp.fc2": (8, 16)}
+    shapes = {f"{level}encoder.layers.{n}.{part}": shape for n in range(layers) for part, shape in parts.items()}
+    chosen = targets.choose_targets(config.Adapter(text_encoder_targets="all"), component, shapes)
+    golden = {f"{front}_text_model_encoder_layers_{n}_{part.replace('.', '_')}" for n in range(layers) for part in parts}
+    assert {FAMILIES[family].export_key(component, target.name) for target in chosen} == golden and len(golden) == layers * 6
 
 
 KINDS = {

@@ -1,11 +1,15 @@
 """The file: exact keys, exact effect in a fresh pipeline, metadata that other programs read."""
 
+import base64
 import hashlib
+import io
 import json
 import struct
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from trainer import adapters, config, export, run_folder
@@ -14,7 +18,7 @@ from trainer.adapter_file import read_adapter
 from trainer.errors import ModelError
 from trainer.families import FAMILIES, load_base
 from trainer.info import describe
-from trainer.metadata import metadata_for
+from trainer.metadata import metadata_for, metadata_of_tool
 from trainer.safetensors_header import read_header
 
 FAMILY = FAMILIES["sd1"]
@@ -219,3 +223,29 @@ def test_what_is_no_adapter_is_refused(tmp_path, tiny_base):
     save_file({"lora_unet_a.lora_up.weight": torch.tensor([[float("inf")]])}, tmp_path / "inf.safetensors")
     with pytest.raises(ModelError, match="not finite"):
         read_adapter(tmp_path / "inf.safetensors")
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_thumbnail_of_the_save_is_in_the_file_where_it_is_wanted(train_tiny, wanted):
+    folder = train_tiny({"saving.include_thumbnail": wanted})
+    status = run_folder.status(folder)
+    finished = folder / status.finished.file
+    saved = folder / next(adapter.file for adapter in status.adapters if adapter.step == status.finished.file_step)
+    thumbnail = read_header(finished).metadata.get("modelspec.thumbnail", "")
+    assert "modelspec.thumbnail" not in read_header(saved).metadata and bool(thumbnail) == wanted
+    plain, shown = load_file(saved), load_file(finished)
+    assert plain.keys() == shown.keys() and all(torch.equal(plain[name], shown[name]) for name in plain)
+    assert describe(finished)  # and every reader of ours still knows it
+    if wanted:
+        kind, _, content = thumbnail.partition(",")
+        picture = Image.open(io.BytesIO(base64.b64decode(content)))
+        sample = next(sample for sample in status.samples if sample.step == status.finished.file_step)
+        assert kind == "data:image/jpeg;base64" and picture.format == "JPEG" and not picture.info.get("exif")
+        drawn = Image.open(folder / sample.file).convert("RGB")
+        rough = [np.asarray(image.resize((4, 4), Image.Resampling.BOX), float) for image in (picture, drawn)]  # JPEG blurs colours
+        assert picture.size == drawn.size and abs(rough[0] - rough[1]).max() < 6
+        hashed = finished.read_bytes()
+        digest = hashlib.sha256(hashed[8 + struct.unpack("<Q", hashed[:8])[0] :]).hexdigest()
+        assert read_header(finished).metadata["sshs_model_hash"] == digest
+        modules = read_adapter(finished).modules
+        assert "modelspec.thumbnail" not in metadata_of_tool("other", modules, [read_adapter(finished)], FAMILY)

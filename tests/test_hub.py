@@ -81,26 +81,31 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def ask(tmp_path):
-    """Downloads in a process of its own, since the client reads its settings once."""
+def environment(tmp_path):
+    """Of a process whose hub is the one below."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     Hub.seen = []
+    yield os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_TOKEN": "hf_secret",
+    }
+    server.shutdown()
+
+
+@pytest.fixture
+def ask(environment):
+    """Downloads in a process of its own, since the client reads its settings once."""
 
     def run(model, revision="", **changes):
-        environment = os.environ | {
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_TOKEN": "hf_secret",
-        }
         done = subprocess.run([sys.executable, "-c", ASK, model, revision], env=environment | changes, capture_output=True, text=True)
         assert done.returncode == 0 and "hf_secret" not in done.stdout + done.stderr, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
-    yield run
-    server.shutdown()
+    return run
 
 
 def test_a_model_is_downloaded_with_progress_and_found_again_offline(ask, tmp_path):
@@ -143,3 +148,26 @@ def test_of_two_editions_the_plain_one_is_wanted():
     parts = [f"transformer/diffusion_pytorch_model{edition}-0000{n}-of-00002.safetensors" for edition in ("", ".fp16") for n in (1, 2)]
     assert hub.wanted_files(parts) == parts[:2] and hub.wanted_files(parts[2:]) == parts[2:]
     assert hub.wanted_files(["unet/a.non_ema.safetensors", "x/y.safetensors", "unet/deep/er.safetensors", "pipeline.py"]) == []
+
+
+FIND = """
+import json, sys
+from trainer import config
+from trainer.families import find_files
+events = []
+files = [find_files(config.Base(model=sys.argv[1], vae="someone/vae"), events.append).weights["vae"] for _ in range(2)]
+print(json.dumps({"vae": [[str(path) for path in paths] for paths in files], "phases": [event.phase for event in events]}))
+"""
+
+
+def test_another_vae_comes_from_the_hub_once(environment, tiny_base, monkeypatch):
+    """Its settings and weights alone, the second time from the cache; the base's other parts stay those on the disk."""
+    own = {path.name: path.read_bytes() for path in (tiny_base / "vae").iterdir()}
+    monkeypatch.setitem(REPOSITORIES, "someone/vae", own | {"README.md": b"hello", "diffusion_pytorch_model.bin": b"pickle"})
+    done = subprocess.run([sys.executable, "-c", FIND, str(tiny_base)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    first, again = ([Path(path) for path in paths] for paths in found["vae"])
+    assert first == again and len(first) == 1 and first[0].parent != tiny_base / "vae"
+    assert {path.name: path.read_bytes() for path in first[0].parent.iterdir()} == own
+    assert set(found["phases"]) == {"downloading"} and len([path for path, _ in Hub.seen if path.startswith("api/")]) == 1

@@ -356,6 +356,8 @@ class Saving(Section):
     """Write how often each tag occurs, and the sample prompts, into the file. Off keeps them private."""
     include_folders: bool = False
     """Write the name of the dataset folder and the path of the base model into the file, without the home folder. Off keeps them private."""
+    include_thumbnail: bool = False
+    """Write a small picture into the finished file, which programs show beside its name: the first sample of the save it is. Off keeps it private."""
     include_config: bool = True
     """Write all settings into the file, so that the run can be repeated from it."""
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree, rmtree
@@ -272,13 +272,23 @@ def direction(module: AdaptedModule) -> Tensor:
     return module.delta.flatten(1)
 
 
-def copy_adapter(source: Path, target: Path) -> None:
-    """The same file or folder under another name, whole or not at all."""
+def copy_adapter(source: Path, target: Path, added: Mapping[str, str] | None = None) -> None:
+    """The same file or folder under another name, whole or not at all. A file may get further metadata; its tensors stay to the byte."""
     if source.is_dir():
         with atomic_folder(target) as folder:
             copytree(source, folder, dirs_exist_ok=True)
     else:
-        atomic_write(target, source.read_bytes())
+        atomic_write(target, _with_metadata(source.read_bytes(), added) if added else source.read_bytes())
+
+
+def _with_metadata(content: bytes, added: Mapping[str, str]) -> bytes:
+    """Only the header changes (its length, JSON, then the tensors: the safetensors format), so the hash of the tensors holds."""
+    end = 8 + struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8:end])
+    header["__metadata__"] = header.get("__metadata__", {}) | added
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight
+    return struct.pack("<Q", len(text)) + text + content[end:]
 
 
 def discard(path: Path) -> None:

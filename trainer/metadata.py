@@ -1,5 +1,7 @@
 """What an adapter file says of itself: sd-scripts' ss_* keys, Stability's modelspec 1.0.1, and our own; and what it keeps to itself."""
 
+import base64
+import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -7,12 +9,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from trainer import __version__
 from trainer.adapted import AdaptedModule, common_alpha
 from trainer.adapter_file import AdapterFile
 from trainer.config import RunConfig
 from trainer.families.base import ModelFamily
 from trainer.presets import load_presets
+
+THUMBNAIL = 256  # pixels of the longer side
 
 
 def metadata_for(
@@ -89,6 +95,15 @@ def metadata_for(
     return {key: str(value) for key, value in values.items()}
 
 
+def thumbnail(picture: Path) -> dict[str, str]:
+    """`modelspec.thumbnail`: the picture as a small JPEG in a data address, without what its file says of itself."""
+    image = Image.open(picture).convert("RGB")
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=85)
+    return {"modelspec.thumbnail": "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode("ascii")}
+
+
 def network(modules: Sequence[AdaptedModule]) -> dict[str, str]:
     """By which name other programs know the kind: sd-scripts' own for LoRA, LyCORIS's for its relatives."""
     tensors = {leaf for module in modules for leaf in module.tensors}
@@ -153,5 +168,6 @@ def metadata_of_tool(name: str, modules: Sequence[AdaptedModule], files: Sequenc
         "atelier_version": __version__,
     }
     passed_on = {key: value for key, value in common.items() if "hash" not in key or key.startswith("atelier")}
+    passed_on.pop("modelspec.thumbnail", None)  # it shows what the other file draws
     passed_on.pop("lora_adapter_metadata", None)  # its alphas were those of the other file
     return {key: str(value) for key, value in (passed_on | own).items()}

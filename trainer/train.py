@@ -514,8 +514,10 @@ def finish(session: Session, step: int, clock: float) -> Path:
     chosen = best if session.run.saving.main == "best" else step
     if not all((session.folder / name).exists() for name in adapter_names(session, chosen).values()):
         chosen = step  # that save was taken away meanwhile
+    picture = next((sample.file for sample in status.samples if sample.step == chosen), "")
+    added = metadata.thumbnail(session.folder / picture) if picture and session.run.saving.include_thumbnail else None
     for dialect, name in adapter_names(session, chosen).items():
-        export.copy_adapter(session.folder / name, session.folder / names[dialect])
+        export.copy_adapter(session.folder / name, session.folder / names[dialect], added)
     file = session.folder / next(iter(names.values()))
     if step < session.total_steps and not status.ended_early:
         run_folder.withdraw(session.folder, "stop")
