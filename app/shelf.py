@@ -123,8 +123,15 @@ pipe.set_adapters(["it"], [0.8])
 ```
 
 In A1111 and Forge: `<lora:{Path(file["name"]).stem}:0.8>`; in ComfyUI: a Load LoRA node.
-"""
+{_embedding_note(file)}"""
     return "\n".join(front) + "\n---\n" + body
+
+
+def _embedding_note(file: dict) -> str:
+    if not file["embedding"]:
+        return ""
+    name = Path(file["embedding"]["name"]).stem
+    return f"\nThe trigger word is an embedding beside it: in prompts write `{name}` in its place, in ComfyUI `embedding:{name}`.\n"
 
 
 def push(run_id: object, repository: object, is_private: bool, api: HfApi | None = None) -> str:
@@ -137,7 +144,8 @@ def push(run_id: object, repository: object, is_private: bool, api: HfApi | None
     try:
         address = api.create_repo(str(repository or ""), private=is_private, exist_ok=True)
         samples = [sample.file for sample in runs.status(folder).samples[-4:]]
-        for path in [file["name"], *samples]:
+        embedding = [file["embedding"]["name"]] if file["embedding"] else []
+        for path in [file["name"], *embedding, *samples]:
             api.upload_file(path_or_fileobj=folder / path, path_in_repo=path, repo_id=address.repo_id)
         api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=address.repo_id)
     except LocalTokenNotFoundError:

@@ -253,7 +253,13 @@ def final_file(folder: Path, current: RunStatus) -> dict | None:
     name = current.finished.file if current.finished else current.adapters[-1].file if current.adapters else None
     if name is None or not (folder / name).is_file():
         return None
-    return {"href": f"/runfile/{folder.name}/{name}", "name": name, "size": size((folder / name).stat().st_size)}
+    embedding = run_folder.embedding_of(folder / name)
+    return {
+        "href": f"/runfile/{folder.name}/{name}",
+        "name": name,
+        "size": size((folder / name).stat().st_size),
+        "embedding": {"href": f"/runfile/{folder.name}/{embedding.name}", "name": embedding.name} if embedding.is_file() else None,
+    }
 
 
 def library() -> dict:

@@ -61,7 +61,7 @@ LEVELS = [
     {"families.sd1", "families.sd2", "families.sd3", "families.sdxl", "families.single_file"},
     {"families"},
     {"export", "stack", "metadata", "examples"},
-    {"tools"},
+    {"tools", "textual_inversion"},
     {"sample", "info"},
     {"class_pictures"},
     {"start_from"},

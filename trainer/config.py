@@ -219,6 +219,10 @@ class Adapter(Section):
     """Share of the adapted layers that act as in the base in each step."""
     max_norm: Annotated[float, Field(ge=0)] = 0.0
     """After each step the change of any layer that is larger than this (the norm of delta W) is shrunk to it, so that no layer takes over. 1 is usual; 0 switches it off."""
+    trigger_vectors: Annotated[int, Field(ge=0, le=32)] = 0
+    """Teach the CLIP text encoders the trigger as a new word of this many vectors, beside the adapter (pivotal tuning: Gal et al. 2022, arXiv:2208.01618, with an adapter). They are saved next to it, as an embedding for A1111 and ComfyUI. 1 to 4 suit a subject; each is a token of the caption. 0 switches it off."""
+    trigger_init: Annotated[str, Field(max_length=200)] = ""
+    """What the new word means at first, in words that the base knows, such as dog. Empty: whatever the base makes of the trigger word."""
 
 
 class Training(Section):
@@ -238,8 +242,10 @@ class Training(Section):
     """The same for the text encoder (both, where the base has two). 0 leaves it frozen and out of the file; it then needs no memory either."""
     text_encoder_2_learning_rate: Annotated[float, Field(ge=-1, le=1)] = -1.0
     """For the second text encoder, where the base has two. Below 0: that of the first; 0 leaves it frozen and out of the file."""
+    trigger_learning_rate: Annotated[float, Field(ge=0, le=1)] = 1e-3
+    """The same for the vectors of the trigger word, with trigger_vectors. They need more than an adapter: 5e-4 to 5e-3."""
     text_encoder_until: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the steps after which the text encoders stop learning and stay as they are. 0.5 or less keeps them from memorising."""
+    """Share of the steps after which the text encoders and the trigger's vectors stop learning and stay as they are. 0.5 or less keeps them from memorising."""
     lr_schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "cosine"
     """How the learning rate moves after the warm-up: stays, or falls to zero along a line, a cosine, several cosines one after the other (Loshchilov & Hutter 2017, arXiv:1608.03983) or a power."""
     lr_cycles: Annotated[int, Field(ge=1, le=1000)] = 3
@@ -276,7 +282,9 @@ class Training(Section):
     """The same seed, settings and pictures give the same adapter."""
 
     def rate_of(self, component: str) -> float:
-        """The learning rate of a component of the pipeline: "unet", "transformer", "text_encoder", "text_encoder_2"."""
+        """The learning rate of a component of the pipeline ("unet", "transformer", "text_encoder", "text_encoder_2"), or of the "trigger"."""
+        if component == "trigger":
+            return self.trigger_learning_rate
         if not component.startswith("text_encoder"):
             return self.learning_rate
         own = self.text_encoder_2_learning_rate if component == "text_encoder_2" else -1.0
@@ -401,10 +409,14 @@ class RunConfig(Section):
         if (training.optimizer == "collection") != bool(training.optimizer_name):
             raise ValueError('training.optimizer_name names the optimiser where training.optimizer is "collection", and only there')
         optimizer = (training.optimizer_name or training.optimizer).lower()
-        if optimizer == "prodigy" and (len(rates := {training.rate_of(part) for part in COMPONENTS} - {0.0}) > 1 or min(rates) < 0.1):
+        rates = {training.rate_of(part) for part in COMPONENTS} - {0.0}
+        if self.adapter.trigger_vectors:
+            rates.add(training.trigger_learning_rate)
+        if optimizer == "prodigy" and (len(rates) > 1 or min(rates) < 0.1):
             raise ValueError(
                 "the optimiser prodigy finds the learning rate itself and multiplies it with that of the settings: set "
-                "training.learning_rate to 1, and training.text_encoder_learning_rate to 1 or 0"
+                "training.learning_rate to 1, training.text_encoder_learning_rate to 1 or 0, and so training.trigger_learning_rate, "
+                "where adapter.trigger_vectors is set"
             )
         if optimizer.replace("_", "").startswith("schedulefree"):
             if training.lr_schedule != "constant":
@@ -436,6 +448,10 @@ class RunConfig(Section):
             raise ValueError("dataset.random_crop cuts where dataset.crop = none keeps the whole picture; choose one of them")
         if self.objective.prior_preservation and not self.dataset.trigger:
             raise ValueError("objective.prior_preservation compares captions with and without the trigger word; set dataset.trigger")
+        if self.adapter.trigger_vectors and not self.dataset.trigger:
+            raise ValueError("adapter.trigger_vectors are those of the trigger word; set dataset.trigger")
+        if self.adapter.trigger_vectors and not training.trigger_learning_rate:
+            raise ValueError("adapter.trigger_vectors learn nothing at training.trigger_learning_rate = 0; raise it, or set them to 0")
         if self.dataset.class_pictures and not (self.dataset.regularisation_folder and self.dataset.class_words):
             raise ValueError(
                 "dataset.class_pictures needs dataset.regularisation_folder to put them in and dataset.class_words to make them from"
@@ -470,6 +486,8 @@ def _unfit(adapter: Adapter) -> Iterator[str]:
             yield f"adapter.init = {adapter.init} does not go with dora; use default, gaussian or orthogonal"
     if adapter.lokr_factor and adapter.kind != "lokr":
         yield f"adapter.lokr_factor is for adapter.kind = lokr only (it is {adapter.kind}); set it to 0"
+    if adapter.trigger_init and not adapter.trigger_vectors:
+        yield "adapter.trigger_init is what the trigger's vectors start as; set adapter.trigger_vectors"
     if adapter.target_pattern and adapter.targets != "attention":
         yield "adapter.target_pattern replaces adapter.targets; give one of them only"
 

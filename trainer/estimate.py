@@ -15,6 +15,7 @@ from trainer.errors import ModelError
 from trainer.pictures import PICTURE_SUFFIXES
 from trainer.safetensors_header import TensorInfo
 
+TOKEN_TABLE = "token_embedding"  # of CLIP, in every layout of its weights
 FILE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 SMALLEST_SET_TO_HOLD_OUT = 10
 
@@ -45,7 +46,7 @@ def save_steps(total: int, saves: int) -> list[int]:
 def trainable_parameters(run: RunConfig) -> int | None:
     """All weights of the adapter; None where the base is not on this machine yet. Raises ConfigError where a setting fits no module."""
     parts = parameters_by_component(run)
-    return None if parts is None else sum(parts.values())
+    return None if parts is None else sum(parts.values()) + trigger_parameters(run)
 
 
 def parameters_by_component(run: RunConfig) -> dict[str, int] | None:
@@ -61,6 +62,16 @@ def parameters_by_component(run: RunConfig) -> dict[str, int] | None:
     shapes = {part: targets.projections(base.tensors[part]) for part in parts}
     targets.check_names(run.adapter, shapes)
     return {part: adapter_parameters(run.adapter, part, base.tensors[part]) for part in parts}
+
+
+def trigger_parameters(run: RunConfig) -> int:
+    """Numbers of the trigger word's vectors, where they are learned; 0 also where the base is not on this machine yet."""
+    folder = locate(run.base) if run.adapter.trigger_vectors else None
+    if folder is None:
+        return 0
+    base = inspect(folder, run.base.t5)
+    tables = [info for part in base.trainable_text_encoders for name, info in base.tensors[part].items() if TOKEN_TABLE in name]
+    return run.adapter.trigger_vectors * sum(table.shape[1] for table in tables)
 
 
 def base_parameters(base: BaseFiles, component: str) -> int:
@@ -118,6 +129,7 @@ def _speed_key(run: RunConfig) -> Sequence[object]:
         training.activation_offload,
         training.rate_of("text_encoder") > 0,
         training.rate_of("text_encoder_2") > 0,
+        run.adapter.trigger_vectors > 0,
         training.learning_rate > 0,
         training.devices,
     )
@@ -262,7 +274,8 @@ def memory(run: RunConfig, device: str) -> Memory:
     unit = (run.dataset.resolution / size.latent_step) ** 2 * size.width * bytes_each * FRAGMENTS
     pixels = run.dataset.resolution**2 * size.vae_width * 4 * FRAGMENTS
     kept = size.costs.kept_checkpointed if training.gradient_checkpointing else size.costs.kept
-    trained_text = size.text_encoders if any(map(training.rate_of, ("text_encoder", "text_encoder_2"))) else 0
+    learned = run.adapter.trigger_vectors or any(map(training.rate_of, ("text_encoder", "text_encoder_2")))
+    trained_text = size.text_encoders if learned else 0
     adapter = _adapter_parameters(run, size) * ADAPTER_BYTES
     base = LIBRARIES_BYTES[device]
     resident = base + weights["denoiser"] + adapter

@@ -43,12 +43,12 @@ def save_adapter(
             for component, (tensors, config) in parts.items():
                 (folder / component).mkdir()
                 (folder / component / PEFT_CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
-                (folder / component / PEFT_WEIGHTS).write_bytes(_serialize(tensors, metadata))
+                (folder / component / PEFT_WEIGHTS).write_bytes(serialize(tensors, metadata))
     else:
-        atomic_write(path, _serialize(WRITERS[dialect](modules, family, dtype), metadata))
+        atomic_write(path, serialize(WRITERS[dialect](modules, family, dtype), metadata))
 
 
-def _serialize(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+def serialize(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     """A whole .safetensors, with the hashes by which A1111 and Civitai know it."""
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:

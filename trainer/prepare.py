@@ -1,7 +1,7 @@
 """Everything before the first step: settings and pictures in, a `Session` out."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +11,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from trainer import adapters, cache, class_pictures, config, estimate
+from trainer import adapters, cache, class_pictures, config, estimate, textual_inversion
 from trainer.adapter_file import read_adapter
 from trainer.attention import choose_attention, use_attention
 from trainer.base_model import DENOISERS, locate
@@ -32,6 +32,7 @@ from trainer.optimizers import build_optimizer, try_optimizer, warmup_steps
 from trainer.quantization import quantize
 from trainer.start_from import settings_from, start
 from trainer.targets import check_names
+from trainer.textual_inversion import Embedding
 from trainer.variants import caption_varies, without_trigger
 
 
@@ -49,6 +50,8 @@ class Session:
     objective: Objective
     components: dict[str, nn.Module]
     """The adapted parts of the base by their names in the pipeline: {"unet": ..., "text_encoder": ...}."""
+    trigger: Embedding | None
+    """The trigger word's vectors, where they are learned too."""
     optimizer: torch.optim.Optimizer
     average: EMAModel | None
     """Of the parameters, in their order."""
@@ -66,8 +69,8 @@ class Session:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name."""
-        return {f"{part}.{name}": p for part, module in self.components.items() for name, p in adapters.trainable(module).items()}
+        """What is trained, by name; in the order of the optimiser's groups."""
+        return {name: p for group in parameter_groups(self.components, self.trigger).values() for name, p in group.items()}
 
     @property
     def kept(self) -> dict[str, Tensor]:
@@ -171,13 +174,15 @@ def assemble(
         quantize(base.denoiser, run.base.quantization, DTYPES[precision], device)
         ladder.attempt("load", 0, lambda: base.denoiser.to(device))  # there the weights are rounded, before an adapter is put on them
     components = _inject(run, base)
+    trigger = textual_inversion.fresh(run, base) if run.adapter.trigger_vectors else None
+    base = textual_inversion.put_on(base, [trigger]) if trigger else base
     layout = torch.channels_last if device.type == "cuda" else torch.preserve_format  # what its convolutions are fastest in
     ladder.attempt("load", 0, lambda: base.denoiser.to(device, memory_format=layout))
     views = sum(example.repeats for example in examples)
     total_steps = estimate.total_steps(run, views)
     warmup_steps(run, total_steps)
     graphed = device.type == "cuda" and run.training.cuda_graphs and _can_be_recorded(run)
-    parameters = [p for module in components.values() for p in adapters.trainable(module).values()]
+    parameters = [p for group in parameter_groups(components, trigger).values() for p in group.values()]
     return Session(
         run=run,
         folder=folder,
@@ -188,7 +193,8 @@ def assemble(
         base=base,
         objective=base.family.objective(base.pipe).to(device),
         components=components,
-        optimizer=optimizer_for(run, components, device, log),
+        trigger=trigger,
+        optimizer=optimizer_for(run, components, trigger, device, log),
         average=EMAModel(parameters, decay=run.training.ema_decay) if run.training.ema_decay else None,
         examples=examples,
         held_out=held_out,
@@ -227,7 +233,8 @@ def _encode_all(
             class_pictures.settings(run), base, class_items, Path(run.dataset.regularisation_folder), vae_hash, log
         )
     pipe.vae.to("cpu")
-    if caption_varies(run.dataset) or any(map(run.training.rate_of, base.family.trainable_text_encoders(pipe))):
+    learned = run.adapter.trigger_vectors or any(map(run.training.rate_of, base.family.trainable_text_encoders(pipe)))
+    if learned or caption_varies(run.dataset):
         return examples, class_examples, None
     captions = ["", *(e.caption for e in [*examples, *class_examples])]
     if run.objective.prior_preservation:
@@ -287,7 +294,15 @@ def _inject(run: RunConfig, base: LoadedBase) -> dict[str, nn.Module]:
     return components
 
 
-def optimizer_for(run: RunConfig, components: dict[str, nn.Module], device: torch.device, log: EventLog) -> torch.optim.Optimizer:
+def parameter_groups(components: Mapping[str, nn.Module], trigger: Embedding | None) -> dict[str, dict[str, nn.Parameter]]:
+    """What is trained, by what has a learning rate of its own, and by name."""
+    groups = {part: {f"{part}.{name}": p for name, p in adapters.trainable(module).items()} for part, module in components.items()}
+    return groups | ({"trigger": {f"trigger.{part}": rows for part, rows in trigger.rows.items()}} if trigger else {})
+
+
+def optimizer_for(
+    run: RunConfig, components: dict[str, nn.Module], trigger: Embedding | None, device: torch.device, log: EventLog
+) -> torch.optim.Optimizer:
     """The chosen one, tried out first. AdamW in 8 bits has a stand-in, since it takes the same steps; no other has."""
     try:
         try_optimizer(run, device)
@@ -296,5 +311,5 @@ def optimizer_for(run: RunConfig, components: dict[str, nn.Module], device: torc
             raise
         log.append(Warned(f"adamw8bit cannot be used here ({str(error)[:200]}); adamw is used, with the same steps and more memory."))
         run = config.replace(run, {"training.optimizer": "adamw"})
-    groups = [(list(adapters.trainable(module).values()), run.training.rate_of(name)) for name, module in components.items()]
-    return build_optimizer(groups, run)
+    groups = parameter_groups(components, trigger)
+    return build_optimizer([(list(group.values()), run.training.rate_of(name)) for name, group in groups.items()], run)

@@ -59,6 +59,11 @@ def slug(name: str) -> str:
     return text or "lora"
 
 
+def embedding_of(adapter: Path) -> Path:
+    """Where the trigger's embedding of an adapter file lies: maya.safetensors -> maya-embedding.safetensors, for every dialect of it."""
+    return adapter.with_name(re.sub("-(kohya|diffusers|peft)$", "", adapter.stem) + "-embedding.safetensors")
+
+
 def create(run: config.RunConfig, parent: Path | None = None) -> Path:
     """Makes a new run folder with its run.toml. A name used before gets a number: nothing is ever overwritten."""
     parent = parent or runs_folder()

@@ -31,6 +31,7 @@ from trainer.families import LoadedBase, load_base
 from trainer.families.base import PLAIN_READING, denoiser_of, pixel_step
 from trainer.files import atomic_write
 from trainer.stack import Layer, Stack
+from trainer.textual_inversion import put_on, read_beside
 
 # By the names of A1111. Without a choice the first: a way through flow matching is nearly straight, and Euler's steps do; elsewhere
 # DPM++ needs fewer.
@@ -176,8 +177,7 @@ class Sampler:
 
     def render(self, request: SampleRequest) -> Path:
         """Makes the picture and writes it to its target. Raises TrainerError."""
-        base = self._load(request.base, request.caption_tokens)
-        self._lay(request.adapters)
+        base = self._lay(self._load(request.base, request.caption_tokens), request.adapters)
         settings = {name: getattr(request, name) for name in ("prompt", "negative_prompt", "seed", "inference_steps", "guidance_scale")}
         image = generate(base, **settings, width=request.width, height=request.height, sampler=request.sampler)
         names = ", ".join(f"{Path(a.file).stem}: {a.strength:g}" for a in request.adapters)
@@ -194,8 +194,11 @@ class Sampler:
             self._base, self._loaded, self._stack = (base, caption_tokens), loaded, Stack(loaded)
         return self._loaded
 
-    def _lay(self, adapters: list[StackedAdapter]) -> None:
-        """A strength of 0 is left out altogether, so that it gives the base to the bit."""
+    def _lay(self, base: LoadedBase, adapters: list[StackedAdapter]) -> LoadedBase:
+        """The base with the adapters, and with the trigger's embedding where one lies beside.
+
+        A strength of 0 is left out altogether, so that it gives the base to the bit.
+        """
         layers = []
         for adapter in adapters:
             text_strength = adapter.strength if adapter.text_strength is None else adapter.text_strength
@@ -203,6 +206,7 @@ class Sampler:
         assert self._stack, "loaded with the base"
         self._stack.lay(layers)
         self._files = {key: file for key, file in self._files.items() if any(file is layer.file for layer in layers)}  # no more than in use
+        return put_on(base, read_beside((layer.file.path for layer in layers if layer.strength or layer.text_strength), base.family))
 
     def _read(self, path: Path) -> AdapterFile:
         key = (str(path.resolve()), path.stat().st_mtime_ns if path.exists() else 0)

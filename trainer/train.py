@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from trainer import adapters, cache, estimate, events, export, guidance, memory, metadata, probe, run_folder
+from trainer import adapters, cache, estimate, events, export, guidance, memory, metadata, probe, run_folder, textual_inversion
 from trainer.base_model import DENOISERS
 from trainer.batches import batch_at
 from trainer.config import RunConfig, fingerprint, replace
@@ -289,7 +289,7 @@ def relieve(session: Session, rung: str) -> bool:
             try_optimizer(smaller, session.device)
         except (ImportError, OSError, RuntimeError, ConfigError):  # not on this machine
             return False
-        session.optimizer = optimizer_for(smaller, session.components, session.device, session.log)
+        session.optimizer = optimizer_for(smaller, session.components, session.trigger, session.device, session.log)
         return True
     return False
 
@@ -424,6 +424,9 @@ def keep_adapter(session: Session, step: int, facts: dict) -> None:
     for dialect, name in names.items():
         export.save_adapter(session.folder / name, dialect, modules, base.family, DTYPES[run.saving.precision], values)
         export.verify(session.folder / name, modules)
+    if session.trigger:
+        path = run_folder.embedding_of(session.folder / next(iter(names.values())))
+        textual_inversion.save_embedding(path, session.trigger, base.family, DTYPES[run.saving.precision], values)
     session.log.append(AdapterSaved(step, next(iter(names.values())), measure(session, step)))
 
 
@@ -519,6 +522,9 @@ def finish(session: Session, step: int, clock: float) -> Path:
     for dialect, name in adapter_names(session, chosen).items():
         export.copy_adapter(session.folder / name, session.folder / names[dialect], added)
     file = session.folder / next(iter(names.values()))
+    if session.trigger:
+        saved = session.folder / next(iter(adapter_names(session, chosen).values()))
+        export.copy_adapter(run_folder.embedding_of(saved), run_folder.embedding_of(file))
     if step < session.total_steps and not status.ended_early:
         run_folder.withdraw(session.folder, "stop")
         session.log.append(Stopped(step, file.name, chosen))

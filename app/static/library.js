@@ -96,6 +96,7 @@ function cardOf(card, again, cards) {
       card.fault ? notice(card.fault, "bad") : null, card.report ? el("a", { class: "at-button", href: card.report, download: "report.txt" }, "Report") : null, problem,
       el("div", { class: "at-row at-actions" },
         card.file ? el("a", { class: "at-button at-primary", href: card.file.href, download: card.file.name }, "Download") : null,
+        card.file?.embedding ? el("a", { class: "at-button", href: card.file.embedding.href, download: card.file.embedding.name }, "Embedding") : null,
         card.can_preview ? button("Preview", () => trigger("open_preview", { run: card.run })) : null,
         card.actions.includes("resume") ? button(card.label === "Not started" ? "Start" : "Resume", () => { act("resume"); trigger("go_train"); }) : null,
         card.settings ? button("Train again", () => trigger("train_again", { run: card.run })) : null,

@@ -24,7 +24,8 @@ drawWith((root, view) => {
     el("div", { class: "at-row at-actions" }, ORDER.filter((action) => view.actions.includes(action)).map((action) => button(WORDS[action], () => act(view.run, action), `at-act-${action}`)),
       view.actions.includes("unqueue") ? button("Take out of the queue", () => act(view.run, "unqueue")) : null,
       view.file ? button("Preview", () => trigger("open_preview", { run: view.run })) : null,
-      view.file ? el("a", { class: "at-button", href: view.file.href, download: view.file.name }, `Download (${view.file.size})`) : null),
+      view.file ? el("a", { class: "at-button", href: view.file.href, download: view.file.name }, `Download (${view.file.size})`) : null,
+      view.file?.embedding ? el("a", { class: "at-button", href: view.file.embedding.href, download: view.file.embedding.name }, "Embedding") : null),
     note, queue(view, act), log(view)));
 });
 

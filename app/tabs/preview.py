@@ -12,6 +12,7 @@ from app import form, previews, runs, views
 from app.drawn import drawn
 from app.page import Page
 from app.previews import Adapter, PreviewRequest
+from trainer import run_folder
 from trainer.errors import TrainerError
 from trainer.run_folder import RunStatus
 
@@ -301,7 +302,14 @@ def elsewhere(request: PreviewRequest) -> list[str]:
     size = "the base's own size" if not request.width or not request.height else f"{request.width} x {request.height}"
     numbers = f"{request.inference_steps} steps, guidance (CFG) {request.guidance_scale:g}, seed {request.seed}, {size}"
     prompt = " ".join(filter(None, [request.prompt, tags]))
+    embeddings = [path for path in (run_folder.embedding_of(Path(adapter.file)) for adapter in request.adapters) if path.is_file()]
+    words = [
+        f"{path.name} beside it is the trigger word: put it into embeddings, and write {path.stem} in the word's place, "
+        f"in ComfyUI embedding:{path.stem}."
+        for path in embeddings
+    ]
     return [
+        *words,
         f"A1111, Forge: put the file into models/Lora. Prompt: {prompt}. Sampler {sampler}, {numbers}; in the settings, random numbers "
         "from the CPU. The downloaded picture says all this itself: drop it on PNG Info.",
         f"ComfyUI: put the file into models/loras. Load LoRA: {nodes or 'none'}. KSampler: {sampler}, {numbers}. Its noise differs, so "

@@ -1,5 +1,6 @@
 """What the trainer asks of a model family. Nothing outside this folder knows which family it has."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -25,6 +26,22 @@ class Reading:
     """Which layer of the text encoder, from the end: 1 is the last."""
     chunks: int = 1
     """Pieces of 75 tokens, each encoded by itself between a start and an end mark, then set side by side as A1111 does."""
+    words: tuple[tuple[str, int], ...] = ()
+    """Words that the CLIP encoders have learned anew, with the number of their vectors (`trainer/textual_inversion.py`)."""
+
+    def spelled(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts as the tokenizers of CLIP are to read them, with placeholders for the learned words."""
+        if not self.words:
+            return list(prompts)
+        tokens = {word.lower(): " ".join(placeholders(word, vectors)) for word, vectors in self.words}
+        known = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+        pattern = re.compile(rf"(?<!\w)(?:{known})(?!\w)", re.IGNORECASE)
+        return [pattern.sub(lambda found: tokens.get(found[0].lower(), found[0]), prompt) for prompt in prompts]
+
+
+def placeholders(word: str, vectors: int) -> list[str]:
+    """Tokens that stand for the vectors of a learned word."""
+    return [f"<|{word}:{vectors}:{index}|>" for index in range(vectors)]
 
 
 PLAIN_READING = Reading()
@@ -74,6 +91,11 @@ class ModelFamily(Protocol):
     @property
     def open_clip(self) -> Sequence[str]:
         """The text encoders that other programs have in OpenCLIP's form, with q, k, v and out in one."""
+        ...
+
+    @property
+    def embedding_keys(self) -> Mapping[str, str]:
+        """What A1111 and ComfyUI call the vectors of each CLIP encoder in the file of an embedding."""
         ...
 
     text_width: int

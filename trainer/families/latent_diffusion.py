@@ -24,6 +24,7 @@ class LatentDiffusion:
     denoiser_name = "unet"
     text_encoder_keys: Mapping[str, str] = {"text_encoder": "lora_te"}
     """How kohya files name each text encoder."""
+    embedding_keys: Mapping[str, str] = {"text_encoder": "emb_params"}
     dialect: Literal["kohya", "diffusers"] = "kohya"
     open_clip: Sequence[str] = ()
     skips_layers = True
@@ -44,7 +45,7 @@ class LatentDiffusion:
     def encode_prompts(self, pipe: Any, prompts: Sequence[str], reading: Reading = PLAIN_READING) -> Conditioning:
         """prompt_embeds [B, 77 x chunks, D]: the last layer, or an earlier one with the last layer's norm on it, as A1111 has it."""
         encoder = pipe.text_encoder
-        ids = token_ids(pipe.tokenizer, prompts, reading.chunks).to(encoder.device)
+        ids = token_ids(pipe.tokenizer, reading.spelled(prompts), reading.chunks).to(encoder.device)
         if reading.clip_skip == 1:
             embeds = encoder(ids)[0]
         else:

@@ -33,6 +33,7 @@ class StableDiffusion3(LatentDiffusion):
     denoiser_name = "transformer"
     text_width = 0
     text_encoder_keys = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+    embedding_keys = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
     dialect = "diffusers"
     skips_layers = False  # always the penultimate ones
     reads_in_chunks = False  # what is long is T5's
@@ -62,7 +63,7 @@ class StableDiffusion3(LatentDiffusion):
         """prompt_embeds [B, 77 + 256, 4096]: the penultimate layers of both CLIP encoders side by side, then T5;
         pooled_prompt_embeds [B, 2048]: the projections of both CLIP encoders."""
         clips = [
-            encoder(token_ids(tokenizer, prompts).to(encoder.device), output_hidden_states=True)
+            encoder(token_ids(tokenizer, reading.spelled(prompts)).to(encoder.device), output_hidden_states=True)
             for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))
         ]
         clip_embeds = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)

@@ -22,6 +22,7 @@ class StableDiffusionXL(LatentDiffusion):
     pipeline_class = StableDiffusionXLPipeline
     pipeline_options = {"feature_extractor": None, "image_encoder": None}
     text_encoder_keys = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+    embedding_keys = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
     skips_layers = False  # always the penultimate one
 
     def matches(self, files: BaseFiles) -> bool:
@@ -37,7 +38,7 @@ class StableDiffusionXL(LatentDiffusion):
         """
         pairs = ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))
         first, second = (
-            encoder(token_ids(tokenizer, prompts, reading.chunks).to(encoder.device), output_hidden_states=True)
+            encoder(token_ids(tokenizer, reading.spelled(prompts), reading.chunks).to(encoder.device), output_hidden_states=True)
             for tokenizer, encoder in pairs
         )
         prompt_embeds = side_by_side(torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), reading.chunks)
