@@ -276,8 +276,8 @@ class Launcher(threading.Thread):
 
     def look(self) -> None:
         for folder, code in self.executor.poll():
-            self.given.pop(folder, None)
-            _bury(folder, code)
+            has_begun = status(folder).launched_at != self.given.pop(folder, 0.0)
+            _bury(folder, code, has_begun)
         for folder in [folder for folder in self.given if self._is_withdrawn(folder)]:
             self.executor.stop(folder)
             del self.given[folder]
@@ -298,10 +298,12 @@ class Launcher(threading.Thread):
         return not current.is_active and current.launched_at == self.given[folder]
 
 
-def _bury(folder: Path, code: int) -> None:
+def _bury(folder: Path, code: int, has_begun: bool) -> None:
     """A trainer that ended before it took its run must not be started again and again; one that died at work is explained."""
     if not folder.is_dir() or run_folder.is_alive(folder):
         return
+    if run_folder.requested(folder, "queued") and has_begun:
+        return  # and was asked for again since
     log = events.EventLog(folder / "events.jsonl")
     if run_folder.requested(folder, "queued"):
         run_folder.withdraw(folder, "queued")

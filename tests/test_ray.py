@@ -10,7 +10,7 @@ import pytest
 
 from app import runs
 from app.ray_jobs import ClusterError, RayJobs, job_name
-from trainer import config, run_folder
+from trainer import config, events, run_folder
 
 
 class FakeCluster:
@@ -100,6 +100,22 @@ def test_a_job_that_fails_before_it_begins_is_said_with_its_last_line(outputs, c
     launcher.look()
     status = run_folder.status(folder)
     assert status.state == "failed" and "python: not found" in status.message and not launcher.given
+
+
+def test_a_run_that_is_resumed_before_its_end_was_noticed_stays_in_the_queue(outputs, cluster):
+    folder = queued("back again")
+    launcher = runs.Launcher(connected(cluster))
+    launcher.look()
+    name = job_name(folder)
+    run_folder.withdraw(folder, "queued")
+    log = events.EventLog(folder / "events.jsonl")
+    log.append(events.Launched(1, "0"))
+    log.append(events.Stopped(0, ""))
+    cluster.jobs[name] |= {"status": "SUCCEEDED", "driver_exit_code": 0}
+    run_folder.request(folder, "queued")
+    launcher.executor._asked_at = float("-inf")
+    launcher.look()
+    assert run_folder.requested(folder, "queued") and len(cluster.jobs) == 2 and runs.status(folder).state == "queued"
 
 
 def test_a_cluster_that_does_not_answer_is_a_sentence_and_nothing_is_lost(outputs, cluster):

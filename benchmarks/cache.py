@@ -1,0 +1,114 @@
+"""Pictures a second into the cache, and out of it again: the full-size VAE with random weights, the functions that a run uses.
+
+    python -m benchmarks.cache [sd15 | sdxl | sd35m] [--resolution 512] [--pictures 8] [--dtype fp32] [--json FILE]
+
+Pictures are generated photographs-to-be of 1.5 times the size. On a CPU seconds are processor seconds of one thread, since other programs
+may run beside; on CUDA, wall-clock seconds.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+
+from trainer import cache, storage
+from trainer.buckets import Crop
+from trainer.checkpoint import template_config
+from trainer.device import DTYPES, choose_device, device_name
+from trainer.libraries import settle
+from trainer.variants import Look
+
+
+def build_vae(model: str, device: torch.device, dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL.from_config(template_config(model, "vae/config.json")).to(device, dtype).eval().requires_grad_(False)
+
+
+def make_pictures(folder: Path, count: int, resolution: int) -> list[Path]:
+    """JPEGs of coloured clouds with grain, 3 : 2 before the square cut."""
+    paths, width, height = [], resolution * 3 // 2, resolution
+    for seed in range(count):
+        random = np.random.default_rng(seed)
+        clouds = Image.fromarray(random.integers(0, 255, (6, 9, 3), dtype=np.uint8)).resize((width * 3 // 2, height * 3 // 2))
+        grain = random.integers(-12, 12, (clouds.height, clouds.width, 1))
+        paths.append(folder / f"{seed:04}.jpg")
+        Image.fromarray(np.clip(np.asarray(clouds, dtype=np.int16) + grain, 0, 255).astype(np.uint8)).save(paths[-1], quality=90)
+    return paths
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    begin = clock()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return clock() - begin
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    vae, side = build_vae(options.model, device, DTYPES[options.dtype]), options.resolution
+    pictures = make_pictures(Path(os.environ["ATELIER_OUTPUTS"]), options.pictures, side)
+    look = Look(Crop(bucket=(side, side), scaled=(side * 3 // 2, side), left=side // 4, top=0), False)
+    keys = [cache.latents_key(cache.file_hash(path), look.facts, options.model) for path in pictures]
+
+    def go_through() -> None:
+        for path, key in zip(pictures, keys, strict=True):
+            cache.cached(key, lambda path=path: cache.encode_picture(vae, cache.to_pixels(path, look)))
+
+    pixels = timed(partial(cache.to_pixels, pictures[0], look), device)
+    cache.encode_picture(vae, cache.to_pixels(pictures[0], look))  # the first one finds the kernels
+    encoding, size = timed(go_through, device), storage.size()
+    reading = timed(go_through, device)
+    return {
+        "device": device_name(device),
+        "model": options.model,
+        "resolution": side,
+        "dtype": options.dtype,
+        "pictures": options.pictures,
+        "opened_cut_scaled_seconds": pixels,
+        "encoded_per_second": options.pictures / encoding,
+        "read_per_second": options.pictures / reading,
+        "bytes_per_picture": size // options.pictures,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="sd15", choices=("sd15", "sdxl", "sd35m"))
+    parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument("--pictures", type=int, default=8)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="the VAE is float32 in a run")
+    parser.add_argument("--json", type=Path, help="append the row to this file")
+    options = parser.parse_args()
+    settle()
+    device = choose_device()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        os.environ["ATELIER_OUTPUTS"] = place
+        row = measure(options, device)
+    print("| VAE, pixels | device | encoded a second | read again a second | opening, cutting, scaling one | bytes each |")
+    print("|---|---|--:|--:|--:|--:|")
+    print(
+        f"| {row['model']}, {row['resolution']}, {row['dtype']} | {row['device']} | {row['encoded_per_second']:.2f} "
+        f"| {row['read_per_second']:.0f} | {row['opened_cut_scaled_seconds'] * 1e3:.0f} ms | {row['bytes_per_picture']:,} |"
+    )
+    if options.json:
+        with open(options.json, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

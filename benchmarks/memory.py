@@ -1,0 +1,116 @@
+"""Memory at the peak of every preset, and the cards it fits: what the page says before a start, and on CUDA what is really taken.
+
+    python -m benchmarks.memory [PRESET ...] [--set KEY=VALUE] [--no-measure] [--json FILE]
+
+On CUDA each preset is trained for two steps by a process of its own, on its base in full size with random weights, and the peak of what
+torch had allocated stands beside the estimate. Without CUDA there is the estimate only, and the table says so.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.full_size import PHOTOS, build
+from trainer import config, estimate, presets, run_folder
+from trainer.base_model import locate
+from trainer.config import EMBEDDED, RunConfig
+from trainer.device import device_name
+from trainer.running import run_in
+
+CARDS = (4, 6, 8, 12, 16, 24, 48, 80)  # gigabytes
+ROOM = 0.94  # of a card, the rest being the system's
+SHAPES = {"v1-5": "sd15", "xl-base": "sdxl", "3.5-medium": "sd35m", "2-1": "sd21"}
+"""What a base's name says of its shape (`full_size.MODELS`)."""
+
+
+def shape_of(run: RunConfig) -> str:
+    return next(shape for word, shape in SHAPES.items() if word in run.base.model)
+
+
+def measured(name: str, options: argparse.Namespace) -> float | None:
+    """Bytes at the peak, by a process of its own; None where the training failed, whose output then says why."""
+    command = [sys.executable, "-m", "benchmarks.memory", name, "--measure-here", *(f"--set={setting}" for setting in options.settings)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    found = re.search(r"^peak (\d+)$", ended.stdout, re.MULTILINE)
+    if not found:
+        print(f"{name} could not be measured:\n{ended.stdout[-500:]}{ended.stderr[-500:]}", file=sys.stderr)
+    return float(found[1]) if found else None
+
+
+def measure_here(run: RunConfig) -> float:
+    """Trains two steps in this process; raises SystemExit where that fails."""
+    with tempfile.TemporaryDirectory() as place:
+        os.environ["ATELIER_OUTPUTS"] = place
+        changes: dict[str, Any] = {"dataset.folder": str(PHOTOS), "training.steps": 2, "training.warmup": 0.0, "saving.saves": 1}
+        changes |= {"sampling.inference_steps": 2, "sampling.prompts": ["a photograph"], "name": "memory"}
+        if run.base.model != EMBEDDED:
+            build(shape_of(run), Path(place, "base"), torch.float16, "cuda")
+            changes |= {"base.model": str(Path(place, "base")), "base.t5": False}
+            torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        if run_in(run_folder.create(config.replace(run, changes))):
+            raise SystemExit(1)
+        return torch.cuda.max_memory_allocated()
+
+
+def row(name: str, options: argparse.Namespace, on_cuda: bool) -> dict[str, Any]:
+    run = read(name, options)
+    needs = estimate.memory(run, "cuda")
+    smallest = next((card for card in CARDS if needs.peak <= card * 1e9 * ROOM), None)
+    fitted = {card: estimate.memory(config.replace(run, estimate.fit(run, "cuda", card * 1e9 * ROOM)), "cuda").peak for card in CARDS}
+    return {
+        "preset": name,
+        "from_header": run.base.model == EMBEDDED or locate(run.base) is not None,
+        "estimated": {phase: getattr(needs, phase) for phase in ("load", "cache", "step", "sample")},
+        "estimated_cpu": estimate.memory(run, "cpu").peak,
+        "card": smallest,
+        "card_fitted": next((card for card, peak in fitted.items() if peak <= card * 1e9 * ROOM), None),
+        "measured": measured(name, options) if on_cuda else None,
+    }
+
+
+def read(name: str, options: argparse.Namespace) -> RunConfig:
+    return config.replace(presets.load_preset(name).config, dict(config.parse_setting(text) for text in options.settings))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("presets", nargs="*", metavar="PRESET", help="all of them where left out")
+    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
+    parser.add_argument("--no-measure", action="store_true", help="the estimates only")
+    parser.add_argument("--measure-here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    options = parser.parse_args()
+    if options.measure_here:
+        print(f"peak {measure_here(read(options.presets[0], options)):.0f}")
+        return 0
+    on_cuda = torch.cuda.is_available() and not options.no_measure
+    rows = [row(name, options, on_cuda) for name in options.presets or presets.load_presets()]
+    print(
+        f"Measured on {device_name(torch.device('cuda'))}." if on_cuda else "Estimates only: nothing was measured, since there is no CUDA."
+    )
+    print("Gigabytes on a GPU; the estimates count 0.7 for the device's own context, which torch, that is measured, does not see.\n")
+    print("| preset | loading | reading | training | samples | smallest card | with Fit to my device | on a CPU | measured peak |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for each in rows:
+        phases = " | ".join(f"{value / 1e9:.1f}" for value in each["estimated"].values())
+        peak = "" if each["measured"] is None else f"{each['measured'] / 1e9:.1f}"
+        print(
+            f"| {each['preset']} | {phases} | {each['card'] or 'none'} GB | {each['card_fitted'] or 'none'} GB "
+            f"| {each['estimated_cpu'] / 1e9:.1f} | {peak} |"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Seconds a sample takes: the first one, which loads the base, and the next ones, with the base alone and with an adapter on it.
+
+    python -m benchmarks.sample [embedded | sd15 | sdxl | sd35m] [--steps 20] [--size 512] [--adapter FILE] [--repeats 3] [--json FILE]
+
+The embedded base is the real one, the others have their full size and random weights. The adapter, where none is given, is one of rank 16
+on every attention projection. On a CPU seconds are processor seconds of one thread; on CUDA, wall-clock seconds.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.full_size import build
+from trainer import adapters, config, export, memory
+from trainer.config import EMBEDDED
+from trainer.device import DTYPES, choose_device, device_name
+from trainer.families import load_base
+from trainer.families.base import denoiser_of
+from trainer.libraries import settle
+from trainer.sample import Sampler, SampleRequest, StackedAdapter, sampler_name
+
+
+def make_adapter(base: config.Base, file: Path) -> None:
+    """Of rank 16, with small random weights in both matrices, so that it acts."""
+    loaded = load_base(base, torch.float32)
+    name = loaded.family.denoiser_name
+    adapters.inject(loaded.denoiser, name, config.Adapter(init="gaussian"), 1)
+    draws = torch.Generator().manual_seed(1)
+    for parameter in adapters.trainable(loaded.denoiser).values():
+        parameter.data = 0.01 * torch.randn(parameter.shape, generator=draws)
+    modules = list(adapters.adapted_modules({name: loaded.denoiser}))
+    export.save_adapter(file, loaded.family.dialect, modules, loaded.family, torch.float16, {})
+    memory.release()
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    begin = clock()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return clock() - begin
+
+
+def measure(options: argparse.Namespace, device: torch.device, place: Path) -> dict[str, Any]:
+    if options.model == EMBEDDED:
+        base = config.Base()
+    else:
+        build(options.model, place / options.model, torch.float16 if device.type == "cuda" else torch.float32, device.type)
+        base = config.Base(model=str(place / options.model), t5=False)
+    if not options.adapter:
+        options.adapter = place / "adapter.safetensors"
+        make_adapter(base, options.adapter)
+    plain = SampleRequest(
+        prompt="a photograph of a red house", target=str(place / "sample.png"), base=base,
+        inference_steps=options.steps, width=options.size, height=options.size,
+    )  # fmt: skip
+    adapted, sampler = replace(plain, adapters=[StackedAdapter(str(options.adapter))]), Sampler()
+    first = timed(lambda: sampler.render(plain), device)
+    alone = statistics.median(timed(lambda: sampler.render(plain), device) for _ in range(options.repeats))
+    first_adapted = timed(lambda: sampler.render(adapted), device)
+    with_adapter = statistics.median(timed(lambda: sampler.render(adapted), device) for _ in range(options.repeats))
+    pipe = load_base(base, DTYPES["fp32"]).pipe if not options.size else None
+    return {
+        "device": device_name(device),
+        "model": options.model,
+        "size": options.size or denoiser_of(pipe).config.sample_size * pipe.vae_scale_factor,
+        "steps": options.steps,
+        "sampler": sampler_name(sampler._loaded.pipe) if sampler._loaded else "",
+        "first_seconds": first,
+        "seconds": alone,
+        "first_with_adapter_seconds": first_adapted,
+        "with_adapter_seconds": with_adapter,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default=EMBEDDED, choices=(EMBEDDED, "sd15", "sdxl", "sd35m"))
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--size", type=int, default=0, help="pixels; the base's own where left out")
+    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="append the row to this file")
+    options = parser.parse_args()
+    settle()
+    device = choose_device()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        row = measure(options, device, Path(place))
+    print("| base, pixels, steps, sampler | device | first, with loading | next | first with an adapter | next with it |")
+    print("|---|---|--:|--:|--:|--:|")
+    seconds = ("first_seconds", "seconds", "first_with_adapter_seconds", "with_adapter_seconds")
+    times = " | ".join(f"{row[name]:.2f} s" for name in seconds)
+    print(f"| {row['model']}, {row['size']}, {row['steps']}, {row['sampler']} | {row['device']} | {times} |")
+    if options.json:
+        with open(options.json, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""How long it takes until something happens: from a trainer's start to its first step, and from the page's start to its first answer.
+
+    python -m benchmarks.startup [--preset embedded-subject] [--dataset DIR] [--set KEY=VALUE] [--json FILE]
+
+The trainer is started twice with the same pictures: the first time everything is encoded, the second time all is found in the cache.
+Seconds are of the wall clock, since this is what a person waits for.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from app.__main__ import listen
+from trainer import events, run_folder
+from trainer.base_model import EMBEDDED_FOLDER
+
+EXAMPLE = EMBEDDED_FOLDER.parent / "examples" / "subject"
+STATIONS = {
+    "the run is taken": events.Launched,
+    "libraries are read": events.Progress,
+    "all is loaded and cached": events.Started,
+    "base measured": events.Validated,
+    "base sampled": events.SampleSaved,
+    "first step done": events.StepDone,
+}
+
+
+def start_trainer(outputs: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds from the start of the process to the first event of each kind, and what the cache had to do."""
+    settings = ["training.steps=1", "training.warmup=0.0", "saving.saves=1", *options.settings]
+    command = [sys.executable, "-m", "trainer", "train", options.preset, "--dataset", str(options.dataset), "--name", "startup"]
+    before = entries(outputs)
+    begin, monotonic = time.time(), time.monotonic()
+    subprocess.run(
+        [*command, *(part for setting in settings for part in ("--set", setting))],
+        env=os.environ | {"ATELIER_OUTPUTS": str(outputs)}, check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    whole = time.monotonic() - monotonic
+    found = list(events.read_events(run_folder.list_runs(outputs / "runs")[0] / "events.jsonl"))
+    seconds = {name: next(event.time for event in found if type(event) is kind) - begin for name, kind in STATIONS.items()}
+    after = entries(outputs)
+    hits = sum(used > before[name] for name, used in after.items() if name in before)
+    return {"seconds": seconds | {"process ended": whole}, "made": len(after.keys() - before.keys()), "hits": hits}
+
+
+def entries(outputs: Path) -> dict[str, float]:
+    """When each entry of the cache was used last (`storage.touch`)."""
+    return {path.name: path.stat().st_atime for path in (outputs / "cache").glob("??/*.safetensors")}
+
+
+def start_page(outputs: Path) -> dict[str, float]:
+    """Seconds from the start of the process until it answers, and until the whole page was sent."""
+    listening = listen("127.0.0.1", 7940)
+    assert listening, "no port is free"
+    port = listening.getsockname()[1]
+    listening.close()
+    begin = time.monotonic()
+    command = [sys.executable, "-m", "app", "--no-browser", "--port", str(port)]
+    process = subprocess.Popen(command, env=os.environ | {"ATELIER_OUTPUTS": str(outputs)}, stdout=subprocess.DEVNULL)
+    try:
+        while process.poll() is None:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/config", timeout=60).read()
+                break
+            except urllib.error.URLError:
+                time.sleep(0.05)
+        first = time.monotonic() - begin
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60).read()
+        return {"first answer": first, "page sent": time.monotonic() - begin}
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def print_table(trainer: Sequence[Mapping[str, Any]], page: Sequence[Mapping[str, float]]) -> None:
+    print("| from the start of the process, seconds | first start | second start |\n|---|--:|--:|")
+    for name in trainer[0]["seconds"]:
+        print(f"| trainer: {name} | {' | '.join(format(each['seconds'][name], '.1f') for each in trainer)} |")
+    print("| entries of the cache made, found | " + " | ".join(f"{each['made']}, {each['hits']}" for each in trainer) + " |")
+    for name in page[0]:
+        print(f"| page: {name} | {' | '.join(format(each[name], '.1f') for each in page)} |")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="embedded-subject")
+    parser.add_argument("--dataset", type=Path, default=EXAMPLE)
+    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        trainer = [start_trainer(Path(place), options) for _ in range(2)]
+        page = [start_page(Path(place)) for _ in range(2)]
+    print_table(trainer, page)
+    if options.json:
+        options.json.write_text(json.dumps({"preset": options.preset, "trainer": trainer, "page": page}, indent=1), encoding="utf-8")
+    return int(trainer[1]["made"] > 0)  # the second start is to find everything
+
+
+if __name__ == "__main__":
+    sys.exit(main())
