@@ -18,7 +18,7 @@ from trainer.dataset import crop_of, scan_dataset
 from trainer.variants import Look
 
 pytestmark = pytest.mark.timeout(600)
-PICTURES = 70  # more than a page of the gallery
+PICTURES = 200  # as many as a person may drop at once; a page of the gallery holds 60
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def drop(tmp_path: Path) -> list[Path]:
         (folder / name).with_suffix(".txt").write_text(f"pic, {name.split('.')[0]}, a red hat")
     (folder / "p000.txt").unlink()
     with zipfile.ZipFile(folder / "more.zip", "w") as archive:
-        for seed in range(200, 206):
+        for seed in range(300, 306):
             archive.writestr(f"z{seed}.png", encoded(photo(64, 64, seed=seed), "PNG"))
             archive.writestr(f"z{seed}.txt", f"pic, z{seed}")
     return sorted(folder.iterdir())
