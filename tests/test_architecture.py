@@ -1,6 +1,7 @@
 """Who may import whom (docs/architecture.md). Direction only; style is judged by readers."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,12 @@ def test_imports_in_the_engine_point_down():
             other = imported.removeprefix("trainer.")
             if imported.startswith("trainer.") and other in level and other != name:
                 assert level[other] < level[name], f"{name} imports {other}"
+
+
+def test_the_page_about_the_architecture_names_every_module():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = set(re.findall(r"`(\w+)`", page[page.index("| concern |") : page.index("The torch-free modules")]))
+    assert table == {name.partition(".")[0] for name in modules("trainer") if name}
 
 
 def test_no_family_is_named_outside_its_folder():

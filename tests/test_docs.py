@@ -1,5 +1,6 @@
 """Numbers in docs/lora.md, counted anew on models built from the public configurations."""
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from trainer import config, estimate, targets
+from trainer import config, estimate, presets, targets
 from trainer.base_model import DENOISERS, PIPELINES
 from trainer.checkpoint import template_config
 from trainer.safetensors_header import TensorInfo
@@ -103,3 +104,22 @@ def test_sizes_of_the_other_kinds(model, kind, label):
     ]
     cells = " | ".join(f"{count:,}, {count * 2 / 1e6:.1f} MB" for count in counts)
     assert f"| {MODELS[model]} | {label} | {cells} |" in PAGE
+
+
+def test_every_preset_has_alpha_equal_to_rank():
+    assert "every preset here has alpha = rank" in PAGE
+    assert all(preset.config.adapter.alpha == preset.config.adapter.rank for preset in presets.load_presets().values())
+
+
+@pytest.mark.parametrize("name", ["subject", "character", "object", "style"])
+def test_the_guide_says_what_the_recipes_say(name):
+    guide = (Path(__file__).parent.parent / "docs" / "guide.md").read_text(encoding="utf-8")
+    preset = presets.load_preset(f"sd15-{name}")
+    assert re.search(rf"^\| {preset.title} \| [^|]+ \| {preset.pictures} \|$", guide, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", ["lora.md", "guide.md", "architecture.md", "formats.md"])
+def test_every_file_that_is_named_is_there(page):
+    root = Path(__file__).parent.parent
+    for path in re.findall(r"`((?:tests|trainer|app|benchmarks)/[\w/.]+\.py)`", (root / "docs" / page).read_text(encoding="utf-8")):
+        assert (root / path).is_file(), path
