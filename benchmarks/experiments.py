@@ -130,7 +130,7 @@ def key(row: Row) -> str:
 
 def run_row(row: Row, results: Path) -> None:
     """Trains it, judges it and adds its line to the results. Seconds are the processor's, since other programs may run beside."""
-    from trainer.__main__ import run_in
+    from trainer.running import run_in
 
     with tempfile.TemporaryDirectory(prefix="experiment-") as place:
         os.environ["ATELIER_OUTPUTS"] = place

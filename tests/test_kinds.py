@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.tiny import save_tiny_base
-from trainer import adapters, config, estimate, events, prepare, run_folder, targets
+from trainer import adapters, config, estimate, events, export, prepare, run_folder, targets
 from trainer.adapter_file import read_adapter
 from trainer.errors import ConfigError
 from trainer.families import load_base
@@ -103,6 +103,19 @@ def test_delta_w_is_what_the_layer_adds(base, choice):
             theirs = layer(inputs)
             layer.get_base_layer().weight += adapted.change(weight)
             torch.testing.assert_close(layer.get_base_layer()(inputs), theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("targets", ["attention", "linear+conv"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_little_was_learned_survives_the_rounding_of_the_file(base, init, targets, tmp_path):
+    """A start along W is as large as W itself, and is taken off again."""
+    module, generator = injected(base, init=init, targets=targets, rank=8), torch.Generator().manual_seed(0)
+    for parameter in adapters.trainable(module).values():
+        parameter.data += 1e-3 * torch.randn(parameter.shape, generator=generator)
+    modules = list(adapters.adapted_modules({"unet": module}))
+    assert all(adapted.delta.norm() < 0.1 * adapters.base_weight(module, adapted.name).norm() for adapted in modules)
+    export.save_adapter(tmp_path / "a.safetensors", "kohya", modules, base.family, torch.float16, {})
+    export.verify(tmp_path / "a.safetensors", modules)
 
 
 @pytest.mark.parametrize("rank", [3, 40])

@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 
 from tests.tiny import TEXT_WIDTH, save_tiny_base
 from trainer import config, estimate, run_folder, textual_inversion
-from trainer.__main__ import run_in
 from trainer.config import Base
 from trainer.errors import ConfigError, ModelError
 from trainer.events import EventLog
 from trainer.families import load_base
 from trainer.prepare import prepare
+from trainer.running import run_in
 from trainer.sample import Sampler, SampleRequest, StackedAdapter
 from trainer.textual_inversion import Embedding
 

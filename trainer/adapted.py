@@ -109,3 +109,11 @@ def _tucker(core: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
 
 
 PRODUCTS = {"lora": _lora, "dora": _lora, "loha": _loha, "lokr": _lokr}
+
+
+def decompose(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular vectors and values of up @ down, by way of the small product of their triangles: [out, r], [r], [r, inputs]."""
+    left, first = torch.linalg.qr(up)
+    right, second = torch.linalg.qr(down.flatten(1).T)
+    inner_left, sizes, inner_right = torch.linalg.svd(first @ second.T, full_matrices=False)
+    return left @ inner_left, sizes, inner_right @ right.T

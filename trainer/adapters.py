@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from trainer import config
-from trainer.adapted import AdaptedModule, kind_of
+from trainer.adapted import AdaptedModule, decompose, kind_of
 from trainer.batches import seed_for
 from trainer.errors import ConfigError
 from trainer.fused_lora import fuse
@@ -254,10 +254,19 @@ def _tensors(layer: BaseTunerLayer, adapter: str, copy: Callable[[Tensor], Tenso
     if adapter not in layer.lora_A:
         return {}
     tensors = {"lora_down.weight": copy(layer.lora_A[adapter].weight), "lora_up.weight": copy(layer.lora_B[adapter].weight)}
-    if adapter == ADAPTER and hasattr(layer, "start_down"):  # s B A - s B0 A0 as one product of twice the rank
-        tensors["lora_down.weight"] = torch.cat([tensors["lora_down.weight"], _copy(layer.start_down)])
-        tensors["lora_up.weight"] = torch.cat([tensors["lora_up.weight"], -_copy(layer.start_up)], dim=1)
+    if adapter == ADAPTER and hasattr(layer, "start_down"):
+        down = torch.cat([tensors["lora_down.weight"], _copy(layer.start_down)])
+        tensors |= _as_one_product(torch.cat([tensors["lora_up.weight"], -_copy(layer.start_up)], dim=1), down)
     if adapter in layer.lora_magnitude_vector:
         lengths = copy(layer.lora_magnitude_vector[adapter].weight)
         tensors["dora_scale"] = lengths.reshape(-1, *[1] * (tensors["lora_down.weight"].dim() - 1))
     return tensors
+
+
+def _as_one_product(up: Tensor, down: Tensor) -> dict[str, Tensor]:
+    """B A - B0 A0, of at most twice the rank, by its own directions: side by side, each half is as large as W, and rounding them to
+    fp16 would leave an error as large as what was learned between them."""
+    left, sizes, right = decompose(up.double().flatten(1), down.double())
+    root = sizes.sqrt()
+    shaped = (root[:, None] * right).float().reshape(len(root), *down.shape[1:])
+    return {"lora_down.weight": shaped, "lora_up.weight": (left * root).float().reshape(len(up), len(root), *up.shape[2:])}

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainer.adapted import AdaptedModule
+from trainer.adapted import AdaptedModule, decompose
 from trainer.adapter_file import AdapterFile
 from trainer.adapter_keys import checkpoint_places
 from trainer.errors import ModelError
@@ -60,14 +60,6 @@ def pair(module: AdaptedModule) -> tuple[Tensor, Tensor]:
     left, sizes, right = torch.linalg.svd(delta.flatten(1), full_matrices=False)
     rank = max(1, int((sizes > NOTHING * sizes[0]).sum()))
     return left[:, :rank] * sizes[:rank], right[:rank].reshape(rank, *delta.shape[1:])
-
-
-def decompose(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular vectors and values of up @ down, by way of the small product of their triangles: [out, r], [r], [r, inputs]."""
-    left, first = torch.linalg.qr(up)
-    right, second = torch.linalg.qr(down.flatten(1).T)
-    inner_left, sizes, inner_right = torch.linalg.svd(first @ second.T, full_matrices=False)
-    return left @ inner_left, sizes, inner_right @ right.T
 
 
 def as_module(component: str, name: str, up: Tensor, down: Tensor) -> AdaptedModule:
