@@ -57,6 +57,16 @@ def make(run_id: object, wishes: dict[str, Any]) -> str:
     return _start(folder, [*command, "--to", dialect, "--precision", precision, "--output", str(target), "--json"], target)
 
 
+def shrink(run_id: object, rank: object) -> str:
+    """Starts making a smaller file in the format of the finished one. Returns the job's id."""
+    folder = runs.resolve(run_id)
+    try:
+        facts = json.loads((folder / "learned.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise StateError("It is not known how large this adapter has to be; choose a rank under Tools in the Library.") from None
+    return make(run_id, {"dialect": facts.get("dialect"), "precision": facts.get("precision"), "rank": rank})
+
+
 def state(job_id: object) -> dict:
     """How far a job is: {"progress": [done, total]}, its result, or its one sentence of error. Asked for the last time, it is forgotten."""
     job = _jobs.get(str(job_id))

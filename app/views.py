@@ -1,5 +1,6 @@
 """Run folders as plain data for the views that the browser draws. No markup, no Gradio."""
 
+import json
 import statistics
 from datetime import datetime
 from pathlib import Path
@@ -206,6 +207,26 @@ def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
         total, weight = keep * total + loss, keep * weight + 1
         result.append((step, total / weight))
     return result
+
+
+def learned() -> dict:
+    """Where the shown run's adapter changes the base, and how much of its rank it uses."""
+    folder = runs.shown()
+    if folder is None or not (current := runs.status(folder)).adapters or current.is_active:
+        return {}
+    try:
+        facts = json.loads((folder / "learned.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # of an older version
+        return {}
+    by_use = sorted((module for module in facts["modules"] if "enough" in module), key=lambda module: -module["enough"]["99"])
+    return {
+        "run": folder.name,
+        "blocks": facts["blocks"],
+        "rank": facts.get("rank", 0),
+        "spectrum": facts.get("spectrum", []),
+        "enough": facts.get("enough", {}),
+        "modules": [[module["name"], len(module["values"]), module["enough"]["95"], module["enough"]["99"]] for module in by_use],
+    }
 
 
 def samples() -> dict:

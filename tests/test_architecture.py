@@ -63,6 +63,8 @@ LEVELS = [
     {"families"},
     {"export", "stack", "metadata", "examples"},
     {"tools", "textual_inversion"},
+    {"tools"},
+    {"learned"},
     {"sample", "info"},
     {"class_pictures"},
     {"start_from"},

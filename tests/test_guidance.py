@@ -1,5 +1,7 @@
 """The run guides: which save is the best, when to end, and what the numbers say."""
 
+import json
+import time
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from trainer import config, events, guidance, probe, run_folder
+from trainer import config, events, guidance, learned, probe, run_folder
+from trainer.adapted import AdaptedModule
+from trainer.adapter_file import read_adapter
 from trainer.errors import ConfigError
 from trainer.events import Validated
 from trainer.running import STOPPED, run_in
@@ -282,3 +286,56 @@ def test_each_save_is_probed_without_the_trigger(train_tiny):
     assert len(shown["rows"]) == 2 and len(shown["likeness"]) == 3
     plain = run_folder.status(train_tiny(changes | {"sampling.prompts": ["the moon"]}))
     assert not any(found.file for found in plain.probes) and plain.losses == status.losses and views.samples()["without"] is None
+
+
+def test_the_spectrum_tells_the_rank_that_would_have_been_enough():
+    """A change of known singular values: 10, 3, 1 and 0.1."""
+    draws = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(8, 4, generator=draws))[0] for _ in range(2))
+    tensors = {"lora_up.weight": left * torch.tensor([10.0, 3.0, 1.0, 0.1]), "lora_down.weight": right.T.contiguous()}
+    modules = [AdaptedModule("unet", "down_blocks.1.attentions.0.to_q", "lora", tensors, 1.0)]
+    modules.append(AdaptedModule("text_encoder", "encoder.layers.2.self_attn.q_proj", "lora", tensors, 0.5))
+    found = learned.learned(modules)
+    assert found["blocks"] == [["down 1", pytest.approx(110.01**0.5, rel=1e-4)], ["text 2", pytest.approx(110.01**0.5 / 2, rel=1e-4)]]
+    assert found["modules"][0]["values"] == pytest.approx([10, 3, 1, 0.1], rel=1e-3)
+    assert found["enough"] == found["modules"][0]["enough"] == {"95": 2, "99": 2} and found["rank"] == 4
+    assert sum(found["spectrum"]) == pytest.approx(1) and found["spectrum"][0] == pytest.approx(100 / 110.01, rel=1e-3)
+    assert learned.enough([[6.0, 3.0, 1.0]]) == {"95": 3, "99": 3} and learned.enough([[99.5, 0.5]]) == {"95": 1, "99": 1}
+
+
+@pytest.mark.parametrize(
+    "component, name, block",
+    [
+        ("unet", "mid_block.attentions.0.proj_in", "middle"),
+        ("unet", "up_blocks.2.resnets.0.conv1", "up"),
+        ("transformer", "transformer_blocks.11.attn.to_q", "block"),
+        ("text_encoder_2", "text_model.encoder.layers.3.mlp.fc1", "text 2"),
+    ],
+)
+def test_every_family_has_its_blocks(component, name, block):
+    assert learned.block_of(AdaptedModule(component, name, "lora", {}, 1.0))[1] == block
+
+
+def test_a_finished_run_shows_what_it_learned_and_is_made_smaller_by_a_click(train_tiny):
+    from app import views
+    from app.tabs import train as tab
+
+    folder = train_tiny({"training.text_encoder_learning_rate": 1e-3, "adapter.rank": 3, "saving.precision": "fp32"})
+    shown = views.learned()
+    assert [name for name, norm in shown["blocks"] if norm > 0] == ["down 0", "middle", "up 1", "text 0", "text 1"]
+    assert shown["rank"] == 3 and 1 <= shown["enough"]["95"] <= shown["enough"]["99"] <= 3 and len(shown["modules"]) > 10
+    job = tab.shrink({"run": folder.name, "rank": 1})["job"]
+    end = time.monotonic() + 200
+    while "progress" in (answer := tab.shrunk({"job": job})):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    assert {module.rank for module in read_adapter(folder / answer["file"]["name"]).modules} == {1}
+    assert "whole number" in tab.shrink({"run": folder.name, "rank": 0.5})["error"]
+    (folder / "learned.json").unlink()
+    assert views.learned() == {} and "Library" in tab.shrink({"run": folder.name, "rank": 1})["error"]
+
+
+@pytest.mark.parametrize("kind", ["dora", "loha"])
+def test_kinds_without_a_plain_spectrum_still_show_where_they_learned(train_tiny, kind):
+    facts = json.loads((train_tiny({"adapter.kind": kind, "training.steps": 2, "saving.saves": 1}) / "learned.json").read_text())
+    assert "enough" not in facts and any(norm > 0 for _, norm in facts["blocks"])

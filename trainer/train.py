@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from trainer import adapters, cache, estimate, events, export, guidance, memory, metadata, probe, run_folder, textual_inversion
+from trainer import adapters, cache, estimate, events, export, guidance, learned, memory, metadata, probe, run_folder, textual_inversion
+from trainer.adapter_file import read_adapter
 from trainer.base_model import DENOISERS
 from trainer.batches import batch_at
 from trainer.config import RunConfig, fingerprint, replace
@@ -525,6 +526,7 @@ def finish(session: Session, step: int, clock: float) -> Path:
     if session.trigger:
         saved = session.folder / next(iter(adapter_names(session, chosen).values()))
         export.copy_adapter(run_folder.embedding_of(saved), run_folder.embedding_of(file))
+    learned.write(session.folder, read_adapter(file).modules, next(iter(names)), session.run.saving.precision)
     if step < session.total_steps and not status.ended_early:
         run_folder.withdraw(session.folder, "stop")
         session.log.append(Stopped(step, file.name, chosen))

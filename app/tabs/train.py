@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from app import datasets, device, form, preflight, recipes, runs, views
+from app import datasets, device, form, preflight, recipes, runs, toolbench, views
 from app.drawn import drawn
 from app.page import Page
 from trainer import base_model, config, estimate, foreign_configs, presets, run_folder
@@ -55,9 +55,11 @@ def build(page: Page) -> dict[str, Any]:
             progress = drawn("progress", elem_id="progress", server_functions=[act, read_log])
             curve = drawn("curve", elem_id="curve")
             samples = drawn("samples", elem_id="samples")
+            learned = drawn("learned", elem_id="learned", server_functions=[shrink, shrunk])
     page.follow(progress, views.progress)
     page.follow(curve, views.curve)
     page.follow(samples, views.samples)
+    page.follow(learned, views.learned)
     own = {
         "fields": fields,
         "line": line,
@@ -441,5 +443,21 @@ def act(data: dict) -> dict:
 def read_log(data: dict) -> dict:
     try:
         return {"text": runs.read_log(data.get("run"))}
+    except TrainerError as error:
+        return {"error": str(error)}
+
+
+def shrink(data: dict) -> dict:
+    """Starts making a file of a smaller rank."""
+    try:
+        return {"job": toolbench.shrink(data.get("run"), data.get("rank"))}
+    except TrainerError as error:
+        return {"error": str(error)}
+
+
+def shrunk(data: dict) -> dict:
+    """How far that is."""
+    try:
+        return toolbench.state(data.get("job"))
     except TrainerError as error:
         return {"error": str(error)}
