@@ -106,11 +106,6 @@ def test_sizes_of_the_other_kinds(model, kind, label):
     assert f"| {MODELS[model]} | {label} | {cells} |" in PAGE
 
 
-def test_every_preset_has_alpha_equal_to_rank():
-    assert "every preset here has alpha = rank" in PAGE
-    assert all(preset.config.adapter.alpha == preset.config.adapter.rank for preset in presets.load_presets().values())
-
-
 @pytest.mark.parametrize("name", ["subject", "character", "object", "style"])
 def test_the_guide_says_what_the_recipes_say(name):
     guide = (Path(__file__).parent.parent / "docs" / "guide.md").read_text(encoding="utf-8")

@@ -73,7 +73,8 @@ def read(measured: Sequence[Validated], ended: bool = False) -> Reading | None:
     While the held-out loss falls, what is learned holds for pictures that were never seen. When it is flat the work is done. When it
     rises while the loss on the training pictures goes on falling, only these are learned (the thresholds were chosen on the small base).
     """
-    points = [point for point in measured if point.training_loss is not None]
+    training = {point.step: point.training_loss for point in measured if point.training_loss is not None}
+    points = [point for point in measured if point.step in training]
     if len(points) < 2:
         return None
     first, last, lowest = points[0], points[-1], min(points, key=lambda point: point.loss)
@@ -90,11 +91,11 @@ def read(measured: Sequence[Validated], ended: bool = False) -> Reading | None:
         return Reading("learning", 0.05, said, "burning" if burning else "weak" if ended else "")
     risen = (last.loss - lowest.loss) / fallen
     if risen > RISEN and is_worse(last, lowest):
-        if last.training_loss > lowest.training_loss:
+        if training[last.step] > training[lowest.step]:
             return Reading("learning", 0.05, f"Since step {lowest.step} both losses rise: the learning rate is too high.", "burning")
         sentence = (
-            f"Since step {lowest.step} the loss falls only on the training pictures ({last.training_loss / first.training_loss:.0%} of the "
-            f"base's) and rises on the others ({last.loss / lowest.loss - 1:+.0%}): it copies them."
+            f"Since step {lowest.step} the loss falls only on the training pictures ({training[last.step] / training[first.step]:.0%} of "
+            f"the base's) and rises on the others ({last.loss / lowest.loss - 1:+.0%}): it copies them."
         )
         return Reading("memorising", 2 / 3 + min(1.0, risen) / 3, sentence, "overfit")
     falls = (before.loss - last.loss) / fallen
