@@ -46,6 +46,7 @@ def view(run: RunConfig, folder_name: str, recipe: Preset | None) -> dict:
     checks = [
         *_tracking_checks(run),
         *_devices_checks(run),
+        *_quantization_checks(run),
         *_base_checks(run),
         *_memory_checks(run, needs),
         *_disk_checks(run),
@@ -136,6 +137,17 @@ def _devices_checks(run: RunConfig) -> list[dict]:
         return []
     text = f"The settings ask for {run.training.devices} GPUs; this machine has {device.count()}."
     return [check("bad", text, f"Use {device.count()}", changes={"training.devices": device.count()})]
+
+
+def _quantization_checks(run: RunConfig) -> list[dict]:
+    how = run.base.quantization
+    cure: dict[str, Any] = {"cure": "Keep the base whole", "changes": {"base.quantization": "none"}}
+    if how != "none" and not device.has_cuda():
+        return [check("bad", f"Holding the base in {how.replace('bit', ' bits')} needs an NVIDIA GPU.", **cure)]
+    if how != "none" and not find_spec("bitsandbytes"):
+        text = f"Holding the base in {how.replace('bit', ' bits')} needs a package: pip install bitsandbytes."
+        return [check("bad", text, **cure)]
+    return []
 
 
 def _base_checks(run: RunConfig) -> list[dict]:

@@ -181,6 +181,11 @@ class Dataset(Section):
     prior_loss_weight: Annotated[float, Field(gt=0, le=10)] = 1.0
     """How much the class pictures count against the training pictures."""
 
+    @property
+    def captions_vary(self) -> bool:
+        """Whether a picture is seen with more than one caption."""
+        return self.shuffle_tags or self.tag_dropout > 0 or self.caption_wildcards
+
 
 class Adapter(Section):
     """What is trained beside the frozen base: W' = W + (alpha / rank) B A, or one of its relatives."""
@@ -343,6 +348,8 @@ class Sampling(Section):
     """How the noise is taken away, by the name other programs give it. auto: DPM++ 2M, and Euler for Stable Diffusion 3, which knows only Euler and Heun."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1
     """Seed of the first sample; the second takes the next one, and so on. It stays the same through the run, so that only the adapter changes."""
+    vae_tiling: bool = False
+    """Turn the finished latents into a picture tile by tile: far less memory at 1024 pixels, with faint differences between the tiles. The training is not touched."""
 
 
 class Saving(Section):

@@ -3,6 +3,7 @@
 The trainer uses the very same functions, so that what the page says is what happens.
 """
 
+import importlib.util
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -154,14 +155,16 @@ class Costs:
     width: int
     linear_share: float
     """Of the denoiser's weights, those in linear layers: only these can be kept in 8 or 4 bits."""
+    vae_side: int
+    """Pixels along a side of the pictures that the VAE was made for."""
     latent_step: int = 8
     """Pixels per latent position along a side."""
 
 
 COSTS = {
-    "StableDiffusionPipeline": Costs(305, 80, 0.51, 0.68, {"unet": 860e6, "text_encoder": 123e6, "vae": 84e6}, 320, 0.31),
+    "StableDiffusionPipeline": Costs(305, 80, 0.51, 0.68, {"unet": 860e6, "text_encoder": 123e6, "vae": 84e6}, 320, 0.31, 512),
     "StableDiffusionXLPipeline": Costs(
-        535, 58, 0.35, 0.47, {"unet": 2567e6, "text_encoder": 123e6, "text_encoder_2": 695e6, "vae": 84e6}, 320, 0.87
+        535, 58, 0.35, 0.47, {"unet": 2567e6, "text_encoder": 123e6, "text_encoder_2": 695e6, "vae": 84e6}, 320, 0.87, 1024
     ),
     "StableDiffusion3Pipeline": Costs(
         154,
@@ -171,6 +174,7 @@ COSTS = {
         {"transformer": 2243e6, "text_encoder": 123e6, "text_encoder_2": 695e6, "text_encoder_3": 4762e6, "vae": 84e6},
         1536,
         1.0,
+        1024,
     ),
 }
 # Coefficients that hold for every kind. Assumed from the libraries' code; to be replaced by measurements.
@@ -181,6 +185,7 @@ TEXT_KEPT = 0.4  # bytes that a trained text encoder keeps per parameter and ima
 FORWARD_KEPT = 12  # as Costs.kept, where no gradient is wanted
 VAE_ENCODE, VAE_DECODE = 5, 8  # feature maps of full size and first width (float32) alive at the peak
 VAE_WIDTH = 128
+VAE_TILES = 2  # along a side of a picture of the VAE's own size, where it works tile by tile
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 QUANTIZED_BYTES = {
     "8bit": 1.0,
@@ -220,6 +225,7 @@ class Size:
     """By component."""
     width: int
     latent_step: int
+    vae_side: int
     vae_width: int = VAE_WIDTH
 
     @property
@@ -237,7 +243,7 @@ def size_of(run: RunConfig) -> Size:
     if folder is None:
         costs = COSTS[kind_by_name(run.base.model)]
         parameters = {part: count for part, count in costs.parameters.items() if run.base.t5 or part not in T5_PARTS}
-        return Size(costs, parameters, costs.width, costs.latent_step)
+        return Size(costs, parameters, costs.width, costs.latent_step, costs.vae_side)
     return _measured_size(inspect(folder, run.base.t5))
 
 
@@ -256,7 +262,8 @@ def _measured_size(base: BaseFiles) -> Size:
     widths = denoiser.get("block_out_channels") or [costs.width]
     if "transformer" in base.configs:
         widths = [int(denoiser["num_attention_heads"]) * int(denoiser["attention_head_dim"])]
-    return Size(costs, counted, int(widths[0]), 2 ** (len(levels) - 1), int(levels[0]))
+    side = base.configs["vae"].get("sample_size", costs.vae_side)
+    return Size(costs, counted, int(widths[0]), 2 ** (len(levels) - 1), int(side), int(levels[0]))
 
 
 def memory(run: RunConfig, device: str) -> Memory:
@@ -272,23 +279,27 @@ def memory(run: RunConfig, device: str) -> Memory:
     per_weight = linear_share * linear + (1 - linear_share) * bytes_each
     weights = {"denoiser": size.denoiser * per_weight, "text": size.text_encoders * bytes_each, "vae": size.parameters.get("vae", 0) * 4}
     unit = (run.dataset.resolution / size.latent_step) ** 2 * size.width * bytes_each * FRAGMENTS
-    pixels = run.dataset.resolution**2 * size.vae_width * 4 * FRAGMENTS
+    feature_map = size.vae_width * 4 * FRAGMENTS  # bytes by pixel
+    tile = size.vae_side // VAE_TILES if run.sampling.vae_tiling else run.dataset.resolution
+    encoding = VAE_ENCODE * run.dataset.resolution**2 * feature_map
+    decoding = VAE_DECODE * min(tile, run.dataset.resolution) ** 2 * feature_map
     kept = size.costs.kept_checkpointed if training.gradient_checkpointing else size.costs.kept
     learned = run.adapter.trigger_vectors or any(map(training.rate_of, ("text_encoder", "text_encoder_2")))
     trained_text = size.text_encoders if learned else 0
     adapter = _adapter_parameters(run, size) * ADAPTER_BYTES
     base = LIBRARIES_BYTES[device]
     resident = base + weights["denoiser"] + adapter
+    text = weights["text"] if learned or run.dataset.captions_vary else 0  # else all texts are encoded once
     activations = pictures_per_pass(run) * (kept * unit + trained_text * TEXT_KEPT)
-    drawing = max(2 * FORWARD_KEPT * unit, VAE_DECODE * pixels)
+    drawing = max(2 * FORWARD_KEPT * unit, decoding)
     if device == "cpu":
         everything = base + sum(weights.values())
-        return Memory(everything, everything + VAE_ENCODE * pixels, everything + adapter + activations, everything + adapter + drawing)
+        return Memory(everything, everything + encoding, everything + adapter + activations, everything + adapter + drawing)
     return Memory(
         load=base,
-        cache=base + weights["vae"] + weights["text"] + VAE_ENCODE * pixels,
-        step=resident + (weights["text"] if trained_text else 0) + activations,
-        sample=resident + weights["vae"] + weights["text"] + drawing,
+        cache=base + weights["vae"] + weights["text"] + encoding,
+        step=resident + text + activations,
+        sample=resident + text + weights["vae"] + drawing,
     )
 
 
@@ -313,9 +324,14 @@ def fit(run: RunConfig, device: str, available: float) -> dict[str, object]:
     """
     changes: dict[str, object] = {}
 
-    def fits() -> bool:
-        return memory(config.replace(run, changes), device).peak <= available
+    def needs() -> Memory:
+        return memory(config.replace(run, changes), device)
 
+    def fits() -> bool:
+        return needs().peak <= available
+
+    if not fits() and needs().worst == "sample":
+        changes["sampling.vae_tiling"] = True
     if not fits() and run.base.precision == "fp32" and device == "cuda":
         changes["base.precision"] = "auto"
     if not fits() and not run.training.gradient_checkpointing:
@@ -325,9 +341,19 @@ def fit(run: RunConfig, device: str, available: float) -> dict[str, object]:
     while not fits() and batch > 1:
         batch = max(n for n in range(1, batch) if effective % n == 0)
         changes |= {"training.batch_size": batch, "training.gradient_accumulation_steps": effective // batch}
+    if device == "cuda" and can_quantize(run):
+        for how in ("8bit", "4bit"):
+            if not fits():
+                changes["base.quantization"] = how
     if not fits() and device == "cpu" and run.base.precision in ("auto", "fp32"):
         changes["base.precision"] = "bf16"
     return changes
+
+
+def can_quantize(run: RunConfig) -> bool:
+    """Whether the base may be held in fewer bits than it is."""
+    is_here = importlib.util.find_spec("bitsandbytes") is not None
+    return is_here and run.base.quantization == "none" and run.adapter.kind in ("lora", "rslora")
 
 
 def expected_seconds_per_step(run: RunConfig, device: str, cores: int = 1) -> float:

@@ -13,6 +13,7 @@ import torch
 
 from trainer.config import RunConfig
 from trainer.errors import OutOfMemory
+from trainer.estimate import VAE_TILES
 from trainer.events import Event, EventLog, MemoryRelieved
 
 T = TypeVar("T")
@@ -110,11 +111,16 @@ def earlier(events: Iterable[Event]) -> list[MemoryRelieved]:
 
 
 def set_tiling(vae: Any, tiled: bool) -> None:
-    """The VAE on one picture after another, each in tiles; or as it was."""
+    """The VAE on one picture after another, each in tiles of half its own side; or as it was.
+
+    diffusers would take tiles as large as the pictures the VAE was made for, which leaves just those pictures whole.
+    """
     for name in ("slicing", "tiling"):
         switch = getattr(vae, f"{'enable' if tiled else 'disable'}_{name}", None)
         if switch is not None:
             switch()
+    side = vae.config.sample_size // VAE_TILES
+    vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def release() -> None:

@@ -33,7 +33,7 @@ from trainer.quantization import quantize
 from trainer.start_from import settings_from, start
 from trainer.targets import check_names
 from trainer.textual_inversion import Embedding
-from trainer.variants import caption_varies, without_trigger
+from trainer.variants import without_trigger
 
 
 @dataclass
@@ -144,10 +144,9 @@ def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None =
         )
     ladder.catch_up("cache", 0)
     with world.main_first():
-        examples, class_examples, texts = ladder.attempt(
+        examples, held_out, class_examples, texts = ladder.attempt(
             "cache", 0, lambda: _encode_all(run, base, items, device, log, "cache" in ladder.tiled)
         )
-    examples, held_out = hold_out(run, examples)
     if run.training.early_stop and {e.name for e in held_out} & {e.name for e in examples}:
         log.append(Warned("training.early_stop does nothing here: too few pictures to hold some out, so the run goes to its end."))
     return assemble(run, folder, log, ladder, device, precision, base, examples, held_out, class_examples, texts, world)
@@ -216,8 +215,8 @@ def _can_be_recorded(run: RunConfig) -> bool:
 
 def _encode_all(
     run: RunConfig, base: LoadedBase, items: Sequence[DatasetItem], device: torch.device, log: EventLog, tiled: bool
-) -> tuple[list[Example], list[Example], dict[str, Conditioning] | None]:
-    """The pictures, the class pictures, and the conditioning of all texts where it does not change."""
+) -> tuple[list[Example], list[Example], list[Example], dict[str, Conditioning] | None]:
+    """The pictures, those held out, the class pictures, and the conditioning of all texts where it does not change."""
     pipe, (vae_hash, encoder_hash) = base.pipe, base_hashes(base)
     _warn_of_long_captions(base, items, log)
     text_encoders = base.family.text_encoders(pipe).values()
@@ -226,7 +225,7 @@ def _encode_all(
     set_tiling(pipe.vae, tiled)
     vae_hash += " tiled" if tiled else ""  # other latents than those of the whole picture, if only a little
     class_items = class_pictures.collect(run, base, device, log)
-    examples = make_examples(run, base, items, Path(run.dataset.folder), vae_hash, log)
+    examples, held_out = hold_out(run, make_examples(run, base, items, Path(run.dataset.folder), vae_hash, log))
     class_examples = []
     if class_items:
         class_examples = make_examples(
@@ -234,15 +233,22 @@ def _encode_all(
         )
     pipe.vae.to("cpu")
     learned = run.adapter.trigger_vectors or any(map(run.training.rate_of, base.family.trainable_text_encoders(pipe)))
-    if learned or caption_varies(run.dataset):
-        return examples, class_examples, None
-    captions = ["", *(e.caption for e in [*examples, *class_examples])]
+    if learned or run.dataset.captions_vary:
+        return examples, held_out, class_examples, None
+    captions = ["", *(e.caption for e in [*examples, *held_out, *class_examples])]
     if run.objective.prior_preservation:
         captions += [without_trigger(caption, run.dataset) for caption in captions]
-    texts = encode_texts(base, captions, encoder_hash)
+    prompts = sample_prompts(run, examples)
+    prompts += [run.sampling.negative_prompt, *(without_trigger(prompt, run.dataset) for prompt in prompts)]
+    texts = encode_texts(base, [*captions, *prompts], encoder_hash)
     for part in text_encoders:
         part.to("cpu")
-    return examples, class_examples, texts
+    return examples, held_out, class_examples, texts
+
+
+def sample_prompts(run: RunConfig, examples: Sequence[Example]) -> list[str]:
+    """The chosen prompts, else the captions of two pictures."""
+    return list(run.sampling.prompts) or [e.caption for e in examples if e.resolution == run.dataset.resolution][:2]
 
 
 def base_hashes(base: LoadedBase) -> tuple[str, str]:

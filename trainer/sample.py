@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -28,7 +29,7 @@ from trainer.config import Base
 from trainer.device import DTYPES, choose_device, choose_precision
 from trainer.errors import ModelError, TrainerError
 from trainer.families import LoadedBase, load_base
-from trainer.families.base import PLAIN_READING, denoiser_of, pixel_step
+from trainer.families.base import PLAIN_READING, Conditioning, denoiser_of, pixel_step
 from trainer.files import atomic_write
 from trainer.stack import Layer, Stack
 from trainer.textual_inversion import put_on, read_beside
@@ -102,10 +103,12 @@ def generate(
     width: int = 0,
     height: int = 0,
     sampler: str = "auto",
+    texts: Mapping[str, Conditioning] | None = None,
 ) -> Image.Image:
     """One picture from a base on its device; sides are rounded down to whole latents, 0 is the base's own size.
 
-    The noise is drawn on the CPU, so that a seed means the same everywhere.
+    The noise is drawn on the CPU, so that a seed means the same everywhere. Where `texts` has the prompts encoded already, the text
+    encoders may lie elsewhere.
     """
     pipe = base.pipe
     kind, options = samplers_of(pipe)[sampler_name(pipe, sampler)]
@@ -115,7 +118,7 @@ def generate(
     width, height = (max(step, (side or own) // step * step) for side in (width, height))
     try:
         latents = pipe(
-            **read_prompts(base, prompt, negative_prompt),
+            **read_prompts(base, prompt, negative_prompt, texts),
             width=width,
             height=height,
             num_inference_steps=inference_steps,
@@ -131,11 +134,17 @@ def generate(
     return pipe.image_processor.postprocess(decoded, output_type="pil", do_denormalize=[True])[0]
 
 
-def read_prompts(base: LoadedBase, prompt: str, negative_prompt: str) -> dict[str, Any]:
-    """The prompts as the pipeline takes them: as text, or encoded where the run reads them in a way that the pipeline does not know."""
-    if base.reading == PLAIN_READING:
+def read_prompts(
+    base: LoadedBase, prompt: str, negative_prompt: str, texts: Mapping[str, Conditioning] | None = None
+) -> dict[str, Any]:
+    """The prompts as the pipeline takes them: as text, or encoded where that was done before, or is done as the pipeline does not know."""
+    if texts is None and base.reading == PLAIN_READING:
         return {"prompt": prompt, "negative_prompt": negative_prompt or None}
-    encoded = base.encode([prompt, negative_prompt])
+    if texts is None:
+        encoded = base.encode([prompt, negative_prompt])
+    else:
+        encoded = {name: torch.stack([each[name] for each in (texts[prompt], texts[negative_prompt])]) for name in texts[prompt]}
+    encoded = {name: tensor.to(base.denoiser.device) for name, tensor in encoded.items()}
     return {name: tensor[:1] for name, tensor in encoded.items()} | {f"negative_{name}": tensor[1:] for name, tensor in encoded.items()}
 
 

@@ -40,7 +40,7 @@ from trainer.events import (
 )
 from trainer.graphs import GraphedPredict
 from trainer.optimizers import lr_factor, optimizer_state, restore_optimizer, set_learning_rate, try_optimizer
-from trainer.prepare import Session, optimizer_for, prepare
+from trainer.prepare import Session, optimizer_for, prepare, sample_prompts
 from trainer.sample import generate, sampler_name, save_sample
 from trainer.state import State, check_unchanged, load_state, restore_parameters, save_state
 from trainer.step import VALIDATION_TIMESTEPS, fixed_losses, microbatch_loss, training_loss, validation_losses
@@ -440,23 +440,19 @@ def adapter_names(session: Session, step: int | None = None) -> dict[str, str]:
     return {first: f"{stem}.safetensors", **others}
 
 
-def sample_prompts(session: Session) -> list[str]:
-    """The chosen prompts, else the captions of two pictures."""
-    return list(session.run.sampling.prompts) or [e.caption for e in session.examples if e.resolution == session.run.dataset.resolution][:2]
-
-
 def sample(session: Session, step: int) -> None:
     """One picture a prompt, and what they give away. A failure here is a warning: the training itself is fine."""
     chosen, pipe, side = session.run.sampling, session.base.pipe, session.run.dataset.resolution
-    homes = {part: part.device for part in (pipe.vae, *session.base.family.text_encoders(pipe).values())}
-    prompts, drawn = sample_prompts(session), []
+    text_encoders = session.base.family.text_encoders(pipe).values() if session.texts is None else ()
+    homes = {part: part.device for part in (pipe.vae, *text_encoders)}
+    prompts, drawn = sample_prompts(session.run, session.examples), []
     session.ladder.catch_up("sample", step)
 
     def draw(settings: dict) -> Image.Image:
-        memory.set_tiling(pipe.vae, "sample" in session.ladder.tiled)
+        memory.set_tiling(pipe.vae, chosen.vae_tiling or "sample" in session.ladder.tiled)
         for part in homes:
             part.to(session.device)
-        return generate(session.base, **settings, width=side, height=side, sampler=chosen.sampler)
+        return generate(session.base, **settings, width=side, height=side, sampler=chosen.sampler, texts=session.texts)
 
     def make(prompt: str, seed: int, file: str) -> Image.Image:
         settings: dict[str, Any] = {
@@ -493,7 +489,7 @@ def probed(session: Session, step: int, prompt: str, drawn: Sequence[Image.Image
     """Draws the first prompt without its trigger and compares it with the base's; how near the samples come to the training pictures."""
     dataset, seed = session.run.dataset, session.run.sampling.seed
     facts: dict[str, Any] = {}
-    without = without_trigger(prompt, dataset) if dataset.trigger else prompt
+    without = without_trigger(prompt, dataset)
     if without != prompt:
         picture = make(without, seed, sample_file(step, "without"))
         facts = {"prompt": without, "seed": seed, "file": sample_file(step, "without")}

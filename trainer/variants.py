@@ -62,14 +62,9 @@ def apply_look(image: Image.Image, look: Look) -> Image.Image:
 # Words
 
 
-def caption_varies(settings: config.Dataset) -> bool:
-    """Whether a picture is seen with more than one caption."""
-    return settings.shuffle_tags or settings.tag_dropout > 0 or settings.caption_wildcards
-
-
 def vary_caption(wording: str, settings: config.Dataset, draws: random.Random | None) -> str:
     """The caption of one view. Without draws the plain one: the first line, the first choices, every tag in its place."""
-    if not caption_varies(settings):
+    if not settings.captions_vary:
         return wording
     caption = wording
     if settings.caption_wildcards:
@@ -90,6 +85,8 @@ def vary_caption(wording: str, settings: config.Dataset, draws: random.Random | 
 
 
 def without_trigger(caption: str, settings: config.Dataset) -> str:
-    """The caption of something like the subject: the words for its class in the place of the trigger."""
+    """The caption of something like the subject: the words for its class in the place of the trigger, where there is one."""
+    if not settings.trigger:
+        return caption
     text = re.sub(rf"(?<!\w){re.escape(settings.trigger)}(?!\w)", lambda _: settings.class_words, caption, flags=re.IGNORECASE)
     return re.sub(r"\s+", " ", text).strip(" ,")
