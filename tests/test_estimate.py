@@ -68,6 +68,32 @@ def test_fitting_changes_as_little_as_needed() -> None:
     assert estimate.fit(config.replace(run, {"base.precision": "fp32"}), "cuda", 1e9)["base.precision"] == "auto"
 
 
+def test_fitting_tiles_the_samples_and_rounds_the_base_where_that_helps(monkeypatch) -> None:
+    peak = estimate.memory(SDXL, "cuda").peak
+    assert estimate.fit(SDXL, "cuda", peak - 1) == {"sampling.vae_tiling": True}, "samples are what takes most"
+    assert "base.quantization" not in estimate.fit(SDXL, "cuda", 1e9), "without the package a run would be refused"
+    monkeypatch.setattr(estimate.importlib.util, "find_spec", lambda name: name == "bitsandbytes")
+    assert estimate.fit(SDXL, "cuda", 7e9) == {"sampling.vae_tiling": True, "base.quantization": "8bit"}
+    assert estimate.fit(SDXL, "cuda", 1e9)["base.quantization"] == "4bit"
+    assert "base.quantization" not in estimate.fit(config.replace(SDXL, {"adapter.kind": "dora"}), "cuda", 1e9)
+
+
+@pytest.mark.parametrize("name, card", [("sd15-small-gpu", 4), ("sdxl-small-gpu", 8), ("sd35m-small-gpu", 12)])
+def test_the_recipes_for_small_cards_fit_them(name: str, card: int) -> None:
+    """With the share of the card that the page plans with; the recipe they are made from does not."""
+    small, large = (presets.load_preset(each) for each in (name, name.replace("small-gpu", "subject")))
+    assert f"{card} GB" in small.purpose
+    assert estimate.memory(small.config, "cuda").peak <= 0.94e9 * card < estimate.memory(large.config, "cuda").peak
+
+
+def test_text_encoders_leave_the_card_where_all_texts_are_known_beforehand() -> None:
+    def sampling(**changes) -> float:
+        return estimate.memory(config.replace(SDXL, {name.replace("__", "."): value for name, value in changes.items()}), "cuda").sample
+
+    assert sampling(dataset__shuffle_tags=True) - sampling() == pytest.approx((123e6 + 695e6) * 2)
+    assert sampling(training__text_encoder_learning_rate=1e-5) == sampling(dataset__shuffle_tags=True)
+
+
 def test_a_guess_of_the_time_grows_with_the_work() -> None:
     seconds = estimate.expected_seconds_per_step
     assert seconds(SD15, "cuda") < seconds(SDXL, "cuda") < seconds(SDXL, "cpu", 4) < seconds(SDXL, "cpu", 1)

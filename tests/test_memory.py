@@ -4,11 +4,14 @@ import shutil
 
 import pytest
 import torch
+from PIL import ImageChops
 from safetensors.torch import load_file
 
+from tests.tiny import save_tiny_base
 from trainer import cache, config, events, families, memory, optimizers, prepare, run_folder, train
 from trainer.memory import CHECKPOINT, FREE, SPLIT, TILE
 from trainer.running import run_in
+from trainer.sample import generate
 
 
 def failing(monkeypatch, module, name, times, error=None, only=lambda *args: True):
@@ -103,6 +106,45 @@ def test_a_base_that_does_not_fit_while_loading_is_no_damaged_base(tiny_run, mon
     failing(monkeypatch, StableDiffusionPipeline, "from_pretrained", 1)
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 0 and relieved(folder) == [("load", 0, FREE)]
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl", "sd35-medium"])
+def test_samples_are_drawn_without_the_text_encoders_where_these_learn_nothing(tiny_run, tmp_path, monkeypatch, kind):
+    """From prompts that were encoded once: the same pictures as from the encoders themselves."""
+    base = save_tiny_base(tmp_path / "base", kind=kind)
+    changes = {
+        "base.model": str(base),
+        "training.text_encoder_learning_rate": 0,
+        "dataset.trigger": "zorbit",
+        "sampling.prompts": ["zorbit, red"],
+    }
+    folder = run_folder.create(tiny_run(changes))
+    session = prepare.prepare(config.load(folder / "run.toml"), folder, events.EventLog(folder / "events.jsonl"))
+    settings = {"prompt": "zorbit, red", "negative_prompt": "", "seed": 1, "inference_steps": 2, "guidance_scale": 3.0}
+    by_encoders = generate(session.base, **settings)
+    for part in session.base.family.text_encoders(session.base.pipe).values():
+        monkeypatch.setattr(part, "forward", None)
+    difference = ImageChops.difference(by_encoders, generate(session.base, **settings, texts=session.texts))
+    assert max(high for _, high in difference.getextrema()) <= 1
+    train.sample(session, 0)
+    status = run_folder.status(folder)
+    assert len(status.samples) == 1 and status.probes and not status.warnings
+
+
+def test_tiles_are_smaller_than_the_pictures_the_vae_was_made_for(tiny_base, monkeypatch):
+    """diffusers' own are as large as those, and so spare nothing there."""
+    vae = families.load_base(config.Base(model=str(tiny_base)), torch.float32).pipe.vae
+    side, decoded = vae.config.sample_size, []
+    monkeypatch.setattr(vae.decoder, "forward", lambda z, real=vae.decoder.forward: decoded.append(z.shape[-1]) or real(z))
+    latents = torch.randn(1, 4, *[side // 2 ** (len(vae.config.block_out_channels) - 1)] * 2, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = vae.decode(latents).sample
+        memory.set_tiling(vae, True)
+        tiled = vae.decode(latents).sample
+        memory.set_tiling(vae, False)
+        assert torch.equal(vae.decode(latents).sample, whole)
+    assert decoded[0] == decoded[-1] == latents.shape[-1] and len(decoded) > 5 and max(decoded[1:-1]) == latents.shape[-1] // 2
+    assert tiled.shape == whole.shape and not torch.equal(tiled, whole)
 
 
 def test_a_step_in_pieces_learns_the_same(tiny_run):

@@ -297,7 +297,7 @@ def memory(run: RunConfig, device: str) -> Memory:
         return Memory(everything, everything + encoding, everything + adapter + activations, everything + adapter + drawing)
     return Memory(
         load=base,
-        cache=base + weights["vae"] + weights["text"] + encoding,
+        cache=base + max(weights["vae"] + encoding, weights["text"]),
         step=resident + text + activations,
         sample=resident + text + weights["vae"] + drawing,
     )

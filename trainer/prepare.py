@@ -11,7 +11,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from trainer import adapters, cache, class_pictures, config, estimate, textual_inversion
+from trainer import adapters, cache, class_pictures, config, estimate, quantization, textual_inversion
 from trainer.adapter_file import read_adapter
 from trainer.attention import choose_attention, use_attention
 from trainer.base_model import DENOISERS, locate
@@ -29,7 +29,6 @@ from trainer.graphs import GraphedPredict
 from trainer.memory import Ladder, set_tiling
 from trainer.objective import Noised, Objective
 from trainer.optimizers import build_optimizer, try_optimizer, warmup_steps
-from trainer.quantization import quantize
 from trainer.start_from import settings_from, start
 from trainer.targets import check_names
 from trainer.textual_inversion import Embedding
@@ -129,6 +128,8 @@ def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None =
     items = override_repeats(items, root, run.dataset.repeats)
     device = choose_device()
     precision = choose_precision(run.base.precision, device)
+    if run.base.quantization != "none":  # before the long work
+        quantization.working(run.base.quantization, DTYPES[precision], device)
     with world.main_first() if world.agree(locate(run.base) is None) else nullcontext():  # one downloads it, all read it
         base = ladder.attempt("load", 0, lambda: load_base(run.base, DTYPES[precision], run.dataset.caption_tokens, report))
     for note in base.files.notes:
@@ -170,7 +171,7 @@ def assemble(
     attention, why = choose_attention(device, DTYPES[precision])
     use_attention(base.denoiser, attention)
     if run.base.quantization != "none":
-        quantize(base.denoiser, run.base.quantization, DTYPES[precision], device)
+        quantization.quantize(base.denoiser, run.base.quantization, DTYPES[precision], device)
         ladder.attempt("load", 0, lambda: base.denoiser.to(device))  # there the weights are rounded, before an adapter is put on them
     components = _inject(run, base)
     trigger = textual_inversion.fresh(run, base) if run.adapter.trigger_vectors else None
@@ -220,8 +221,7 @@ def _encode_all(
     pipe, (vae_hash, encoder_hash) = base.pipe, base_hashes(base)
     _warn_of_long_captions(base, items, log)
     text_encoders = base.family.text_encoders(pipe).values()
-    for part in (pipe.vae, *text_encoders):
-        part.to(device)
+    pipe.vae.to(device)
     set_tiling(pipe.vae, tiled)
     vae_hash += " tiled" if tiled else ""  # other latents than those of the whole picture, if only a little
     class_items = class_pictures.collect(run, base, device, log)
@@ -231,7 +231,9 @@ def _encode_all(
         class_examples = make_examples(
             class_pictures.settings(run), base, class_items, Path(run.dataset.regularisation_folder), vae_hash, log
         )
-    pipe.vae.to("cpu")
+    pipe.vae.to("cpu")  # the text encoders follow it: together they would take more than either needs
+    for part in text_encoders:
+        part.to(device)
     learned = run.adapter.trigger_vectors or any(map(run.training.rate_of, base.family.trainable_text_encoders(pipe)))
     if learned or run.dataset.captions_vary:
         return examples, held_out, class_examples, None

@@ -15,7 +15,7 @@ def quantize(denoiser: nn.Module, how: str, dtype: torch.dtype, device: torch.de
     Convolutions, norms and the text encoders stay as they are: bitsandbytes has no convolutions, and a frozen text encoder is off the
     device while training. Raises ConfigError where bitsandbytes is missing or does not work on this device.
     """
-    bitsandbytes = _working(how, dtype, device)
+    bitsandbytes = working(how, dtype, device)
     for name, layer in list(denoiser.named_modules()):
         if isinstance(layer, nn.Linear):
             parent, _, child = name.rpartition(".")
@@ -37,8 +37,8 @@ def _rounded(bitsandbytes: Any, layer: nn.Linear, how: str, dtype: torch.dtype) 
     return new.requires_grad_(False)
 
 
-def _working(how: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """bitsandbytes, after one layer was run forward and backward on the device."""
+def working(how: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """bitsandbytes, after one layer was run forward and backward on the device. Raises ConfigError where that does not work."""
     if device.type != "cuda":
         raise ConfigError(f"base.quantization = {how} needs an NVIDIA GPU, and the device here is {device.type}; set it to none.")
     try:

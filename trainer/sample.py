@@ -134,9 +134,7 @@ def generate(
     return pipe.image_processor.postprocess(decoded, output_type="pil", do_denormalize=[True])[0]
 
 
-def read_prompts(
-    base: LoadedBase, prompt: str, negative_prompt: str, texts: Mapping[str, Conditioning] | None = None
-) -> dict[str, Any]:
+def read_prompts(base: LoadedBase, prompt: str, negative_prompt: str, texts: Mapping[str, Conditioning] | None = None) -> dict[str, Any]:
     """The prompts as the pipeline takes them: as text, or encoded where that was done before, or is done as the pipeline does not know."""
     if texts is None and base.reading == PLAIN_READING:
         return {"prompt": prompt, "negative_prompt": negative_prompt or None}
