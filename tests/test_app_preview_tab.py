@@ -70,3 +70,16 @@ def test_prompts_are_kept_once_and_the_latest_first(outputs) -> None:
     assert previews.prompts()[:2] == ["39", "38"] and len(previews.prompts()) == previews.PROMPTS_KEPT
     (previews.folder() / "prompts.json").write_text("{broken")
     assert previews.prompts() == []
+
+
+def test_whoever_looks_at_the_newest_save_goes_on_to_the_next(values) -> None:
+    run, other = values["run"], f"{values['ink'].split('/')[0]}/x"
+    newest = [("maya", f"{run}/maya.safetensors")]
+
+    def shown(save: str, before: str) -> str:
+        return preview.show_saves(run, save, newest, [("maya", f"{run}/{before}"), ("ink", other)])[0].value
+
+    assert shown("maya-000080.safetensors", before="maya-000080.safetensors") == "maya.safetensors"
+    assert shown("maya-000040.safetensors", before="maya-000080.safetensors") == "maya-000040.safetensors", "chosen by hand"
+    assert shown("gone.safetensors", before="maya-000080.safetensors") == "maya.safetensors"
+    assert preview.show_saves("gone", "x", newest, [])[1] == newest

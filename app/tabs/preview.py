@@ -50,6 +50,9 @@ def build(page: Page) -> dict[str, Any]:
     new_seed.click(lambda: random.randrange(2**31), None, fields["seed"], **QUIET)
     page.on_load(lambda: choose_run(None), own["run_outputs"])
     page.follow(fields["run"], _run_choices, _show_runs)
+    newest, newest_before = gr.State([]), gr.State([])
+    page.follow(newest, _file_choices)
+    newest.change(show_saves, [fields["run"], fields["save"], newest, newest_before], [fields["save"], newest_before], **QUIET)
     # Without an adapter every control here would be a dead one.
     page.follow(controls, lambda: bool(_run_choices()), lambda some: gr.Column(visible=some))
     page.follow(pictures, lambda: {"is_empty": not _run_choices()})
@@ -182,6 +185,15 @@ def _save_choices(folder: Path) -> list[tuple[str, str]]:
     if current.finished:
         saves.insert(0, (f"The finished file (step {current.finished.step})", current.finished.file))
     return [(label, file) for label, file in saves if (folder / file).is_file()]
+
+
+def show_saves(run_id: str | None, save: str | None, newest: list, before: list) -> list:
+    """The saves as they come. Whoever looks at the newest one goes on to the next; any other choice stays. Also what is newest now."""
+    if run_id not in [value for _, value in _run_choices()]:
+        return [gr.skip(), newest]
+    choices = _save_choices(runs.resolve(run_id))
+    followed = f"{run_id}/{save}" in [value for _, value in before] or save not in [file for _, file in choices]
+    return [gr.Dropdown(choices, value=choices[0][1] if choices and followed else save), newest]
 
 
 def choose_run(run_id: str | None) -> list:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from app import runs
+from tests.browser import staged
 from tests.browser.conftest import wait_for
 from trainer import config, events, run_folder
 from trainer.base_model import EMBEDDED_FOLDER
@@ -160,3 +161,14 @@ def test_a_caption_is_typed_on_while_the_tab_is_drawn_anew(open_page, server) ->
     assert box.input_value() == words
     caption = server.outputs / "datasets" / "typed" / first.with_suffix(".txt").name
     wait_for(lambda: caption.exists() and caption.read_text().strip() == words, "the caption on the disk")
+
+
+def test_the_preview_goes_on_to_the_newest_save(open_page, server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It chose the first save when that came; what is downloaded later is what is shown then."""
+    monkeypatch.setenv("ATELIER_OUTPUTS", str(server.outputs))
+    folder = staged.stage("followed", 20)
+    with staged.at_work(folder):
+        page = open_page("preview")
+        page.wait_for_function("document.querySelector('#preview-save input')?.value.startsWith('Step 20')")
+        staged.finish(folder)
+        page.wait_for_function("document.querySelector('#preview-save input').value.startsWith('The finished file')")

@@ -95,7 +95,7 @@ def wait_until_finished(page, server) -> Path:
     )
     assert page.locator("#progress .at-pill").inner_text() == "Finished", page.locator("#progress").inner_text()
     assert page.locator("#progress .at-figures").inner_text().startswith("16 / 16")
-    captions = page.locator("#samples figcaption").all_inner_texts()
+    captions = page.locator("#samples .at-samples").first.locator("figcaption").all_inner_texts()
     assert captions[0] == "Base" and len(captions) == 3 and sum("★" in caption for caption in captions) == 1
     assert page.locator("#curve svg polyline").count() >= 2
     return next(folder for folder in run_folder.list_runs(server.outputs / "runs") if "zorbit" in folder.name)
@@ -105,6 +105,7 @@ def compare_at_strength(page, server) -> Image.Image:
     """Moves the slider by keyboard and gives the picture with the adapter."""
     page.locator("#progress").get_by_role("button", name="Preview").click()
     page.wait_for_function(f"document.querySelector('#preview-prompt textarea')?.value === '{PROMPT}'")
+    page.wait_for_function("document.querySelector('#preview-save input').value.startsWith('The finished file')")
     page.locator("#preview-strength input[type=range]").focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
