@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 
 from trainer import config, distributed, events, run_folder
 from trainer.errors import ConfigError
-from trainer.running import run_in
+from trainer.running import STOPPED, run_in
 
 ROOT = Path(__file__).parent.parent
 SHARED = {"training.batch_size": 2, "training.gradient_accumulation_steps": 2, "saving.precision": "fp32", "training.ema_decay": 0.9}
@@ -153,14 +155,27 @@ def test_what_accelerate_config_left_on_the_machine_is_not_read(trained):
     assert [s.precision for s in started] == ["fp32", "fp32"] and not started[0].device.startswith("8 x")
 
 
-def test_devices_start_torch_s_launcher(tiny_run, capfd):
+def test_devices_start_torch_s_launcher_and_a_stop_is_no_failure(tiny_run, capfd):
     """The whole way of the page and the command line: one command, two processes, one folder."""
-    folder = run_folder.create(tiny_run({"training.devices": 2, "training.steps": 2, "saving.saves": 1}))
-    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        assert run_in(folder) == 0, capfd.readouterr().err[-2000:]
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+    folder = run_folder.create(
+        tiny_run({"training.devices": 2, "training.steps": 100_000, "saving.saves": 1, "saving.state_every": 100_000})
+    )
+    before = [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)]
+
+    def stop_after_a_step():
+        until = time.monotonic() + 240
+        while run_folder.status(folder).step < 2 and time.monotonic() < until:
+            time.sleep(0.2)
+        run_folder.request(folder, "stop")
+
+    thread = threading.Thread(target=stop_after_a_step)
+    thread.start()
+    code = run_in(folder)
+    said = capfd.readouterr().err
+    thread.join()
     status = run_folder.status(folder)
-    assert status.state == "finished" and status.started.device.startswith("2 x CPU") and len(status.losses) == 2
+    assert status.state == "stopped" and status.started.device.startswith("2 x CPU") and (folder / "tiny.safetensors").is_file(), said[
+        -2000:
+    ]
+    assert code == STOPPED and "FAILED" not in said
+    assert [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)] == before

@@ -1,10 +1,8 @@
 """Whether this process is one of several that train together, and how to start them."""
 
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,10 @@ def rank() -> int:
     return int(os.environ.get("RANK") or 0) if is_one_of_several() else 0
 
 
-def start_several(count: int, folder: Path, on_signal: Callable[[], None]) -> int:
-    """Trains the run of a folder with so many processes of this machine; returns the exit code when all have ended.
+def start_several(count: int, folder: Path) -> int:
+    """Trains the run of a folder with so many processes of this machine; returns the launcher's exit code when all have ended.
 
-    Torch's elastic launcher ends the others when one ends. It gets a session of its own, so that Ctrl-C reaches this process alone,
-    which asks for the run to be stopped and waits.
+    Torch's elastic launcher ends the others when one fails. It gets a session of its own, so that Ctrl-C reaches this process alone.
     """
     root = str(Path(__file__).resolve().parent.parent)
     environment = os.environ | {
@@ -33,7 +30,4 @@ def start_several(count: int, folder: Path, on_signal: Callable[[], None]) -> in
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     windows = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
     detached: dict[str, Any] = {"creationflags": windows} if windows else {"start_new_session": True}
-    process = subprocess.Popen([*launcher, "-m", "trainer", "resume", str(folder)], env=environment, **detached)
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: on_signal())
-    return process.wait()
+    return subprocess.Popen([*launcher, "-m", "trainer", "resume", str(folder)], env=environment, **detached).wait()

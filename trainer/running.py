@@ -82,7 +82,9 @@ def run_in(
     folder = folder.resolve()
     run = config.load(folder / "run.toml")
     if run.training.devices > 1 and not launch.is_one_of_several():
-        return launch.start_several(run.training.devices, folder, lambda: run_folder.request(folder, "stop"))
+        with _signals_stop(folder):
+            code = launch.start_several(run.training.devices, folder)
+        return STOPPED if run_folder.status(folder).state == "stopped" else code
     if launch.rank() > 0:
         for name in (signal.SIGINT, signal.SIGTERM):  # the first process is told too, and stops all at the same step
             signal.signal(name, signal.SIG_IGN)
@@ -163,6 +165,8 @@ def _train(run: config.RunConfig, folder: Path, log: EventLog, world: "World | N
     if not is_main:
         return 0
     print(f"\n{chosen}")
+    if launch.is_one_of_several():  # whose launcher takes any other code for a failure
+        return 0
     return STOPPED if run_folder.status(folder).state == "stopped" else 0
 
 
