@@ -1,6 +1,7 @@
 """Run folders as plain data for the views that the browser draws. No markup, no Gradio."""
 
 import json
+import math
 import statistics
 from datetime import datetime
 from pathlib import Path
@@ -185,7 +186,11 @@ def curve() -> dict:
         "loss": thin(current.losses),
         "smooth": thin(smooth(current.losses)),
         "validation": current.validation,
-        "training": [(point.step, point.training_loss) for point in current.measured if point.training_loss is not None],
+        "training": [
+            (point.step, point.training_loss)
+            for point in current.measured
+            if point.training_loss is not None and math.isfinite(point.training_loss)
+        ],
         "rates": thin(current.learning_rates, 100),
         "saves": sorted({saved.step for saved in current.adapters}),
         "best": current.best_step,

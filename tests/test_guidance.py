@@ -47,6 +47,19 @@ def test_the_best_is_the_latest_that_is_not_measurably_worse():
     assert guidance.best_save([]) is None
 
 
+def test_a_loss_that_is_no_number_is_the_worst_and_nothing_breaks():
+    """An adapter that overflows half precision, or a base whose own loss could not be measured for want of memory."""
+    nan = float("nan")
+    fine = curve((1.0, 1.0), (0.6, 0.6), (0.5, 0.5))
+    broken = [*fine, Validated(30, nan, [nan, 0.1], nan)]
+    assert guidance.best_save(broken).step == 20 and guidance.best_save(broken[3:]) is None
+    assert guidance.has_run_dry(broken, 1) and not guidance.has_run_dry(fine, 1)
+    reading = guidance.read(broken)
+    assert reading.fault == "burning" and "step 30" in reading.sentence
+    assert guidance.read([*broken, Validated(40, 0.5, [0.49, 0.51], 0.45)]).zone == "ready"
+    assert guidance.read(fine[1:]).zone == "learning"  # without step 0, none of them early enough to compare with
+
+
 @pytest.mark.parametrize(
     "losses, patience, dry",
     [
@@ -211,6 +224,20 @@ def test_what_to_change_follows_the_fault_and_the_settings():
     ready = guidance.Reading("ready", 0.5, "")
     assert guidance.what_to_change(dropping, ready) == []
     assert guidance.what_to_change(dropping, ready, 10_000) == ["to be faster: fewer targets, gradient checkpointing off, a bigger batch"]
+
+
+def test_a_loss_that_is_no_number_leaves_the_page_standing(outputs):
+    from app import views
+
+    folder = run_folder.create(config.RunConfig(name="burnt"))
+    log = events.EventLog(folder / "events.jsonl")
+    for event in events.read_events(RECORDED / "overlong.jsonl"):
+        log.append(event)
+    best = run_folder.status(folder).best_step
+    log.append(Validated(460, float("nan"), [float("nan"), 0.5, 0.4], float("nan")))
+    log.append(events.AdapterSaved(460, "long-000460.safetensors"))
+    assert views.curve()["best"] == best and views.progress()["gauge"]["needle"] < 0.1 and len(views.library()["cards"]) == 1
+    json.dumps(views.curve(), allow_nan=False)
 
 
 def test_page_and_terminal_say_where_a_run_stands(outputs, capsys):

@@ -14,8 +14,11 @@ def worse_by(one: Validated, other: Validated) -> tuple[float, float]:
     """How much higher the held-out loss of one is, and the standard error of that.
 
     Both were measured on the same pictures, noise and timesteps, so their parts are compared in pairs: what makes a picture or a
-    timestep hard cancels out, and a difference far smaller than the scatter of the losses can be told.
+    timestep hard cancels out, and a difference far smaller than the scatter of the losses can be told. A loss that is no finite number,
+    of an adapter that overflows half precision, is the worst.
     """
+    if not math.isfinite(one.loss):
+        return math.inf, 0.0
     pairs = list(zip(one.parts, other.parts, strict=False))
     if len(pairs) < 2:
         return one.loss - other.loss, 0.0
@@ -36,17 +39,18 @@ def best_save(saves: Sequence[Validated]) -> Validated | None:
     the one with more training knows its subject better. Where it has risen for good, all later saves are worse and the choice is early.
     With few held-out pictures the error is that of the draws of noise over these pictures alone (32 at least), and says nothing of others.
     """
-    if not saves:
+    finite = [save for save in saves if math.isfinite(save.loss)]
+    if not finite:
         return None
-    lowest = min(saves, key=lambda save: save.loss)
-    return [save for save in saves if not is_worse(save, lowest)][-1]
+    lowest = min(finite, key=lambda save: save.loss)
+    return [save for save in finite if not is_worse(save, lowest)][-1]
 
 
 def has_run_dry(saves: Sequence[Validated], patience: int) -> bool:
     """Whether the last `patience` saves did not lower the held-out loss (early stopping with patience)."""
     if not patience or len(saves) <= patience:
         return False
-    losses = [save.loss for save in saves]
+    losses = [save.loss if math.isfinite(save.loss) else math.inf for save in saves]
     return min(losses[:-patience]) <= min(losses[-patience:])
 
 
@@ -75,11 +79,16 @@ def read(measured: Sequence[Validated], ended: bool = False) -> Reading | None:
     """
     training = {point.step: point.training_loss for point in measured if point.training_loss is not None}
     points = [point for point in measured if point.step in training]
+    if points and not math.isfinite(points[-1].loss):
+        return Reading(
+            "learning", 0.05, f"The loss at step {points[-1].step} is no finite number: the learning rate is too high.", "burning"
+        )
+    points = [point for point in points if math.isfinite(point.loss)]
     if len(points) < 2:
         return None
     first, last, lowest = points[0], points[-1], min(points, key=lambda point: point.loss)
     fallen = first.loss - lowest.loss
-    before = [point for point in points if point.step <= 0.75 * last.step][-1]
+    before = [first, *(point for point in points if point.step <= 0.75 * last.step)][-1]
     ends = "ended" if ended else "goes on"
     if fallen < HARDLY * first.loss:
         burning = is_worse(last, first)

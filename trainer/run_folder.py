@@ -13,6 +13,7 @@
 A run is alive while its trainer holds the lock; the system lets go of it however the process ends.
 """
 
+import math
 import os
 import re
 import signal
@@ -192,8 +193,8 @@ class RunStatus:
 
     @property
     def validation(self) -> list[tuple[int, float]]:
-        """(step, loss on the held-out pictures)."""
-        return [(point.step, point.loss) for point in self.measured]
+        """(step, loss on the held-out pictures), where that is a number that can be drawn."""
+        return [(point.step, point.loss) for point in self.measured if math.isfinite(point.loss)]
 
     @property
     def is_active(self) -> bool:
