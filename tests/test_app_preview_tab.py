@@ -27,6 +27,7 @@ def values(outputs) -> dict:
         "strength": 1.0,
         "second_strength": 0.6,
         "third_strength": 1.0,
+        **dict.fromkeys(("text_strength", "second_text_strength", "third_text_strength"), ""),  # what an empty field sends
         "width": 0,
         "height": 0,
         "ink": f"{second.name}/ink.safetensors",
@@ -40,8 +41,12 @@ def test_only_the_first_adapter_differs_from_the_base(values) -> None:
     assert [(a.strength, a.text_strength) for a in base.adapters] == [(0.6, 0.2)]
     assert [(a.strength, a.text_strength) for a in adapted.adapters] == [(1.0, 0.5), (0.6, 0.2)]
     assert adapted.adapters[0].file.endswith("maya.safetensors") and adapted.sampler == "Euler a" and base.key() != adapted.key()
+    alike = preview.plan_compare(values | {"third": values["ink"]})[1][1]
+    assert [(a.strength, a.text_strength) for a in alike.adapters] == [(1.0, None), (1.0, None)]
     with pytest.raises(TrainerError, match="is no number"):
         preview.plan_compare(values | {"text_strength": "much"})
+    with pytest.raises(TrainerError, match="Second adapter, in the text encoder: much is no number"):
+        preview.plan_compare(values | {"second": values["ink"], "second_text_strength": "much"})
     with pytest.raises(TrainerError, match="not there any more"):
         preview.plan_compare(values | {"third": "../../x/y.safetensors"})
 

@@ -257,10 +257,8 @@ def _stacked(values: dict[str, Any]) -> list[Adapter]:
         if values[name] not in [value for _, value in _file_choices()]:
             raise TrainerError("One of the further adapters is not there any more; choose another.")
         run, _, file = values[name].partition("/")
-        text = values[f"{name}_text_strength"]
-        stacked.append(
-            Adapter(str(runs.resolve(run) / file), float(values[f"{name}_strength"] or 0), None if text is None else float(text))
-        )
+        text_strength = _optional(values[f"{name}_text_strength"], f"{name.capitalize()} adapter, in the text encoder")
+        stacked.append(Adapter(str(runs.resolve(run) / file), float(values[f"{name}_strength"] or 0), text_strength))
     return stacked
 
 
