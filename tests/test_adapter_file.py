@@ -22,6 +22,7 @@ from trainer.safetensors_header import TensorInfo
 from trainer.sample import Sampler, SampleRequest, StackedAdapter
 from trainer.stack import Layer, Stack
 
+NAMES = [family.name for family in FAMILIES.values()]
 SD3 = {"num_layers": 3, "attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16, "dual_attention_layers": (0,)}
 
 
@@ -376,6 +377,23 @@ def test_an_adapter_of_another_family_is_refused_naming_both(base_of, tmp_path):
         {f"{key}.lora_down.weight": pair()[0], f"{key}.lora_up.weight": b}, tmp_path / "f.safetensors", {"ss_base_model_version": "flux1"}
     )
     assert families_of_adapter(read_adapter(tmp_path / "f.safetensors")) == ["flux1"]
+
+
+@pytest.mark.parametrize(
+    "modules, families",
+    [
+        (["transformer.transformer_blocks.0.attn.to_q"], [name for name in NAMES if name.startswith("Stable Diffusion 3")]),
+        (["transformer.transformer_blocks.0.attn.to_q", "transformer.single_transformer_blocks.0.attn.to_q"], []),
+        (["unet.mid_block.attentions.0.proj_in", "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"], ["Stable Diffusion XL"]),
+        (["unet.mid_block.attentions.0.proj_in", "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"], []),
+    ],
+    ids=["sd3", "flux", "sdxl", "either"],
+)
+def test_an_adapter_without_a_word_is_told_by_what_it_changes(tmp_path, modules, families):
+    a, b = pair()
+    tensors = {f"{module}.{end}.weight": tensor.clone() for module in modules for end, tensor in (("lora_A", a), ("lora_B", b))}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert families_of_adapter(read_adapter(tmp_path / "a.safetensors")) == families
 
 
 def test_adapters_stack_each_at_its_strength_and_text_apart(load, tmp_path):  # noqa: F811

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer import config, estimate, events, presets, run_folder
+from trainer import base_model, config, estimate, events, presets, run_folder
 
 RECORDED = Path(__file__).parent / "recorded"
 SD15, SDXL = (presets.load_preset(name).config for name in ("sd15-subject", "sdxl-subject"))
@@ -35,6 +35,10 @@ def test_a_pause_is_no_measuring() -> None:
         run_folder._apply(status, event)
     assert status.stations == [2.5] and status.images_per_second == 8
     assert status.seconds_left == 8 * 0.5 + 2 * 2.5
+
+
+def test_every_kind_of_base_has_its_costs() -> None:
+    assert set(estimate.COSTS) == set(base_model.PIPELINES)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from tests.tiny import TINY, save_tiny_base
 from trainer import adapters, config, estimate, events, export, hub, metadata, prepare, run_folder, step, targets, train
+from trainer.adapter_file import read_adapter
 from trainer.adapter_keys import diffusers_key
 from trainer.errors import ModelError
-from trainer.families import FAMILIES, family_of, load_base
+from trainer.families import FAMILIES, families_of_adapter, family_of, load_base
 from trainer.families.base import Batch
 from trainer.objective import Noised
 from trainer.optimizers import set_learning_rate
@@ -23,6 +24,7 @@ from trainer.sample import Sampler, SampleRequest, StackedAdapter
 FAMILY_OF = {"sd1": "sd1", "sd2": "sd2", "sd2-v": "sd2", "sdxl": "sdxl", "sdxl-v": "sdxl"}
 FAMILY_OF |= {"sd3": "sd3m", "sd35-medium": "sd35m", "sd35-large": "sd35l"}
 NEW = [kind for kind in TINY if kind != "sd1"]  # the other tests stand on sd1
+LAST = {FAMILY_OF[kind]: kind for kind in NEW}.values()  # one of each family
 
 PROJECTIONS = [f"{attention}_{projection}" for attention in ("attn1", "attn2") for projection in ("to_q", "to_k", "to_v", "to_out_0")]
 TEXT_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -115,9 +117,11 @@ def predict(family, pipe):
 
 @pytest.mark.parametrize("kind", TINY)
 def test_the_family_is_told_by_the_folder(base_of, kind):
-    folder = load_base(config.Base(model=str(base_of(kind))), torch.float32).files
-    assert family_of(folder) is FAMILIES[FAMILY_OF[kind]]
-    assert [name for name, family in FAMILIES.items() if family.matches(folder)] == [FAMILY_OF[kind]], "one family, not two"
+    base = load_base(config.Base(model=str(base_of(kind))), torch.float32)
+    assert family_of(base.files) is FAMILIES[FAMILY_OF[kind]]
+    assert [name for name, family in FAMILIES.items() if family.matches(base.files)] == [FAMILY_OF[kind]], "one family, not two"
+    trained = list(base.family.trainable_text_encoders(base.pipe))
+    assert base.files.trainable_text_encoders == trained, "the page counts by the files what is trained"
 
 
 @pytest.mark.parametrize("kind", NEW)
@@ -137,6 +141,9 @@ def test_what_was_trained_is_what_diffusers_reads(base_of, session_of, tmp_path,
     ends = ENDS[family.dialect]
     assert set(tensors) == {f"{key}.{end}" for key in GOLDEN[FAMILY_OF[kind]] for end in ends}
     export.save_adapter(tmp_path / "a.safetensors", family.dialect, modules, family, torch.float32, {})
+    assert family.name in (families_of_adapter(read_adapter(tmp_path / "a.safetensors")) or [family.name]), (
+        "without a word it is no other's"
+    )
     left_out = dict.fromkeys(session.base.files.left_out)
     fresh = family.pipeline_class.from_pretrained(base_of(kind), **family.pipeline_options, **left_out)
     fresh.load_lora_weights(str(tmp_path / "a.safetensors"))
@@ -148,7 +155,7 @@ def test_what_was_trained_is_what_diffusers_reads(base_of, session_of, tmp_path,
     torch.testing.assert_close(predict(family, fresh), trained, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["sd2-v", "sdxl-v", "sd3", "sd35-medium"])
+@pytest.mark.parametrize("kind", LAST)
 def test_a_whole_run_with_samples_and_a_preview_of_its_file(base_of, train_tiny, tmp_path, kind):
     folder = train_tiny(
         {"base.model": str(base_of(kind)), "training.text_encoder_learning_rate": 1e-2, "training.steps": 3, "saving.saves": 1}
@@ -157,7 +164,9 @@ def test_a_whole_run_with_samples_and_a_preview_of_its_file(base_of, train_tiny,
     file = folder / status.finished.file
     assert [s.step for s in status.samples] == [0, 3] and not status.warnings
     assert {name.rsplit(".lora_", 1)[0].removesuffix(".alpha") for name in load_file(file)} == GOLDEN[FAMILY_OF[kind]]
-    assert read_header(file).metadata["modelspec.prediction_type"] == ("flow" if kind.startswith("sd3") else "v")
+    base = load_base(config.Base(model=str(base_of(kind))), torch.float32)
+    prediction = base.family.objective(base.pipe).prediction_type
+    assert read_header(file).metadata["modelspec.prediction_type"] == {"v_prediction": "v"}.get(prediction, prediction)
     sampler, pictures = Sampler(), []
     for strength in (0.0, 1.0):
         target, adapter = str(tmp_path / f"{strength}.png"), StackedAdapter(str(file), strength)

@@ -102,6 +102,11 @@ def fresh(run):
     return weights, build_optimizer([(weights[:1], rate), (weights[1:], rate)], run)
 
 
+@pytest.mark.parametrize("field, table", [("optimizer", optimizers.OPTIMIZERS), ("lr_schedule", optimizers.SCHEDULES)])
+def test_what_can_be_chosen_is_there(field, table):
+    assert set(config.choices(config.Training.model_fields[field])) == set(table)
+
+
 @pytest.mark.parametrize("name", ON_A_CPU)
 def test_an_optimizer_goes_on_from_its_stored_memory_to_the_bit(name, tmp_path):
     run = run_with(name, warmup=2.0)

@@ -85,8 +85,8 @@ class BaseFiles:
 
     @property
     def trainable_text_encoders(self) -> list[str]:
-        """T5 is never trained: it is larger than all the rest together."""
-        return [part for part in self.text_encoders if part not in T5_PARTS]
+        """Those of CLIP. T5 is never trained: it is larger than all the rest together."""
+        return [part for part in self.text_encoders if all(name.startswith("CLIP") for _, name in PIPELINES[self.pipeline][part])]
 
     @property
     def tokenizers(self) -> list[str]:

@@ -159,13 +159,12 @@ class Costs:
     """Pixels along a side of the pictures that the VAE was made for."""
     latent_step: int = 8
     """Pixels per latent position along a side."""
+    named: tuple[str, ...] = ()
+    """Words, one of which is in the name of a model of this kind; without any it is the kind of all other names."""
 
 
 COSTS = {
     "StableDiffusionPipeline": Costs(305, 80, 0.51, 0.68, {"unet": 860e6, "text_encoder": 123e6, "vae": 84e6}, 320, 0.31, 512),
-    "StableDiffusionXLPipeline": Costs(
-        535, 58, 0.35, 0.47, {"unet": 2567e6, "text_encoder": 123e6, "text_encoder_2": 695e6, "vae": 84e6}, 320, 0.87, 1024
-    ),
     "StableDiffusion3Pipeline": Costs(
         154,
         15,
@@ -175,6 +174,18 @@ COSTS = {
         1536,
         1.0,
         1024,
+        named=("stable-diffusion-3", "sd3"),
+    ),
+    "StableDiffusionXLPipeline": Costs(
+        535,
+        58,
+        0.35,
+        0.47,
+        {"unet": 2567e6, "text_encoder": 123e6, "text_encoder_2": 695e6, "vae": 84e6},
+        320,
+        0.87,
+        1024,
+        named=("xl",),
     ),
 }
 # Coefficients that hold for every kind. Assumed from the libraries' code; to be replaced by measurements.
@@ -249,13 +260,12 @@ def size_of(run: RunConfig) -> Size:
 
 def kind_by_name(model: str) -> str:
     """The pipeline of a model that is not on this machine."""
-    name = model.lower()
-    is_3 = "stable-diffusion-3" in name or "sd3" in name
-    return "StableDiffusion3Pipeline" if is_3 else "StableDiffusionXLPipeline" if "xl" in name else "StableDiffusionPipeline"
+    found = (pipeline for pipeline, costs in COSTS.items() if any(word in model.lower() for word in costs.named))
+    return next(found, "StableDiffusionPipeline")
 
 
 def _measured_size(base: BaseFiles) -> Size:
-    costs = COSTS.get(base.pipeline, COSTS["StableDiffusionPipeline"])
+    costs = COSTS[base.pipeline]
     counted = {part: float(sum(info.numel for info in tensors.values())) for part, tensors in base.tensors.items()}
     levels = base.configs["vae"].get("block_out_channels") or [VAE_WIDTH] * 4
     denoiser = base.configs.get("transformer") or base.configs.get("unet") or {}

@@ -42,6 +42,7 @@ def metadata_for(
     training, adapter, side = run.training, run.adapter, run.dataset.resolution
     base_name = Path(run.base.model).name
     values: dict[str, Any] = {
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         **family.metadata(prediction_type),
         **network(modules),
         "ss_network_dim": Counter(module.rank for module in modules).most_common(1)[0][0] if modules else adapter.rank,
@@ -73,7 +74,6 @@ def metadata_for(
         "ss_training_started_at": started,
         "ss_training_finished_at": finished,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": run.name,
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else prediction_type,

@@ -82,7 +82,7 @@ def _output(parser: argparse.ArgumentParser, dialect: bool = False) -> None:
     if dialect:
         parser.add_argument("--to", choices=DIALECTS, default="kohya", dest="dialect")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp16")
-    parser.add_argument("--family", default="", help="only where the file does not tell: sd1, sd2, sdxl, sd3m, sd35m, sd35l")
+    parser.add_argument("--family", default="", help="such as sdxl; only where the file does not tell")
     parser.add_argument("--output", type=Path, required=True)
 
 

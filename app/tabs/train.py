@@ -152,7 +152,9 @@ def _kind_of(own_base: str) -> str:
             pipeline, is_2 = estimate.kind_by_name(own_base), "stable-diffusion-2" in own_base.lower()
     except TrainerError:  # told at the start of a run, with the reason
         return SD15
-    return {"StableDiffusionXLPipeline": SDXL, "StableDiffusion3Pipeline": SD35M}.get(pipeline, SD21 if is_2 else SD15)
+    of_kind = (base for base in BASE_TITLES if base != EMBEDDED and estimate.kind_by_name(base) == pipeline)
+    found = next(of_kind, SD15)
+    return SD21 if found == SD15 and is_2 else found
 
 
 def _recipe_choices(choices: list[presets.Preset]) -> list[tuple[str, str]]:

@@ -65,9 +65,10 @@ def family_of(files: base_model.BaseFiles) -> ModelFamily:
 def families_of_adapter(file: AdapterFile) -> list[str]:
     """Names of the families an adapter may have been trained for; none where it does not tell.
 
-    Told by the width of the text that its attention reads, by its parts, by what it says of itself; that may be a family unknown here.
+    Told by the width of the text that its attention reads, else by what it says of itself, else by what it changes. What it says may be a
+    family unknown here.
     """
-    parts = {module.component for module in file.modules}
+    paths = {f"{module.component}.{module.name}" for module in file.modules}
     widths = {
         module.to("meta").delta.shape[1] for module in file.modules if module.component == "unet" and module.name.endswith("attn2.to_k")
     }
@@ -75,11 +76,7 @@ def families_of_adapter(file: AdapterFile) -> list[str]:
     for fits in (
         lambda family: family.text_width in widths,
         lambda family: any(word.startswith(family.adapter_marks) for word in said),
-        lambda family: (
-            family.denoiser_name in parts
-            and {"unet": "text_encoder_2" in parts}.get(family.denoiser_name, True)
-            and len(family.text_encoder_keys) == 2
-        ),
+        lambda family: family.owns(paths),
     ):
         if found := [family.name for family in FAMILIES.values() if fits(family)]:
             return found

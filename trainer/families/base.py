@@ -1,7 +1,7 @@
 """What the trainer asks of a model family. Nothing outside this folder knows which family it has."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -106,6 +106,10 @@ class ModelFamily(Protocol):
 
     def matches(self, files: BaseFiles) -> bool:
         """Whether checked model files hold this family."""
+        ...
+
+    def owns(self, paths: Collection[str]) -> bool:
+        """Whether an adapter that says nothing of itself is of this family: told by what it changes, such as "unet.mid_block...to_q"."""
         ...
 
     def denoiser(self, pipe: Any) -> nn.Module: ...

@@ -1,6 +1,6 @@
 """What the UNet families have in common: latents of a VAE, CLIP text encoders, epsilon or v prediction."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -29,6 +29,9 @@ class LatentDiffusion:
     open_clip: Sequence[str] = ()
     skips_layers = True
     reads_in_chunks = True
+
+    def owns(self, paths: Collection[str]) -> bool:
+        return False  # the width of the text tells it, or nothing does
 
     def denoiser(self, pipe: Any) -> nn.Module:
         return denoiser_of(pipe)

@@ -3,7 +3,7 @@
 Captions are read by two CLIP encoders and by T5; a model without T5 has zeros in its place, as in its pipeline.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from trainer.families.latent_diffusion import LatentDiffusion, frozen_dtype, tok
 from trainer.objective import FlowMatchingObjective, Noised
 
 T5_TOKENS = 256  # as in the pipeline, so that training and samples see the same
+TOPS = ("transformer_blocks.", "context_embedder", "time_text_embed", "pos_embed", "norm_out", "proj_out")  # of its transformer
 SIZES = {
     "3m": ("Stable Diffusion 3 Medium", "stable-diffusion-3-m"),
     "35m": ("Stable Diffusion 3.5 Medium", "stable-diffusion-3-5-medium"),
@@ -48,6 +49,10 @@ class StableDiffusion3(LatentDiffusion):
             return False
         config = files.configs["transformer"]
         return self.size == ("35m" if config.get("dual_attention_layers") else "35l" if config.get("qk_norm") else "3m")
+
+    def owns(self, paths: Collection[str]) -> bool:
+        inside = [path.removeprefix("transformer.") for path in paths if path.startswith("transformer.")]
+        return bool(inside) and all(path.startswith(TOPS) for path in inside)
 
     def text_encoders(self, pipe: Any) -> dict[str, nn.Module]:
         t5 = {} if pipe.text_encoder_3 is None else {"text_encoder_3": pipe.text_encoder_3}

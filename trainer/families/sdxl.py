@@ -1,6 +1,6 @@
 """Stable Diffusion XL: two text encoders, and a UNet that is told each picture's size and crop (Podell et al. 2023, arXiv:2307.01952)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,9 @@ class StableDiffusionXL(LatentDiffusion):
     def matches(self, files: BaseFiles) -> bool:
         """Smaller UNets in the same pipeline have other block numbers in the file, which no other program would read."""
         return files.pipeline == "StableDiffusionXLPipeline" and files.configs["unet"].get("layers_per_block", 2) == LAYERS_PER_BLOCK
+
+    def owns(self, paths: Collection[str]) -> bool:
+        return all(any(path.startswith(part) for path in paths) for part in ("unet.", "text_encoder_2."))
 
     def encode_prompts(self, pipe: Any, prompts: Sequence[str], reading: Reading = PLAIN_READING) -> Conditioning:
         """prompt_embeds [B, 77 x chunks, 2048]: the penultimate layers of both encoders side by side;
