@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.tiny import TINY, save_tiny_base
-from trainer import adapters, config, estimate, events, export, hub, metadata, prepare, run_folder, step, targets, train
+from trainer import adapters, base_model, config, estimate, events, export, hub, metadata, prepare, run_folder, step, targets, train
 from trainer.adapter_file import read_adapter
 from trainer.adapter_keys import diffusers_key
 from trainer.errors import ModelError
@@ -124,6 +124,17 @@ def test_the_family_is_told_by_the_folder(base_of, kind):
     assert base.files.trainable_text_encoders == trained, "the page counts by the files what is trained"
 
 
+@pytest.mark.parametrize("kind", TINY)
+def test_a_wider_choice_of_layers_is_wider(base_of, kind):
+    files = base_model.inspect(base_of(kind))
+    shapes = targets.projections(files.tensors[files.denoiser])
+    attention, feed_forward, linear = (
+        targets.choose_targets(config.Adapter(targets=choice), files.denoiser, shapes)
+        for choice in ("attention", "attention+feed-forward", "linear")
+    )
+    assert 0 < len(attention) < len(feed_forward) < len(linear)
+
+
 @pytest.mark.parametrize("kind", NEW)
 def test_what_was_trained_is_what_diffusers_reads(base_of, session_of, tmp_path, kind):
     """A few steps with all text encoders, alpha other than rank; the file in a fresh pipeline: no key missing or left, same effect."""
@@ -141,9 +152,8 @@ def test_what_was_trained_is_what_diffusers_reads(base_of, session_of, tmp_path,
     ends = ENDS[family.dialect]
     assert set(tensors) == {f"{key}.{end}" for key in GOLDEN[FAMILY_OF[kind]] for end in ends}
     export.save_adapter(tmp_path / "a.safetensors", family.dialect, modules, family, torch.float32, {})
-    assert family.name in (families_of_adapter(read_adapter(tmp_path / "a.safetensors")) or [family.name]), (
-        "without a word it is no other's"
-    )
+    told = families_of_adapter(read_adapter(tmp_path / "a.safetensors"))
+    assert not told or family.name in told, "a file without metadata is not taken for another family's"
     left_out = dict.fromkeys(session.base.files.left_out)
     fresh = family.pipeline_class.from_pretrained(base_of(kind), **family.pipeline_options, **left_out)
     fresh.load_lora_weights(str(tmp_path / "a.safetensors"))

@@ -200,6 +200,14 @@ def test_a_file_that_does_not_fit_is_refused_in_a_sentence(learned, bases, tmp_p
         textual_inversion.read_beside([tmp_path / "x-diffusers.safetensors"], sdxl.family)
 
 
+def test_vectors_that_no_encoder_reads_are_refused(bases, tiny_run, monkeypatch):
+    """As of a family that has T5 alone."""
+    base = load_base(Base(model=str(bases["sdxl"])), torch.float32)
+    monkeypatch.setattr(type(base.family), "trainable_text_encoders", lambda self, pipe: {})
+    with pytest.raises(ConfigError, match="no CLIP text encoder reads the captions of Stable Diffusion XL"):
+        textual_inversion.fresh(tiny_run(WORD), base)
+
+
 @pytest.mark.parametrize(
     "changes, sentence",
     [

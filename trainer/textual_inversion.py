@@ -95,7 +95,9 @@ def _readers(base: LoadedBase) -> dict[str, tuple[Any, nn.Module]]:
 
 def fresh(run: RunConfig, base: LoadedBase) -> Embedding:
     """As the settings have it begin: the tokens of the words it starts as, spread over its vectors, or the embedding of the adapter that
-    the run goes on from. Raises ConfigError where that has another number of vectors."""
+    the run goes on from. Raises ConfigError where that has another number of vectors, or nothing reads them."""
+    if not _readers(base):
+        raise ConfigError(f"adapter.trigger_vectors: no CLIP text encoder reads the captions of {base.family.name}; set it to 0.")
     start, vectors, rows = run.adapter.trigger_init or run.dataset.trigger, run.adapter.trigger_vectors, {}
     earlier = read_beside([Path(run.adapter.start_from).expanduser()] if run.adapter.start_from else [], base.family)
     if earlier and earlier[0].vectors != vectors:
