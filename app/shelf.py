@@ -12,7 +12,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from app import form, runs, views
 from trainer import run_folder
 from trainer.errors import StateError, TrainerError
+from trainer.events import SampleSaved
 from trainer.files import atomic_write
+from trainer.run_folder import RunStatus
 
 NOTES = "library.json"
 KEPT_FOR = 7 * 24 * 3600  # seconds that a deleted run can be brought back
@@ -106,13 +108,12 @@ def model_card(run_id: object) -> str:
         "tags: [lora, text-to-image, stable-diffusion]",
         *([f"base_model: {base}"] if on_hub else []),
     ]
-    prompts = list(dict.fromkeys(sample.prompt for sample in current.samples))
-    shown = [f"![{prompt}]({sample.file})" for prompt in prompts for sample in current.samples[-1:] if sample.prompt == prompt]
+    shown = [f"![{sample.prompt}]({sample.file})" for sample in _samples_of(current)]
     trigger = f"Trigger word: `{run.dataset.trigger}`.\n" if run.dataset.trigger else "It has no trigger word.\n"
     body = f"""
 # {name_of(folder)}
 
-A LoRA for {base if on_hub else Path(base).name}, rank {run.adapter.rank}, trained for {current.step} steps. {trigger}
+A LoRA for {base if on_hub else Path(base).name}, rank {run.adapter.rank}, trained for {current.file_step or current.step} steps. {trigger}
 Start at a strength of 0.8.
 
 {chr(10).join(shown)}
@@ -125,6 +126,12 @@ pipe.set_adapters(["it"], [0.8])
 In A1111 and Forge: `<lora:{Path(file["name"]).stem}:0.8>`; in ComfyUI: a Load LoRA node.
 {_embedding_note(file)}"""
     return "\n".join(front) + "\n---\n" + body
+
+
+def _samples_of(current: RunStatus) -> list[SampleSaved]:
+    """Up to four pictures of the save that is handed out; of the last one where it was not sampled."""
+    step = current.file_step or current.step
+    return [sample for sample in current.samples if sample.step == step][:4] or current.samples[-1:]
 
 
 def _embedding_note(file: dict) -> str:
@@ -143,7 +150,7 @@ def push(run_id: object, repository: object, is_private: bool, api: HfApi | None
     card = model_card(run_id)
     try:
         address = api.create_repo(str(repository or ""), private=is_private, exist_ok=True)
-        samples = [sample.file for sample in runs.status(folder).samples[-4:]]
+        samples = [sample.file for sample in _samples_of(runs.status(folder))]
         embedding = [file["embedding"]["name"]] if file["embedding"] else []
         for path in [file["name"], *embedding, *samples]:
             api.upload_file(path_or_fileobj=folder / path, path_in_repo=path, repo_id=address.repo_id)

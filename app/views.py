@@ -275,9 +275,9 @@ def report_href(folder: Path, current: RunStatus) -> str:
 
 
 def final_file(folder: Path, current: RunStatus) -> dict | None:
-    """The adapter to download: the chosen one of a finished run, else the latest save."""
-    name = current.finished.file if current.finished else current.adapters[-1].file if current.adapters else None
-    if name is None or not (folder / name).is_file():
+    """The adapter to download."""
+    name = current.adapter
+    if not name or not (folder / name).is_file():
         return None
     embedding = run_folder.embedding_of(folder / name)
     return {

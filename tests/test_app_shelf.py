@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub.errors import HFValidationError
 
-from app import runs, shelf
-from app.tabs import library
+from app import runs, shelf, views
+from app.tabs import library, preview
 from tests.browser import staged
-from trainer import run_folder
+from trainer import events, run_folder
 from trainer.errors import TrainerError
 
 
@@ -56,6 +56,21 @@ def test_two_runs_side_by_side(finished) -> None:
 def test_the_model_card(finished) -> None:
     card = shelf.model_card(finished.name)
     assert "base_model: someone/model" in card and "`zorbit`" in card and "maya.safetensors" in card and "<lora:maya:0.8>" in card
+    assert "trained for 100 steps" in card and "(samples/000100-0.png)" in card
+
+
+def test_a_card_and_the_preview_tell_of_the_save_that_is_handed_out(finished) -> None:
+    """Of a run that began to memorise, and of one that was stopped: the file is an earlier save than the last."""
+    for end in (events.Finished(100, "maya.safetensors", 60, 31.0, 60), events.Stopped(100, "maya.safetensors", 60)):
+        events.EventLog(finished / "events.jsonl").append(end)
+        card, hub = shelf.model_card(finished.name), Hub()
+        assert "trained for 60 steps" in card and "(samples/000060-0.png)" in card and "000100" not in card
+        shelf.push(finished.name, "me/maya", True, api=hub)
+        assert hub.files == ["maya.safetensors", "samples/000060-0.png", "README.md"]
+        assert preview._save_choices(finished)[0] == ("The finished file (step 60)", "maya.safetensors")
+        assert views.final_file(finished, runs.status(finished))["name"] == "maya.safetensors"
+    events.EventLog(finished / "events.jsonl").append(events.Launched(1, "0"))
+    assert views.final_file(finished, runs.status(finished))["name"] == "maya-000100.safetensors", "a resumed run goes on"
 
 
 class Hub:
@@ -77,6 +92,6 @@ class Hub:
 def test_pushing(finished) -> None:
     hub = Hub()
     shelf.push(finished.name, "me/maya", True, api=hub)
-    assert hub.made == ("me/maya", True) and hub.files[0] == "maya.safetensors" and hub.files[-1] == "README.md" and len(hub.files) == 6
+    assert hub.made == ("me/maya", True) and hub.files[0] == "maya.safetensors" and hub.files[-1] == "README.md" and len(hub.files) == 3
     with pytest.raises(TrainerError, match="like user/name"):
         shelf.push(finished.name, "maya", True, api=hub)

@@ -42,7 +42,7 @@ def test_it_stops_goes_on_and_runs_beside_the_main_thread(tiny_run):
     thread.start()
     thread.join()
     (stopped,) = results
-    assert (stopped.status.state, stopped.status.step, stopped.adapter.name) == ("stopped", 2, "tiny-000002.safetensors")
+    assert (stopped.status.state, stopped.status.step, stopped.adapter.name) == ("stopped", 2, "tiny.safetensors")
     assert run(stopped.folder).status.state == "finished"
 
 

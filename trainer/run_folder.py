@@ -179,6 +179,10 @@ class RunStatus:
     message: str = ""
     """Why it failed, in a sentence."""
     finished: events.Finished | None = None
+    file: str = ""
+    """The adapter that was handed out when it finished or was stopped; "" while there is none."""
+    file_step: int = 0
+    """The save that this file is."""
     launched_at: float = 0.0
     boot: str = ""
     exit_code: int | None = None
@@ -195,6 +199,11 @@ class RunStatus:
     def validation(self) -> list[tuple[int, float]]:
         """(step, loss on the held-out pictures), where that is a number that can be drawn."""
         return [(point.step, point.loss) for point in self.measured if math.isfinite(point.loss)]
+
+    @property
+    def adapter(self) -> str:
+        """The file to hand out: the chosen one of a run that ended, else the latest save; "" before the first."""
+        return self.file or (self.adapters[-1].file if self.adapters else "")
 
     @property
     def is_active(self) -> bool:
@@ -315,7 +324,7 @@ def _apply(result: RunStatus, event: events.Event) -> None:
     match event:
         case events.Launched():
             result.state, result.message, result.launched_at, result.finished = "loading", "", event.time, None
-            result.exit_code, result.boot = None, event.boot
+            result.exit_code, result.boot, result.file = None, event.boot, ""
         case events.TrainerDied():
             result.exit_code = event.exit_code
         case events.Progress():
@@ -354,11 +363,12 @@ def _apply(result: RunStatus, event: events.Event) -> None:
         case events.Continued():
             result.state = "training"
         case events.Stopped():
-            result.state, result.step = "stopped", event.step
+            result.state, result.step, result.file, result.file_step = "stopped", event.step, event.file, event.file_step or event.step
         case events.Failed():
             result.state, result.message = "failed", event.message
         case events.Finished():
             result.state, result.finished, result.step = "finished", event, event.step
+            result.file, result.file_step = event.file, event.file_step or event.step
 
 
 def _forget_after(result: RunStatus, step: int) -> None:

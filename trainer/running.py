@@ -34,7 +34,7 @@ class Result:
     folder: Path
     """Its run folder, with samples, settings and the adapter of every save (docs/architecture.md)."""
     adapter: Path | None
-    """The finished file; None where the run was stopped before its first step."""
+    """The file of the best save (`saving.main`); None where the run was stopped before its first step."""
     status: RunStatus
     """Steps, losses, samples and saves. `state` is "finished", or "stopped" where it was asked to end."""
 
@@ -57,8 +57,7 @@ def run(what: RunConfig | Path, progress: Callable[[Event], None] | None = None)
     status = run_folder.status(folder)
     if code not in (0, STOPPED):
         raise TrainerError(status.message or f"The run in {folder} failed; its log says why.")
-    file = status.finished.file if status.finished else status.adapters[-1].file if status.adapters else ""
-    return Result(folder, folder / file if file else None, status)
+    return Result(folder, folder / status.adapter if status.adapter else None, status)
 
 
 def with_whole_paths(run: config.RunConfig) -> config.RunConfig:

@@ -133,7 +133,7 @@ def _table(found: Sequence[Mapping[str, Any]], paths: Sequence[str]) -> list[str
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    columns = ["validation loss", "lowest", "at step", "seconds", "state", "run"]
+    columns = ["validation loss", "of the best save", "at step", "seconds", "state", "run"]
     lines = [f"| {' | '.join([*paths, *columns])} |", f"|{'---|' * (len(paths) + len(columns))}"]
     for row in found:
         values = [str(row["settings"][path]) for path in paths]

@@ -182,8 +182,8 @@ def _save_choices(folder: Path) -> list[tuple[str, str]]:
     saves = [
         (f"Step {saved.step}{' ★ best' if saved.step == current.best_step else ''}", saved.file) for saved in reversed(current.adapters)
     ]
-    if current.finished:
-        saves.insert(0, (f"The finished file (step {current.finished.step})", current.finished.file))
+    if current.file:
+        saves.insert(0, (f"The finished file (step {current.file_step})", current.file))
     return [(label, file) for label, file in saves if (folder / file).is_file()]
 
 
