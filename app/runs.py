@@ -276,8 +276,8 @@ class Launcher(threading.Thread):
 
     def look(self) -> None:
         for folder, code in self.executor.poll():
-            has_begun = status(folder).launched_at != self.given.pop(folder, 0.0)
-            _bury(folder, code, has_begun)
+            if folder in self.given:  # else it was taken out of the queue, and may wait there again
+                _bury(folder, code, has_begun=status(folder).launched_at != self.given.pop(folder))
         for folder in [folder for folder in self.given if self._is_withdrawn(folder)]:
             self.executor.stop(folder)
             del self.given[folder]

@@ -46,6 +46,22 @@ def test_it_stops_goes_on_and_runs_beside_the_main_thread(tiny_run):
     assert run(stopped.folder).status.state == "finished"
 
 
+def test_a_run_leaves_the_queue_only_when_it_is_seen_at_work(tiny_run):
+    """Else the page, which looks each moment, would end it as one that a person has taken out."""
+    folder = run_folder.create(tiny_run())
+    run_folder.request(folder, "queued")
+    seen = []
+
+    def look(event):
+        seen.append((run_folder.requested(folder, "queued"), run_folder.status(folder).launched_at > 0))
+        if len(seen) == 2:
+            raise TrainerError("enough")
+
+    with pytest.raises(TrainerError, match="enough"):
+        run(folder, progress=look)
+    assert seen[:2] == [(True, True), (False, True)]
+
+
 def test_what_goes_wrong_is_raised_as_a_sentence(tiny_run, tmp_path):
     with pytest.raises(ConfigError, match="dataset.folder"):
         run(RunConfig())

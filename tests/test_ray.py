@@ -138,8 +138,12 @@ def test_a_local_run_that_is_taken_out_of_the_queue_at_the_last_moment_does_not_
     run_folder.withdraw(folder, "queued")
     launcher.look()
     assert process.wait(60) != 0
+    run_folder.request(folder, "queued")  # third thoughts, before the end was noticed
+    launcher._launch = launcher.given.setdefault  # given, and no process
     launcher.look()
-    assert run_folder.status(folder).state == "new" and launcher.executor.process is None
+    assert run_folder.status(folder).state == "queued" and launcher.executor.process is None
+    run_folder.withdraw(folder, "queued")
+    assert run_folder.status(folder).state == "new"
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` (240 MB) is not installed: pip install -c constraints.txt -e .[ray]")

@@ -94,10 +94,11 @@ def run_in(
     events = log(folder / "events.jsonl")
     if progress:
         events.listeners.append(progress)
-    for message in ("queued", "stop", "pause"):
+    for message in ("stop", "pause"):
         run_folder.withdraw(folder, message)
     (folder / report.NAME).unlink(missing_ok=True)  # of an earlier failure
     events.append(Launched(os.getpid(), __version__, run_folder.boot_id()))
+    run_folder.withdraw(folder, "queued")  # only now: before, the page would take it for withdrawn by the person
     try:
         with _signals_stop(folder):
             if not _wait_for(device, folder, events):
