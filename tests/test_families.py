@@ -152,6 +152,8 @@ def test_what_was_trained_is_what_diffusers_reads(base_of, session_of, tmp_path,
     ends = ENDS[family.dialect]
     assert set(tensors) == {f"{key}.{end}" for key in GOLDEN[FAMILY_OF[kind]] for end in ends}
     export.save_adapter(tmp_path / "a.safetensors", family.dialect, modules, family, torch.float32, {})
+    export.save_adapter(tmp_path / "k.safetensors", "kohya", modules, family, torch.float32, {})
+    export.verify(tmp_path / "k.safetensors", modules)
     told = families_of_adapter(read_adapter(tmp_path / "a.safetensors"))
     assert not told or family.name in told, "a file without metadata is not taken for another family's"
     left_out = dict.fromkeys(session.base.files.left_out)

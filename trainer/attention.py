@@ -7,10 +7,13 @@ import time
 from collections.abc import Callable
 
 import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # [B, heads, tokens, head size] each
+# In the place of any other diffusers puts a plain one of xformers, which leaves out what it does besides.
+TAKEN_OVER = (AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0)
 TRIAL_SIZE, TRIAL_REPEATS = (2, 8, 1024, 40), 10  # the attention of SD 1.5 at 256 px
 
 
@@ -20,10 +23,12 @@ def _xformers() -> Attention:
     return lambda q, k, v: memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
-def choose_attention(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def choose_attention(denoiser: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The faster working one of "torch" and "xformers", and a sentence that says why."""
     if device.type != "cuda":
         return "torch", "torch's attention (xformers needs CUDA)"
+    if not all(isinstance(processor, TAKEN_OVER) for processor in denoiser.attn_processors.values()):
+        return "torch", "torch's attention (xformers has no form of this denoiser's)"
     try:
         xformers = _xformers()
         error = _gradient_error(xformers, device, dtype)

@@ -168,7 +168,7 @@ def assemble(
     world: World | None = None,
 ) -> Session:
     """The second half, where all that is trained on is there: the adapter, the optimiser, and the fastest way through the denoiser."""
-    attention, why = choose_attention(device, DTYPES[precision])
+    attention, why = choose_attention(base.denoiser, device, DTYPES[precision])
     use_attention(base.denoiser, attention)
     if run.base.quantization != "none":
         quantization.quantize(base.denoiser, run.base.quantization, DTYPES[precision], device)
