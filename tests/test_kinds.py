@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.tiny import save_tiny_base
-from trainer import adapters, config, estimate, events, export, prepare, run_folder, targets
+from trainer import adapters, config, estimate, events, export, prepare, run_folder, targets, train
 from trainer.adapter_file import read_adapter
 from trainer.errors import ConfigError
 from trainer.families import load_base
@@ -242,7 +242,8 @@ def tensors_of(folder, step):
     return load_file(folder / f"tiny-{step:06d}.safetensors")
 
 
-def test_text_encoders_stop_after_their_share_and_resume_to_the_bit(train_tiny):
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_text_encoders_stop_after_their_share_and_resume_to_the_bit(train_tiny, on_gpu, monkeypatch):
     """The file of step 3 and that of step 6 hold the same text encoder and another UNet, dropout or not."""
     changes = {
         "training.text_encoder_learning_rate": 1e-2,
@@ -250,6 +251,8 @@ def test_text_encoders_stop_after_their_share_and_resume_to_the_bit(train_tiny):
         "adapter.dropout": 0.2,
         "saving.state_every": 2,
     }
+    if on_gpu:  # where gradients are zeroed, not taken away
+        monkeypatch.setattr(train, "clear_gradients", lambda session: session.optimizer.zero_grad(set_to_none=False))
     folder = train_tiny({"saving.precision": "fp32"} | changes)
     halfway, end = tensors_of(folder, 3), tensors_of(folder, 6)
     for name in end:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -66,10 +66,15 @@ class Session:
     """The family's, of the denoiser; made faster where that is possible."""
     world: World
 
-    @property
+    @cached_property
+    def groups(self) -> dict[str, dict[str, nn.Parameter]]:
+        """`parameter_groups`, looked up once: each step asks, and walking through a large denoiser takes many milliseconds."""
+        return parameter_groups(self.components, self.trigger)
+
+    @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, by name; in the order of the optimiser's groups."""
-        return {name: p for group in parameter_groups(self.components, self.trigger).values() for name, p in group.items()}
+        return {name: p for group in self.groups.values() for name, p in group.items()}
 
     @property
     def kept(self) -> dict[str, Tensor]:

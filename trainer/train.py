@@ -178,6 +178,8 @@ def forward_backward(session: Session, buckets: list[list[int]], step: int, scal
     """Sums the gradients of this process's share of the microbatches of a step. Returns its share of their mean loss, without gradients."""
     count, splits = session.run.training.gradient_accumulation_steps, session.ladder.pieces["step"]
     clear_gradients(session)  # of a try that ran out of memory
+    for parameter in (p for name, group in session.groups.items() if not session.learns(name, step) for p in group.values()):
+        parameter.grad = None  # on zeros the optimiser would go on moving it by its momentum
     for name, module in session.components.items():
         module.train(session.learns(name, step))
     total = torch.zeros((), device=session.device)
