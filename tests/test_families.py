@@ -174,7 +174,7 @@ def test_a_whole_run_with_samples_and_a_preview_of_its_file(base_of, train_tiny,
     )
     status = run_folder.status(folder)
     file = folder / status.finished.file
-    assert [s.step for s in status.samples] == [0, 3] and not status.warnings
+    assert [s.step for s in status.samples] == [0, 3] and not status.warnings and not read_adapter(file).remarks
     assert {name.rsplit(".lora_", 1)[0].removesuffix(".alpha") for name in load_file(file)} == GOLDEN[FAMILY_OF[kind]]
     base = load_base(config.Base(model=str(base_of(kind))), torch.float32)
     prediction = base.family.objective(base.pipe).prediction_type

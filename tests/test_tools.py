@@ -134,6 +134,16 @@ def test_the_difference_of_two_bases_becomes_an_adapter(bases):
         tools.extract(plain, plain, rank=2)
 
 
+def test_every_layer_of_a_stable_diffusion_3_is_told_from_another(tmp_path, capsys):
+    """As of two whole trainings, its three text encoders among them; T5 has no place in an adapter."""
+    plain, tuned = (save_tiny_base(tmp_path / str(seed) / "base", seed, "sd3") for seed in (0, 1))
+    code, out, _ = run(capsys, "extract", "--base", plain, "--tuned", tuned, "--rank", "4", "--output", tmp_path / "e.safetensors")
+    file = read_adapter(tmp_path / "e.safetensors")
+    assert code == 0 and "dialect:              diffusers" in out and file.dialect == "diffusers"
+    assert {module.component for module in file.modules} == {"transformer", "text_encoder", "text_encoder_2"}
+    assert "time_text_embed.timestep_embedder.linear_1" in {module.name for module in file.modules}
+
+
 def run(capsys, *arguments):
     code = main([str(a) for a in arguments])
     told = capsys.readouterr()

@@ -74,6 +74,8 @@ def read_adapter(path: Path) -> AdapterFile:
     tensors = _load(path)
     grouped, dialects = _group(path, tensors)
     modules, remarks = _modules(path, grouped, _diffusers_scales(path, metadata))
+    if "atelier_version" in metadata:  # written here, with the whole scale in B where there is no alpha
+        remarks = []
     if len(dialects) > 1:
         remarks.append(f"It mixes the dialects {' and '.join(sorted(dialects))}.")
     return AdapterFile(path, dialects.most_common(1)[0][0], modules, metadata, _dtype(tensors), remarks)

@@ -80,7 +80,7 @@ def _size(parser: argparse.ArgumentParser, zero: str, rank: int = 0) -> None:
 
 def _output(parser: argparse.ArgumentParser, dialect: bool = False) -> None:
     if dialect:
-        parser.add_argument("--to", choices=DIALECTS, default="kohya", dest="dialect")
+        parser.add_argument("--to", choices=DIALECTS, default="", dest="dialect", help="left out: what most programs read for this base")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp16")
     parser.add_argument("--family", default="", help="such as sdxl; only where the file does not tell")
     parser.add_argument("--output", type=Path, required=True)
@@ -253,9 +253,10 @@ def _write(options: argparse.Namespace, report: Report, modules: list, files: li
         if options.family not in known:
             raise ConfigError(f"--family takes one of {', '.join(known)}; got {options.family!r}.")
     family = family or tools.family_for(files[0], options.family)
+    dialect = options.dialect or family.dialect
     values = metadata.metadata_of_tool(options.output.stem, modules, files, family)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    export.save_adapter(options.output, options.dialect, modules, family, DTYPES[options.precision], values)
+    export.save_adapter(options.output, dialect, modules, family, DTYPES[options.precision], values)
     try:
         export.verify(options.output, modules)
     except ModelError:
@@ -264,4 +265,4 @@ def _write(options: argparse.Namespace, report: Report, modules: list, files: li
     ranks = sorted({module.rank for module in modules if module.rank})
     rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "none"
     facts = {key: value for key, value in facts.items() if value}
-    return report.result(file=str(options.output), dialect=options.dialect, rank=rank, **facts)
+    return report.result(file=str(options.output), dialect=dialect, rank=rank, **facts)

@@ -207,9 +207,10 @@ def extract(
 
 
 def differences(plain: LoadedBase, tuned: LoadedBase, conv: bool) -> Iterator[tuple[str, str, Tensor]]:
-    """(component, path, tuned minus plain) where they differ, float64."""
-    for component, whole in plain.components.items():
-        other = tuned.components[component]
+    """(component, path, tuned minus plain) where they differ, float64, in what may have an adapter."""
+    family = plain.family
+    for component in (family.denoiser_name, *family.trainable_text_encoders(plain.pipe)):
+        whole, other = plain.components[component], tuned.components[component]
         for name, layer in whole.named_modules():
             if isinstance(layer, nn.Linear) or (conv and isinstance(layer, nn.Conv2d)):
                 weight = other.get_submodule(name).weight
