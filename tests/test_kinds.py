@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tests.tiny import save_tiny_base
 from trainer import adapters, config, estimate, events, export, prepare, run_folder, targets, train
 from trainer.adapter_file import read_adapter
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, TrainerError
 from trainer.families import load_base
 from trainer.quantization import quantize
 from trainer.running import run_in
@@ -206,6 +206,8 @@ def test_ranks_and_alphas_by_name():
         ({"adapter.kind": "loha", "adapter.dropout": 0.1}, "adapter.dropout does not exist for loha"),
         ({"adapter.kind": "dora", "adapter.module_dropout": 0.1}, "do not exist for dora"),
         ({"adapter.kind": "lokr", "adapter.init": "pissa"}, "does not exist for lokr"),
+        ({"adapter.kind": "lokr", "saving.dialects": ["kohya", "peft"]}, "peft cannot hold adapter.kind = lokr"),
+        ({"adapter.kind": "loha", "saving.dialects": ["diffusers"]}, "diffusers cannot hold adapter.kind = loha"),
         ({"adapter.lokr_factor": 4}, "lokr only"),
         ({"base.quantization": "4bit", "adapter.kind": "dora"}, "use lora or rslora"),
         (
@@ -240,6 +242,42 @@ def test_what_fits_no_module_is_told_before_the_start(tiny_run, changes, words):
 
 def tensors_of(folder, step):
     return load_file(folder / f"tiny-{step:06d}.safetensors")
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"adapter.target_pattern": "nowhere"}, "fits no module of the unet"),
+        ({"adapter.start_from": "/nowhere.safetensors"}, "no adapter file"),
+        ({"training.learning_rate": 0.0, "training.text_encoder_2_learning_rate": 1e-3}, "Nothing would be trained"),
+        ({"training.optimizer_args": ["momentum=0.9"]}, "takes no momentum"),
+        ({"adapter.kind": "dora", "base.model": "sd3"}, "use lora or rslora there"),
+        ({"sampling.sampler": "DDIM", "base.model": "sd3"}, "There are: Euler, Heun"),
+    ],
+)
+def test_what_cannot_be_trained_is_told_before_the_pictures_are_encoded(tiny_run, tmp_path, monkeypatch, changes, words):
+    """Which takes minutes."""
+    if changes.get("base.model") == "sd3":
+        changes = changes | {"base.model": str(save_tiny_base(tmp_path / "sd3", kind="sd3")), "objective.weighting": "sigma_sqrt"}
+    monkeypatch.setattr(prepare, "_encode_all", lambda *_: pytest.fail("the pictures were encoded first"))
+    with pytest.raises(TrainerError, match=words):
+        prepare.prepare(tiny_run(changes), tmp_path, events.SilentLog())
+
+
+def test_a_run_goes_on_from_a_file_also_where_the_base_is_quantised(train_tiny, tiny_run, tmp_path, monkeypatch):
+    """Weights of 4 bits are stored in another shape, which says nothing of the file (a stand-in: bitsandbytes needs a GPU)."""
+    file = train_tiny({"training.steps": 1, "saving.saves": 1}) / "tiny.safetensors"
+
+    def flattened(denoiser, *_):
+        for layer in denoiser.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.weight = torch.nn.Parameter(layer.weight.reshape(-1, 1)[::2], requires_grad=False)
+
+    monkeypatch.setattr(prepare.quantization, "working", lambda *_: None)
+    monkeypatch.setattr(prepare.quantization, "quantize", flattened)
+    run = tiny_run({"adapter.start_from": str(file), "base.quantization": "4bit"})
+    session = prepare.prepare(run, tmp_path, events.SilentLog())
+    assert any(p.any() for name, p in session.parameters.items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

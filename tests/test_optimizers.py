@@ -60,7 +60,9 @@ def test_warm_up_rises_to_the_full_rate(warmup):
 def test_a_warm_up_that_does_not_fit_is_refused(tiny_run):
     with pytest.raises(ConfigError, match="neither a share"):
         run_with(warmup=2.5)
-    folder = run_folder.create(tiny_run({"training.warmup": 6.0}))
+    with pytest.raises(ConfigError, match="does not fit into a run of 6"):
+        tiny_run({"training.warmup": 6.0})
+    folder = run_folder.create(tiny_run({"training.warmup": 6.0, "training.steps": 0, "training.views_per_picture": 3}))
     assert run_in(folder) == 1 and "does not fit into a run of 6" in run_folder.status(folder).message
 
 

@@ -61,10 +61,10 @@ def weight_shapes(component: nn.Module) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def inject(component: nn.Module, name: str, adapter: config.Adapter, seed: int) -> None:
-    """Puts a fresh adapter on every projection that the settings choose. Its weights are float32 and alone have gradients.
+def targets_of(component: nn.Module, name: str, adapter: config.Adapter) -> list[Target]:
+    """The projections of a component that get an adapter; `name` is its own in its pipeline.
 
-    `name` is that of the component in its pipeline. Raises ConfigError where the settings choose nothing.
+    Raises ConfigError where the settings choose nothing, or what PEFT cannot do.
     """
     chosen = choose_targets(adapter, name, weight_shapes(component))
     has_convolutions = any(len(target.shape) == 4 for target in chosen)
@@ -75,6 +75,12 @@ def inject(component: nn.Module, name: str, adapter: config.Adapter, seed: int) 
             f"adapter.dropout does not work with dora on the convolutions of the {name} in half precision; "
             "set it to 0, adapter.targets = attention, or base.precision = fp32."
         )
+    return chosen
+
+
+def inject(component: nn.Module, name: str, adapter: config.Adapter, seed: int) -> None:
+    """Puts a fresh adapter on its targets. Its weights are float32 and alone have gradients. Raises ConfigError like `targets_of`."""
+    chosen = targets_of(component, name, adapter)
     common = {
         "r": adapter.rank,
         "target_modules": _any_of(target.name for target in chosen),

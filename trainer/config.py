@@ -95,6 +95,7 @@ def _pattern(text: str) -> str:
     return text
 
 
+WITHOUT_FORM = {"diffusers": ("loha", "lokr"), "peft": ("lokr",)}  # kinds that a dialect has no exact form for (`trainer/export.py`)
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")  # those with a learning rate of their own; a transformer has the UNet's
 
 
@@ -413,6 +414,10 @@ class RunConfig(Section):
             raise ValueError(f"base.quantization does not go with adapter.kind = {self.adapter.kind}; use lora or rslora")
         if training.warmup >= 1 and not training.warmup.is_integer():
             raise ValueError(f"training.warmup ({training.warmup:g}) is neither a share below 1 nor a whole number of steps")
+        if training.warmup >= 1 and 0 < training.steps <= training.warmup:
+            raise ValueError(
+                f"training.warmup: a warm-up of {training.warmup:g} steps does not fit into a run of {training.steps}; shorten it"
+            )
         if (training.optimizer == "collection") != bool(training.optimizer_name):
             raise ValueError('training.optimizer_name names the optimiser where training.optimizer is "collection", and only there')
         optimizer = (training.optimizer_name or training.optimizer).lower()
@@ -451,6 +456,10 @@ class RunConfig(Section):
             )
         if self.saving.dialects == ("peft",):
             raise ValueError("saving.dialects is peft alone, a folder; add kohya or diffusers, the file that the page shows and hands out")
+        if formless := [dialect for dialect in self.saving.dialects if self.adapter.kind in WITHOUT_FORM.get(dialect, ())]:
+            raise ValueError(
+                f"saving.dialects: {' and '.join(formless)} cannot hold adapter.kind = {self.adapter.kind}; leave it out, or use lora"
+            )
         if self.dataset.random_crop and self.dataset.crop == "none":
             raise ValueError("dataset.random_crop cuts where dataset.crop = none keeps the whole picture; choose one of them")
         if self.objective.prior_preservation and not self.dataset.trigger:

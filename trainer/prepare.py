@@ -12,7 +12,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from trainer import adapters, cache, class_pictures, config, estimate, quantization, textual_inversion
-from trainer.adapter_file import read_adapter
+from trainer.adapter_file import AdapterFile, read_adapter
 from trainer.attention import choose_attention, use_attention
 from trainer.base_model import DENOISERS, locate
 from trainer.config import RunConfig
@@ -29,6 +29,7 @@ from trainer.graphs import GraphedPredict
 from trainer.memory import Ladder, set_tiling
 from trainer.objective import Noised, Objective
 from trainer.optimizers import build_optimizer, try_optimizer, warmup_steps
+from trainer.sample import sampler_name
 from trainer.start_from import settings_from, start
 from trainer.targets import check_names
 from trainer.textual_inversion import Embedding
@@ -148,6 +149,7 @@ def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None =
         raise ConfigError(
             f"dataset.bucket_step ({run.dataset.bucket_step}) must be a multiple of {pixel_step(base.pipe)} for {base.family.name}."
         )
+    _check_before_the_long_work(run, base, device)
     ladder.catch_up("cache", 0)
     with world.main_first():
         examples, held_out, class_examples, texts = ladder.attempt(
@@ -156,6 +158,18 @@ def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None =
     if run.training.early_stop and {e.name for e in held_out} & {e.name for e in examples}:
         log.append(Warned("training.early_stop does nothing here: too few pictures to hold some out, so the run goes to its end."))
     return assemble(run, folder, log, ladder, device, precision, base, examples, held_out, class_examples, texts, world)
+
+
+def _check_before_the_long_work(run: RunConfig, base: LoadedBase, device: torch.device) -> None:
+    """What would only be told when all pictures are encoded. Raises TrainerError."""
+    components, adapter, _ = _chosen(run, base)
+    for name, module in components.items():
+        adapters.targets_of(module, name, adapter)
+    sampler_name(base.pipe, run.sampling.sampler)
+    if run.adapter.trigger_vectors:
+        textual_inversion.fresh(run, base)
+    if run.training.optimizer != "adamw8bit":  # which has a stand-in
+        try_optimizer(run, device)
 
 
 def assemble(
@@ -175,10 +189,16 @@ def assemble(
     """The second half, where all that is trained on is there: the adapter, the optimiser, and the fastest way through the denoiser."""
     attention, why = choose_attention(base.denoiser, device, DTYPES[precision])
     use_attention(base.denoiser, attention)
+    components, adapter, file = _chosen(run, base)  # told by the weights as they are stored, so before they are quantised
     if run.base.quantization != "none":
         quantization.quantize(base.denoiser, run.base.quantization, DTYPES[precision], device)
         ladder.attempt("load", 0, lambda: base.denoiser.to(device))  # there the weights are rounded, before an adapter is put on them
-    components = _inject(run, base)
+    for name, module in components.items():
+        adapters.inject(module, name, adapter, run.training.seed)
+    if file:
+        start(file, components)
+    if run.training.gradient_checkpointing:
+        base.denoiser.enable_gradient_checkpointing()
     trigger = textual_inversion.fresh(run, base) if run.adapter.trigger_vectors else None
     base = textual_inversion.put_on(base, [trigger]) if trigger else base
     layout = torch.channels_last if device.type == "cuda" else torch.preserve_format  # what its convolutions are fastest in
@@ -285,7 +305,8 @@ def _warn_of_long_captions(base: LoadedBase, items: Sequence[DatasetItem], log: 
         )
 
 
-def _inject(run: RunConfig, base: LoadedBase) -> dict[str, nn.Module]:
+def _chosen(run: RunConfig, base: LoadedBase) -> tuple[dict[str, nn.Module], config.Adapter, AdapterFile | None]:
+    """What gets an adapter, with which settings, and the file that it goes on from. Raises TrainerError."""
     family, training = base.family, run.training
     parts = {family.denoiser_name: base.denoiser, **family.trainable_text_encoders(base.pipe)}
     components = {name: module for name, module in parts.items() if training.rate_of(name) > 0}
@@ -297,14 +318,7 @@ def _inject(run: RunConfig, base: LoadedBase) -> dict[str, nn.Module]:
         )
     check_names(run.adapter, {name: adapters.weight_shapes(module) for name, module in components.items()})
     file = read_adapter(Path(run.adapter.start_from).expanduser()) if run.adapter.start_from else None
-    adapter = settings_from(run.adapter, file, base) if file else run.adapter
-    for name, module in components.items():
-        adapters.inject(module, name, adapter, training.seed)
-    if file:
-        start(file, components)
-    if training.gradient_checkpointing:
-        base.denoiser.enable_gradient_checkpointing()
-    return components
+    return components, settings_from(run.adapter, file, base) if file else run.adapter, file
 
 
 def parameter_groups(components: Mapping[str, nn.Module], trigger: Embedding | None) -> dict[str, dict[str, nn.Parameter]]:
