@@ -51,11 +51,11 @@ function paint() {
 function typing() {
   const box = document.activeElement, card = box && box.closest(".at-card");
   if (!card || box.tagName !== "TEXTAREA") return () => {};
-  const { value, selectionStart, selectionEnd } = box;
+  const { value, selectionStart, selectionEnd } = box, edited = box.edited();
   return () => {
     const next = root().querySelector(`.at-card[data-file="${CSS.escape(card.dataset.file)}"] textarea`);
     if (!next) return;
-    if (next.value !== value) { next.value = value; next.dispatchEvent(new Event("input")); }
+    if (edited && next.value !== value) { next.value = value; next.dispatchEvent(new Event("input")); }
     next.focus({ preventScroll: true });
     next.setSelectionRange(selectionStart, selectionEnd);
   };
@@ -225,6 +225,7 @@ function captionBox(view, card, extra = {}) {
   const box = el("textarea", { rows: 3, "aria-label": `Caption of ${card.file}`, placeholder: "What is in the picture?", spellcheck: "true",
     oninput: () => { saved.textContent = "…"; clearTimeout(memory.timers.get(card.file)); memory.timers.set(card.file, setTimeout(save, 700)); }, onblur: () => save(), ...extra });
   box.value = card.caption;
+  box.edited = () => box.value !== card.caption;
   const save = async () => {
     clearTimeout(memory.timers.get(card.file));
     const text = box.value;

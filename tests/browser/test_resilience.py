@@ -144,7 +144,7 @@ def test_a_trainer_that_cannot_begin_is_not_started_for_ever(tmp_path: Path, mon
 
 
 def test_a_caption_is_typed_on_while_the_tab_is_drawn_anew(open_page, server) -> None:
-    first, second = sorted((EXAMPLES / "photos").glob("*.jpg"))[:2]
+    first, second, third = sorted((EXAMPLES / "photos").glob("*.jpg"))[:3]
     page = open_page()
     page.wait_for_selector(".at-dataset[data-name]")
     page.locator("#dataset input").fill("typed")
@@ -161,6 +161,13 @@ def test_a_caption_is_typed_on_while_the_tab_is_drawn_anew(open_page, server) ->
     assert box.input_value() == words
     caption = server.outputs / "datasets" / "typed" / first.with_suffix(".txt").name
     wait_for(lambda: caption.exists() and caption.read_text().strip() == words, "the caption on the disk")
+    page.wait_for_function("document.activeElement.closest('.at-card').querySelector('.at-saved').innerText === 'saved'")
+    caption.write_text("by a model")  # while the cursor stands in the box, and nothing is being typed
+    page.set_input_files("#dataset-files", [third])
+    page.wait_for_function("document.querySelectorAll('.at-card').length === 3")
+    assert box.input_value() == "by a model"
+    page.wait_for_timeout(1500)  # twice as long as a box waits before it saves itself
+    assert caption.read_text().strip() == "by a model"
 
 
 def test_the_preview_goes_on_to_the_newest_save(open_page, server, monkeypatch: pytest.MonkeyPatch) -> None:
