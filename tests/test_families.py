@@ -107,7 +107,7 @@ def train_steps(session, count):
 
 @torch.no_grad()
 def predict(family, pipe):
-    channels = family.denoiser(pipe).config.in_channels
+    channels = pipe.vae.config.latent_channels
     latents = torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(0))
     batch = Batch(
         latents, family.encode_prompts(pipe, ["a red star, żółć", ""]), torch.tensor([[40.0, 24.0, 8.0, 0.0, 16.0, 24.0]]).repeat(2, 1)

@@ -21,7 +21,7 @@ from torch import Tensor
 from trainer import base_model
 from trainer.adapted import AdaptedModule, common_alpha
 from trainer.adapter_file import PEFT_CONFIG, PEFT_WEIGHTS, AdapterFile, read_adapter
-from trainer.adapter_keys import MMDIT_FUSED, diffusers_key, to_mmdit
+from trainer.adapter_keys import diffusers_key
 from trainer.errors import ModelError
 from trainer.families.base import ModelFamily
 from trainer.files import atomic_folder, atomic_write
@@ -66,7 +66,7 @@ def to_kohya(modules: Iterable[AdaptedModule], family: ModelFamily, dtype: torch
 
     Where a module's scale is not alpha / rank the difference is folded into one of its factors, in float32.
     """
-    modules = _with_whole_attentions(_fused(modules), family)
+    modules = _with_whole_attentions(_fused(modules, family), family)
     alpha = common_alpha(modules)
     tensors: dict[str, Tensor] = {}
     for module in modules:
@@ -118,32 +118,30 @@ def _with_whole_attentions(modules: Iterable[AdaptedModule], family: ModelFamily
     return padded
 
 
-def _fused(modules: Iterable[AdaptedModule]) -> list[AdaptedModule]:
-    """q, k and v of an MMDiT as the one projection that Stability has there: A's under each other, B's along a diagonal."""
+def _fused(modules: Iterable[AdaptedModule], family: ModelFamily) -> list[AdaptedModule]:
+    """q, k and v as the one projection that the family's own code has there: A's under each other, B's along a diagonal."""
     whole: list[AdaptedModule] = []
     thirds: dict[str, dict[int, AdaptedModule]] = {}
     for module in modules:
-        path, third = to_mmdit(module.name) if module.component == "transformer" else (module.name, None)
+        path, third = family.fused(module.name) if module.component == family.denoiser_name else (module.name, None)
         if third is None:
             whole.append(replace(module, name=path))
         else:
             thirds.setdefault(path, {})[third] = module
     for path, parts in thirds.items():
         if any(_pair_kind(part) != "lora" or part.tensors[DOWN].dim() != 2 for part in parts.values()):
-            raise ModelError("kohya's dialect of Stable Diffusion 3 fuses q, k and v, which only LoRA allows; choose another dialect.")
+            raise ModelError(f"kohya's dialect of {family.name} fuses q, k and v, which only LoRA allows; choose another dialect.")
         outputs = next(iter(parts.values())).tensors[UP].shape[0]
-        ups = [
-            p.tensors[UP] * p.scale if (p := parts.get(i)) else torch.zeros(outputs, 0) for i in range(len(MMDIT_FUSED["x_block.attn.qkv"]))
-        ]
+        ups = [p.tensors[UP] * p.scale if (p := parts.get(i)) else torch.zeros(outputs, 0) for i in range(3)]
         tensors = {DOWN: torch.cat([parts[i].tensors[DOWN] for i in sorted(parts)]), UP: torch.block_diag(*ups)}
         lengths = [parts[i].tensors["dora_scale"] for i in sorted(parts) if "dora_scale" in parts[i].tensors]
         if lengths and len(lengths) < len(ups):
             raise ModelError(
-                "A DoRA on a part of q, k and v cannot be fused for kohya's dialect of Stable Diffusion 3; choose another dialect."
+                f"A DoRA on a part of q, k and v cannot be fused for kohya's dialect of {family.name}; choose another dialect."
             )
         if lengths:
             tensors["dora_scale"] = torch.cat(lengths)
-        whole.append(AdaptedModule("transformer", path, "lora", tensors, 1.0))
+        whole.append(AdaptedModule(family.denoiser_name, path, "lora", tensors, 1.0))
     return whole
 
 

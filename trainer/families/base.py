@@ -145,6 +145,10 @@ class ModelFamily(Protocol):
         """Where a module stands in a kohya file: ("unet", "mid_block...to_q") -> "lora_unet_mid_block_..._to_q"."""
         ...
 
+    def fused(self, module: str) -> tuple[str, int | None]:
+        """Where a kohya file has q, k and v of the denoiser in one: the path of the whole and which third a layer is; else its own, None."""
+        ...
+
     def metadata(self, prediction_type: str) -> dict[str, Any]:
         """What a file says of its family: `ss_base_model_version` and `ss_v2`, by which A1111 sorts it, and `modelspec.architecture`."""
         ...

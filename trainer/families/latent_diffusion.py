@@ -69,6 +69,9 @@ class LatentDiffusion:
             return_dict=False,
         )[0]
 
+    def fused(self, module: str) -> tuple[str, int | None]:
+        return module, None
+
     def export_key(self, component: str, module: str) -> str:
         path = module.replace(".", "_")
         if component == self.denoiser_name:

@@ -102,6 +102,9 @@ class StableDiffusion3(LatentDiffusion):
             return_dict=False,
         )[0]
 
+    def fused(self, module: str) -> tuple[str, int | None]:
+        return to_mmdit(module)
+
     def export_key(self, component: str, module: str) -> str:
         return super().export_key(component, to_mmdit(module)[0] if component == self.denoiser_name else module)
 
