@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import socket
 
 import pytest
@@ -326,6 +327,11 @@ def test_info_tells_what_a_base_is(tmp_path, kind, how, told):
 
 def test_info_tells_what_a_folder_is_and_refuses_a_pickle(tiny_base, tmp_path):
     facts = describe(tiny_base)
+    sizeless = shutil.copytree(tiny_base, tmp_path / "sizeless")
+    settings = json.loads((sizeless / "unet/config.json").read_text())
+    settings.pop("sample_size")
+    (sizeless / "unet/config.json").write_text(json.dumps(settings))
+    assert "made for" in facts and "made for" not in describe(sizeless)
     assert facts["layout"] == "a diffusers folder" and facts["family"] == "Stable Diffusion 1.x" and facts["prediction"] == "epsilon"
     (tmp_path / "model.ckpt").write_bytes(b"PK")
     with pytest.raises(ModelError, match="pickle file"):

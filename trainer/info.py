@@ -75,8 +75,9 @@ def describe_base(files: BaseFiles) -> dict[str, str]:
         "layout": "a single file" if files.template else f"a diffusers folder{', its fp16 edition' if files.variant else ''}",
         "prediction": str(prediction or "not told by the file: set base.prediction").replace("_prediction", ""),
         "zero terminal SNR": "yes" if schedule.get("rescale_betas_zero_snr") else "no",
-        "made for": f"{denoiser['sample_size'] * latents} x {denoiser['sample_size'] * latents} pixels",
     }
+    if side := denoiser.get("sample_size"):
+        facts["made for"] = f"{side * latents} x {side * latents} pixels"
     for part, tensors in files.tensors.items():
         formats = ", ".join(sorted({info.dtype for info in tensors.values() if info.dtype not in ("I32", "I64")}))
         facts[COMPONENTS.get(part, "VAE")] = f"{sum(info.numel for info in tensors.values()):,} parameters in {formats}"

@@ -146,7 +146,7 @@ class ModelFamily(Protocol):
         ...
 
     def fused(self, module: str) -> tuple[str, int | None]:
-        """Where a kohya file has q, k and v of the denoiser in one: the path of the whole and which third a layer is; else its own, None."""
+        """A layer of the denoiser as kohya files have it: where these have q, k and v in one, the path of that and which third it is."""
         ...
 
     def metadata(self, prediction_type: str) -> dict[str, Any]:
