@@ -86,7 +86,7 @@ def train(folder: Path, run_in: Callable[[Path], int], stopped: int) -> int:
             write_results(folder)
             if ended == stopped:
                 return stopped
-            code = max(code, ended)
+            code = ended or code
     write_results(folder)
     return code
 
