@@ -2,7 +2,7 @@
 const memory = { run: "", busy: "", problem: "", made: null };
 
 drawWith((root, view) => {
-  if (!view.run || !view.blocks.length) { root.replaceChildren(); return; }
+  if (!view.run || !view.blocks.length) { root.replaceChildren(); memory.run = ""; return; }
   if (memory.run !== view.run) Object.assign(memory, { run: view.run, busy: "", problem: "", made: null });
   const again = () => root.replaceChildren(el("section", { class: "at-panel at-learned", "aria-label": "What it learned" },
     el("h3", {}, "Where it learned"), where(view.blocks),
@@ -52,6 +52,7 @@ function smaller(view, again) {
       if (!answer.progress) break;
       await new Promise((resolve) => setTimeout(resolve, 700));
     }
+    if (memory.run !== view.run) return;  // another run is shown by now
     memory.busy = "";
     if (!answer.error) memory.made = answer;
     again();
