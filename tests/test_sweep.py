@@ -58,11 +58,12 @@ def test_a_sweep_for_the_page_waits_in_its_order(recipe, outputs):
     sweep.write_results(the_sweep(outputs))
 
 
-def test_a_failure_does_not_end_a_sweep_and_a_stop_does(tiny_run, outputs):
+@pytest.mark.parametrize("failure", [1, -9])
+def test_a_failure_does_not_end_a_sweep_and_a_stop_does(tiny_run, outputs, failure):
+    """Also that of a launcher of several processes which was killed."""
     folder = sweep.create(tiny_run(), [sweep.parse_grid("adapter.rank=2,4,8")])
-    for failure in (1, -9):  # what a killed launcher of several processes ends with
-        answers, asked = [failure, 0, 0], []
-        assert sweep.train(folder, lambda run: asked.append(run) or answers[len(asked) - 1], STOPPED) == failure and len(asked) == 3
+    answers, asked = [failure, 0, 0], []
+    assert sweep.train(folder, lambda run: asked.append(run) or answers[len(asked) - 1], STOPPED) == failure and len(asked) == 3
     answers, asked = [0, STOPPED, 0], []
     assert sweep.train(folder, lambda run: asked.append(run) or answers[len(asked) - 1], STOPPED) == STOPPED and len(asked) == 2
 
