@@ -11,7 +11,7 @@ from tests.tiny import TEXT_WIDTH, save_tiny_base
 from trainer import config, estimate, run_folder, textual_inversion
 from trainer.config import Base
 from trainer.errors import ConfigError, ModelError
-from trainer.events import EventLog
+from trainer.events import AdapterSaved, EventLog
 from trainer.families import load_base
 from trainer.prepare import prepare
 from trainer.running import run_in
@@ -144,6 +144,22 @@ def test_diffusers_reads_the_file(learned, tiny_base):
     assert torch.allclose(worn.encode(["maya, at night"])["prompt_embeds"], theirs, atol=1e-6)
 
 
+def test_an_embedding_that_was_taken_away_meanwhile_costs_its_save_alone(tiny_run, monkeypatch):
+    folder = run_folder.create(tiny_run(PIVOTAL))
+    append = EventLog.append
+
+    def take_away(self, event):
+        append(self, event)
+        if isinstance(event, AdapterSaved) and event.step == 4:
+            (folder / "tiny-000002-embedding.safetensors").unlink()
+
+    monkeypatch.setattr(EventLog, "append", take_away)
+    monkeypatch.setattr(run_folder.RunStatus, "best_step", 2)
+    assert run_in(folder) == 0 and run_folder.status(folder).file_step == 4
+    finished, last = (load_file(folder / f"tiny{name}-embedding.safetensors") for name in ("", "-000004"))
+    assert torch.equal(finished["emb_params"], last["emb_params"])
+
+
 def test_the_preview_reads_it_where_it_lies_beside(learned, tiny_base, tmp_path):
     sampler, status = Sampler(), run_folder.status(learned)
     alone = shutil.copy(learned / "tiny.safetensors", tmp_path / "alone.safetensors")
@@ -212,6 +228,7 @@ def test_vectors_that_no_encoder_reads_are_refused(bases, tiny_run, monkeypatch)
     "changes, sentence",
     [
         ({"adapter.trigger_vectors": 1}, "set dataset.trigger"),
+        ({"adapter.trigger_vectors": 1, "dataset.trigger": " "}, "set dataset.trigger"),
         ({"adapter.trigger_init": "dog"}, "set adapter.trigger_vectors"),
         (WORD | {"training.trigger_learning_rate": 0.0}, "learn nothing"),
         (WORD | {"training.optimizer": "prodigy", "training.learning_rate": 1.0}, "trigger_learning_rate"),

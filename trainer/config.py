@@ -464,7 +464,7 @@ class RunConfig(Section):
             raise ValueError("dataset.random_crop cuts where dataset.crop = none keeps the whole picture; choose one of them")
         if self.objective.prior_preservation and not self.dataset.trigger:
             raise ValueError("objective.prior_preservation compares captions with and without the trigger word; set dataset.trigger")
-        if self.adapter.trigger_vectors and not self.dataset.trigger:
+        if self.adapter.trigger_vectors and not self.dataset.trigger.strip():
             raise ValueError("adapter.trigger_vectors are those of the trigger word; set dataset.trigger")
         if self.adapter.trigger_vectors and not training.trigger_learning_rate:
             raise ValueError("adapter.trigger_vectors learn nothing at training.trigger_learning_rate = 0; raise it, or set them to 0")

@@ -442,6 +442,12 @@ def adapter_names(session: Session, step: int | None = None) -> dict[str, str]:
     return {first: f"{stem}.safetensors", **others}
 
 
+def saved_files(session: Session, step: int | None = None) -> list[Path]:
+    """All that belongs to a save, the adapter that the page shows first."""
+    files = [session.folder / name for name in adapter_names(session, step).values()]
+    return files + ([run_folder.embedding_of(files[0])] if session.trigger else [])
+
+
 def sample(session: Session, step: int) -> None:
     """One picture a prompt, and what they give away. A failure here is a warning: the training itself is fine."""
     chosen, pipe, side = session.run.sampling, session.base.pipe, session.run.dataset.resolution
@@ -512,19 +518,17 @@ def finish(session: Session, step: int, clock: float) -> Path:
         run_folder.withdraw(session.folder, "stop")
         session.log.append(Stopped(0, ""))
         return session.folder
-    names, best = adapter_names(session), status.best_step or step
+    best = status.best_step or step
     chosen = best if session.run.saving.main == "best" else step
-    if not all((session.folder / name).exists() for name in adapter_names(session, chosen).values()):
+    if not all(path.exists() for path in saved_files(session, chosen)):
         chosen = step  # that save was taken away meanwhile
     picture = next((sample.file for sample in status.samples if sample.step == chosen), "")
     added = metadata.thumbnail(session.folder / picture) if picture and session.run.saving.include_thumbnail else None
-    for dialect, name in adapter_names(session, chosen).items():
-        export.copy_adapter(session.folder / name, session.folder / names[dialect], added)
-    file = session.folder / next(iter(names.values()))
-    if session.trigger:
-        saved = session.folder / next(iter(adapter_names(session, chosen).values()))
-        export.copy_adapter(run_folder.embedding_of(saved), run_folder.embedding_of(file))
-    learned.write(session.folder, read_adapter(file).modules, next(iter(names)), session.run.saving.precision)
+    files = saved_files(session)
+    for source, target in zip(saved_files(session, chosen), files, strict=True):
+        export.copy_adapter(source, target, added)
+    file = files[0]
+    learned.write(session.folder, read_adapter(file).modules, next(iter(adapter_names(session))), session.run.saving.precision)
     if step < session.total_steps and not status.ended_early:
         run_folder.withdraw(session.folder, "stop")
         session.log.append(Stopped(step, file.name, chosen))
