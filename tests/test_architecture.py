@@ -62,7 +62,7 @@ LEVELS = [
     {"families.sd1", "families.sd2", "families.sd3", "families.sdxl", "families.single_file"},
     {"families"},
     {"export", "stack", "metadata", "examples"},
-    {"tools", "textual_inversion"},
+    {"textual_inversion"},
     {"tools"},
     {"learned"},
     {"sample", "info"},
