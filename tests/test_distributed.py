@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainer import config, distributed, events, run_folder
+from trainer import config, distributed, events, launch, run_folder
 from trainer.errors import ConfigError
 from trainer.running import STOPPED, run_in
 
@@ -179,3 +179,20 @@ def test_devices_start_torch_s_launcher_and_a_stop_is_no_failure(tiny_run, capfd
     ]
     assert code == STOPPED and "FAILED" not in said
     assert [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_stop_while_several_processes_load_is_not_lost(tiny_run, monkeypatch):
+    """They take half a minute to begin: Ctrl-C, or taking the run out of the queue, ends it in that time too."""
+    folder, found = run_folder.create(tiny_run({"training.devices": 2})), []
+    run_folder.request(folder, "stop")  # of an earlier life
+
+    def start(count, folder):
+        found.append(run_folder.requested(folder, "stop"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        with monkeypatch.context() as process:  # the first of them
+            process.setenv(launch.STARTED, "1")
+            process.setattr(launch, "is_one_of_several", lambda: True)
+            return run_in(folder, distributed.World())
+
+    monkeypatch.setattr(launch, "start_several", start)
+    assert run_in(folder) == STOPPED and found == [False] and run_folder.status(folder).step == 0

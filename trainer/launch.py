@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+STARTED = "ATELIER_STARTED"  # in the environment of the processes that `start_several` starts
+
 
 def is_one_of_several() -> bool:
     """Whether torchrun or `accelerate launch` started this process beside others."""
@@ -17,6 +19,11 @@ def rank() -> int:
     return int(os.environ.get("RANK") or 0) if is_one_of_several() else 0
 
 
+def was_started_here() -> bool:
+    """Whether `start_several` started this process, whose caller has put aside what was asked of an earlier life of the run."""
+    return STARTED in os.environ
+
+
 def start_several(count: int, folder: Path) -> int:
     """Trains the run of a folder with so many processes of this machine; returns the launcher's exit code when all have ended.
 
@@ -25,6 +32,7 @@ def start_several(count: int, folder: Path) -> int:
     root = str(Path(__file__).resolve().parent.parent)
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        STARTED: "1",
         "PYTHONSAFEPATH": "1",  # the working directory, a data folder, is no place to import from
     }
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]

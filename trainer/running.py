@@ -81,6 +81,8 @@ def run_in(
     folder = folder.resolve()
     run = config.load(folder / "run.toml")
     if run.training.devices > 1 and not launch.is_one_of_several():
+        run_folder.acquire(folder).release()  # refused here already, where another trainer has it
+        _put_aside(folder)  # not later: a stop that comes while the processes load is meant
         with _signals_stop(folder):
             code = launch.start_several(run.training.devices, folder)
         return STOPPED if run_folder.status(folder).state == "stopped" else code
@@ -94,8 +96,8 @@ def run_in(
     events = log(folder / "events.jsonl")
     if progress:
         events.listeners.append(progress)
-    for message in ("stop", "pause"):
-        run_folder.withdraw(folder, message)
+    if not launch.was_started_here():
+        _put_aside(folder)
     (folder / report.NAME).unlink(missing_ok=True)  # of an earlier failure
     events.append(Launched(os.getpid(), __version__, run_folder.boot_id()))
     run_folder.withdraw(folder, "queued")  # only now: before, the page would take it for withdrawn by the person
@@ -109,6 +111,12 @@ def run_in(
         events.close()
         device.release()
         lock.release()
+
+
+def _put_aside(folder: Path) -> None:
+    """What was asked of an earlier life of the run."""
+    for message in ("stop", "pause"):
+        run_folder.withdraw(folder, message)
 
 
 @contextmanager
