@@ -80,9 +80,14 @@ def _replay(folder: Path) -> run_folder.Replay:
     return run_folder.Replay(folder)
 
 
-@lru_cache(maxsize=256)
 def settings(folder: Path) -> RunConfig:
-    """The settings of a run, which never change."""
+    """The settings of a run, which never change; a run that was deleted may have left its name to another."""
+    file = (folder / "run.toml").stat()
+    return _settings(folder, file.st_ino, file.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _settings(folder: Path, inode: int, modified: int) -> RunConfig:
     return config.load(folder / "run.toml")
 
 

@@ -95,3 +95,10 @@ def test_pushing(finished) -> None:
     assert hub.made == ("me/maya", True) and hub.files[0] == "maya.safetensors" and hub.files[-1] == "README.md" and len(hub.files) == 3
     with pytest.raises(TrainerError, match="like user/name"):
         shelf.push(finished.name, "maya", True, api=hub)
+
+
+def test_a_run_with_the_name_of_a_deleted_one_has_its_own_settings(finished) -> None:
+    assert runs.settings(finished).training.steps == 100
+    shelf.delete(finished.name)
+    again = staged.stage("maya", 10, total=50)
+    assert again == finished and runs.settings(again).training.steps == 50 and runs.status(again).total_steps == 50

@@ -106,9 +106,9 @@ def test_delta_w_is_what_the_layer_adds(base, choice):
 
 
 @pytest.mark.parametrize("targets", ["attention", "linear+conv"])
-@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("init", ["orthogonal", "pissa", "olora"])
 def test_what_little_was_learned_survives_the_rounding_of_the_file(base, init, targets, tmp_path):
-    """A start along W is as large as W itself, and is taken off again."""
+    """A start along W is as large as W itself, and is taken off again; an orthogonal one cancels itself."""
     module, generator = injected(base, init=init, targets=targets, rank=8), torch.Generator().manual_seed(0)
     for parameter in adapters.trainable(module).values():
         parameter.data += 1e-3 * torch.randn(parameter.shape, generator=generator)

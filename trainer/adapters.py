@@ -159,6 +159,7 @@ def _start(layer: LoraLayer, init: str) -> None:
     down.flatten(1)[: a.shape[0]] = a
     up.zero_()
     up.flatten(1)[:, : b.shape[1]] = b
+    layer.starts_large = init != "gaussian"
     if init in ("pissa", "olora"):
         layer.register_buffer("start_down", down.detach().clone(), persistent=False)
         layer.register_buffer("start_up", up.detach().clone(), persistent=False)
@@ -260,9 +261,11 @@ def _tensors(layer: BaseTunerLayer, adapter: str, copy: Callable[[Tensor], Tenso
     if adapter not in layer.lora_A:
         return {}
     tensors = {"lora_down.weight": copy(layer.lora_A[adapter].weight), "lora_up.weight": copy(layer.lora_B[adapter].weight)}
-    if adapter == ADAPTER and hasattr(layer, "start_down"):
-        down = torch.cat([tensors["lora_down.weight"], _copy(layer.start_down)])
-        tensors |= _as_one_product(torch.cat([tensors["lora_up.weight"], -_copy(layer.start_up)], dim=1), down)
+    if adapter == ADAPTER and getattr(layer, "starts_large", False):
+        down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
+        if hasattr(layer, "start_down"):
+            down, up = torch.cat([down, _copy(layer.start_down)]), torch.cat([up, -_copy(layer.start_up)], dim=1)
+        tensors |= _as_one_product(up, down)
     if adapter in layer.lora_magnitude_vector:
         lengths = copy(layer.lora_magnitude_vector[adapter].weight)
         tensors["dora_scale"] = lengths.reshape(-1, *[1] * (tensors["lora_down.weight"].dim() - 1))
@@ -270,8 +273,8 @@ def _tensors(layer: BaseTunerLayer, adapter: str, copy: Callable[[Tensor], Tenso
 
 
 def _as_one_product(up: Tensor, down: Tensor) -> dict[str, Tensor]:
-    """B A - B0 A0, of at most twice the rank, by its own directions: side by side, each half is as large as W, and rounding them to
-    fp16 would leave an error as large as what was learned between them."""
+    """B A, or B A - B0 A0 with twice the rank, by its own directions: where A and B start large, rounding them to fp16 would leave an
+    error as large as what was learned."""
     left, sizes, right = decompose(up.double().flatten(1), down.double())
     root = sizes.sqrt()
     shaped = (root[:, None] * right).float().reshape(len(root), *down.shape[1:])

@@ -13,7 +13,7 @@ from trainer import base_model, presets, run_folder
 from trainer.base_model import EMBEDDED_FOLDER
 
 EXAMPLE = datasets.EXAMPLES / "subject"
-PROMPT = "a zorbit on a green background"
+PROMPT = "a zorbit on a blue background"  # no other test has it: by this the page shows that it has taken over this run
 
 pytestmark = [
     pytest.mark.skipif(not (EMBEDDED_FOLDER / "model_index.json").is_file(), reason="the embedded base is not there"),
