@@ -131,7 +131,7 @@ def find_picture(page, name: str) -> None:
     search = page.get_by_role("searchbox", name="Search names and captions")
     search.fill(name)
     search.press("Enter")
-    page.wait_for_function("document.querySelectorAll('.at-card').length === 1")
+    page.wait_for_function(f"[...document.querySelectorAll('.at-card')].map((card) => card.dataset.file).join() === '{name}'")
     page.locator(".at-open").click()
     page.wait_for_selector(".at-editor img")
 
