@@ -9,6 +9,9 @@ from functools import cache
 import psutil
 import pynvml
 
+trains_elsewhere = False
+"""Whether a cluster trains the runs: nothing that this machine lacks then stands in their way."""
+
 
 @dataclass(frozen=True)
 class Usage:

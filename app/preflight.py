@@ -45,10 +45,8 @@ def view(run: RunConfig, folder_name: str, recipe: Preset | None) -> dict:
         return {"checks": [check("bad", str(error))]}
     checks = [
         *_tracking_checks(run),
-        *_devices_checks(run),
-        *_quantization_checks(run),
+        *([] if device.trains_elsewhere else _device_checks(run, needs)),
         *_base_checks(run),
-        *_memory_checks(run, needs),
         *_disk_checks(run),
         *_picture_checks(run, items, findings, recipe),
     ]
@@ -131,7 +129,11 @@ def _tracking_checks(run: RunConfig) -> list[dict]:
     return [check("bad", f"The package {name} is not installed: pip install {name}.", **cure)]
 
 
-def _devices_checks(run: RunConfig) -> list[dict]:
+def _device_checks(run: RunConfig, needs: estimate.Memory) -> list[dict]:
+    return [*_count_checks(run), *_quantization_checks(run), *_memory_checks(run, needs)]
+
+
+def _count_checks(run: RunConfig) -> list[dict]:
     """Without a GPU several processes may train; with GPUs each needs its own."""
     if run.training.devices <= device.count() or not device.has_cuda():
         return []

@@ -40,6 +40,7 @@ def create_app(accounts: Mapping[str, str] | None = None, separate: bool = False
     from app.theme import make_theme
     from app.ui import build
 
+    device.trains_elsewhere = bool(ray)
     engine = previews.PreviewEngine()
     launcher = runs.Launcher(RayJobs(ray) if ray else runs.Local(before_start=lambda: engine.end() if device.has_cuda() else None))
 
@@ -57,7 +58,7 @@ def create_app(accounts: Mapping[str, str] | None = None, separate: bool = False
     _add_file_routes(app)
     return gr.mount_gradio_app(
         app,
-        build(engine, device.describe()),
+        build(engine, "Ray cluster" if ray else device.describe()),
         path="/",
         theme=make_theme(),
         css_paths=[STATIC / "style.css"],

@@ -6,6 +6,7 @@ import gradio as gr
 import pytest
 
 from app import datasets, device, form, preflight, recipes, runs
+from app.server import create_app
 from app.tabs import train
 from trainer import config, estimate, presets
 from trainer.errors import ConfigError
@@ -65,6 +66,17 @@ def test_several_gpus_are_offered_where_they_are(values, memory, monkeypatch) ->
     assert is_shown() and "Use 2" not in cures(train.summary(two))
     one_way, other = (estimate.memory(train._read(shown), "cuda").step for shown in (values, two))
     assert other < one_way
+
+
+def test_what_this_machine_lacks_does_not_stand_in_the_way_of_a_cluster(values, monkeypatch, outputs) -> None:
+    wide = values | {"training.devices": 4, "base.quantization": "4bit"}
+    monkeypatch.setattr(device, "trains_elsewhere", False)
+    assert "Keep the base whole" in cures(train.summary(wide))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # which the application sets
+    create_app(ray="http://head:8265")
+    assert not any(each["level"] == "bad" for each in train.summary(wide)["checks"])
+    with gr.Blocks():
+        assert train._advanced_form()[0]["training.devices"].visible
 
 
 def test_fit_to_my_device_fits(values, memory) -> None:

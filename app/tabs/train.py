@@ -113,11 +113,12 @@ def _advanced_form() -> tuple[dict[str, gr.components.Component], gr.HTML]:
     fields, recipe = {}, next(iter(presets.load_presets().values())).config
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
         tools = drawn("advanced", data={}, elem_id="advanced-tools", constant=_searchable())
+        several = device.count() > 1 or device.trains_elsewhere
         for section in dict.fromkeys(path.partition(".")[0] for path in advanced_paths()):
             with gr.Accordion(SECTION_TITLES[section], open=False, elem_id=f"section-{section}"), gr.Row(elem_classes="at-section"):
                 for path in advanced_paths():
                     if path.startswith(f"{section}."):
-                        value, is_shown = form.to_widget(config.get(recipe, path)), path != "training.devices" or device.count() > 1
+                        value, is_shown = form.to_widget(config.get(recipe, path)), path != "training.devices" or several
                         fields[path] = form.widget(path, value=value, min_width=180, visible=is_shown)
     return fields, tools
 
