@@ -205,6 +205,19 @@ def test_nothing_held_out_says_nothing():
     assert guidance.read([Validated(step, 1 / (1 + step), [1.0]) for step in range(5)]) is None
 
 
+@pytest.mark.parametrize("last, said", [([], "goes on"), ([events.Failed("x")], "ended"), ([events.Stopped(10, "")], "ended")])
+def test_only_a_run_at_work_goes_on(outputs, last, said):
+    folder = run_folder.create(config.RunConfig())
+    log = events.EventLog(folder / "events.jsonl")
+    started = events.Started(0, 40, 9, 1, 1, "CPU", "fp32", "", "sd1")
+    for event in (events.Launched(1, "0"), started, *curve((1.0, 1.0), (0.8, 0.8)), events.StepDone(10, 0.1, 1e-4, 0.1), *last):
+        log.append(event)
+    lock = run_folder.acquire(folder)
+    assert f"the run {said}" in run_folder.status(folder).reading.sentence
+    lock.release()
+    assert "the run ended" in run_folder.status(folder).reading.sentence, "without its trainer"
+
+
 def test_what_to_change_follows_the_fault_and_the_settings():
     run, weak = config.RunConfig(), guidance.Reading("learning", 0.1, "", "weak")
     advice = guidance.what_to_change(run, weak)
@@ -214,6 +227,8 @@ def test_what_to_change_follows_the_fault_and_the_settings():
         "raise the learning rate (0.0001 to 0.00015)",
         "train longer",
     ]
+    finds_its_own = config.replace(run, {"training.optimizer": "prodigy", "training.learning_rate": 1.0})
+    assert not any("learning rate" in each for each in guidance.what_to_change(finds_its_own, weak))
     over = guidance.what_to_change(run, guidance.Reading("memorising", 0.9, "", "overfit"))
     assert "lower the rank (16 to 8)" in over and "more dropout (0.1)" in over and "train fewer steps" in over and "more pictures" in over
     assert over[0] == "train fewer steps"

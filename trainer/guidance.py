@@ -122,7 +122,9 @@ def what_to_change(run: RunConfig, reading: Reading, seconds: float = 0.0) -> li
     if reading.fault == "weak":
         found += [f"raise the rank ({adapter.rank} to {2 * adapter.rank})"] if adapter.rank < 128 else []
         found += [f"add targets ({adapter.targets} to {wider})"] if wider and not adapter.target_pattern else []
-        found += [f"raise the learning rate ({training.learning_rate:g} to {1.5 * training.learning_rate:.2g})", "train longer"]
+        higher = 1.5 * training.learning_rate
+        found += [f"raise the learning rate ({training.learning_rate:g} to {higher:.2g})"] if 0 < higher <= 1 else []
+        found += ["train longer"]
     if reading.fault == "overfit":
         found += ["take the save with the star"] if run.saving.main == "last" else []
         found += ["train fewer steps"]

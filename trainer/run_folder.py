@@ -246,7 +246,7 @@ class RunStatus:
     @property
     def reading(self) -> guidance.Reading | None:
         """Whether it learns, is ready or memorises; None where nothing says so yet."""
-        return guidance.read(self.measured, ended=self.state in ("finished", "stopped"))
+        return guidance.read(self.measured, ended=self.can_resume or self.state == "finished")
 
 
 class Replay:
