@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from statistics import stdev
 
 import pytest
 import torch
@@ -34,6 +35,8 @@ def test_a_difference_is_told_in_pairs():
     """The pictures differ far more from each other than the saves do, and still the better save is known."""
     better, worse = measured(1, 0.1, 0.5, 0.9, 0.3), measured(2, 0.11, 0.51, 0.91, 0.31)
     assert guidance.is_worse(worse, better) and not guidance.is_worse(better, worse)
+    assert guidance.worse_by(worse, better) == pytest.approx((0.01, 0.0))
+    assert guidance.worse_by(measured(1, 1.0, 2.0, 6.0), measured(2, 0.0, 0.0, 0.0)) == pytest.approx((3.0, stdev([1, 2, 6]) / 3**0.5))
     chance = measured(2, 0.2, 0.4, 0.95, 0.28)
     assert not guidance.is_worse(chance, better) and chance.loss > better.loss
 
