@@ -24,9 +24,7 @@ def worse_by(one: Validated, other: Validated) -> tuple[float, float]:
         return one.loss - other.loss, 0.0
     differences = [mine - theirs for mine, theirs in pairs]
     more = fmean(differences)
-    scatter = sum(
-        (each - more) ** 2 for each in differences
-    )  # not statistics.stdev, in fractions: the page asks this of every run each second
+    scatter = sum((each - more) ** 2 for each in differences)  # statistics.stdev is exact and slow; the page asks each second
     return more, math.sqrt(scatter / (len(pairs) - 1) / len(pairs))
 
 

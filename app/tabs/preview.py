@@ -243,9 +243,17 @@ def _request(values: dict[str, Any], save: str | None, strength: float) -> Previ
     )
 
 
+@runs.briefly
 def _file_choices() -> list[tuple[str, str]]:
-    """The file of each run that has one: the finished one, else the latest save."""
-    return [(label, f"{run}/{_save_choices(runs.resolve(run))[0][1]}") for label, run in _run_choices() if _save_choices(runs.resolve(run))]
+    """The file of each run that has one: the finished one, else the latest save. Several parts of the page follow it each second."""
+    found = [(label, run, _newest_file(runs.resolve(run))) for label, run in _run_choices()]
+    return [(label, f"{run}/{file}") for label, run, file in found if file]
+
+
+def _newest_file(folder: Path) -> str:
+    current = runs.status(folder)
+    files = [current.file, *(saved.file for saved in reversed(current.adapters))]
+    return next((file for file in files if file and (folder / file).is_file()), "")
 
 
 def _stacked(values: dict[str, Any]) -> list[Adapter]:
