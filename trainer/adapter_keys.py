@@ -121,7 +121,6 @@ SINGLE_MODULES = {
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
 }
-IN_BLOCK = re.compile(r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 LAYERS_PER_BLOCK = 2  # of every UNet that Stability published
 
 

@@ -245,11 +245,6 @@ def adapted_modules(components: dict[str, nn.Module], adapter: str = ADAPTER) ->
                 yield AdaptedModule(component, name, kind_of(tensors), tensors, layer.scaling[adapter])
 
 
-def base_weight(component: nn.Module, name: str) -> Tensor:
-    """W of an adapted projection, float32, on the CPU."""
-    return dequantize_module_weight(component.get_submodule(name).get_base_layer()).detach().float().cpu()
-
-
 def _copy(weights: Tensor) -> Tensor:
     return weights.detach().float().cpu().clone()
 

@@ -29,7 +29,6 @@ LABELS = (*world.OBJECTS, "zorbit", "nothing")
 
 TRIGGER = "zorbit"
 SUBJECT_PROMPT = "a zorbit on a {background} background"
-STYLE_PROMPT = "a {object}, blueprint"
 
 
 @dataclass(frozen=True)
