@@ -84,6 +84,8 @@ ROWS = (
     Row("Adapter", "DoRA", lora(kind="dora")),
     Row("Adapter", "LoHa, rank 8", lora(kind="loha", rank=8, alpha=8.0)),
     Row("Adapter", "LoKr, factor 4", lora(kind="lokr", lokr_factor=4)),
+    Row("Adapter", "LoHa, rank 8, four times the rates", lora(kind="loha", rank=8, alpha=8.0) | rates(4)),
+    Row("Adapter", "LoKr, factor 4, four times the rates", lora(kind="lokr", lokr_factor=4) | rates(4)),
     Row("Adapter", "LoCon (linear + conv)", lora(targets="linear+conv")),
     Row("Adapter", "LoCon, second seed", lora(targets="linear+conv") | training(seed=1)),
     Row("Adapter", "LoCon, 170 steps, as long as the plain recipe takes", lora(targets="linear+conv") | training(steps=170)),
