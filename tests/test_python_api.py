@@ -1,8 +1,10 @@
 """`from trainer import RunConfig, run`: what a script or a notebook uses."""
 
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import trainer
 from trainer import RunConfig, TrainerError, run, run_folder
 from trainer.errors import ConfigError
 from trainer.events import StepDone
+from trainer.running import run_in
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,6 +63,29 @@ def test_a_run_leaves_the_queue_only_when_it_is_seen_at_work(tiny_run):
     with pytest.raises(TrainerError, match="enough"):
         run(folder, progress=look)
     assert seen[:2] == [(True, True), (False, True)]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_leaves_no_model_behind(tiny_run, monkeypatch, fails):
+    """The next one of a sweep or a notebook needs the room."""
+    from trainer import train
+
+    left, prepare = [], train.prepare
+
+    def prepared(*values):
+        session = prepare(*values)
+        left.append(weakref.ref(session.base.denoiser))
+        if fails:
+            raise TrainerError("enough")
+        return session
+
+    monkeypatch.setattr(train, "prepare", prepared)
+    gc.disable()
+    try:
+        assert run_in(run_folder.create(tiny_run({"training.steps": 1, "saving.saves": 1}))) == int(fails)
+        assert left[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_what_goes_wrong_is_raised_as_a_sentence(tiny_run, tmp_path):

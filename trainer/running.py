@@ -170,6 +170,8 @@ def _train(run: config.RunConfig, folder: Path, log: EventLog, world: "World | N
         else:
             print(f"\nProcess {launch.rank() + 1}: {report.without_secrets(traceback.format_exc())}\n{sentence}", file=sys.stderr)
         return 1
+    finally:
+        memory.release()  # of the model, which the next run of a sweep or a notebook has no room beside
     if not is_main:
         return 0
     print(f"\n{chosen}")
