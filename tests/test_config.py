@@ -84,3 +84,17 @@ def test_the_fingerprint_covers_what_alters_the_numbers_only():
     assert config.fingerprint(config.replace(run, {"name": "x", "saving.precision": "fp32", "sampling.seed": 5})) == config.fingerprint(run)
     for changes in ({"training.seed": 1}, {"adapter.alpha": 8.0}, {"objective.noise_offset": 0.1}, {"dataset.trigger": "x"}):
         assert config.fingerprint(config.replace(run, changes)) != config.fingerprint(run)
+
+
+def test_a_setting_that_a_later_version_brings_leaves_old_states_resumable():
+    class Later(config.Training):
+        new_knob: float = 0.5
+        """Nothing is known of it yet."""
+
+    class Next(config.RunConfig):
+        training: Later = Later()
+
+    run = config.replace(config.RunConfig(), {"adapter.rank": 8, "training.steps": 100})
+    updated = Next.model_validate(config.tomllib.loads(config.to_toml(run)))
+    assert updated.training.new_knob == 0.5 and config.fingerprint(updated) == config.fingerprint(run)
+    assert config.fingerprint(updated.model_copy(update={"training": Later(steps=100, new_knob=1.0)})) != config.fingerprint(run)

@@ -614,9 +614,13 @@ def to_toml(config: RunConfig) -> str:
 
 
 def fingerprint(config: RunConfig) -> str:
-    """Sha256 of everything that alters the numbers: the same for two runs that must give the same adapter."""
+    """Sha256 of everything that alters the numbers: the same for two runs that must give the same adapter.
+
+    Defaults are left out, so that a run which waits to be resumed outlives a version that brings new settings.
+    """
     data = config.model_dump(
         mode="json",
+        exclude_defaults=True,
         exclude={
             "name": True,
             "preset": True,
