@@ -95,7 +95,7 @@ def test_a_fault_is_reset_by_one_click(values) -> None:
     view = train.summary(values | {"adapter.rank": 0})
     assert view["checks"][0]["level"] == "bad" and cures(view)["Reset it"]["reset"] == ["adapter.rank"]
     updates = dict(zip(train._field_names(), train.reset(SimpleNamespace(paths=["adapter.rank", "preset"]), values["preset"]), strict=True))
-    assert updates["adapter.rank"] == 16 and isinstance(updates["preset"], dict) and updates["training.steps"] == updates["preset"]
+    assert updates["adapter.rank"] == 8 and isinstance(updates["preset"], dict) and updates["training.steps"] == updates["preset"]
     both = values | {"training.learning_rate": 0, "training.text_encoder_learning_rate": 0}
     assert "Back to the recipe" in cures(train.summary(both)) and "refused" in train.start(both)
 
@@ -125,8 +125,8 @@ def test_many_pictures_are_seen_less_often() -> None:
 
 def test_what_was_changed_is_listed(values) -> None:
     assert train.changes(values)["changed"] == []
-    changed = train.changes(values | {"adapter.rank": 8, "training.gradient_checkpointing": True})["changed"]
-    assert [(each["label"], each["was"], each["now"]) for each in changed] == [("Rank", "16", "8"), ("Gradient checkpointing", "off", "on")]
+    changed = train.changes(values | {"adapter.rank": 24, "training.gradient_checkpointing": True})["changed"]
+    assert [(each["label"], each["was"], each["now"]) for each in changed] == [("Rank", "8", "24"), ("Gradient checkpointing", "off", "on")]
 
 
 def test_own_recipes_are_kept_chosen_and_removed(values) -> None:
@@ -156,7 +156,7 @@ def test_settings_of_another_trainer_fill_the_form(values) -> None:
     assert shown["adapter.rank"] == 32 and shown["adapter.alpha"] == 8 and shown["dataset.trigger"] == "zorbit"
     assert "kohya" in tools["said"] and "flip_aug" in tools["said"]
     assert "no trainer" in train.take_settings('{"a": 1}', values)[0]["problem"]
-    wrong = config.to_toml(train._read(values)).replace("rank = 16", "rank = -1")
+    wrong = config.to_toml(train._read(values)).replace("\nrank = 8", "\nrank = -1")
     assert "adapter.rank" in train.take_settings(wrong, values)[0]["problem"]
 
 
