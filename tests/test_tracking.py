@@ -47,8 +47,12 @@ def test_a_tracker_that_breaks_ends_nothing(tiny_run, outputs, monkeypatch) -> N
     run = tiny_run({"saving.tracking": "tensorboard"})
     folder = run_folder.create(run)
     log = events.EventLog(folder / "events.jsonl")
+    told = []
+    log.listeners.append(told.append)  # such as the progress of `trainer.run`
     with tracking.tracked(run, folder, log):
         for step in (1, 2):
             log.append(events.StepDone(step, 0.5, 1e-4, 0.1))
+    log.append(events.Failed("what came after"))
+    assert isinstance(told[-1], events.Failed)
     assert len(warnings(folder)) == 1 and "no route" in warnings(folder)[0]
     assert [step for step, _ in run_folder.status(folder).losses] == [1, 2]

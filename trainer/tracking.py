@@ -27,7 +27,7 @@ def tracked(run: RunConfig, folder: Path, log: EventLog) -> Iterator[None]:
     try:
         yield
     finally:
-        log.listeners.clear()
+        log.listeners.remove(reporter)
         reporter.finish()
 
 
