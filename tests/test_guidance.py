@@ -282,6 +282,8 @@ def test_on_the_embedded_base_the_best_save_of_an_over_long_run_beats_its_last(o
         "dataset.folder": str(EMBEDDED_FOLDER.parent / "examples" / "photos"),
         "dataset.hold_out": 0.5,
         "adapter.targets": "linear",
+        "adapter.rank": 16,
+        "adapter.alpha": 16.0,
         "training.steps": 60,
         "training.batch_size": 2,
         "training.learning_rate": 1e-2,

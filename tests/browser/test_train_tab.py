@@ -50,7 +50,7 @@ def test_advanced_is_searched_marked_and_reset(open_page, server, tmp_path: Path
     assert "inset" in page.locator("#field-adapter-rank").evaluate("node => getComputedStyle(node).boxShadow")
     page.locator(".at-chip").click()
     page.wait_for_selector(".at-chip", state="detached")
-    assert page.locator("#field-adapter-rank input").first.input_value() == "16"
+    assert page.locator("#field-adapter-rank input").first.input_value() == "8"
 
     page.locator("#field-adapter-rank input").first.fill("0")
     page.wait_for_selector(".at-check.at-bad:has-text('Rank')")
