@@ -437,7 +437,7 @@ def test_a_run_writes_each_dialect_it_is_told_to(train_tiny):
 
 
 @pytest.mark.parametrize("kind", ["varying", "dora", "lokr"])
-def test_training_goes_on_from_a_file(base_of, tiny_run, load, tmp_path, kind):  # noqa: F811
+def test_training_goes_on_from_a_file(base_of, tiny_run, load, tmp_path, monkeypatch, kind):  # noqa: F811
     """What it does at step 0 is what the file did, whatever its ranks and alphas; what the settings cannot go on with is a sentence."""
     wanted, modules = trained(load("sd1"), kind)
     path = tmp_path / "first.safetensors"
@@ -452,6 +452,7 @@ def test_training_goes_on_from_a_file(base_of, tiny_run, load, tmp_path, kind): 
     assert json.loads(shared_config(run))["adapter"]["start_from"] == "first.safetensors"
     if kind != "varying":
         return
+    monkeypatch.setattr(prepare, "_encode_all", None)  # that takes minutes, and all of this is told before
     for wrong, words in (
         ({"adapter.kind": "loha"}, "set it to that of the file"),
         ({"training.text_encoder_learning_rate": 0.0}, "text_encoder, which is not trained"),

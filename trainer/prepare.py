@@ -30,7 +30,7 @@ from trainer.memory import Ladder, set_tiling
 from trainer.objective import Noised, Objective
 from trainer.optimizers import build_optimizer, try_optimizer, warmup_steps
 from trainer.sample import sampler_name
-from trainer.start_from import settings_from, start
+from trainer.start_from import check_covered, settings_from, start
 from trainer.targets import check_names
 from trainer.textual_inversion import Embedding
 from trainer.variants import without_trigger
@@ -162,9 +162,10 @@ def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None =
 
 def _check_before_the_long_work(run: RunConfig, base: LoadedBase, device: torch.device) -> None:
     """What would only be told when all pictures are encoded. Raises TrainerError."""
-    components, adapter, _ = _chosen(run, base)
-    for name, module in components.items():
-        adapters.targets_of(module, name, adapter)
+    components, adapter, file = _chosen(run, base)
+    targets = {name: {target.name for target in adapters.targets_of(module, name, adapter)} for name, module in components.items()}
+    if file:
+        check_covered(file, targets)
     sampler_name(base.pipe, run.sampling.sampler)
     if run.adapter.trigger_vectors:
         textual_inversion.fresh(run, base)

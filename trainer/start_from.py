@@ -1,6 +1,6 @@
 """Training goes on from an adapter file of any dialect: its kind must be that of the settings, its rank is taken over."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -37,23 +37,27 @@ def _is_conv(module: AdaptedModule) -> bool:
     return any(side > 1 for side in module.to("meta").delta.shape[2:])
 
 
+def check_covered(file: AdapterFile, targets: Mapping[str, Collection[str]]) -> None:
+    """Raises ConfigError where the settings do not train what the file holds; `targets` are the adapted layers of each component."""
+    for module in file.modules:
+        if module.component not in targets:
+            raise ConfigError(
+                f"{file.path.name} has an adapter in the {module.component}, which is not trained; set its learning rate above 0."
+            )
+        if not {module.name, f"text_model.{module.name}"} & set(targets[module.component]):
+            raise ConfigError(
+                f"{file.path.name} has an adapter on {module.component}.{module.name}, which adapter.targets leaves out; widen them."
+            )
+
+
 @torch.no_grad()
 def start(file: AdapterFile, components: Mapping[str, nn.Module]) -> None:
     """Puts the weights of the file into the adapters in the model. Those that the file lacks stay as they begin, at nothing.
 
-    A module of a smaller rank than the largest gets more ranks whose B is zero. Raises ConfigError where the settings do not train
-    what the file holds.
+    A module of a smaller rank than the largest gets more ranks whose B is zero. `check_covered` comes before.
     """
     for module in file.modules:
-        if module.component not in components:
-            raise ConfigError(
-                f"{file.path.name} has an adapter in the {module.component}, which is not trained; set its learning rate above 0."
-            )
         layer = _layer(components[module.component], module.name)
-        if layer is None:
-            raise ConfigError(
-                f"{file.path.name} has an adapter on {module.component}.{module.name}, which adapter.targets leaves out; widen them."
-            )
         factor = module.scale / layer.scaling[ADAPTER]
         if isinstance(layer, LoraLayer):
             _start_pair(file, module, layer, factor)
@@ -61,7 +65,7 @@ def start(file: AdapterFile, components: Mapping[str, nn.Module]) -> None:
             _start_product(file, module, layer, factor)
 
 
-def _layer(component: nn.Module, name: str) -> nn.Module | None:
+def _layer(component: nn.Module, name: str) -> nn.Module:
     for path in (name, f"text_model.{name}"):
         try:
             layer = component.get_submodule(path)
@@ -69,7 +73,7 @@ def _layer(component: nn.Module, name: str) -> nn.Module | None:
             continue
         if ADAPTER in getattr(layer, "scaling", {}):
             return layer
-    return None
+    raise KeyError(name)
 
 
 def _start_pair(file: AdapterFile, module: AdaptedModule, layer: LoraLayer, factor: float) -> None:
