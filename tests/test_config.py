@@ -79,6 +79,10 @@ def test_settings_from_the_command_line(text, expected):
     assert config.parse_setting(text) == expected
 
 
+def test_a_trigger_is_found_in_captions_whatever_blanks_are_around_it():
+    assert config.replace(RunConfig(), {"dataset.trigger": " maya the cat "}).dataset.trigger == "maya the cat"
+
+
 def test_the_fingerprint_covers_what_alters_the_numbers_only():
     run = RunConfig()
     assert config.fingerprint(config.replace(run, {"name": "x", "saving.precision": "fp32", "sampling.seed": 5})) == config.fingerprint(run)

@@ -131,7 +131,7 @@ class Dataset(Section):
 
     folder: str = ""
     """Folder with the pictures and, beside each, its caption in a .txt file."""
-    trigger: str = ""
+    trigger: Annotated[str, AfterValidator(str.strip)] = ""
     """A word the model does not know yet. It is put in front of every caption that lacks it, and calls the subject in a prompt later. Leave it empty for a style."""
     resolution: Annotated[int, Field(ge=16, le=4096, multiple_of=8)] = 512
     """Pictures are resized to about this many pixels squared, keeping their shape. Use the size the base was made for: 512 for Stable Diffusion 1.5, 768 for 2.1, 1024 for XL and 3.5."""
@@ -464,7 +464,7 @@ class RunConfig(Section):
             raise ValueError("dataset.random_crop cuts where dataset.crop = none keeps the whole picture; choose one of them")
         if self.objective.prior_preservation and not self.dataset.trigger:
             raise ValueError("objective.prior_preservation compares captions with and without the trigger word; set dataset.trigger")
-        if self.adapter.trigger_vectors and not self.dataset.trigger.strip():
+        if self.adapter.trigger_vectors and not self.dataset.trigger:
             raise ValueError("adapter.trigger_vectors are those of the trigger word; set dataset.trigger")
         if self.adapter.trigger_vectors and not training.trigger_learning_rate:
             raise ValueError("adapter.trigger_vectors learn nothing at training.trigger_learning_rate = 0; raise it, or set them to 0")
