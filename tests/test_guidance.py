@@ -129,6 +129,14 @@ def test_early_stop_ends_the_run_and_a_resumed_run_ends_there_too(tiny_run, twel
     assert (again.state, again.step, again.finished.file_step) == ("finished", 16, 8) and (folder / "tiny.safetensors").read_bytes() == kept
 
 
+def test_early_stop_ends_a_run_whose_losses_are_no_numbers(tiny_run, twelve, monkeypatch):
+    rising(monkeypatch, [0.9, float("nan"), float("nan"), float("nan")])
+    folder = run_folder.create(tiny_run(OVERLONG | {"dataset.folder": str(twelve), "training.early_stop": 2}))
+    assert run_in(folder) == 0
+    status = run_folder.status(folder)
+    assert (status.step, status.file_step) == (12, 12) and "that of step 12" in status.ended_early
+
+
 def test_early_stop_without_held_out_pictures_is_said(train_tiny):
     status = run_folder.status(train_tiny({"training.early_stop": 1}))
     assert status.step == 6 and any("too few pictures to hold some out" in warning for warning in status.warnings)

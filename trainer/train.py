@@ -394,12 +394,13 @@ def ends_early(session: Session, step: int, saves: Sequence[int]) -> bool:
     measured = [point for point in status.measured if point.step in saves]
     if not session.world.agree(bool(status.started and status.started.held_out) and guidance.has_run_dry(measured, patience)):
         return False
+    best = status.best_step or step
     session.log.append(
         EndedEarly(
             step,
-            status.best_step or step,
+            best,
             f"The loss on the held-out pictures has not fallen for {patience} saves, so the run ended at step {step} of "
-            f"{session.total_steps}. The best save is that of step {status.best_step}.",
+            f"{session.total_steps}. The best save is that of step {best}.",
         )
     )
     return True
