@@ -2,7 +2,8 @@
 
     python -m benchmarks.tabs [--tabs 50] [--seconds 300]
 
-Phases without and with tabs take turns, so that a machine that changes its mind shows. The tabs are this process: they share the cores.
+Phases without and with tabs take turns, so that a machine that changes its mind shows. The tabs, which in truth are other machines' work,
+are this process: it keeps to one core, so that training and page have the others to themselves.
 """
 
 import argparse
@@ -81,6 +82,8 @@ def main() -> int:
         folder = run_folder.create(config.replace(config.RunConfig(), settings))
         page = subprocess.Popen([sys.executable, "-m", "app", "--no-browser", "--port", str(PORT)], stdout=subprocess.DEVNULL)
         run_folder.request(folder, "queued")
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
         try:
             while run_folder.status(folder).step < 20:
                 time.sleep(0.5)

@@ -41,13 +41,16 @@ def test_a_difference_is_told_in_pairs():
     assert not guidance.is_worse(chance, better) and chance.loss > better.loss
 
 
-def test_the_best_is_the_latest_that_is_not_measurably_worse():
-    falling = [measured(1, 0.5, 0.6, 0.7), measured(2, 0.4, 0.5, 0.6), measured(3, 0.3, 0.4, 0.5)]
-    assert guidance.best_save(falling).step == 3
+def test_the_best_is_the_latest_that_is_not_clearly_worse():
+    falling = [measured(0, 0.6, 0.7, 0.8), measured(1, 0.5, 0.6, 0.7), measured(2, 0.4, 0.5, 0.6), measured(3, 0.3, 0.4, 0.5)]
+    saves = range(1, 9)
+    assert guidance.best_save(falling, saves).step == 3 and guidance.best_save(falling, [1, 2]).step == 2
     flat = [*falling, measured(4, 0.34, 0.37, 0.5)]
-    assert guidance.best_save(flat).step == 4 and flat[3].loss > flat[2].loss
-    assert guidance.best_save([*flat, measured(5, 0.4, 0.5, 0.6)]).step == 4
-    assert guidance.best_save([]) is None
+    assert guidance.best_save(flat, saves).step == 4 and flat[4].loss > flat[3].loss, "by chance"
+    a_little = [*flat, measured(5, 0.31, 0.41, 0.51)]
+    assert guidance.is_worse(a_little[5], a_little[3]) and guidance.best_save(a_little, saves).step == 5, "a thirtieth of what it fell"
+    assert guidance.best_save([*a_little, measured(6, 0.33, 0.43, 0.53)], saves).step == 5
+    assert guidance.best_save(falling, []) is guidance.best_save([], saves) is None
 
 
 def test_a_loss_that_is_no_number_is_the_worst_and_nothing_breaks():
@@ -55,7 +58,7 @@ def test_a_loss_that_is_no_number_is_the_worst_and_nothing_breaks():
     nan = float("nan")
     fine = curve((1.0, 1.0), (0.6, 0.6), (0.5, 0.5))
     broken = [*fine, Validated(30, nan, [nan, 0.1], nan)]
-    assert guidance.best_save(broken).step == 20 and guidance.best_save(broken[3:]) is None
+    assert guidance.best_save(broken, range(1, 99)).step == 20 and guidance.best_save(broken[3:], range(1, 99)) is None
     assert guidance.has_run_dry(broken, 1) and not guidance.has_run_dry(fine, 1)
     reading = guidance.read(broken)
     assert reading.fault == "burning" and "step 30" in reading.sentence

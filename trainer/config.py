@@ -357,7 +357,7 @@ class Saving(Section):
     """What is kept."""
 
     main: Literal["best", "last"] = "best"
-    """Which save becomes the finished file. best: the latest one that is not measurably worse on the held-out pictures than the best of all, so one before the run began to memorise; without held-out pictures the last one. All saves are kept either way."""
+    """Which save becomes the finished file. best: the latest one that is not clearly worse on the held-out pictures than the best of all, so one before the run began to memorise; without held-out pictures the last one. All saves are kept either way."""
     saves: Annotated[int, Field(ge=1, le=100)] = 5
     """The run is cut into this many equal parts. At the end of each the adapter is saved, measured and sampled."""
     state_every: PositiveInt = 100

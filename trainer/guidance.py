@@ -1,7 +1,7 @@
 """What the measurements of a run say: which save is the best one, when more steps no longer help, and what to change. Reads events only."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
@@ -34,18 +34,26 @@ def is_worse(one: Validated, other: Validated) -> bool:
     return more > error
 
 
-def best_save(saves: Sequence[Validated]) -> Validated | None:
-    """The latest save whose held-out loss is not measurably above the lowest one.
+def has_risen(one: Validated, lowest: Validated, first: Validated) -> bool:
+    """Whether a held-out loss is measurably above the lowest, and by more than a small share of all that it has fallen since the first.
+
+    With few held-out pictures a loss that is measurably higher on these says little of others; one that is clearly higher says more.
+    """
+    return is_worse(one, lowest) and one.loss - lowest.loss > RISEN * max(0.0, first.loss - lowest.loss)
+
+
+def best_save(measured: Sequence[Validated], steps: Container[int]) -> Validated | None:
+    """The latest of the saves at these steps whose held-out loss has not risen above the lowest one.
 
     Not simply the lowest: where the loss has gone flat, chance would choose, and of saves that are as good on pictures they never saw
     the one with more training knows its subject better. Where it has risen for good, all later saves are worse and the choice is early.
-    With few held-out pictures the error is that of the draws of noise over these pictures alone (32 at least), and says nothing of others.
     """
-    finite = [save for save in saves if math.isfinite(save.loss)]
-    if not finite:
+    finite = [point for point in measured if math.isfinite(point.loss)]
+    saves = [point for point in finite if point.step in steps]
+    if not saves:
         return None
-    lowest = min(finite, key=lambda save: save.loss)
-    return [save for save in finite if not is_worse(save, lowest)][-1]
+    lowest = min(saves, key=lambda save: save.loss)
+    return [save for save in saves if not has_risen(save, lowest, finite[0])][-1]
 
 
 def has_run_dry(saves: Sequence[Validated], patience: int) -> bool:
@@ -101,7 +109,7 @@ def read(measured: Sequence[Validated], ended: bool = False) -> Reading | None:
         )
         return Reading("learning", 0.05, said, "burning" if burning else "weak" if ended else "")
     risen = (last.loss - lowest.loss) / fallen
-    if risen > RISEN and is_worse(last, lowest):
+    if has_risen(last, lowest, first):
         if training[last.step] > training[lowest.step]:
             return Reading("learning", 0.05, f"Since step {lowest.step} both losses rise: the learning rate is too high.", "burning")
         sentence = (

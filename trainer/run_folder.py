@@ -240,7 +240,7 @@ class RunStatus:
         if not self.started or not self.started.held_out:
             return None
         steps = {saved.step for saved in self.adapters}
-        best = guidance.best_save([point for point in self.measured if point.step in steps])
+        best = guidance.best_save(self.measured, steps)
         return best.step if best else None
 
     @property
