@@ -229,7 +229,7 @@ function captionBox(view, card, extra = {}) {
   const save = async () => {
     clearTimeout(memory.timers.get(card.file));
     const text = box.value;
-    if (text === card.caption) { if (saved.textContent === "…") saved.textContent = ""; return; }
+    if (text === card.caption) { if (saved.textContent === "…") saved.textContent = "saved"; return; }
     const answer = await call("save_caption", { file: card.file, caption: text }, () => {
       saved.replaceChildren(el("button", { type: "button", class: "at-retry", onclick: save }, "not saved – retry"));
     });
