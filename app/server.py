@@ -34,6 +34,7 @@ def create_app(accounts: Mapping[str, str] | None = None, separate: bool = False
     storage.clean_uploads()
     storage.prune()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: it decides then
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"  # each tab asks once a second, and Gradio keeps 4 kB of each of the last 10,000
     mimetypes.add_type("text/javascript", ".js")  # Windows may say text/plain, which nosniff then refuses
     import gradio as gr
 
