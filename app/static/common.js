@@ -25,7 +25,7 @@ function drawWith(draw) {
     // What is drawn anew each second must not throw a keyboard out.
     if (focused && !root().contains(document.activeElement)) [...root().querySelectorAll("button, a, input, select, summary, textarea")].find((node) => nameOf(node) === focused)?.focus();
   };
-  again();
+  queueMicrotask(again);  // when the whole script has run: what it declares further below is not there before
   watch("value", again);
 }
 

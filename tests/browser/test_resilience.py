@@ -180,3 +180,17 @@ def test_the_preview_goes_on_to_the_newest_save(open_page, server, monkeypatch: 
         page.wait_for_function("document.querySelector('#preview-save input')?.value.startsWith('Step 20')")
         staged.finish(folder)
         page.wait_for_function("document.querySelector('#preview-save input').value.startsWith('The finished file')")
+
+
+def test_a_finished_run_with_a_gauge_is_drawn_when_its_tab_is_first_opened(open_page, server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The view is there before its tab is: it is drawn at once, with all that its script declares."""
+    monkeypatch.setenv("ATELIER_OUTPUTS", str(server.outputs))
+    folder = staged.stage("gauged", 100)
+    for step, loss in ((90, 0.2), (100, 0.1)):
+        events.EventLog(folder / "events.jsonl").append(events.Validated(step, loss, [loss, loss], loss / 2))
+    staged.finish(folder)
+    page = open_page()
+    page.wait_for_function("document.querySelector('.at-dataset')")
+    page.wait_for_timeout(2000)
+    page.get_by_role("tab", name="Train").click()
+    page.wait_for_selector("#progress .at-panel :text-is('ready')")
