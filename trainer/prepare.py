@@ -52,6 +52,8 @@ class Session:
     """The adapted parts of the base by their names in the pipeline: {"unet": ..., "text_encoder": ...}."""
     trigger: Embedding | None
     """The trigger word's vectors, where they are learned too."""
+    groups: dict[str, dict[str, nn.Parameter]]
+    """`parameter_groups`, looked up once: each step asks, and walking through a large denoiser takes many milliseconds."""
     optimizer: torch.optim.Optimizer
     average: EMAModel | None
     """Of the parameters, in their order."""
@@ -66,11 +68,6 @@ class Session:
     predict: Callable[[Noised, Batch], Tensor]
     """The family's, of the denoiser; made faster where that is possible."""
     world: World
-
-    @cached_property
-    def groups(self) -> dict[str, dict[str, nn.Parameter]]:
-        """`parameter_groups`, looked up once: each step asks, and walking through a large denoiser takes many milliseconds."""
-        return parameter_groups(self.components, self.trigger)
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -208,7 +205,8 @@ def assemble(
     total_steps = estimate.total_steps(run, views)
     warmup_steps(run, total_steps)
     graphed = device.type == "cuda" and run.training.cuda_graphs and _can_be_recorded(run)
-    parameters = [p for group in parameter_groups(components, trigger).values() for p in group.values()]
+    groups = parameter_groups(components, trigger)
+    parameters = [p for group in groups.values() for p in group.values()]
     return Session(
         run=run,
         folder=folder,
@@ -220,7 +218,8 @@ def assemble(
         objective=base.family.objective(base.pipe).to(device),
         components=components,
         trigger=trigger,
-        optimizer=optimizer_for(run, components, trigger, device, log),
+        groups=groups,
+        optimizer=optimizer_for(run, groups, device, log),
         average=EMAModel(parameters, decay=run.training.ema_decay) if run.training.ema_decay else None,
         examples=examples,
         held_out=held_out,
@@ -329,9 +328,9 @@ def parameter_groups(components: Mapping[str, nn.Module], trigger: Embedding | N
 
 
 def optimizer_for(
-    run: RunConfig, components: dict[str, nn.Module], trigger: Embedding | None, device: torch.device, log: EventLog
+    run: RunConfig, groups: Mapping[str, Mapping[str, nn.Parameter]], device: torch.device, log: EventLog
 ) -> torch.optim.Optimizer:
-    """The chosen one, tried out first. AdamW in 8 bits has a stand-in, since it takes the same steps; no other has."""
+    """The chosen one, tried out first, for the `parameter_groups`. AdamW in 8 bits alone has a stand-in, since it takes the same steps."""
     try:
         try_optimizer(run, device)
     except (ImportError, OSError, RuntimeError, ConfigError) as error:
@@ -339,5 +338,4 @@ def optimizer_for(
             raise
         log.append(Warned(f"adamw8bit cannot be used here ({str(error)[:200]}); adamw is used, with the same steps and more memory."))
         run = config.replace(run, {"training.optimizer": "adamw"})
-    groups = parameter_groups(components, trigger)
     return build_optimizer([(list(group.values()), run.training.rate_of(name)) for name, group in groups.items()], run)

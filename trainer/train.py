@@ -292,7 +292,7 @@ def relieve(session: Session, rung: str) -> bool:
             try_optimizer(smaller, session.device)
         except (ImportError, OSError, RuntimeError, ConfigError):  # not on this machine
             return False
-        session.optimizer = optimizer_for(smaller, session.components, session.trigger, session.device, session.log)
+        session.optimizer = optimizer_for(smaller, session.groups, session.device, session.log)
         return True
     return False
 
