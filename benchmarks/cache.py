@@ -7,12 +7,9 @@ may run beside; on CUDA, wall-clock seconds.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +19,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.measuring import device_to_measure, keep, timed
 from trainer import cache, storage
 from trainer.buckets import Crop
 from trainer.checkpoint import template_config
-from trainer.device import DTYPES, choose_device, device_name
+from trainer.device import DTYPES, device_name
 from trainer.libraries import settle
 from trainer.variants import Look
 
@@ -45,15 +43,6 @@ def make_pictures(folder: Path, count: int, resolution: int) -> list[Path]:
         paths.append(folder / f"{seed:04}.jpg")
         Image.fromarray(np.clip(np.asarray(clouds, dtype=np.int16) + grain, 0, 255).astype(np.uint8)).save(paths[-1], quality=90)
     return paths
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    begin = clock()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return clock() - begin
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -92,9 +81,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="append the row to this file")
     options = parser.parse_args()
     settle()
-    device = choose_device()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
+    device = device_to_measure()
     with tempfile.TemporaryDirectory() as place:
         os.environ["ATELIER_OUTPUTS"] = place
         row = measure(options, device)
@@ -104,9 +91,7 @@ def main() -> int:
         f"| {row['model']}, {row['resolution']}, {row['dtype']} | {row['device']} | {row['encoded_per_second']:.2f} "
         f"| {row['read_per_second']:.0f} | {row['opened_cut_scaled_seconds'] * 1e3:.0f} ms | {row['bytes_per_picture']:,} |"
     )
-    if options.json:
-        with open(options.json, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    keep(row, options.json)
     return 0
 
 

@@ -7,12 +7,9 @@ on every attention projection. On a CPU seconds are processor seconds of one thr
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +17,10 @@ from typing import Any
 import torch
 
 from benchmarks.full_size import build
+from benchmarks.measuring import device_to_measure, keep, timed
 from trainer import adapters, config, export, memory
 from trainer.config import EMBEDDED
-from trainer.device import DTYPES, choose_device, device_name
+from trainer.device import DTYPES, device_name
 from trainer.families import load_base
 from trainer.families.base import denoiser_of
 from trainer.libraries import settle
@@ -40,15 +38,6 @@ def make_adapter(base: config.Base, file: Path) -> None:
     modules = list(adapters.adapted_modules({name: loaded.denoiser}))
     export.save_adapter(file, loaded.family.dialect, modules, loaded.family, torch.float16, {})
     memory.release()
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    begin = clock()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return clock() - begin
 
 
 def measure(options: argparse.Namespace, device: torch.device, place: Path) -> dict[str, Any]:
@@ -93,9 +82,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="append the row to this file")
     options = parser.parse_args()
     settle()
-    device = choose_device()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
+    device = device_to_measure()
     with tempfile.TemporaryDirectory() as place:
         row = measure(options, device, Path(place))
     print("| base, pixels, steps, sampler | device | first, with loading | next | first with an adapter | next with it |")
@@ -103,9 +90,7 @@ def main() -> int:
     seconds = ("first_seconds", "seconds", "first_with_adapter_seconds", "with_adapter_seconds")
     times = " | ".join(f"{row[name]:.2f} s" for name in seconds)
     print(f"| {row['model']}, {row['size']}, {row['steps']}, {row['sampler']} | {row['device']} | {times} |")
-    if options.json:
-        with open(options.json, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    keep(row, options.json)
     return 0
 
 
