@@ -50,6 +50,13 @@ def queued(name, changes=None):
     return run_folder.runs_folder() / runs.start(config.replace(config.RunConfig(), {"name": name} | (changes or {})))
 
 
+def given(cluster, name):
+    """A run that a launcher has just given to the cluster: its folder, the launcher, the name of its job."""
+    folder, launcher = queued(name), runs.Launcher(connected(cluster))
+    launcher.look()
+    return folder, launcher, job_name(folder)
+
+
 def test_a_run_becomes_a_job_with_as_many_gpus_as_it_asks_for(outputs, cluster):
     folder = queued("it's; $(touch x) żółć", {"training.devices": 2, "training.batch_size": 2})
     launcher = runs.Launcher(connected(cluster))
@@ -74,10 +81,7 @@ def test_all_that_wait_are_given_to_the_cluster_and_a_restarted_page_gives_none_
 
 
 def test_what_is_taken_out_of_the_queue_is_stopped_before_it_begins(outputs, cluster):
-    folder = queued("changed my mind")
-    launcher = runs.Launcher(connected(cluster))
-    launcher.look()
-    name = job_name(folder)
+    folder, launcher, name = given(cluster, "changed my mind")
     run_folder.withdraw(folder, "queued")
     launcher.look()
     assert cluster.stopped == [name] and not launcher.given
@@ -88,11 +92,8 @@ def test_what_is_taken_out_of_the_queue_is_stopped_before_it_begins(outputs, clu
 
 @pytest.mark.parametrize("forgotten", [False, True])
 def test_a_job_that_fails_before_it_begins_is_said_with_its_last_line(outputs, cluster, forgotten):
-    folder = queued("short life")
-    launcher = runs.Launcher(connected(cluster))
-    launcher.look()
+    folder, launcher, name = given(cluster, "short life")
     (folder / "log.txt").write_text("sh: python: not found\n")
-    name = job_name(folder)
     cluster.jobs[name] |= {"status": "FAILED", "driver_exit_code": 127}
     if forgotten:
         del cluster.jobs[name]
@@ -103,10 +104,7 @@ def test_a_job_that_fails_before_it_begins_is_said_with_its_last_line(outputs, c
 
 
 def test_a_run_that_is_resumed_before_its_end_was_noticed_stays_in_the_queue(outputs, cluster):
-    folder = queued("back again")
-    launcher = runs.Launcher(connected(cluster))
-    launcher.look()
-    name = job_name(folder)
+    folder, launcher, name = given(cluster, "back again")
     run_folder.withdraw(folder, "queued")
     log = events.EventLog(folder / "events.jsonl")
     log.append(events.Launched(1, "0"))
