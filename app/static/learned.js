@@ -12,8 +12,8 @@ drawWith((root, view) => {
 
 /** Bars from the first block that the picture goes through to the last; the text encoders after them. */
 function where(blocks) {
-  const most = Math.max(...blocks.map(([, norm]) => norm), 1e-12), width = 640, height = 150, low = 112, inset = blocks.length > 12 ? 30 : 0, wide = (width - inset) / blocks.length;
-  const slant = blocks.length > 12;
+  const most = Math.max(...blocks.map(([, norm]) => norm), 1e-12), width = 640, low = 112;
+  const slant = blocks.length > 8, height = slant ? 185 : 150, inset = slant ? 30 : 0, wide = (width - inset) / blocks.length;  // beside each other more names do not fit a phone
   const strongest = blocks.reduce((one, other) => (other[1] > one[1] ? other : one));
   return el("figure", { class: "at-curve" }, el("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Size of the change by block: ${blocks.map(([name, norm]) => `${name} ${norm.toPrecision(2)}`).join(", ")}` },
     el("line", { class: "at-rule", x1: 0, x2: width, y1: low, y2: low }),
