@@ -143,13 +143,11 @@ def _count_checks(run: RunConfig) -> list[dict]:
 
 def _quantization_checks(run: RunConfig) -> list[dict]:
     how = run.base.quantization
-    cure: dict[str, Any] = {"cure": "Keep the base whole", "changes": {"base.quantization": "none"}}
-    if how != "none" and not device.has_cuda():
-        return [check("bad", f"Holding the base in {how.replace('bit', ' bits')} needs an NVIDIA GPU.", **cure)]
-    if how != "none" and not find_spec("bitsandbytes"):
-        text = f"Holding the base in {how.replace('bit', ' bits')} needs a package: pip install bitsandbytes."
-        return [check("bad", text, **cure)]
-    return []
+    lacks = "an NVIDIA GPU" if not device.has_cuda() else "" if find_spec("bitsandbytes") else "a package: pip install bitsandbytes"
+    if how == "none" or not lacks:
+        return []
+    text = f"Holding the base in {how.replace('bit', ' bits')} needs {lacks}."
+    return [check("bad", text, "Keep the base whole", changes={"base.quantization": "none"})]
 
 
 def _base_checks(run: RunConfig) -> list[dict]:

@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 
 from app import device, recipes, runs
@@ -219,13 +220,20 @@ def learned() -> dict:
     folder = runs.shown()
     if folder is None or not (current := runs.status(folder)).adapters or current.is_active:
         return {}
+    path = folder / "learned.json"
     try:
-        facts = json.loads((folder / "learned.json").read_text(encoding="utf-8"))
+        return _learned(path, path.stat().st_mtime_ns)
     except (OSError, ValueError):  # of an older version
         return {}
+
+
+@lru_cache(maxsize=32)
+def _learned(path: Path, modified: int) -> dict:
+    """Read once: every open window asks each second, and that of a large adapter has thousands of numbers."""
+    facts = json.loads(path.read_text(encoding="utf-8"))
     by_use = sorted((module for module in facts["modules"] if "enough" in module), key=lambda module: -module["enough"]["99"])
     return {
-        "run": folder.name,
+        "run": path.parent.name,
         "blocks": facts["blocks"],
         "rank": facts.get("rank", 0),
         "spectrum": facts.get("spectrum", []),

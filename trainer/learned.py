@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.adapted import AdaptedModule
+from trainer.adapted import AdaptedModule, decompose
 from trainer.files import atomic_write
-from trainer.tools import decompose, pair
+from trainer.tools import pair
 
 NAME = "learned.json"
 SHARES = (0.95, 0.99)
