@@ -18,15 +18,24 @@ function el(tag, attributes = {}, ...children) {
 
 /** Draws whenever Python sends other data; before the first of it, nothing. */
 function drawWith(draw) {
-  const again = () => {
-    if (!root() || !props.value) return;
-    const focused = root().contains(document.activeElement) ? nameOf(document.activeElement) : null;
-    draw(root(), props.value);
-    // What is drawn anew each second must not throw a keyboard out.
-    if (focused && !root().contains(document.activeElement)) [...root().querySelectorAll("button, a, input, select, summary, textarea")].find((node) => nameOf(node) === focused)?.focus();
-  };
+  const again = () => { if (root() && props.value) keepingPlace(() => draw(root(), props.value)); };
   queueMicrotask(again);  // when the whole script has run: what it declares further below is not there before
   watch("value", again);
+}
+
+/** Draws without throwing a person out: the control that the keyboard was on has it again, with what was being typed there.
+    A box whose typing is not taken note of elsewhere says so by a function `edited`. */
+function keepingPlace(draw) {
+  const before = document.activeElement;
+  if (!root().contains(before)) return draw();
+  const name = nameOf(before), { value, selectionStart, selectionEnd } = before, edited = before.edited && before.edited();
+  draw();
+  if (root().contains(document.activeElement)) return;
+  const after = before.isConnected ? before : [...root().querySelectorAll("button, a, input, select, summary, textarea")].find((node) => nameOf(node) === name);
+  if (!after) return;
+  if (edited && after.value !== value) { after.value = value; after.dispatchEvent(new Event("input")); }
+  after.focus({ preventScroll: true });
+  if (Number.isInteger(selectionStart)) after.setSelectionRange(selectionStart, selectionEnd);  // buttons and numbers have none
 }
 
 const nameOf = (node) => node.id || `${node.tagName} ${node.getAttribute("aria-label") || node.textContent}`;

@@ -1,5 +1,5 @@
 // The Dataset tab: drop area, what the doctor says, and one page of pictures with their captions, which save themselves.
-const memory = { name: "", turn: 0, page: 0, filter: null, panel: "", messages: [], working: "", view: null, timers: new Map(), refresh: null, trash: null, open: new Set(), edits: 0, savedFile: "" };
+const memory = { name: "", turn: 0, page: 0, filter: null, panel: "", messages: [], working: "", view: null, timers: new Map(), refresh: null, trash: null, open: new Set(), edits: 0, savedFile: "", drawn: {} };
 let settings = {};
 
 drawWith((root, value) => {
@@ -37,28 +37,12 @@ async function load({ turn = false } = {}) {
 }
 
 function paint() {
-  const view = memory.view, typeOn = typing();
-  const empty = !view.total && !view.trouble && !view.scanning;
-  root().replaceChildren(el("div", { class: "at-dataset", "data-name": view.name, ondragover: hover, ondragleave: leave, ondrop: (event) => drop(event, view) },
+  const view = memory.view, empty = !view.total && !view.trouble && !view.scanning;
+  keepingPlace(() => root().replaceChildren(el("div", { class: "at-dataset", "data-name": view.name, ondragover: hover, ondragleave: leave, ondrop: (event) => drop(event, view) },
     dropArea(view, empty), el("div", { class: "at-note", "aria-live": "polite" }, view.trouble ? notice(view.trouble, "bad") : null), trashBar(), messages(), summary(view),
     el("div", { class: "at-job-place" }), view.total ? tools(view) : null, filterBar(view),
-    el("div", { class: "at-grid" }, view.cards.map((card) => cardOf(view, card))), pager(view)));
+    el("div", { class: "at-grid" }, view.cards.map((card) => cardOf(view, card))), pager(view))));
   drawJob();
-  typeOn();
-}
-
-/** Takes note of the caption that is being typed; gives what puts it back where the person was, after the tab is drawn anew. */
-function typing() {
-  const box = document.activeElement, card = box && box.closest(".at-card");
-  if (!card || box.tagName !== "TEXTAREA") return () => {};
-  const { value, selectionStart, selectionEnd } = box, edited = box.edited();
-  return () => {
-    const next = root().querySelector(`.at-card[data-file="${CSS.escape(card.dataset.file)}"] textarea`);
-    if (!next) return;
-    if (edited && next.value !== value) { next.value = value; next.dispatchEvent(new Event("input")); }
-    next.focus({ preventScroll: true });
-    next.setSelectionRange(selectionStart, selectionEnd);
-  };
 }
 
 function hover(event) { event.preventDefault(); event.currentTarget.classList.add("at-over"); }
@@ -196,13 +180,17 @@ function groupOf(view, group) {
 
 // Which pictures are shown
 
-function filterBy(filter) { memory.filter = filter; memory.page = 0; load({ turn: true }); }
+function filterBy(filter) { clearTimeout(memory.timers.get("search")); memory.filter = filter; memory.page = 0; load({ turn: true }); }
 
 function filterBar(view) {
   if (!view.total) return null;
   const text = memory.filter ? memory.filter.title || (memory.filter.tag && `tag “${memory.filter.tag}”`) : "";
-  const search = el("input", { type: "search", class: "at-search", placeholder: "Search names and captions", "aria-label": "Search names and captions", value: (memory.filter && memory.filter.text) || "",
-    onchange: (event) => filterBy(event.target.value ? { text: event.target.value } : null) });
+  const find = () => {
+    clearTimeout(memory.timers.get("search"));
+    memory.timers.set("search", setTimeout(() => filterBy(search.value ? { text: search.value } : null), 300));
+  };
+  const search = el("input", { type: "search", class: "at-search", placeholder: "Search names and captions", "aria-label": "Search names and captions", value: (memory.filter && memory.filter.text) || "", oninput: find });
+  search.edited = () => true;
   return el("div", { class: "at-row at-filter" }, view.total > 12 || memory.filter ? search : null,
     text ? el("span", { class: "at-pill at-quiet" }, text) : null,
     memory.filter ? el("span", { class: "at-hint" }, `${view.matching} of ${view.total}`) : null, memory.filter ? button("Show all", () => filterBy(null), "at-small") : null);

@@ -1,12 +1,20 @@
-// What is done to all pictures: captions, tags, captions by a model, crops, and the dataset itself. One panel is open at a time.
+// What is done to all pictures: captions, tags, captions by a model, crops, and the dataset itself. One panel is open at a time; one to type in keeps what is typed when the tab is drawn anew.
 
-const PANELS = { captions: ["Edit captions", captionsPanel], tags: ["Tags", tagsPanel], models: ["Describe by a model", modelsPanel], crops: ["Crops", cropsPanel], dataset: ["Dataset", datasetPanel] };
+const PANELS = { captions: ["Edit captions", captionsPanel, "typed in"], tags: ["Tags", tagsPanel], models: ["Describe by a model", modelsPanel, "typed in"], crops: ["Crops", cropsPanel], dataset: ["Dataset", datasetPanel, "typed in"] };
 
 function tools(view) {
   const open = (name) => { memory.panel = memory.panel === name ? "" : name; root().querySelector(".at-tools").replaceWith(tools(memory.view)); };
   const tabs = Object.entries(PANELS).map(([name, [title]]) => el("button", { type: "button", class: `at-button at-small ${memory.panel === name ? "at-chosen" : ""}`, "data-panel": name, "aria-expanded": memory.panel === name ? "true" : "false", onclick: () => open(name) }, title));
-  return el("section", { class: "at-tools", "aria-label": "Tools for all pictures" }, fold("tools", "Captions, tags and crops of all pictures; the dataset itself", el("div", { class: "at-row" }, tabs), memory.panel ? el("div", { class: "at-panel" }, PANELS[memory.panel][1](view)) : null));
+  return el("section", { class: "at-tools", "aria-label": "Tools for all pictures" }, fold("tools", "Captions, tags and crops of all pictures; the dataset itself", el("div", { class: "at-row" }, tabs), memory.panel ? el("div", { class: "at-panel" }, openPanel(view)) : null));
 }
+
+function openPanel(view) {
+  const [, draw, typedIn] = PANELS[memory.panel], key = `${memory.panel} ${view.name} ${tagShown()}`;
+  if (!typedIn || memory.drawn.key !== key) memory.drawn = { key, node: draw(view) };
+  return memory.drawn.node;
+}
+
+const tagShown = () => (memory.filter && memory.filter.tag) || "";
 
 function field(label, attributes = {}) {
   const input = el("input", { type: "text", ...attributes });
@@ -29,19 +37,19 @@ function captionsPanel() {
   const inputs = el("div", { class: "at-row" }), result = el("div", { class: "at-changes", "aria-live": "polite" });
   const choice = el("select", { id: "edit-operation", "aria-label": "Change", onchange: () => { inputs.replaceChildren(...places[choice.value]); result.replaceChildren(); } },
     Object.entries(OPERATIONS).map(([value, title]) => el("option", { value }, title)));
-  const wish = () => ({ operation: choice.value, find: find.value, replacement: replacement.value, text: text.value, pattern: pattern.checked, keep_first: first.checked, only: (memory.filter && memory.filter.tag) || "" });
+  const wish = () => ({ operation: choice.value, find: find.value, replacement: replacement.value, text: text.value, pattern: pattern.checked, keep_first: first.checked, only: tagShown() });
   const bad = (message) => result.replaceChildren(notice(message, "bad"));
   const preview = async () => {
     const asked = wish(), answer = await call("preview_edit", asked, bad);
     if (answer.error) return;
-    const apply = async () => { const done = await call("apply_edit", asked, bad); if (!done.error) load(); };
+    const apply = async () => { const done = await call("apply_edit", asked, bad); if (!done.error) { result.replaceChildren(); load(); } };
     result.replaceChildren(el("p", { class: "at-hint" }, answer.count ? `${plural(answer.count, "caption")} would change${answer.count > answer.changes.length ? "; the first of them:" : ":"}` : "No caption would change."),
       el("dl", {}, answer.changes.flatMap((change) => [el("dt", {}, change.file), el("dd", {}, el("del", {}, change.before || "(none)"), el("ins", {}, change.after || "(none)"))])),
       answer.count ? button(`Change ${plural(answer.count, "caption")}`, apply, "at-primary") : "");
   };
   inputs.append(...places.replace);
   return el("div", {}, el("div", { class: "at-row" }, el("label", {}, el("span", {}, "Change"), choice)), inputs,
-    memory.filter && memory.filter.tag ? el("p", { class: "at-hint" }, `Only where the tag “${memory.filter.tag}” is.`) : null, el("div", { class: "at-row" }, button("Preview", preview)), result);
+    tagShown() ? el("p", { class: "at-hint" }, `Only where the tag “${tagShown()}” is.`) : null, el("div", { class: "at-row" }, button("Preview", preview)), result);
 }
 
 // Tags

@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 import zipfile
 from pathlib import Path
 
@@ -130,7 +131,6 @@ def describe_by_a_model(page, folder: Path, model: Path) -> None:
 def find_picture(page, name: str) -> None:
     search = page.get_by_role("searchbox", name="Search names and captions")
     search.fill(name)
-    search.press("Enter")
     page.wait_for_function(f"[...document.querySelectorAll('.at-card')].map((card) => card.dataset.file).join() === '{name}'")
     page.locator(".at-open").click()
     page.wait_for_selector(".at-editor img")
@@ -216,3 +216,28 @@ def delete_it_and_bring_it_back(page, folder: Path) -> None:
             page.get_by_role("button", name="Bring it back").click()
             page.wait_for_selector(".at-dataset[data-name=studio] .at-card")
             assert captions_on_disk(folder) == before
+
+
+def test_what_is_being_typed_outlives_a_drawing_of_the_tab(open_page, server, tmp_path: Path) -> None:
+    for seed in range(14):
+        (tmp_path / f"p{seed:02}.png").write_bytes(encoded(photo(64, 64, seed=seed), "PNG"))
+    page = open_page()
+    page.wait_for_selector(".at-dataset[data-name]")
+    page.locator("#dataset input").fill("typed")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".at-dataset[data-name=typed]")
+    page.set_input_files("#dataset-files", sorted(tmp_path.glob("*.png")))
+    page.locator(".at-card").nth(13).wait_for()
+    page.locator(".at-fold-tools > summary").click()
+    page.locator("[data-panel=captions]").click()
+    page.locator("#edit-find").fill("a cat")
+
+    page.locator(".at-card .at-open").first.click()
+    page.route("**/component_server", lambda route: (time.sleep(0.4), route.continue_()))
+    page.locator(".at-editor").get_by_role("button", name="Close", exact=True).click()  # the tab is drawn anew while a person goes on
+    search = page.get_by_role("searchbox", name="Search names and captions")
+    search.evaluate("(box) => { box.isTheFirst = true; }")
+    search.press_sequentially("p07.png", delay=150)
+    page.wait_for_function("[...document.querySelectorAll('.at-card')].map((card) => card.dataset.file).join() === 'p07.png'")
+    assert search.input_value() == "p07.png" and search.evaluate("(box) => box === document.activeElement && !box.isTheFirst")
+    assert page.locator("#edit-find").input_value() == "a cat"
