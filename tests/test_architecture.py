@@ -45,7 +45,7 @@ TORCH_FREE = {
 }
 # Each module of the engine may import those on the levels below its own, and on its own level none.
 LEVELS = [
-    {"errors", "fused_lora", "launch"},
+    {"convolutions", "errors", "fused_lora", "launch"},
     {"config", "safetensors_header", "files", "distributed"},
     {"checkpoint"},
     {"events", "presets", "base_model", "buckets", "foreign_configs", "adapted", "adapter_keys", "targets"},

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainer import events, run_folder, step, train
+from trainer import adapters, convolutions, events, run_folder, step, train
 from trainer.families.sd1 import StableDiffusion1
 from trainer.running import STOPPED, run_in
 
@@ -103,6 +103,18 @@ def test_checkpointing_changes_memory_not_numbers(train_tiny, reference):
     checkpointed = adapter_of(train_tiny({"training.gradient_checkpointing": True, "saving.saves": 1}))
     for name, tensor in reference.items():
         torch.testing.assert_close(checkpointed[name], tensor, rtol=2e-2, atol=2e-4)
+
+
+@pytest.mark.parametrize("optimisation", ["fused layers", "convolutions as matrix products"])
+def test_what_makes_a_step_faster_changes_the_losses_by_rounding_alone(train_tiny, monkeypatch, optimisation):
+    settings = {"training.steps": 20, "training.learning_rate": 1e-3, "saving.saves": 1}
+    usual = dict(run_folder.status(train_tiny(settings)).losses)
+    if optimisation == "fused layers":
+        monkeypatch.setattr(adapters, "fuse", lambda component, adapter: None)
+    else:  # which the small layers of the tiny base would not be
+        monkeypatch.setattr(convolutions, "WEIGHTS_PER_POSITION", 0)
+    other = dict(run_folder.status(train_tiny(settings)).losses)
+    assert usual != other and usual == pytest.approx(other, rel=1e-3)
 
 
 def test_a_rate_of_zero_leaves_a_part_out_of_the_file(train_tiny):

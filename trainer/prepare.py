@@ -16,6 +16,7 @@ from trainer.adapter_file import AdapterFile, read_adapter
 from trainer.attention import choose_attention, use_attention
 from trainer.base_model import DENOISERS, locate
 from trainer.config import RunConfig
+from trainer.convolutions import use_matrix_products
 from trainer.dataset import DatasetItem, override_repeats, scan_dataset
 from trainer.device import DTYPES, choose_device, choose_precision
 from trainer.distributed import World
@@ -199,6 +200,8 @@ def assemble(
         base.denoiser.enable_gradient_checkpointing()
     trigger = textual_inversion.fresh(run, base) if run.adapter.trigger_vectors else None
     base = textual_inversion.put_on(base, [trigger]) if trigger else base
+    if device.type == "cpu":
+        use_matrix_products(base.denoiser)
     layout = torch.channels_last if device.type == "cuda" else torch.preserve_format  # what its convolutions are fastest in
     ladder.attempt("load", 0, lambda: base.denoiser.to(device, memory_format=layout))
     views = sum(example.repeats for example in examples)
