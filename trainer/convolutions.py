@@ -32,14 +32,7 @@ class MatrixConv2d(nn.Conv2d):
 
 def use_matrix_products(denoiser: nn.Module) -> None:
     """For the 3 x 3 convolutions that keep the size of what they see, as those of a UNet's blocks do."""
-    shape = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
     for layer in denoiser.modules():
-        if type(layer) is nn.Conv2d and shape == (
-            layer.kernel_size,
-            layer.padding,
-            layer.stride,
-            layer.dilation,
-            layer.groups,
-            layer.padding_mode,
-        ):
-            layer.__class__ = MatrixConv2d
+        if type(layer) is nn.Conv2d and layer.weight.shape[1:] == (layer.in_channels, 3, 3):  # of one group
+            keeps_size = layer.padding == layer.stride == layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+            layer.__class__ = MatrixConv2d if keeps_size else nn.Conv2d
