@@ -1,5 +1,6 @@
 """What the Library does with runs: names and tags, delete and undo, two side by side, a model card, and the way to the Hub."""
 
+import itertools
 import json
 import shutil
 import time
@@ -14,7 +15,6 @@ from trainer import run_folder
 from trainer.errors import StateError, TrainerError
 from trainer.events import SampleSaved
 from trainer.files import atomic_write
-from trainer.run_folder import RunStatus
 
 NOTES = "library.json"
 KEPT_FOR = 7 * 24 * 3600  # seconds that a deleted run can be brought back
@@ -72,24 +72,27 @@ def restore(run_id: object) -> None:
 
 
 def compare(first: object, second: object) -> dict:
-    """Two runs side by side: the settings that differ, both smoothed curves, both last samples of the same prompt."""
+    """Two runs side by side: the settings that differ, both smoothed curves, a sample of each of the same prompt where there is one."""
     folders = [runs.resolve(first), runs.resolve(second)]
     one, other = (runs.settings(folder) for folder in folders)
     paths = [path for path in form.all_fields() if path not in ("name",)]
     different = form.changed(other, one, paths)
-    return {"settings": different, "runs": [_side(folder) for folder in folders]}
+    samples = [views.samples_of_file(runs.status(folder)) for folder in folders]
+    shared = next(
+        (pair for pair in itertools.product(*samples) if pair[0].prompt == pair[1].prompt), [next(iter(each), None) for each in samples]
+    )
+    return {"settings": different, "runs": [_side(folder, sample) for folder, sample in zip(folders, shared, strict=True)]}
 
 
-def _side(folder: Path) -> dict:
+def _side(folder: Path, sample: SampleSaved | None) -> dict:
     current = runs.status(folder)
-    last = current.samples[-1] if current.samples else None
     return {
         "name": name_of(folder),
         "steps": current.step,
         "loss": views.thin(views.smooth(current.losses)),
         "validation": current.validation,
-        "sample": f"/runfile/{folder.name}/{last.file}" if last else "",
-        "prompt": last.prompt if last else "",
+        "sample": f"/runfile/{folder.name}/{sample.file}" if sample else "",
+        "prompt": sample.prompt if sample else "",
     }
 
 
@@ -108,7 +111,7 @@ def model_card(run_id: object) -> str:
         "tags: [lora, text-to-image, stable-diffusion]",
         *([f"base_model: {base}"] if on_hub else []),
     ]
-    shown = [f"![{sample.prompt}]({sample.file})" for sample in _samples_of(current)]
+    shown = [f"![{sample.prompt}]({sample.file})" for sample in views.samples_of_file(current)]
     trigger = f"Trigger word: `{run.dataset.trigger}`.\n" if run.dataset.trigger else "It has no trigger word.\n"
     body = f"""
 # {name_of(folder)}
@@ -128,12 +131,6 @@ In A1111 and Forge: `<lora:{Path(file["name"]).stem}:0.8>`; in ComfyUI: a Load L
     return "\n".join(front) + "\n---\n" + body
 
 
-def _samples_of(current: RunStatus) -> list[SampleSaved]:
-    """Up to four pictures of the save that is handed out; of the last one where it was not sampled."""
-    step = current.file_step or current.step
-    return [sample for sample in current.samples if sample.step == step][:4] or current.samples[-1:]
-
-
 def _embedding_note(file: dict) -> str:
     if not file["embedding"]:
         return ""
@@ -150,7 +147,7 @@ def push(run_id: object, repository: object, is_private: bool, api: HfApi | None
     card = model_card(run_id)
     try:
         address = api.create_repo(str(repository or ""), private=is_private, exist_ok=True)
-        samples = [sample.file for sample in _samples_of(runs.status(folder))]
+        samples = [sample.file for sample in views.samples_of_file(runs.status(folder))]
         embedding = [file["embedding"]["name"]] if file["embedding"] else []
         for path in [file["name"], *embedding, *samples]:
             api.upload_file(path_or_fileobj=folder / path, path_in_repo=path, repo_id=address.repo_id)

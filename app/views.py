@@ -301,11 +301,18 @@ def library() -> dict:
     return {"cards": [_library_card(folder) for folder in runs.all_runs()], "cache": cache_size()}
 
 
+def samples_of_file(current: RunStatus) -> list[SampleSaved]:
+    """Up to four pictures of the save that is handed out; of the last one where it was not sampled."""
+    step = current.file_step or current.step
+    return [sample for sample in current.samples if sample.step == step][:4] or current.samples[-1:]
+
+
 cache_size = runs.briefly(lambda: size(storage.size()), seconds=60)
 
 
 def _library_card(folder: Path) -> dict:
     current = runs.status(folder)
+    shown = samples_of_file(current)
     try:
         run = runs.settings(folder)
         recipe = recipes.every().get(run.preset)
@@ -322,8 +329,8 @@ def _library_card(folder: Path) -> dict:
         "steps": f"{current.step} steps" if not current.is_active else "",
         "best": current.best_step if len(current.adapters) > 1 else None,
         "date": f"{made.day} {made:%B %Y, %H:%M}",
-        "sample": _sample(folder, current.samples[-1])["src"] if current.samples else "",
-        "prompt": current.samples[-1].prompt if current.samples else "",
+        "sample": _sample(folder, shown[0])["src"] if shown else "",
+        "prompt": shown[0].prompt if shown else "",
         "file": final_file(folder, current),
         "actions": sorted(runs.actions(current)),
         "settings": settings,

@@ -48,6 +48,11 @@ def test_two_runs_side_by_side(finished) -> None:
     other = staged.stage("other", 40, **{"adapter.rank": 4, "base.model": "someone/model"})
     found = shelf.compare(finished.name, other.name)
     assert [(each["label"], each["was"], each["now"]) for each in found["settings"]] == [("Rank", "16", "4")]
+    for folder, step in ((finished, 100), (other, 41)):  # of one the second prompt, of the other the only one
+        log = events.EventLog(folder / "events.jsonl")
+        log.append(events.StepDone(step, 0.1, 1e-4, 0.25))
+        log.append(events.SampleSaved(step, "a moon", 3, f"samples/{step:06d}-1.png"))
+    assert [side["prompt"] for side in shelf.compare(finished.name, other.name)["runs"]] == ["a moon"] * 2
     fresh = run_folder.create(runs.settings(other))
     assert shelf.compare(finished.name, fresh.name)["runs"][1]["loss"] == [], "a run that has not begun has no curve"
     assert [side["steps"] for side in found["runs"]] == [100, 40] and all(side["loss"] and side["sample"] for side in found["runs"])
@@ -69,6 +74,7 @@ def test_a_card_and_the_preview_tell_of_the_save_that_is_handed_out(finished) ->
         assert hub.files == ["maya.safetensors", "samples/000060-0.png", "README.md"]
         assert preview._save_choices(finished)[0] == ("The finished file (step 60)", "maya.safetensors")
         assert views.final_file(finished, runs.status(finished))["name"] == "maya.safetensors"
+        assert "000060-0" in library.cards_with_notes()["cards"][0]["sample"]
     events.EventLog(finished / "events.jsonl").append(events.Launched(1, "0"))
     assert views.final_file(finished, runs.status(finished))["name"] == "maya-000100.safetensors", "a resumed run goes on"
 

@@ -484,7 +484,8 @@ def sample(session: Session, step: int) -> None:
         session.log.append(probed(session, step, prompts[0], drawn, make))
     except Exception as error:  # whatever it is, the training itself is fine; the log has the details
         traceback.print_exc()
-        session.log.append(Warned(f"The samples of step {step} could not be made ({str(error)[:200]}); the training goes on."))
+        what = f"The samples of step {step} could not all be made and measured"
+        session.log.append(Warned(f"{what} ({str(error)[:200]}); the training goes on."))
     finally:
         for part, home in homes.items():
             part.to(home)

@@ -117,7 +117,7 @@ function more(card, name, complain) {
   };
   const repository = el("input", { type: "text", placeholder: "user/name", "aria-label": "Repository on the Hugging Face Hub", ...hold });
   const push = async () => {
-    if (!confirm(`Upload the adapter, its card and its last samples to ${repository.value} on the Hugging Face Hub, as a private repository?`)) return;
+    if (!confirm(`Upload the adapter, its card and its samples to ${repository.value} on the Hugging Face Hub, as a private repository?`)) return;
     complain("");
     said.textContent = "Uploading…";
     const answer = await ask("push", { run: card.run, repository: repository.value, private: true }, complain);

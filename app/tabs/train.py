@@ -113,13 +113,12 @@ def _advanced_form() -> tuple[dict[str, gr.components.Component], gr.HTML]:
     fields, recipe = {}, next(iter(presets.load_presets().values())).config
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
         tools = drawn("advanced", data={}, elem_id="advanced-tools", constant=_searchable())
-        several = device.count() > 1 or device.trains_elsewhere
         for section in dict.fromkeys(path.partition(".")[0] for path in advanced_paths()):
             with gr.Accordion(SECTION_TITLES[section], open=False, elem_id=f"section-{section}"), gr.Row(elem_classes="at-section"):
                 for path in advanced_paths():
                     if path.startswith(f"{section}."):
-                        value, is_shown = form.to_widget(config.get(recipe, path)), path != "training.devices" or several
-                        fields[path] = form.widget(path, value=value, min_width=180, visible=is_shown)
+                        value = form.to_widget(config.get(recipe, path))
+                        fields[path] = form.widget(path, value=value, min_width=180, visible=_is_shown(path))
     return fields, tools
 
 
@@ -128,7 +127,12 @@ def _searchable() -> list[dict[str, str]]:
     return [
         {"path": path, "section": path.partition(".")[0], "text": f"{path} {form.label(path)} {form.help_text(path)}".lower()}
         for path in advanced_paths()
+        if _is_shown(path)
     ]
+
+
+def _is_shown(path: str) -> bool:
+    return path != "training.devices" or device.count() > 1 or bool(device.trains_elsewhere)
 
 
 def _base_choices() -> list[tuple[str, str]]:
