@@ -22,9 +22,7 @@ function openPicture(view, card) {
   const choose = (mode) => {
     const tab = (name, text) => el("button", { type: "button", class: `at-button at-small ${mode === name ? "at-chosen" : ""}`, "aria-pressed": mode === name ? "true" : "false", onclick: () => choose(name) }, text);
     bar.replaceChildren(tab("crop", "Crop"), tab("mask", "Mask"), ...tools[mode].buttons);
-    canvas.hidden = mode !== "mask";
-    frame.hidden = mode !== "crop";
-    tools[mode].show();
+    for (const [name, tool] of Object.entries(tools)) tool.show(name === mode);
   };
   document.body.append(dialog);
   dialog.showModal();
@@ -39,7 +37,9 @@ function cropTools(card, frame, stage, tell) {
     Object.assign(frame.style, { left: `${100 * left}%`, top: `${100 * top}%`, width: `${100 * (right - left)}%`, height: `${100 * (bottom - top)}%` });
     frame.setAttribute("aria-valuetext", `${Math.round(50 * (left + right))} % from left, ${Math.round(50 * (top + bottom))} % from top`);
   };
-  const show = () => {
+  const show = (chosen) => {
+    frame.hidden = !chosen;
+    if (!chosen) return;
     const [left, top, right, bottom] = card.box, part = Math.round(100 * (right - left) * (bottom - top));
     place();
     tell(`Trained at ${card.bucket[0]} × ${card.bucket[1]}${part < 100 ? `, ${part} % of the picture; drag the frame to choose which part` : ", all of it"}.`);
@@ -55,7 +55,7 @@ function cropTools(card, frame, stage, tell) {
     memory.edited = true;
     Object.assign(card, { box: answer.box, bucket: answer.bucket, moved: answer.moved });
     setUndo(answer.undo);
-    show();
+    show(!frame.hidden);
   };
   const middle = () => [(card.box[0] + card.box[2]) / 2, (card.box[1] + card.box[3]) / 2];
   let from = null, waiting = null;
@@ -82,16 +82,21 @@ function cropTools(card, frame, stage, tell) {
 
 function maskTools(card, canvas, image, tell) {
   const paper = canvas.getContext("2d"), pen = { size: 0.08, white: false };
-  const ready = () => new Promise((done) => (image.complete && image.naturalWidth ? done() : image.addEventListener("load", done, { once: true })));
-  let drawn = false, last = null;
-  const show = async () => {
-    tell("Paint over what should not be learned; it turns red. The rest is learned in full.");
-    if (drawn) return;
-    drawn = true;
-    await ready();
+  let chosen = false, prepared = null, last = null;
+  const prepare = async () => {
+    if (!image.naturalWidth) await new Promise((done) => image.addEventListener("load", done, { once: true }));
     canvas.width = image.naturalWidth;
     canvas.height = image.naturalHeight;
     if (card.mask) await fromMask(card.mask);
+  };
+  const ready = () => (prepared ??= prepare());  // nothing is painted or saved before picture and mask are there
+  const show = async (isChosen) => {
+    chosen = isChosen;
+    canvas.hidden = true;
+    if (!chosen) return;
+    tell("Paint over what should not be learned; it turns red. The rest is learned in full.");
+    await ready();
+    canvas.hidden = !chosen;
   };
   const fromMask = (src) => new Promise((done) => {
     const mask = new Image();
@@ -125,7 +130,8 @@ function maskTools(card, canvas, image, tell) {
     setUndo(answer.undo);
     tell(text);
   };
-  const save = () => {
+  const save = async () => {
+    await ready();
     const grey = document.createElement("canvas"), [width, height] = [canvas.width, canvas.height];
     Object.assign(grey, { width, height });
     const pixels = paper.getImageData(0, 0, width, height);

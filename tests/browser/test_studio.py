@@ -165,7 +165,7 @@ def paint_a_mask(page, folder: Path) -> None:
     find_picture(page, "p010.png")
     page.locator(".at-editor").get_by_role("button", name="Mask", exact=True).click()
     paper = page.locator(".at-paint")
-    page.wait_for_function("document.querySelector('.at-paint').width > 90")
+    paper.wait_for()  # with the picture
     place = paper.bounding_box()
     page.mouse.move(place["x"] + 5, place["y"] + place["height"] / 2)
     page.mouse.down()
