@@ -10,6 +10,12 @@ import gradio as gr
 
 from app.previews import PreviewEngine
 
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+"""An event between the controls of the page: without Gradio's veil over them, and no part of the API."""
+
+LATEST = QUIET | {"trigger_mode": "always_last"}
+"""One that follows what a person chooses. Gradio's default forgets a choice that is made while an earlier one is being answered."""
+
 
 @dataclass(frozen=True)
 class Live:

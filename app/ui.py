@@ -4,7 +4,7 @@ import gradio as gr
 
 from app import api
 from app.drawn import drawn, read_static
-from app.page import Page
+from app.page import QUIET, Page
 from app.previews import PreviewEngine
 from app.tabs import dataset, library, preview, train
 from app.views import header
@@ -26,7 +26,7 @@ def build(engine: PreviewEngine, device: str) -> gr.Blocks:
                     panes.append(pane)
         for tab in TABS:
             tab.connect(page, parts[tab.ID], parts)
-        heading.go_train(lambda: gr.Tabs(selected="train"), None, tabs, show_progress="hidden", api_visibility="private")
+        heading.go_train(lambda: gr.Tabs(selected="train"), None, tabs, **QUIET)
         _refill(heading, tabs, parts["train"])
         _remember_tab(panes)
         api.build(engine)
@@ -42,7 +42,7 @@ def _refill(heading: gr.HTML, tabs: gr.Tabs, form: dict) -> None:
         return [gr.Tabs(selected="train"), *form["take_settings"](event.text, *values)]
 
     outputs = [tabs, form["said"], *form["outputs"]]
-    heading.refill(refilled, form["outputs"], outputs, show_progress="hidden", api_visibility="private").then(**form["line_update"])
+    heading.refill(refilled, form["outputs"], outputs, **QUIET).then(**form["line_update"])
 
 
 def _remember_tab(panes: list[gr.Tab]) -> None:
@@ -57,11 +57,11 @@ def _load(blocks: gr.Blocks, page: Page) -> None:
         return gr.Tabs(selected=wanted) if wanted in {tab.ID for tab in TABS} else gr.skip()
 
     # The first tab selects itself while the page is built; only what comes after the link was followed goes into the address.
-    following = blocks.load(opened, None, page.tabs, show_progress="hidden", api_visibility="private")
+    following = blocks.load(opened, None, page.tabs, **QUIET)
     following.then(None, js="() => { window.atelierOpened = true }")
     blocks.load(None, js=read_static("keys.js"))
     for handler, outputs, then in page.loads:
-        filling = blocks.load(handler, None, outputs, show_progress="hidden", api_visibility="private")
+        filling = blocks.load(handler, None, outputs, **QUIET)
         if then:
             filling.then(**then)
 
@@ -73,8 +73,7 @@ def _follow(blocks: gr.Blocks, page: Page) -> None:
         "fn": page.tick,
         "inputs": sent,
         "outputs": outputs,
-        "show_progress": "hidden",
-        "api_visibility": "private",
+        **QUIET,
         "concurrency_limit": None,
     }
     blocks.load(**follow)

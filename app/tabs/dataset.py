@@ -11,7 +11,7 @@ import gradio as gr
 
 from app import captioning, datasets, studio
 from app.drawn import drawn
-from app.page import Page
+from app.page import LATEST, QUIET, Page
 from trainer import run_folder
 from trainer.errors import DatasetError, TrainerError
 
@@ -49,12 +49,12 @@ def build(page: Page) -> dict[str, Any]:
         server_functions=[_guarded(function) for function in served],
     )
 
-    return {"chosen": chosen, "grid": grid, "quiet": {"show_progress": "hidden", "api_visibility": "private"}}
+    return {"chosen": chosen, "grid": grid}
 
 
 def connect(page: Page, own: dict, others: dict[str, dict]) -> None:
     """A changed dataset is shown here and chosen in the Train tab; the settings there decide what is seen of each picture."""
-    train, chosen, quiet = others["train"], own["chosen"], own["quiet"]
+    train, chosen = others["train"], own["chosen"]
     fields = [train["fields"][name] for name in ("base", "own_base", *(f"dataset.{name}" for name in SETTINGS))]
 
     def settings(values: tuple) -> dict:
@@ -70,16 +70,16 @@ def connect(page: Page, own: dict, others: dict[str, dict]) -> None:
     page.on_load(
         lambda: show(next(iter(datasets.names()), ""), {})[0],
         [chosen],
-        then={"fn": shown, "inputs": [chosen, *fields], "outputs": [chosen, own["grid"]], **quiet},
+        then={"fn": shown, "inputs": [chosen, *fields], "outputs": [chosen, own["grid"]], **QUIET},
     )
     both = [chosen, own["grid"], *train["dataset_outputs"]]
-    own["grid"].change_dataset(changed, fields, both, **quiet)
-    chosen.input(shown, [chosen, *fields], [chosen, own["grid"]], **quiet)
-    chosen.input(lambda name: train["choose_dataset"](_known(name)), chosen, train["dataset_outputs"], **quiet)
+    own["grid"].change_dataset(changed, fields, both, **LATEST)
+    chosen.input(shown, [chosen, *fields], [chosen, own["grid"]], **LATEST)
+    chosen.input(lambda name: train["choose_dataset"](_known(name)), chosen, train["dataset_outputs"], **LATEST)
     # Without a name: a dataset that is just being chosen must not be put back by the trigger word that it brings along.
-    settled = {"fn": lambda *values: {"settings": settings(values)}, "inputs": fields, "outputs": own["grid"], **quiet}
-    gr.on([field.change for field in fields], trigger_mode="always_last", **settled)
-    own["grid"].go_train(lambda: gr.Tabs(selected="train"), None, page.tabs, **quiet)
+    settled = {"fn": lambda *values: {"settings": settings(values)}, "inputs": fields, "outputs": own["grid"], **LATEST}
+    gr.on([field.change for field in fields], **settled)
+    own["grid"].go_train(lambda: gr.Tabs(selected="train"), None, page.tabs, **QUIET)
 
 
 def _names() -> list[str]:

@@ -8,13 +8,12 @@ import gradio as gr
 
 from app import runs, shelf, toolbench, views
 from app.drawn import drawn
-from app.page import Page
+from app.page import QUIET, Page
 from app.tabs.train import act
 from trainer import storage
 from trainer.errors import TrainerError
 
 ID, TITLE = "library", "Library"
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def build(page: Page) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import gradio as gr
 
 from app import form, previews, runs, views
 from app.drawn import drawn
-from app.page import Page
+from app.page import LATEST, QUIET, Page
 from app.previews import Adapter, PreviewRequest
 from trainer import run_folder
 from trainer.errors import TrainerError
@@ -18,7 +18,6 @@ from trainer.run_folder import RunStatus
 
 ID, TITLE = "preview", "Preview"
 STRENGTHS = (0.0, 0.4, 0.7, 1.0, 1.3)
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 SAMPLING = ("negative_prompt", "inference_steps", "guidance_scale", "sampler")
 FROM_RUN = ("run", "save", "prompt", "seed", *SAMPLING)  # what choosing a run fills
 MORE = ("second", "third")  # further adapters on top of the first
@@ -57,7 +56,7 @@ def build(page: Page) -> dict[str, Any]:
     page.follow(controls, lambda: bool(_run_choices()), lambda some: gr.Column(visible=some))
     page.follow(pictures, lambda: {"is_empty": not _run_choices()})
     page.follow(earlier, previews.prompts, lambda texts: gr.Dropdown(texts))
-    earlier.input(lambda text: text, earlier, fields["prompt"], **QUIET)
+    earlier.input(lambda text: text, earlier, fields["prompt"], **LATEST)
     for name in MORE:
         page.follow(fields[name], _file_choices, lambda choices: gr.Dropdown([("None", ""), *choices]))
     _wire_drawing(page, own, {compare: plan_compare, strengths: plan_strengths, saves: plan_saves, sheet: plan_sheet})

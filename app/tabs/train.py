@@ -8,7 +8,7 @@ import gradio as gr
 
 from app import datasets, device, form, preflight, recipes, runs, toolbench, views
 from app.drawn import drawn
-from app.page import Page
+from app.page import LATEST, QUIET, Page
 from trainer import base_model, config, estimate, foreign_configs, presets, run_folder
 from trainer.config import EMBEDDED, RunConfig
 from trainer.errors import ConfigError, TrainerError
@@ -35,7 +35,6 @@ SECTION_TITLES = {
     "sampling": "Samples while training",
     "saving": "Saving",
 }
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def advanced_paths() -> list[str]:
@@ -177,18 +176,18 @@ def _wire(page: Page, own: dict) -> None:
     def started(*values) -> dict:
         return start(dict(zip(names, values, strict=True)))
 
-    line_update = {"fn": estimated, "inputs": inputs, "outputs": [line, own["tools"]], **QUIET}
+    line_update = {"fn": estimated, "inputs": inputs, "outputs": [line, own["tools"]], **LATEST}
     own["line_update"] = line_update
-    gr.on([field.input for name, field in fields.items() if name not in ("base", "preset")], trigger_mode="always_last", **line_update)
+    gr.on([field.input for name, field in fields.items() if name not in ("base", "preset")], **line_update)
     gr.on(
         [fields["base"].input, fields["own_base"].blur],
         choose_base,
         [fields["base"], fields["preset"], fields["own_base"]],
         [fields["own_base"], fields["preset"], *_recipe_widgets(fields)],
-        **QUIET,
+        **LATEST,
     ).then(**line_update)
-    fields["preset"].input(choose_recipe, fields["preset"], _recipe_widgets(fields), **QUIET).then(**line_update)
-    fields["dataset.folder"].input(choose_dataset, fields["dataset.folder"], own["dataset_outputs"], **QUIET).then(**line_update)
+    fields["preset"].input(choose_recipe, fields["preset"], _recipe_widgets(fields), **LATEST).then(**line_update)
+    fields["dataset.folder"].input(choose_dataset, fields["dataset.folder"], own["dataset_outputs"], **LATEST).then(**line_update)
     own["start"].click(started, inputs, line, **QUIET)
     _wire_cures(own, names, inputs, line_update)
     _wire_tools(own, names, inputs, line_update)

@@ -71,6 +71,20 @@ def test_advanced_is_searched_marked_and_reset(open_page, server, tmp_path: Path
     page.wait_for_selector("#field-preset label:has-text('My faces')")
 
 
+def test_of_two_recipes_chosen_quickly_the_second_fills_the_form(open_page) -> None:
+    datasets.add_example("subject")
+    page = open_page("train")
+    text = "document.querySelector('#estimate')?.innerText"
+    page.wait_for_function(f"{text}.includes(' 100 views ')")
+    network = page.context.new_cdp_session(page)
+    network.send("Network.enable")
+    network.send("Network.emulateNetworkConditions", {"offline": False, "latency": 500, "downloadThroughput": -1, "uploadThroughput": -1})
+    page.locator("#field-preset input[value=embedded-object]").check()
+    page.wait_for_timeout(100)  # of the 500 or more that the first choice takes
+    page.locator("#field-preset input[value=embedded-style]").check()
+    page.wait_for_function(f"{text}.includes(' 110 views ')")
+
+
 def test_while_it_runs(open_page, server) -> None:
     folder = staged.stage("at work", 40)
     with staged.at_work(folder) as log:

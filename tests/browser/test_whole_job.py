@@ -63,8 +63,8 @@ def edit_a_caption(page, server) -> None:
 def start_training(page) -> None:
     page.get_by_role("button", name="Go to training").first.click()
     page.wait_for_selector("#start-training", state="visible")
-    page.locator("#field-preset input[value=embedded-object]").check()
     page.wait_for_function("document.querySelector('#field-dataset-trigger textarea, #field-dataset-trigger input').value === 'zorbit'")
+    choose_recipe(page)
     page.locator("#field-sampling-prompts textarea").fill(PROMPT)
     page.locator("#advanced > button").click()
     set_number(page, "training", "steps", 16)
@@ -73,6 +73,17 @@ def start_training(page) -> None:
     page.wait_for_function("document.querySelector('#estimate').innerText.includes('= 16 steps')")
     page.locator("#start-training").click()
     page.wait_for_selector("#progress .at-panel")
+
+
+def choose_recipe(page) -> None:
+    """That of another kind and then the right one: when the estimate follows, the fields are filled."""
+    line = "document.querySelector('#estimate').innerText"
+    page.wait_for_function(f"{line}.includes(' steps in ')")
+    own = page.evaluate(line)
+    page.locator("#field-preset input[value=embedded-style]").check()
+    page.wait_for_function(f"(own) => {line}.includes(' steps in ') && {line} !== own", arg=own)
+    page.locator("#field-preset input[value=embedded-object]").check()
+    page.wait_for_function(f"(own) => {line} === own", arg=own)
 
 
 def set_number(page, section: str, name: str, value: int) -> None:
