@@ -72,6 +72,14 @@ class Server:
         self.process.wait(30)
 
 
+def open_dataset(page, name: str) -> None:
+    """Begins a dataset, of a name that no other test has: all share a server."""
+    page.wait_for_selector(".at-dataset[data-name]")
+    page.locator("#dataset input").fill(name)
+    page.keyboard.press("Enter")
+    page.wait_for_selector(f".at-dataset[data-name={name}]")
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[object]:
     if CHROMIUM is None:

@@ -9,7 +9,7 @@ import pytest
 
 from app import runs
 from tests.browser import staged
-from tests.browser.conftest import wait_for
+from tests.browser.conftest import open_dataset, wait_for
 from trainer import config, events, run_folder
 from trainer.base_model import EMBEDDED_FOLDER
 
@@ -146,10 +146,7 @@ def test_a_trainer_that_cannot_begin_is_not_started_for_ever(tmp_path: Path, mon
 def test_a_caption_is_typed_on_while_the_tab_is_drawn_anew(open_page, server) -> None:
     first, second, third = sorted((EXAMPLES / "photos").glob("*.jpg"))[:3]
     page = open_page()
-    page.wait_for_selector(".at-dataset[data-name]")
-    page.locator("#dataset input").fill("typed")
-    page.keyboard.press("Enter")
-    page.wait_for_selector(".at-dataset[data-name=typed]")
+    open_dataset(page, "typed")
     page.set_input_files("#dataset-files", [first])
     page.wait_for_function("document.querySelectorAll('.at-card').length === 1")
     words = "a photograph, described slowly and with many words while more pictures arrive"

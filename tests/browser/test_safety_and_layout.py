@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from app import runs
+from tests.browser.conftest import open_dataset
 from trainer import config, events, run_folder
 
 HOSTILE = "<img src=x onerror=alert(1)>${alert(2)}{{alert(3)}}`$(touch PWNED)` [x](javascript:alert(4)) \"'--x"
@@ -49,10 +50,7 @@ def test_hostile_text_stays_text(open_page, server, hostile_run: str, tmp_path: 
     Image.new("RGB", (64, 64), "navy").save(picture)
     picture.with_suffix(".txt").write_text(HOSTILE)
     page = open_page()
-    page.wait_for_selector(".at-dataset[data-name]")
-    page.locator("#dataset input").fill("hostile")
-    page.keyboard.press("Enter")
-    page.wait_for_selector(".at-dataset[data-name=hostile]")
+    open_dataset(page, "hostile")
     page.set_input_files("#dataset-files", [picture, picture.with_suffix(".txt")])
     page.wait_for_selector(".at-card")
     caption = page.locator(".at-card textarea")

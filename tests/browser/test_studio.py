@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from app import datasets
+from tests.browser.conftest import open_dataset
 from tests.corpus import encoded, frames, hidden_magenta, oriented, photo
 from tests.test_caption import blip  # noqa: F401 (a fixture: the tiny captioning model)
 from trainer import config
@@ -52,10 +53,7 @@ def pictures_on_disk(folder: Path) -> set[str]:
 
 def test_the_studio_from_drop_to_mask(open_page, server, drop: list[Path], blip: Path) -> None:  # noqa: F811
     page = open_page()
-    page.wait_for_selector(".at-dataset[data-name]")
-    page.locator("#dataset input").fill("studio")
-    page.keyboard.press("Enter")
-    page.wait_for_selector(".at-dataset[data-name=studio]")
+    open_dataset(page, "studio")
     page.set_input_files("#dataset-files", drop)
     page.wait_for_selector(".at-pager")
     folder = server.outputs / "datasets" / "studio"
@@ -222,10 +220,7 @@ def test_what_is_being_typed_outlives_a_drawing_of_the_tab(open_page, server, tm
     for seed in range(14):
         (tmp_path / f"p{seed:02}.png").write_bytes(encoded(photo(64, 64, seed=seed), "PNG"))
     page = open_page()
-    page.wait_for_selector(".at-dataset[data-name]")
-    page.locator("#dataset input").fill("typed")
-    page.keyboard.press("Enter")
-    page.wait_for_selector(".at-dataset[data-name=typed]")
+    open_dataset(page, "typed-while-drawn")
     page.set_input_files("#dataset-files", sorted(tmp_path.glob("*.png")))
     page.locator(".at-card").nth(13).wait_for()
     page.locator(".at-fold-tools > summary").click()

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from app import datasets
-from tests.browser.conftest import PATIENCE
+from tests.browser.conftest import PATIENCE, open_dataset
 from trainer import base_model, presets, run_folder
 from trainer.base_model import EMBEDDED_FOLDER
 
@@ -41,10 +41,7 @@ def test_pictures_in_adapter_out(open_page, server, tmp_path: Path) -> None:
 def drop_pictures(page) -> None:
     pictures = [path for path in sorted(EXAMPLE.iterdir()) if path.suffix in (".png", ".jpg", ".webp")]
     assert len(pictures) == 12
-    page.wait_for_selector(".at-dataset[data-name]")
-    page.locator("#dataset input").fill("zorbit")
-    page.keyboard.press("Enter")
-    page.wait_for_selector(".at-dataset[data-name=zorbit]")
+    open_dataset(page, "zorbit")
     page.set_input_files("#dataset-files", [*pictures, *[picture.with_suffix(".txt") for picture in pictures]])
     page.wait_for_function("document.querySelectorAll('.at-card').length === 12")
     assert page.locator(".at-summary").inner_text().startswith("12 pictures")
