@@ -33,6 +33,10 @@ class MatrixConv2d(nn.Conv2d):
 def use_matrix_products(denoiser: nn.Module) -> None:
     """For the 3 x 3 convolutions that keep the size of what they see, as those of a UNet's blocks do."""
     for layer in denoiser.modules():
-        if type(layer) is nn.Conv2d and layer.weight.shape[1:] == (layer.in_channels, 3, 3):  # of one group
-            keeps_size = layer.padding == layer.stride == layer.dilation == (1, 1) and layer.padding_mode == "zeros"
-            layer.__class__ = MatrixConv2d if keeps_size else nn.Conv2d
+        if type(layer) is nn.Conv2d and _keeps_size(layer):
+            layer.__class__ = MatrixConv2d
+
+
+def _keeps_size(layer: nn.Conv2d) -> bool:
+    of_one_group = layer.weight.shape[1:] == (layer.in_channels, 3, 3)
+    return of_one_group and layer.padding == layer.stride == layer.dilation == (1, 1) and layer.padding_mode == "zeros"

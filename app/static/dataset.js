@@ -15,6 +15,8 @@ drawWith((root, value) => {
 const call = (name, data = {}, onerror = say) => ask(name, { dataset: memory.name, settings, ...data }, onerror);
 const changed = (name) => trigger("change_dataset", { name });
 const say = (text) => { const place = root().querySelector(".at-note"); if (place) place.replaceChildren(notice(text, "bad")); };
+/** Does it when nothing of that name was asked for during some milliseconds. */
+const whenQuiet = (name, work, milliseconds) => { clearTimeout(memory.timers.get(name)); memory.timers.set(name, setTimeout(work, milliseconds)); };
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 
 /** Asks for the page again; `turn` only turns it, without looking at the folder. */
@@ -185,10 +187,7 @@ function filterBy(filter) { clearTimeout(memory.timers.get("search")); memory.fi
 function filterBar(view) {
   if (!view.total) return null;
   const text = memory.filter ? memory.filter.title || (memory.filter.tag && `tag “${memory.filter.tag}”`) : "";
-  const find = () => {
-    clearTimeout(memory.timers.get("search"));
-    memory.timers.set("search", setTimeout(() => filterBy(search.value ? { text: search.value } : null), 300));
-  };
+  const find = () => whenQuiet("search", () => filterBy(search.value ? { text: search.value } : null), 300);
   const search = el("input", { type: "search", class: "at-search", placeholder: "Search names and captions", "aria-label": "Search names and captions", value: (memory.filter && memory.filter.text) || "", oninput: find });
   search.edited = () => true;
   return el("div", { class: "at-row at-filter" }, view.total > 12 || memory.filter ? search : null,
@@ -211,7 +210,7 @@ function captionBox(view, card, extra = {}) {
   const tokens = el("span", { class: "at-tokens" });
   const count = () => { tokens.textContent = card.tokens > view.limit ? `${card.tokens} of ${view.limit} tokens` : plural(card.tokens, "token"); tokens.classList.toggle("at-long", card.tokens > view.limit); };
   const box = el("textarea", { rows: 3, "aria-label": `Caption of ${card.file}`, placeholder: "What is in the picture?", spellcheck: "true",
-    oninput: () => { saved.textContent = "…"; clearTimeout(memory.timers.get(card.file)); memory.timers.set(card.file, setTimeout(save, 700)); }, onblur: () => save(), ...extra });
+    oninput: () => { saved.textContent = "…"; whenQuiet(card.file, save, 700); }, onblur: () => save(), ...extra });
   box.value = card.caption;
   box.edited = () => box.value !== card.caption;
   const save = async () => {
