@@ -23,12 +23,13 @@ import diffusers
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 
 from trainer import config, families, memory, prepare, train
 from trainer.config import RunConfig
-from trainer.device import DTYPES, choose_device, device_name
+from trainer.device import DTYPES, Readout, choose_device, device_name
 from trainer.events import EventLog
 from trainer.examples import Example, View
 from trainer.families import FAMILIES, LoadedBase
@@ -118,16 +119,20 @@ def our_step(model: str, device: torch.device, options: argparse.Namespace, vari
     )
     session = make_session(model, device, options.precision, run)
     scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
-    step = 0
+    step, taken, facts, buckets = 0, [], {"bad_steps": 0}, session.buckets
 
     def work() -> None:
         nonlocal step
         step += 1
-        loss = train.forward_backward(session, session.buckets, step, scaler)
-        assert train.finite_gradients(session, scaler) and torch.isfinite(loss)
-        scaler.step(session.optimizer)
+        loss = train.forward_backward(session, buckets, step, scaler)
+        finite = train.finite_gradients(session, scaler) & torch.isfinite(loss)
+        ahead = train.runs_ahead(session, scaler)
+        train.take_step(session, scaler, finite, ahead)
+        taken.append(train.StepTaken(step, time.monotonic(), 0.0, Readout(loss, finite), False))
         scaler.update()
         train.clear_gradients(session)
+        train.settle(session, buckets, taken, facts, leaving=int(ahead))
+        assert not facts["bad_steps"]
 
     work.session = session
     return work
@@ -135,6 +140,7 @@ def our_step(model: str, device: torch.device, options: argparse.Namespace, vari
 
 def plain_step(model: str, device: torch.device, options: argparse.Namespace) -> Callable[[], None]:
     """As diffusers' example scripts for LoRA have it, but for the latents and conditioning, which are given here too."""
+    AcceleratorState._reset_state()  # in which choose_device has left another precision
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(options.precision, options.precision), cpu=device.type == "cpu")
     net = denoiser(model, device, DTYPES[options.precision])
     targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]

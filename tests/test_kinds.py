@@ -332,7 +332,7 @@ def test_the_norm_cap_shrinks_what_is_too_long_and_nothing_else(base, kind):
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
     before = [m.delta for m in adapters.adapted_modules({"unet": module})]
     limit = sorted(float(delta.norm()) for delta in before)[len(before) // 2]
-    assert 0 < adapters.cap_norms([module], limit) < len(before)
+    adapters.cap_norms([module], limit)
     for old, adapted in zip(before, adapters.adapted_modules({"unet": module}), strict=True):
         torch.testing.assert_close(adapted.delta, old * min(1.0, limit / float(old.norm())), rtol=1e-4, atol=1e-6)
 

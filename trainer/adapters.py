@@ -199,23 +199,20 @@ def trainable(component: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def cap_norms(components: Iterable[nn.Module], limit: float) -> int:
-    """Shrinks every delta W that is longer than the limit, all its factors alike; returns how many were.
+def cap_norms(components: Iterable[nn.Module], limit: float) -> None:
+    """Shrinks every delta W that is longer than the limit, all its factors alike.
 
     Max-norm regularisation (Srivastava et al. 2014, JMLR 15, section 5.1) of each layer's change, as in sd-scripts' scale_weight_norms.
     """
-    capped = 0
     for component in components:
         for layer in component.modules():
             if not isinstance(layer, BaseTunerLayer) or not (factors := _tensors(layer, ADAPTER, copy=Tensor.detach)):
                 continue
             factors.pop("dora_scale", None)
             norm = AdaptedModule("", "", kind_of(factors), factors, layer.scaling[ADAPTER]).delta.norm()
-            if norm > limit:
-                capped += 1
-                for factor in factors.values():
-                    factor *= (limit / norm) ** (1 / len(factors))
-    return capped
+            shrinking = (limit / norm).clamp(max=1) ** (1 / len(factors))  # without a question, for which a GPU would have to wait
+            for factor in factors.values():
+                factor *= shrinking
 
 
 def starts(component: nn.Module) -> dict[str, Tensor]:

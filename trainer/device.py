@@ -1,9 +1,10 @@
-"""Which device and number format a run uses, and what that device is called."""
+"""Which device and number format a run uses, what that device is called, and how numbers travel to it and back without waiting."""
 
 import platform
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from trainer.errors import ConfigError
 
@@ -46,3 +47,24 @@ def _has_bf16(device: torch.device) -> bool:
 
 def _is_gtx16(device: torch.device) -> bool:
     return "GTX 16" in torch.cuda.get_device_name(device)  # fp16 gives NaN there (pytorch issues 58123, 77955)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device. With CUDA, for which pageable memory would have to wait, the host goes on at once."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class Readout:
+    """Scalars on their way from the device. Who reads them waits for the work they come from, not for what was launched since."""
+
+    def __init__(self, *scalars: Tensor):
+        on_cuda = scalars[0].is_cuda
+        self._values = torch.stack([scalar.detach().float() for scalar in scalars]).to("cpu", non_blocking=on_cuda)
+        self._arrival = torch.cuda.Event() if on_cuda else None
+        if self._arrival:
+            self._arrival.record()
+
+    def values(self) -> list[float]:
+        if self._arrival:
+            self._arrival.synchronize()
+        return self._values.tolist()

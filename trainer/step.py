@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trainer import adapters
 from trainer.batches import batch_at, generator_for, seed_for
+from trainer.device import send
 from trainer.examples import Example, View
 from trainer.families.base import Batch, Conditioning
 from trainer.objective import Noised, offset_noise, picture_losses, pyramid_noise, sample_places
@@ -34,7 +35,7 @@ def timesteps_at(session: Session, places: Tensor) -> Tensor:
     """Uniform places to timesteps as the settings have them sampled, [B], on the training device."""
     chosen = session.run.objective.timestep_sampling
     sampling = session.objective.timestep_sampling if chosen == "auto" else chosen
-    return session.objective.timesteps(sample_places(places, sampling, session.run.objective).to(session.device))
+    return session.objective.timesteps(send(sample_places(places, sampling, session.run.objective), session.device))
 
 
 def microbatch_loss(session: Session, buckets: Sequence[Sequence[int]], microbatch: int, piece: int = 0, pieces: int = 1) -> Tensor:
@@ -109,11 +110,11 @@ def _conditioning(session: Session, captions: Sequence[str], learns: bool = Fals
         with torch.set_grad_enabled(learns):
             return session.encode(captions)
     chosen = [session.texts[caption] for caption in captions]
-    return {name: torch.stack([c[name] for c in chosen]).to(session.device) for name in chosen[0]}
+    return {name: send(torch.stack([c[name] for c in chosen]), session.device) for name in chosen[0]}
 
 
 def _size_ids(session: Session, views: Sequence[View]) -> Tensor:
-    return torch.tensor([view.size_ids for view in views], dtype=torch.float32, device=session.device)
+    return send(torch.tensor([view.size_ids for view in views], dtype=torch.float32), session.device)
 
 
 def _mask(session: Session, views: Sequence[View]) -> Tensor | None:
@@ -121,21 +122,21 @@ def _mask(session: Session, views: Sequence[View]) -> Tensor | None:
     if all(view.mask is None for view in views):
         return None
     whole = torch.ones(1, *views[0].mean.shape[1:])
-    return torch.stack([whole if view.mask is None else view.mask for view in views]).to(session.device)
+    return send(torch.stack([whole if view.mask is None else view.mask for view in views]), session.device)
 
 
 def _scaled(session: Session, latents: Tensor) -> Tensor:
     """As the denoiser knows them: around zero, with a spread of about one."""
     vae = session.base.pipe.vae.config
-    return ((latents - (vae.shift_factor or 0)) * vae.scaling_factor).to(session.device)
+    return send((latents - (vae.shift_factor or 0)) * vae.scaling_factor, session.device)
 
 
 def _noised(session: Session, batch: Batch, noise: Tensor, timesteps: Tensor, perturbed: Tensor) -> Noised:
     """The denoiser sees `perturbed` noise, and is asked for `noise`."""
-    noised = session.objective.noised(batch.latents, noise.to(session.device), timesteps)
+    noised = session.objective.noised(batch.latents, send(noise, session.device), timesteps)
     if not session.run.objective.input_perturbation:
         return noised
-    return replace(noised, noisy_latents=session.objective.noised(batch.latents, perturbed.to(session.device), timesteps).noisy_latents)
+    return replace(noised, noisy_latents=session.objective.noised(batch.latents, send(perturbed, session.device), timesteps).noisy_latents)
 
 
 def _losses(session: Session, batch: Batch, noised: Noised, mask: Tensor | None) -> Tensor:
@@ -173,7 +174,7 @@ def training_loss(session: Session) -> float | None:
 def fixed_losses(session: Session, example: Example, index: int = 0, draws: int = VALIDATION_TIMESTEPS) -> Tensor:
     """Losses of one picture, [draws]: timesteps spread evenly, and the noise of this index."""
     places = (torch.arange(draws) + 0.5) / draws
-    timesteps = session.objective.timesteps(places.to(session.device))
+    timesteps = session.objective.timesteps(send(places, session.device))
     noise = torch.randn(draws, *example.mean.shape, generator=generator_for(session.run.training.seed, "validation", index))
     view = example.views[0]
     conditioning, sizes, mask = _conditioning(session, [example.caption]), _size_ids(session, [view]), _mask(session, [view])
@@ -181,6 +182,6 @@ def fixed_losses(session: Session, example: Example, index: int = 0, draws: int 
     for part in torch.arange(draws).chunk(session.ladder.pieces["validate"] * draws // VALIDATION_TIMESTEPS):
         repeated = {name: t.expand(len(part), *t.shape[1:]) for name, t in conditioning.items()}
         batch = Batch(_scaled(session, view.mean.expand_as(noise[part])), repeated, sizes.expand(len(part), -1))
-        noised = session.objective.noised(batch.latents, noise[part].to(session.device), timesteps[part])
+        noised = session.objective.noised(batch.latents, send(noise[part], session.device), timesteps[part])
         losses.append(_losses(session, batch, noised, mask))
     return torch.cat(losses)

@@ -1,9 +1,11 @@
 """The training: one visible loop, and what it does at each of its stations."""
 
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -17,7 +19,7 @@ from trainer.adapter_file import read_adapter
 from trainer.base_model import DENOISERS
 from trainer.batches import batch_at
 from trainer.config import RunConfig, fingerprint, replace
-from trainer.device import DTYPES, device_name
+from trainer.device import DTYPES, Readout, device_name
 from trainer.distributed import World
 from trainer.errors import ConfigError, NotLearning, OutOfMemory, ProcessLost
 from trainer.events import (
@@ -69,13 +71,17 @@ def train(run: RunConfig, folder: Path, log: EventLog, world: World | None = Non
     if step == 0 and world.is_main:
         measure(session, 0)
         sample(session, 0)
+    taken: list[StepTaken] = []
     while True:
         # Keep what the last step left.
         with keeping_the_last_whole_step(session, step, facts):
             ending = step == session.total_steps or world.agree(run_folder.requested(folder, "stop"))
         keeping = step in saves or ending or step % run.saving.state_every == 0
-        if keeping and not finite_weights(session):
-            step = roll_back(session, buckets, step, facts)
+        if keeping or any(run_folder.requested(folder, what) for what in ("save", "sample", "pause")):
+            settle(session, buckets, taken, facts)
+        if facts["bad_steps"] >= BAD_STEPS_IN_A_ROW or (keeping and not finite_weights(session)):
+            step = roll_back(session, buckets, step - len(taken), facts)
+            taken.clear()
             continue
         if keeping and (ending or not facts["bad_steps"]):
             facts |= {"elapsed": time.monotonic() - clock, "loss_scale": scaler.get_scale() or 1.0}
@@ -99,26 +105,16 @@ def train(run: RunConfig, folder: Path, log: EventLog, world: World | None = Non
         loss = ladder.attempt("step", step, partial(forward_backward, session, buckets, step, scaler), run.training.batch_size)
         with keeping_the_last_whole_step(session, step - 1, facts):
             loss = world.sum_gradients(list(session.parameters.values()), loss)
-        if finite_gradients(session, scaler) and torch.isfinite(loss):
-            if step == first_step + 1:
-                check_gradients_arrive(session, step)
-            scaler.step(session.optimizer)
-            if run.adapter.max_norm:
-                adapters.cap_norms(session.components.values(), run.adapter.max_norm)
-            if session.average:
-                session.average.step(session.parameters.values())
-            facts["bad_steps"] = 0
-        elif not (torch.isfinite(loss) and scaler.is_enabled() and scaler.get_scale() > SMALLEST_LOSS_SCALE):
-            facts["bad_steps"] += 1  # the scaler of fp16 meets its limit by overflowing now and then; this is more
+        finite = finite_gradients(session, scaler) & torch.isfinite(loss)
+        if step == first_step + 1 and finite:
+            check_gradients_arrive(session, step)
+        ahead = runs_ahead(session, scaler)
+        take_step(session, scaler, finite, ahead)
+        may_overflow = scaler.is_enabled() and scaler.get_scale() > SMALLEST_LOSS_SCALE
+        taken.append(StepTaken(step, begin, learning_rate, Readout(loss, finite), may_overflow))
         scaler.update()
         clear_gradients(session)
-        if not facts["bad_steps"]:
-            log.append(StepDone(step, float(loss), learning_rate, time.monotonic() - begin))
-        elif facts["bad_steps"] < BAD_STEPS_IN_A_ROW:
-            cause = find_cause(session, buckets, step)
-            log.append(Warned(f"Step {step} was skipped: its loss or gradients were not finite. {cause}"))
-        else:
-            step = roll_back(session, buckets, step, facts)
+        settle(session, buckets, taken, facts, leaving=int(ahead))
     if not world.is_main:
         return folder
     with final_weights(session):
@@ -205,11 +201,68 @@ def clear_gradients(session: Session) -> None:
     session.optimizer.zero_grad(set_to_none=session.device.type != "cuda")  # there GraphedPredict needs them to stay
 
 
-def finite_gradients(session: Session, scaler: torch.amp.GradScaler) -> bool:
-    """Unscales and clips the gradients; whether they are numbers."""
+def finite_gradients(session: Session, scaler: torch.amp.GradScaler) -> torch.Tensor:
+    """Unscales and clips the gradients; whether they are numbers, a bool scalar on the device."""
     scaler.unscale_(session.optimizer)
     limit = session.run.training.max_grad_norm or float("inf")
-    return bool(torch.isfinite(torch.nn.utils.clip_grad_norm_(session.parameters.values(), limit)))
+    return torch.isfinite(torch.nn.utils.clip_grad_norm_(session.parameters.values(), limit))
+
+
+@dataclass
+class StepTaken:
+    """A step whose numbers may not have reached the host yet."""
+
+    step: int
+    begun: float
+    """By the monotonic clock; the end of the step before, where the host was ahead."""
+    learning_rate: float
+    outcome: Readout
+    """The loss; whether it and the gradients were finite."""
+    may_overflow: bool
+    """The scaler of fp16 meets its limit by overflowing now and then."""
+
+
+def runs_ahead(session: Session, scaler: torch.amp.GradScaler) -> bool:
+    """Whether the host launches a step before it knows how the last one ended, so that the device never waits for it.
+
+    That takes an optimiser that leaves out a step by itself: torch's fused ones do, as for a gradient scaler.
+    """
+    leaves_out = getattr(session.optimizer, "_step_supports_amp_scaling", False) and not scaler.is_enabled() and not session.average
+    return leaves_out and session.device.type == "cuda" and session.world.size == 1
+
+
+def take_step(session: Session, scaler: torch.amp.GradScaler, finite: torch.Tensor, ahead: bool) -> None:
+    """Moves the weights where the numbers are finite. Where the host runs ahead, nothing here waits for the device."""
+    if ahead:
+        session.optimizer.found_inf = (~finite).float()
+        session.optimizer.step()
+    elif finite:
+        scaler.step(session.optimizer)
+    else:
+        return
+    if session.run.adapter.max_norm:
+        adapters.cap_norms(session.components.values(), session.run.adapter.max_norm)
+    if session.average:
+        session.average.step(session.parameters.values())
+
+
+def settle(session: Session, buckets: list[list[int]], taken: list[StepTaken], facts: dict, leaving: int = 0) -> None:
+    """Tells how the steps went, but for the newest `leaving`, and counts those in a row that were not finite."""
+    while len(taken) > leaving and facts["bad_steps"] < BAD_STEPS_IN_A_ROW:
+        done = taken.pop(0)
+        loss, finite = done.outcome.values()
+        end = time.monotonic()
+        if finite:
+            facts["bad_steps"] = 0
+        elif not (math.isfinite(loss) and done.may_overflow):
+            facts["bad_steps"] += 1
+        if not facts["bad_steps"]:
+            session.log.append(StepDone(done.step, loss, done.learning_rate, end - done.begun))
+        elif facts["bad_steps"] < BAD_STEPS_IN_A_ROW:
+            cause = find_cause(session, buckets, done.step)
+            session.log.append(Warned(f"Step {done.step} was skipped: its loss or gradients were not finite. {cause}"))
+        for later in taken:
+            later.begun = end
 
 
 def check_gradients_arrive(session: Session, step: int) -> None:

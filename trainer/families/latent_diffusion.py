@@ -7,6 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
+from trainer.device import send
 from trainer.families.base import PLAIN_READING, Batch, Conditioning, Reading, denoiser_of
 from trainer.objective import DiffusionObjective, Noised, Objective
 
@@ -48,7 +49,7 @@ class LatentDiffusion:
     def encode_prompts(self, pipe: Any, prompts: Sequence[str], reading: Reading = PLAIN_READING) -> Conditioning:
         """prompt_embeds [B, 77 x chunks, D]: the last layer, or an earlier one with the last layer's norm on it, as A1111 has it."""
         encoder = pipe.text_encoder
-        ids = token_ids(pipe.tokenizer, reading.spelled(prompts), reading.chunks).to(encoder.device)
+        ids = send(token_ids(pipe.tokenizer, reading.spelled(prompts), reading.chunks), encoder.device)
         if reading.clip_skip == 1:
             embeds = encoder(ids)[0]
         else:

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from trainer.adapter_keys import to_mmdit
 from trainer.base_model import BaseFiles
+from trainer.device import send
 from trainer.families.base import PLAIN_READING, Batch, Conditioning, Reading
 from trainer.families.latent_diffusion import LatentDiffusion, frozen_dtype, token_ids
 from trainer.objective import FlowMatchingObjective, Noised
@@ -68,7 +69,7 @@ class StableDiffusion3(LatentDiffusion):
         """prompt_embeds [B, 77 + 256, 4096]: the penultimate layers of both CLIP encoders side by side, then T5;
         pooled_prompt_embeds [B, 2048]: the projections of both CLIP encoders."""
         clips = [
-            encoder(token_ids(tokenizer, reading.spelled(prompts)).to(encoder.device), output_hidden_states=True)
+            encoder(send(token_ids(tokenizer, reading.spelled(prompts)), encoder.device), output_hidden_states=True)
             for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))
         ]
         clip_embeds = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)
@@ -84,7 +85,7 @@ class StableDiffusion3(LatentDiffusion):
             return torch.zeros(len(prompts), T5_TOKENS, pipe.transformer.config.joint_attention_dim)
         tokens = pipe.tokenizer_3(list(prompts), padding="max_length", truncation=True, max_length=T5_TOKENS, return_tensors="pt")
         with torch.no_grad():  # never trained, even where the CLIP encoders are
-            return pipe.text_encoder_3(tokens.input_ids.to(pipe.text_encoder_3.device))[0]
+            return pipe.text_encoder_3(send(tokens.input_ids, pipe.text_encoder_3.device))[0]
 
     def token_counts(self, pipe: Any, prompts: Sequence[str]) -> tuple[list[int], int]:
         """T5 reads what is beyond CLIP's 77 tokens; without it, nothing does."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trainer.adapter_keys import LAYERS_PER_BLOCK, to_ldm
 from trainer.base_model import BaseFiles
+from trainer.device import send
 from trainer.families.base import PLAIN_READING, Batch, Conditioning, Reading
 from trainer.families.latent_diffusion import LatentDiffusion, frozen_dtype, side_by_side, token_ids
 from trainer.objective import Noised
@@ -41,13 +42,13 @@ class StableDiffusionXL(LatentDiffusion):
         """
         pairs = ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))
         first, second = (
-            encoder(token_ids(tokenizer, reading.spelled(prompts), reading.chunks).to(encoder.device), output_hidden_states=True)
+            encoder(send(token_ids(tokenizer, reading.spelled(prompts), reading.chunks), encoder.device), output_hidden_states=True)
             for tokenizer, encoder in pairs
         )
         prompt_embeds = side_by_side(torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), reading.chunks)
         pooled = second.text_embeds[:: reading.chunks]
         if pipe.config.force_zeros_for_empty_prompt:
-            empty = torch.tensor([not prompt for prompt in prompts], device=pooled.device)
+            empty = send(torch.tensor([not prompt for prompt in prompts]), pooled.device)
             prompt_embeds, pooled = prompt_embeds.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
 
