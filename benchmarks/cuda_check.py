@@ -42,6 +42,7 @@ class Row:
 
 ROWS = [
     Row(REFERENCE, {}, 0.0, 0.0),
+    Row("without CUDA graphs", {"training.cuda_graphs": False}, 1e-3, 0.1),
     Row("fp16 with loss scaling", {"base.precision": "fp16"}, 0.02, 0.5),
     Row("bf16", {"base.precision": "bf16"}, 0.05, 0.7),
     Row("gradient checkpointing", {"training.gradient_checkpointing": True}, 1e-3, 0.1),

@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -217,6 +218,18 @@ def seconds(work: Callable[[], None], device: torch.device, repeats: int) -> flo
     return statistics.median(times)
 
 
+def waits(work: Callable[[], None]) -> int:
+    """How often the host waits for the GPU within a step, as torch itself notices; the reading of a step before is none of them."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in told)
+
+
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second in a large matrix product."""
     size = 8192 if device.type == "cuda" else 2048
@@ -251,6 +264,8 @@ def measure(model: str, device: torch.device, options: argparse.Namespace, varia
     session = getattr(work, "session", None)
     if session and isinstance(session.predict, GraphedPredict):
         row |= {"graphs": len(session.predict.graphs), "refusal": session.predict.refusal}
+    if device.type == "cuda":
+        row["waits"] = waits(work)
     if options.profile and device.type == "cuda":
         with torch.profiler.profile() as profile:
             work()
@@ -286,9 +301,10 @@ def main() -> int:
                 settle()
             row = measure(model, device, options, variant, rate)
             share = f"{row['share_of_floor']:.0%} of the floor" if row["share_of_floor"] else ""
+            waited = f"the host waits {row['waits']} times" if "waits" in row else ""
             print(
                 f"{model} {options.resolution} px x {options.batch} {variant:22s} {row['seconds']:8.4f} s"
-                f"  {row['pictures_per_second']:7.2f}/s  {row['peak_gib']:6.2f} GiB  {share} {row.get('refusal', '')}",
+                f"  {row['pictures_per_second']:7.2f}/s  {row['peak_gib']:6.2f} GiB  {share} {waited} {row.get('refusal', '')}",
                 flush=True,
             )
             if options.json:

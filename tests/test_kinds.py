@@ -317,8 +317,9 @@ def test_a_rate_for_an_encoder_that_is_not_there_is_told(tiny_run):
     assert run_in(folder) == 1 and "Nothing would be trained" in run_folder.status(folder).message
 
 
-def test_no_layer_changes_more_than_the_norm_cap(train_tiny):
-    changes = SHORT | {"training.learning_rate": 0.1}
+@pytest.mark.parametrize("init", ["default", "orthogonal"])
+def test_no_layer_changes_more_than_the_norm_cap(train_tiny, init):
+    changes = SHORT | {"training.learning_rate": 0.1, "adapter.init": init}
     folders = [train_tiny(changes | {"adapter.max_norm": limit}) for limit in (0.0, 0.02)]
     files = [read_adapter(folder / run_folder.status(folder).finished.file) for folder in folders]
     free, capped = (max(float(module.delta.norm()) for module in file.modules) for file in files)

@@ -206,9 +206,8 @@ def cap_norms(components: Iterable[nn.Module], limit: float) -> None:
     """
     for component in components:
         for layer in component.modules():
-            if not isinstance(layer, BaseTunerLayer) or not (factors := _tensors(layer, ADAPTER, copy=Tensor.detach)):
+            if not isinstance(layer, BaseTunerLayer) or not (factors := _factors(layer, ADAPTER)):
                 continue
-            factors.pop("dora_scale", None)
             norm = AdaptedModule("", "", kind_of(factors), factors, layer.scaling[ADAPTER]).delta.norm()
             shrinking = (limit / norm).clamp(max=1) ** (1 / len(factors))  # without a question, for which a GPU would have to wait
             for factor in factors.values():
@@ -246,20 +245,28 @@ def _copy(weights: Tensor) -> Tensor:
     return weights.detach().float().cpu().clone()
 
 
-def _tensors(layer: BaseTunerLayer, adapter: str, copy: Callable[[Tensor], Tensor] = _copy) -> dict[str, Tensor]:
+def _factors(layer: BaseTunerLayer, adapter: str) -> dict[str, nn.Parameter]:
+    """What delta W is the product of, by the names in a file; the layer's own, not copies."""
     if not isinstance(layer, LoraLayer):
         parts = {name: getattr(layer, name) for name in layer.adapter_layer_names}
-        return {name: copy(part[adapter]) for name, part in parts.items() if adapter in part}
+        return {name: part[adapter] for name, part in parts.items() if adapter in part}
     if adapter not in layer.lora_A:
         return {}
-    tensors = {"lora_down.weight": copy(layer.lora_A[adapter].weight), "lora_up.weight": copy(layer.lora_B[adapter].weight)}
+    return {"lora_down.weight": layer.lora_A[adapter].weight, "lora_up.weight": layer.lora_B[adapter].weight}
+
+
+def _tensors(layer: BaseTunerLayer, adapter: str) -> dict[str, Tensor]:
+    """What a file holds of a layer; empty where it has no such adapter."""
+    tensors = {name: _copy(factor) for name, factor in _factors(layer, adapter).items()}
+    if not isinstance(layer, LoraLayer) or not tensors:
+        return tensors
     if adapter == ADAPTER and getattr(layer, "starts_large", False):
         down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
         if hasattr(layer, "start_down"):
             down, up = torch.cat([down, _copy(layer.start_down)]), torch.cat([up, -_copy(layer.start_up)], dim=1)
         tensors |= _as_one_product(up, down)
     if adapter in layer.lora_magnitude_vector:
-        lengths = copy(layer.lora_magnitude_vector[adapter].weight)
+        lengths = _copy(layer.lora_magnitude_vector[adapter].weight)
         tensors["dora_scale"] = lengths.reshape(-1, *[1] * (tensors["lora_down.weight"].dim() - 1))
     return tensors
 

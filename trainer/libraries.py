@@ -8,7 +8,7 @@ import torch
 
 
 def settle() -> None:
-    """Keeps xformers out of a process without CUDA, and the libraries' own chatter out of the log.
+    """Keeps xformers out of a process without CUDA, float32 fast, and the libraries' own chatter out of the log.
 
     Diffusers imports xformers wherever it is installed; without CUDA its kernels cannot load, and it says so in ten lines.
     """
@@ -19,6 +19,7 @@ def settle() -> None:
     if not torch.cuda.is_available():
         diffusers_imports._xformers_available = False
         keep_freed_memory()
+    torch.backends.cuda.matmul.allow_tf32 = True  # for what stays in float32, as torch has it for convolutions by itself
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
