@@ -1,4 +1,4 @@
-"""With CUDA the host launches a step before it knows how the last one ended; here the same on a CPU, whose fused optimiser can do it too."""
+"""With CUDA the host launches a step before it knows how the last one ended; here on a CPU, whose fused optimiser can do it too."""
 
 import shutil
 import traceback

@@ -60,7 +60,7 @@ class Readout:
     def __init__(self, *scalars: Tensor):
         on_cuda = scalars[0].is_cuda
         self._values = torch.stack([scalar.detach().float() for scalar in scalars]).to("cpu", non_blocking=on_cuda)
-        self._arrival = torch.cuda.Event() if on_cuda else None
+        self._arrival = torch.cuda.Event(blocking=True) if on_cuda else None
         if self._arrival:
             self._arrival.record()
 
