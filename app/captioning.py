@@ -17,7 +17,7 @@ def start(data: dict) -> dict:
     place = caption.job_folder(folder)
     if run_folder.is_alive(place):
         raise DatasetError("Captions are being written for this dataset already.")
-    if runs.active() is not None and device.has_cuda():
+    if device.has_cuda() and runs.anyone_trains():
         raise DatasetError("A training has the GPU now; let it end first.")
     arguments = ["caption", str(folder)]
     for option in ("model", "tagger", "prefix", "blacklist"):

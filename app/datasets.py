@@ -77,6 +77,8 @@ def resolve_picture(name: object, file: object) -> Path:
     """A picture of a dataset by its path below the dataset's folder."""
     folder = resolve(name)
     path = folder / str(file)
+    if isinstance(file, str) and not os.path.isfile(path):  # a name that is no UTF-8 comes from the browser as it was shown there
+        path = next((other for other in reading.files_of(folder) if pictures.shown(other.relative_to(folder).as_posix()) == file), path)
     is_picture = isinstance(file, str) and path.suffix.lower() in pictures.PICTURE_SUFFIXES
     if not is_picture or not os.path.isfile(path) or not path.resolve().is_relative_to(folder.resolve()):
         raise DatasetError("There is no such picture in this dataset.")
@@ -188,7 +190,8 @@ def _zipped(folder: Path, files: list[Path]) -> Iterator[bytes]:
     pieces = _Pieces()
     with zipfile.ZipFile(pieces, "w", zipfile.ZIP_STORED) as archive:  # pictures do not become smaller
         for path in files:
-            info = zipfile.ZipInfo.from_file(path, f"{folder.name}/{path.relative_to(folder).as_posix()}", strict_timestamps=False)
+            name = f"{folder.name}/{pictures.shown(path.relative_to(folder).as_posix())}"
+            info = zipfile.ZipInfo.from_file(path, name, strict_timestamps=False)
             with open(path, "rb") as source, archive.open(info, "w", force_zip64=path.stat().st_size > 2**30) as target:
                 while piece := source.read(2**20):
                     target.write(piece)

@@ -54,7 +54,7 @@ class PreviewRequest:
 
 def check_free() -> None:
     """Raises PreviewError while a training has the GPU: two models would not fit."""
-    if device.has_cuda() and runs.active() is not None:
+    if device.has_cuda() and runs.anyone_trains():
         raise PreviewError("The GPU is busy with a training. Pause does not free its memory: wait for the end, or stop and save first.")
 
 

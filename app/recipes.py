@@ -1,5 +1,6 @@
 """The recipes to choose from: those that ship, and those that the person saved from the form (`outputs/presets/own-*.toml`)."""
 
+import itertools
 from pathlib import Path
 
 import tomlkit
@@ -27,7 +28,7 @@ def own() -> dict[str, Preset]:
     for path in sorted(folder().glob("own-*.toml")) if folder().is_dir() else []:
         try:
             found[path.stem] = presets.read(path)
-        except (ConfigError, KeyError, TypeError):  # changed by hand; it is looked at again when it is mended
+        except (ConfigError, KeyError, TypeError, ValueError, OSError):  # changed by hand; it is looked at again when it is mended
             continue
     return found
 
@@ -37,7 +38,9 @@ def save(title: str, run: RunConfig) -> str:
     title = " ".join(title.split())[:60]
     if not title:
         raise ConfigError("Give the recipe a name.")
-    name = f"own-{run_folder.slug(title)}"
+    slug, known = f"own-{run_folder.slug(title)}", own()
+    names = (slug if n == 1 else f"{slug}-{n}" for n in itertools.count(1))  # two titles may have one slug
+    name = next(n for n in names if (known[n].title == title if n in known else not (folder() / f"{n}.toml").exists()))
     bare = config.replace(run, {path: config.get(RunConfig(), path) for path in OF_ONE_RUN} | {"preset": ""})
     about = tomlkit.document()
     about["about"] = {

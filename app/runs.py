@@ -75,9 +75,20 @@ def status(folder: Path) -> RunStatus:
         return _replay(folder).status()
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _replay(folder: Path) -> run_folder.Replay:
     return run_folder.Replay(folder)
+
+
+def glance(folder: Path) -> RunStatus:
+    """The state of a run without its curves, for who looks at all of them: there may be thousands."""
+    with _probing:
+        return _glances(folder).status()
+
+
+@lru_cache(maxsize=20_000)
+def _glances(folder: Path) -> run_folder.Replay:
+    return run_folder.Replay(folder, curves=False)
 
 
 def settings(folder: Path) -> RunConfig:
@@ -86,7 +97,7 @@ def settings(folder: Path) -> RunConfig:
     return _settings(folder, file.st_ino, file.st_mtime_ns)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=2048)
 def _settings(folder: Path, inode: int, modified: int) -> RunConfig:
     return config.load(folder / "run.toml")
 
@@ -103,6 +114,12 @@ def active() -> Path | None:
         return next((folder for folder in run_folder.list_runs() if run_folder.is_alive(folder)), None)
 
 
+def anyone_trains() -> bool:
+    """Whether a run of any person has the device."""
+    with _probing:
+        return any(run_folder.is_alive(folder) for place in workspace.all_runs_folders() for folder in run_folder.any_order(place))
+
+
 def waiting() -> list[Path]:
     return [folder for folder in run_folder.queue() if folder != active()]
 
@@ -113,7 +130,12 @@ def shown() -> Path | None:
         return running
     if queue := run_folder.queue():
         return queue[0]
-    trained = [(status(folder).launched_at, folder.name, folder) for folder in all_runs()]
+    return _latest()
+
+
+@briefly
+def _latest() -> Path | None:
+    trained = [(glance(folder).launched_at, folder.name, folder) for folder in all_runs()]
     return max(trained)[2] if trained else None
 
 
@@ -232,9 +254,7 @@ class Local:
         self.folder: Path | None = None
 
     def has_room(self) -> bool:
-        with _probing:
-            alive = (run_folder.is_alive(folder) for place in workspace.all_runs_folders() for folder in run_folder.any_order(place))
-            return self.process is None and not any(alive)
+        return self.process is None and not anyone_trains()
 
     def start(self, folder: Path) -> None:
         self.before_start()

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -56,8 +57,9 @@ def delete(run_id: object) -> None:
     for old in removed_folder().iterdir():
         if time.time() - old.stat().st_mtime > KEPT_FOR:
             shutil.rmtree(old)
-    target = removed_folder() / f"{folder.name}"
-    shutil.rmtree(target, ignore_errors=True)
+    target = removed_folder() / folder.name
+    if target.exists():  # another one of that name
+        os.replace(target, target.with_name(f"{folder.name}-{time.time_ns()}"))
     shutil.move(folder, target)
     target.touch()
 

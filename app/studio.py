@@ -123,7 +123,7 @@ def _read(folder: Path, current: Look) -> None:
         )
         metadata = captions.Metadata(folder, [])
         current.captions = {
-            _file(folder, item): captions.caption_of(item.path, folder, metadata, separate_lines=True)[0] for item in current.items
+            _file(folder, item.path): captions.caption_of(item.path, folder, metadata, separate_lines=True)[0] for item in current.items
         }
     except (TrainerError, OSError) as error:
         is_empty = not any(path.is_file() for path in reading.files_of(folder)) if folder.is_dir() else True
@@ -132,8 +132,9 @@ def _read(folder: Path, current: Look) -> None:
         current.ended.set()
 
 
-def _file(folder: Path, item: reading.DatasetItem) -> str:
-    return item.path.relative_to(folder).as_posix()
+def _file(folder: Path, picture: Path) -> str:
+    """What the browser calls a picture, and gives back: its name, or one that can be sent where that is no UTF-8."""
+    return pictures.shown(picture.relative_to(folder).as_posix())
 
 
 # What is shown
@@ -177,24 +178,23 @@ def _undo(folder: Path) -> str:
 def _passes(folder: Path, current: Look, item: reading.DatasetItem, wanted: object) -> bool:
     if not isinstance(wanted, dict) or not wanted:
         return True
-    file = _file(folder, item)
+    file = _file(folder, item.path)
     caption = current.captions.get(file, "")
     if tag := wanted.get("tag"):
         return str(tag).casefold() in (other.casefold() for other in doctor.tags_of(caption))
     if kind := wanted.get("kind"):
-        shown = pictures.shown(file)
-        stem = captions.stem_of(Path(shown)).as_posix()
-        return any(f.kind == kind and (f.file == shown or captions.stem_of(Path(f.file)).as_posix() == stem) for f in current.findings)
+        stem = captions.stem_of(Path(file)).as_posix()
+        return any(f.kind == kind and (f.file == file or captions.stem_of(Path(f.file)).as_posix() == stem) for f in current.findings)
     text = str(wanted.get("text") or "").casefold()
     return text in file.casefold() or text in caption.casefold()
 
 
 def _cards(name: str, folder: Path, current: Look, items: list[reading.DatasetItem]) -> list[dict]:
-    lengths = tokens.counter(_tokenizer(current.base))([current.captions.get(_file(folder, item), "") for item in items])
+    lengths = tokens.counter(_tokenizer(current.base))([current.captions.get(_file(folder, item.path), "") for item in items])
     cards = []
     for item, length in zip(items, lengths, strict=True):
-        file = _file(folder, item)
-        key = datasets.key_of(file)
+        file = _file(folder, item.path)
+        key = datasets.key_of(item.path.relative_to(folder).as_posix())
         try:
             version = item.path.stat().st_mtime_ns
         except OSError:  # gone since the last look
@@ -282,19 +282,23 @@ def _planned(data: dict) -> tuple[Path, list[caption_edits.Change]]:
     folder = datasets.resolve(data.get("dataset"))
     current = look(data, again=False)
     current.ended.wait()
-    known = ((item.path, current.captions.get(_file(folder, item), "")) for item in current.items)
+    known = ((item.path, current.captions.get(_file(folder, item.path), "")) for item in current.items)
     return folder, caption_edits.plan(known, _operation(data), str(data.get("only") or ""))
 
 
 def preview_edit(data: dict) -> dict:
     """What a change of all captions would do, without doing it."""
     folder, changes = _planned(data)
-    rows = [{"file": c.picture.relative_to(folder).as_posix(), "before": c.before, "after": c.after} for c in changes[:SHOWN_CHANGES]]
+    rows = [{"file": _file(folder, c.picture), "before": c.before, "after": c.after} for c in changes[:SHOWN_CHANGES]]
     return {"count": len(changes), "changes": rows}
 
 
 def apply_edit(data: dict) -> dict:
     folder, changes = _planned(data)
+    metadata = captions.Metadata(folder, [])
+    if any(captions.caption_of(c.picture, folder, metadata, separate_lines=True)[0] != c.before for c in changes):
+        look(data)  # another program wrote captions meanwhile: what it wrote is changed, not replaced
+        folder, changes = _planned(data)
     return {"changed": journal.apply(folder, f"Changed {len(changes)} captions", caption_edits.edits(changes))}
 
 

@@ -311,7 +311,7 @@ cache_size = runs.briefly(lambda: size(storage.size()), seconds=60)
 
 
 def _library_card(folder: Path) -> dict:
-    current = runs.status(folder)
+    current = runs.glance(folder)
     shown = samples_of_file(current)
     try:
         run = runs.settings(folder)

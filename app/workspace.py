@@ -24,6 +24,6 @@ def separate() -> None:
 
 
 def all_runs_folders() -> list[Path]:
-    """The runs folders of everyone: what has to share the device. For the launcher, which works for no one in particular."""
-    root = run_folder.outputs_folder()
+    """The runs folders of everyone: what has to share the device."""
+    root = run_folder.everyones_folder()
     return [root / "runs", *sorted((root / run_folder.USERS).glob("*/runs"))]

@@ -142,6 +142,17 @@ def test_own_recipes_are_kept_chosen_and_removed(values) -> None:
     assert "problem" in train.save_recipe(" ", values)[1]
 
 
+def test_of_ones_own_recipes_no_other_is_replaced_and_a_damaged_one_is_left_out(values) -> None:
+    run = train._read(values)
+    names = [recipes.save(title, run) for title in ("My style!", "My style?", "My style!")]
+    assert names == ["own-My-style", "own-My-style-2", "own-My-style"] and len(recipes.own()) == 2
+    for content in (b"[about", b"\xff"):
+        (recipes.folder() / "own-My-style.toml").write_bytes(content)
+        assert list(recipes.own()) == ["own-My-style-2"]
+        assert recipes.save("My style!", run) == "own-My-style-3" and (recipes.folder() / "own-My-style.toml").read_bytes() == content
+        recipes.remove("own-My-style-3")
+
+
 def test_settings_go_out_and_come_back(values) -> None:
     text = train.export(values | {"adapter.rank": 24})["download"]["text"]
     run, _ = train.read_settings(text, values)

@@ -44,6 +44,33 @@ def test_delete_is_undone(finished) -> None:
         shelf.delete(finished.name)
 
 
+def test_of_two_deleted_runs_of_one_name_none_is_lost(finished) -> None:
+    name, content = finished.name, (finished / "run.toml").read_bytes()
+    for mark in ("first", "second"):
+        finished.mkdir(exist_ok=True)
+        (finished / "run.toml").write_bytes(content)
+        (finished / mark).touch()
+        shelf.delete(name)
+    assert {path.name for path in shelf.removed_folder().glob("*/*") if path.name in ("first", "second")} == {"first", "second"}
+    shelf.restore(name)
+    assert (finished / "second").exists()
+
+
+def test_hundreds_of_runs_are_read_once(finished, monkeypatch) -> None:
+    for number in range(300):
+        log = events.EventLog(run_folder.create(runs.settings(finished)) / "events.jsonl")
+        log.append(events.Launched(pid=1, version="", boot=""))
+        log.append(events.StepDone(number, 0.1, 1e-4, 0.25))
+    runs.all_runs.forget()
+    assert len(library.cards_with_notes()["cards"]) == 301
+    parsed, parse = [], events.parse_event
+    monkeypatch.setattr(events, "parse_event", lambda line: parsed.append(line) or parse(line))
+    for _ in range(2):
+        runs._latest.forget()
+        assert runs.status(runs.shown()).step == 299
+    assert sum(b"StepDone" in line for line in parsed) == 1 and runs.glance(finished).seconds_per_step == runs.status(finished).seconds_per_step
+
+
 def test_two_runs_side_by_side(finished) -> None:
     other = staged.stage("other", 40, **{"adapter.rank": 4, "base.model": "someone/model"})
     found = shelf.compare(finished.name, other.name)

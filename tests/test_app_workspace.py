@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from app import guard, runs
+from app import device, guard, previews, runs, workspace
 from trainer import config, run_folder
 
 PEOPLE = {"anna": "secret", "boris": "other"}
@@ -88,6 +88,19 @@ def test_server_functions_work_in_ones_own_folders(client: TestClient) -> None:
             call["data"] = {"dataset": f"set-{whose}", "file": "one.png", "caption": f"written by {name}"}
             answers.append(client.post("/gradio_api/component_server", json=call, headers=headers).json())
         assert answers[0]["caption"] == f"written by {name}" and "no such dataset" in json.dumps(answers[1])
+
+
+def test_one_waits_for_the_training_of_another(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    lock = run_folder.acquire(run_folder.everyones_folder() / "users" / "boris" / "runs" / run_of("boris"))
+    workspace_user = workspace.user.set("anna")
+    try:
+        with pytest.raises(previews.PreviewError, match="busy with a training"):
+            previews.check_free()
+    finally:
+        workspace.user.reset(workspace_user)
+        lock.release()
+    previews.check_free()
 
 
 def test_the_device_is_shared_and_the_oldest_request_of_anyone_comes_first(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

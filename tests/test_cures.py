@@ -150,6 +150,17 @@ def test_undo_goes_back_step_by_step_and_typing_is_one_step(folder):
         journal.undo(folder)
 
 
+def test_a_change_that_joins_another_and_finds_the_disk_full_is_taken_back_too(folder, monkeypatch):
+    picture = write(folder, "a.png")
+    first = snapshot(folder)
+    journal.apply(folder, "Caption of a.png", [caption_edits.caption_edit(picture, "a")], merge="caption")
+    with monkeypatch.context() as full:
+        full.setattr(journal, "_place", lambda path, content: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError):
+            journal.apply(folder, "Caption of a.png", [caption_edits.caption_edit(picture, "a dog")], merge="caption")
+    assert journal.undo(folder) == ("Caption of a.png", []) and snapshot(folder) == first
+
+
 def test_undo_leaves_alone_what_others_changed(folder):
     one, two = write(folder, "a.png", seven(1)), write(folder, "b.png", seven(2))
     journal.apply(folder, "Both", [caption_edits.caption_edit(one, "new"), caption_edits.caption_edit(two, "new")])

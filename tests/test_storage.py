@@ -13,6 +13,7 @@ from tests.test_resume import resumed_from
 from trainer import config, estimate, files, run_folder, state, storage
 from trainer.__main__ import main
 from trainer.errors import DiskError
+from trainer.files import WRITING
 from trainer.running import run_in
 
 
@@ -116,6 +117,15 @@ def test_clearing_takes_caches_only(cache, outputs, capsys, monkeypatch):
     assert main(["cache", "--clear"]) == 0
     assert "the limit is 3 GB" in capsys.readouterr().out and left(cache) == []
     assert len([path for path in outputs.rglob("*") if path.is_file()]) == 5
+
+
+def test_clearing_leaves_what_is_being_written(cache):
+    young, old = (cache / "ab" / f"{WRITING}{name}" for name in ("young", "old"))
+    for path in (young, old):
+        path.write_bytes(b"half")
+    os.utime(old, (1e9, 1e9))
+    storage.clear()
+    assert young.exists() and not old.exists()
 
 
 def test_old_uploads_go_and_young_ones_stay(cache):

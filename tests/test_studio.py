@@ -2,6 +2,8 @@
 
 import base64
 import io
+import json
+import os
 import zipfile
 
 import numpy as np
@@ -62,6 +64,28 @@ def test_captions_are_saved_planned_changed_and_taken_back(cats):
     assert studio.undo(asked()) == {"label": "Changed 4 captions", "kept": []} and studio.view(asked())["undo"] == "The caption of 2.png"
     studio.undo(asked())
     assert (cats / "2.txt").read_text() == "pic, cat 2"
+
+
+def test_a_change_of_all_captions_takes_in_what_others_wrote_meanwhile(cats):
+    studio.view(asked())
+    (cats / "3.txt").write_text("written meanwhile")
+    studio.apply_edit(asked(operation="append", text="end"))
+    assert (cats / "3.txt").read_text() == "written meanwhile, end" and (cats / "2.txt").read_text() == "pic, cat 2, end"
+
+
+def test_a_name_that_is_no_utf8_can_be_worked_with(cats):
+    try:
+        (cats / os.fsdecode(b"b\xe9.png")).write_bytes(png(9))
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    card = next(card for card in studio.view(asked())["cards"] if card["file"].startswith("b"))
+    json.dumps(card, ensure_ascii=False).encode("utf-8")
+    assert card["file"] == "b\\xe9.png" and datasets.thumbnail("cats", card["src"].split("/")[-1].split("?")[0]).is_file()
+    studio.save_caption(asked(file=card["file"], caption="a cat"))
+    assert (cats / os.fsdecode(b"b\xe9.txt")).read_text() == "a cat"
+    assert files(studio.view(asked(filter={"text": "xe9"}))) == ["b\\xe9.png"]
+    with zipfile.ZipFile(io.BytesIO(b"".join(datasets.export("cats")))) as archive:
+        assert archive.testzip() is None and "cats/b\\xe9.png" in archive.namelist()
 
 
 def test_the_lines_of_a_caption_stay_lines(cats):

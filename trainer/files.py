@@ -11,6 +11,7 @@ from tempfile import mkdtemp, mkstemp
 from trainer.errors import DiskError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+WRITING = ".writing-"  # how the names of files and folders begin that are not whole yet
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -69,7 +70,7 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    descriptor, temporary = mkstemp(prefix=".writing-", dir=path.parent)
+    descriptor, temporary = mkstemp(prefix=WRITING, dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
@@ -92,7 +93,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
-    temporary = Path(mkdtemp(prefix=".writing-", dir=path.parent))
+    temporary = Path(mkdtemp(prefix=WRITING, dir=path.parent))
     try:
         yield temporary
         for file in temporary.rglob("*"):

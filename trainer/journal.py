@@ -64,7 +64,7 @@ def apply(dataset: Path, label: str, edits: Sequence[Edit], merge: str = "") -> 
         numbers = {row["file"]: number for number, row in enumerate(data["edits"])}
         for row in rows:
             if row["file"] in numbers:
-                data["edits"][numbers[row["file"]]]["after"] = row["after"]
+                data["edits"][numbers[row["file"]]] |= {"after": row["after"], "earlier": row["before"]}
                 continue
             numbers[row["file"]] = len(data["edits"])
             data["edits"].append(row)
@@ -104,7 +104,7 @@ def undo(dataset: Path) -> tuple[str, list[str]]:
             path, now = dataset / row["file"], _hash(dataset / row["file"])
             if now == row["before"]:
                 continue  # never done, or taken back before a cut
-            if now != row["after"]:
+            if now not in (row["after"], row.get("earlier", row["after"])):  # the disk may have been full for the last of several
                 kept.append(shown(row["file"]))
                 continue
             if now is not None:

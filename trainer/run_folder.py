@@ -33,6 +33,7 @@ from trainer.errors import StateError
 from trainer.files import atomic_write
 
 SAMPLE_SUFFIX = ".png"
+SPEED_OF = 50  # steps by which the speed is told
 
 
 USERS = "users"
@@ -43,10 +44,15 @@ def signed_in() -> str:
     return ""
 
 
+def everyones_folder() -> Path:
+    """$ATELIER_OUTPUTS, else `outputs` below the working directory."""
+    return Path(os.environ.get("ATELIER_OUTPUTS", "outputs")).resolve()
+
+
 def outputs_folder() -> Path:
-    """Where runs, datasets and caches live: $ATELIER_OUTPUTS, else `outputs` below the working directory."""
-    root, user = Path(os.environ.get("ATELIER_OUTPUTS", "outputs")).resolve(), signed_in()
-    return root / USERS / user if user else root
+    """Where runs, datasets and caches live: those of the person that asks."""
+    user = signed_in()
+    return everyones_folder() / USERS / user if user else everyones_folder()
 
 
 def runs_folder() -> Path:
@@ -216,7 +222,7 @@ class RunStatus:
     @property
     def seconds_per_step(self) -> float | None:
         """Median of the last steps: one slow step (a first one, a busy machine) does not move it."""
-        return statistics.median(self.step_seconds[-50:]) if self.step_seconds else None
+        return statistics.median(self.step_seconds[-SPEED_OF:]) if self.step_seconds else None
 
     @property
     def images_per_second(self) -> float | None:
@@ -252,8 +258,9 @@ class RunStatus:
 class Replay:
     """A run's events, read on from where the last look ended: a long run costs no more to follow than a short one."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, curves: bool = True):
+        """Without `curves`, only the end of what each step said is kept."""
+        self.folder, self.curves = folder, curves
         self._begin(0)
 
     def _begin(self, inode: int) -> None:
@@ -288,6 +295,9 @@ class Replay:
                 event = events.parse_event(line)
                 if event is not None:
                     _apply(self._known, event)
+        if not self.curves:
+            for curve in (self._known.losses, self._known.learning_rates, self._known.step_seconds):
+                del curve[:-SPEED_OF]
 
 
 def status(folder: Path) -> RunStatus:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from trainer.files import WRITING
 from trainer.run_folder import outputs_folder
 
 KEPT = ("removed", "uploads")  # below `cache`: the first is the person's, the second has its own rule
@@ -55,9 +56,11 @@ def prune(most: float | None = None) -> int:
     """Deletes what was not used for longest until the caches fit their limit; returns the bytes freed."""
     most, found = limit() if most is None else most, sorted(_entries())
     total, freed = sum(count for _, count, _ in found), 0
-    for _, count, path in found:
+    for used, count, path in found:
         if total - freed <= most:
             break
+        if path.name.startswith(WRITING) and time.time() - used < 3600:
+            continue  # somebody is at it
         with contextlib.suppress(OSError):
             path.unlink()
             freed += count
@@ -81,6 +84,6 @@ def clean_uploads(older_than: float = UPLOAD_AGE) -> None:
 def clean_half_written(folder: Path) -> None:
     """Deletes what a killed trainer left of files and states it was writing."""
     for place in (folder, folder / "state", folder / "samples"):
-        for path in place.glob(".writing-*"):
+        for path in place.glob(f"{WRITING}*"):
             with contextlib.suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -165,7 +165,7 @@ def connect(page: Page, own: dict, others: dict[str, dict]) -> None:
 
 def _run_choices() -> list[tuple[str, str]]:
     """Runs that have saved an adapter, newest first; by folder where several have one name."""
-    folders = [folder for folder in runs.all_runs() if runs.status(folder).adapters]
+    folders = [folder for folder in runs.all_runs() if runs.glance(folder).adapters]
     names = Counter(views.title(folder) for folder in folders)
     return [(views.title(folder) if names[views.title(folder)] == 1 else folder.name, folder.name) for folder in folders]
 
