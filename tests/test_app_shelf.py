@@ -68,7 +68,8 @@ def test_hundreds_of_runs_are_read_once(finished, monkeypatch) -> None:
     for _ in range(2):
         runs._latest.forget()
         assert runs.status(runs.shown()).step == 299
-    assert sum(b"StepDone" in line for line in parsed) == 1 and runs.glance(finished).seconds_per_step == runs.status(finished).seconds_per_step
+    assert sum(b"StepDone" in line for line in parsed) == 1
+    assert runs.glance(finished).seconds_per_step == runs.status(finished).seconds_per_step
 
 
 def test_two_runs_side_by_side(finished) -> None:
