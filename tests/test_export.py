@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from trainer import adapters, config, export, run_folder
+from trainer import adapters, config, export, run_folder, train
 from trainer.adapted import AdaptedModule
 from trainer.adapter_file import read_adapter
 from trainer.errors import ModelError
 from trainer.families import FAMILIES, load_base
 from trainer.info import describe
 from trainer.metadata import metadata_for, metadata_of_tool
+from trainer.running import run_in
 from trainer.safetensors_header import read_header
 
 FAMILY = FAMILIES["sd1"]
@@ -112,6 +113,28 @@ def test_scales_that_vary_are_folded_into_one_alpha():
         key = FAMILY.export_key("unet", wanted.name)
         delta = 6.0 / wanted.rank * tensors[f"{key}.lora_up.weight"] @ tensors[f"{key}.lora_down.weight"]
         torch.testing.assert_close(delta, wanted.delta)
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers", "peft"])
+@pytest.mark.parametrize("size", [1e-8, 1e-6, 1e-3, 1.0])
+def test_fp16_holds_the_adapter_of_the_first_steps_too(tmp_path, dialect, size):
+    """B is about as large as the learning rate then, and fp16 has no number between 0 and 6e-8."""
+    draws = torch.Generator().manual_seed(0)
+    down, up = torch.randn(4, 32, generator=draws) / 5, size * torch.randn(32, 4, generator=draws)
+    modules = [lora("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", down, up, 0.25)]
+    export.save_adapter(tmp_path / "young.safetensors", dialect, modules, FAMILIES["sd1"], torch.float16, {})
+    assert export.verify(tmp_path / "young.safetensors", modules)
+
+
+@pytest.mark.parametrize("wish, dialect", [("stop", "kohya"), ("save", "diffusers")])
+def test_a_run_can_be_stopped_and_saved_after_its_first_step(tiny_run, monkeypatch, wish, dialect):
+    run = tiny_run({"training.learning_rate": 1e-6, "saving.dialects": [dialect], "adapter.rank": 4, "adapter.alpha": 1.0})
+    folder, taken = run_folder.create(run), train.take_step
+    monkeypatch.setattr(train, "take_step", lambda *given: (taken(*given), run_folder.request(folder, wish)))
+    run_in(folder)
+    status = run_folder.status(folder)
+    assert status.state == ("stopped" if wish == "stop" else "finished"), status.message
+    assert 1 in [saved.step for saved in status.adapters]
 
 
 def test_no_number_that_is_not_finite_is_saved(tmp_path):

@@ -6,6 +6,7 @@ Keys, scale and metadata follow docs/formats.md.
 
 import hashlib
 import json
+import math
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +28,7 @@ from trainer.families.base import ModelFamily
 from trainer.files import atomic_folder, atomic_write
 
 FILE_ERROR_LIMIT = 0.02  # of a module's delta W; rounding to fp16 or bf16 stays well below
+SMALL_IN_FP16 = 2.0**-10  # whose numbers are whole multiples of 2^-24 below 2^-14
 DOWN, UP = "lora_down.weight", "lora_up.weight"
 # The factor that takes up a scale, by kind.
 SCALED = {"lora": (UP,), "loha": ("hada_w1_a",), "lokr": ("lokr_w1", "lokr_w1_a")}
@@ -73,14 +75,26 @@ def to_kohya(modules: Iterable[AdaptedModule], family: ModelFamily, dtype: torch
         key = family.export_key(module.component, module.name)
         # A LoKr of two whole factors has no rank, and readers take its scale as 1.
         folded = fold(module, module.scale * module.rank / alpha if module.rank else module.scale)
-        tensors |= {f"{key}.{leaf}": _rounded(leaf, tensor, dtype) for leaf, tensor in folded.tensors.items()}
+        tensors |= {f"{key}.{leaf}": tensor for leaf, tensor in _rounded(folded.tensors, dtype).items()}
         tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     return tensors
 
 
-def _rounded(leaf: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The lengths of a DoRA stay exact: they multiply all of W, so their rounding would be as large as what was learned."""
-    return tensor.to(torch.float32 if leaf == "dora_scale" else dtype).contiguous()
+def _rounded(factors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The factors of a delta W in a file's number format.
+
+    After a few steps B is smaller than fp16 can tell apart; then the largest factor lends it a power of two, which leaves the product as
+    it is. The lengths of a DoRA stay exact: they multiply all of W, so their rounding would be as large as what was learned.
+    """
+    peaks = {leaf: float(tensor.abs().max()) for leaf, tensor in factors.items() if leaf != "dora_scale"}
+    smallest, largest = min(peaks, key=peaks.__getitem__), max(peaks, key=peaks.__getitem__)
+    lent = {}
+    if dtype == torch.float16 and 0 < peaks[smallest] < SMALL_IN_FP16 and math.isfinite(peaks[largest]):
+        power = 2.0 ** round(math.log2(peaks[largest] / peaks[smallest]) / 2)
+        lent = {smallest: factors[smallest] * power, largest: factors[largest] / power}
+    return {
+        leaf: tensor.to(torch.float32 if leaf == "dora_scale" else dtype).contiguous() for leaf, tensor in ({**factors, **lent}).items()
+    }
 
 
 def fold(module: AdaptedModule, factor: float) -> AdaptedModule:
@@ -150,9 +164,8 @@ def to_diffusers(modules: Iterable[AdaptedModule], family: ModelFamily, dtype: t
     tensors: dict[str, Tensor] = {}
     for module in modules:
         name = diffusers_key(module.component, module.name)
-        pair = _plain_pair(module, "diffusers")
-        tensors[f"{name}.lora_A.weight"] = pair[DOWN].to(dtype).contiguous()
-        tensors[f"{name}.lora_B.weight"] = pair[UP].to(dtype).contiguous()
+        pair = _rounded(_plain_pair(module, "diffusers"), dtype)
+        tensors |= {f"{name}.lora_A.weight": pair[DOWN], f"{name}.lora_B.weight": pair[UP]}
         if "dora_scale" in module.tensors:
             # The text encoders' loader, transformers', asks for the parameter by name; diffusers' own refuses that.
             end = ".weight" if module.component.startswith("text_encoder") else ""
@@ -200,11 +213,11 @@ def _peft_part(
         name = _name_in_transformers(component, module.name, family)
         key = f"base_model.model.{name}"
         if "loha" in kinds:
-            folded = fold(module, module.scale).tensors
-            tensors |= {f"{key}.{leaf}": tensor.to(dtype).contiguous() for leaf, tensor in folded.items()}
+            factors = _rounded(fold(module, module.scale).tensors, dtype)
+            tensors |= {f"{key}.{leaf}": tensor for leaf, tensor in factors.items()}
         else:
-            pair = _plain_pair(module, "peft")
-            tensors |= {f"{key}.lora_A.weight": pair[DOWN].to(dtype).contiguous(), f"{key}.lora_B.weight": pair[UP].to(dtype).contiguous()}
+            pair = _rounded(_plain_pair(module, "peft"), dtype)
+            tensors |= {f"{key}.lora_A.weight": pair[DOWN], f"{key}.lora_B.weight": pair[UP]}
         if "dora_scale" in module.tensors:
             tensors[f"{key}.lora_magnitude_vector"] = _magnitude(module)
         ranks[name] = module.rank
