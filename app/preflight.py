@@ -61,7 +61,7 @@ def _seconds_per_step(run: RunConfig) -> tuple[float, bool]:
 def _line(run: RunConfig, items: list, seconds: float, is_measured: bool) -> dict:
     training = run.training
     repeated = dataset.override_repeats(items, Path(run.dataset.folder), run.dataset.repeats)
-    steps = estimate.steps_for(run, sum(item.repeats for item in repeated))
+    steps = estimate.steps_for(run, [item.repeats for item in repeated])
     batch = training.batch_size * training.gradient_accumulation_steps
     held_out = estimate.held_out_count(run, len(items))
     views_text = "" if training.steps else f" × {training.views_per_picture} views"

@@ -42,7 +42,7 @@ def cures(view: dict) -> dict[str, dict]:
 def test_the_line_says_what_the_run_will_do(values) -> None:
     view = train.summary(values)
     run = train._read(values)
-    steps = estimate.steps_for(run, 12)
+    steps = estimate.steps_for(run, [1] * 12)
     assert view["sum"] == "11 pictures × 100 views in batches of 4 = " and view["steps"] == f"{steps} steps" and steps == -(-11 * 100 // 4)
     assert "roughly" in view["time"] and "learning rate 0.0015" in view["facts"][0]
     assert [phase["name"] for phase in view["memory"]["phases"]] == list(preflight.PHASES.values()) and view["checks"] == []

@@ -53,6 +53,37 @@ def test_memory_follows_what_it_depends_on(device: str) -> None:
     assert estimate.memory(SDXL, "cuda").worst == "sample" and estimate.memory(SDXL, "cpu").peak > estimate.memory(SDXL, "cuda").peak
 
 
+def test_what_is_trained_beside_a_picture_and_in_other_sizes_counts() -> None:
+    def needs(**changes) -> tuple[float, float, float]:
+        run = config.replace(SD15, {"dataset.trigger": "x"} | {name.replace("__", "."): value for name, value in changes.items()})
+        return estimate.memory(run, "cuda").step, estimate.expected_seconds_per_step(run, "cuda"), estimate.passes_per_picture(run)
+
+    plain = needs()
+    beside = {"dataset__regularisation_folder": "x"}, {"objective__prior_preservation": 1.0}
+    one, both = [needs(**changes) for changes in beside], needs(**beside[0], **beside[1])
+    assert one[0] == one[1] and one[0][2] == 2 and both[2] == 3
+    for measure in (0, 1):
+        assert both[measure] - one[0][measure] == pytest.approx(one[0][measure] - plain[measure]) != 0
+    assert needs(dataset__resolutions=[768])[0] == needs(dataset__resolution=768)[0]
+    assert plain[1] < needs(dataset__resolutions=[768])[1] < needs(dataset__resolution=768)[1]
+
+
+def test_repeats_are_no_pictures_when_some_are_held_out() -> None:
+    run = config.replace(SD15, {"training.steps": 0, "training.views_per_picture": 1, "training.batch_size": 1})
+    assert estimate.steps_for(run, [10] * 8) == 80 and estimate.steps_for(run, [1] * 20) == 20 - estimate.held_out_count(run, 20) < 20
+    assert estimate.steps_for(config.replace(run, {"dataset.resolutions": [768]}), [10] * 8) == 160
+
+
+def test_the_disk_holds_every_version_of_a_picture(tmp_path) -> None:
+    (tmp_path / "a.png").touch()
+    run = config.replace(SD15, {"dataset.folder": str(tmp_path)})
+    cached = [
+        estimate.disk_bytes(config.replace(run, changes)) - estimate.disk_bytes(run)
+        for changes in ({"dataset.flip": True}, {"dataset.flip": True, "dataset.random_crop": True, "dataset.variants": 4})
+    ]
+    assert cached[1] == pytest.approx(7 * cached[0]) and cached[0] > 0
+
+
 def test_sd15_needs_what_the_counter_counted() -> None:
     """0.80 GB of activations for one 512-pixel picture in bf16, 0.21 GB with checkpointing (docs/estimates.md)."""
     runs = [config.replace(SD15, {"training.batch_size": n, "training.gradient_checkpointing": False,

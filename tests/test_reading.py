@@ -8,6 +8,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from tests.tiny import save_tiny_base
 from trainer import config, events, metadata, prepare, run_folder, step
 from trainer.errors import ModelError
+from trainer.examples import encode_texts
 from trainer.families import FAMILIES, load_base
 from trainer.families.base import Reading
 from trainer.families.latent_diffusion import token_ids
@@ -127,6 +128,17 @@ def test_a_run_its_samples_and_a_preview_read_alike(base_of, train_tiny, tmp_pat
 def test_the_settings_in_a_file_hold_no_path_of_a_vae():
     run = config.replace(config.RunConfig(), {"base.vae": "/home/somebody/vae.safetensors"})
     assert "somebody" not in metadata.shared_config(run) and "vae.safetensors" in metadata.shared_config(run)
+
+
+def test_conditioning_of_another_number_format_is_never_taken_from_the_cache_and_broken_one_never_kept(base_of):
+    base = load(base_of("sd1"))
+    hashes = {prepare.base_hashes(base)[1]}
+    base.pipe.text_encoder.to(torch.float16)
+    assert len(hashes | {prepare.base_hashes(base)[1]}) == 2
+    next(base.pipe.text_encoder.parameters()).data.fill_(float("inf"))
+    for _ in range(2):
+        with pytest.raises(ModelError, match="finite numbers for 'a cat'.*base.precision = fp32"):
+            encode_texts(base, ["a cat"], "hash")
 
 
 def test_conditioning_read_in_another_way_is_never_taken_from_the_cache(base_of):

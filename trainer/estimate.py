@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from trainer import config, run_folder, targets
 from trainer.base_model import T5_PARTS, BaseFiles, inspect, locate
@@ -26,6 +27,17 @@ def held_out_count(run: RunConfig, pictures: int) -> int:
     return round(pictures * run.dataset.hold_out) if pictures >= SMALLEST_SET_TO_HOLD_OUT else 0
 
 
+def resolutions(run: RunConfig) -> tuple[int, ...]:
+    """At which each picture is trained."""
+    return run.dataset.resolution, *run.dataset.resolutions
+
+
+def looks_per_picture(run: RunConfig) -> int:
+    """How many versions of a picture are prepared at each resolution (`variants.looks`)."""
+    dataset = run.dataset
+    return (dataset.variants if dataset.random_crop or dataset.colour_jitter else 1) * (2 if dataset.flip else 1)
+
+
 def total_steps(run: RunConfig, views: int) -> int:
     """Optimiser steps of a run whose training pictures count `views` per pass (repeats included)."""
     training = run.training
@@ -34,9 +46,10 @@ def total_steps(run: RunConfig, views: int) -> int:
     return max(1, math.ceil(views * training.views_per_picture / (training.batch_size * training.gradient_accumulation_steps)))
 
 
-def steps_for(run: RunConfig, pictures: int) -> int:
-    """Optimiser steps for a dataset of so many pictures, those held out not counted."""
-    return total_steps(run, (pictures - held_out_count(run, pictures)) * (1 + len(run.dataset.resolutions)))
+def steps_for(run: RunConfig, repeats: Sequence[int]) -> int:
+    """Optimiser steps for a dataset, those held out not counted; `repeats` of each picture. Which are held out is drawn later."""
+    trained = 1 - held_out_count(run, len(repeats)) / max(1, len(repeats))
+    return total_steps(run, round(sum(repeats) * trained) * len(resolutions(run)))
 
 
 def save_steps(total: int, saves: int) -> list[int]:
@@ -99,9 +112,10 @@ def disk_bytes(run: RunConfig) -> float:
         parameters = 0
     pictures = sum(path.suffix.lower() in PICTURE_SUFFIXES for path in Path(run.dataset.folder).rglob("*"))
     area, saves = run.dataset.resolution**2, run.saving.saves + 1
+    seen = looks_per_picture(run) * sum(side**2 for side in resolutions(run))
     states = 3 * 4 * parameters * (3 + (1 if run.training.ema_decay else 0))  # weights and two moments in float32
     adapters = saves * parameters * FILE_BYTES[run.saving.precision]
-    cached = pictures * (area / 64 * 16 * 2 * 4 + 2 * 77 * 4096 * 4)  # latents of up to 16 channels, embeddings of up to 4096 numbers
+    cached = pictures * (seen / 64 * 16 * 2 * 4 + 2 * 77 * 4096 * 4)  # latents of up to 16 channels, embeddings of up to 4096 numbers
     return states + adapters + saves * max(2, len(run.sampling.prompts)) * area * 3 + cached + 2**22
 
 
@@ -123,7 +137,8 @@ def _speed_key(run: RunConfig) -> Sequence[object]:
     training = run.training
     return (
         run.base,
-        run.dataset.resolution,
+        resolutions(run),
+        passes_per_picture(run),
         training.batch_size,
         training.gradient_accumulation_steps,
         training.gradient_checkpointing,
@@ -288,11 +303,12 @@ def memory(run: RunConfig, device: str) -> Memory:
     linear_share = size.costs.linear_share
     per_weight = linear_share * linear + (1 - linear_share) * bytes_each
     weights = {"denoiser": size.denoiser * per_weight, "text": size.text_encoders * bytes_each, "vae": size.parameters.get("vae", 0) * 4}
-    unit = (run.dataset.resolution / size.latent_step) ** 2 * size.width * bytes_each * FRAGMENTS
+    side, largest = run.dataset.resolution, max(resolutions(run))
+    per_pixel = size.width * bytes_each * FRAGMENTS / size.latent_step**2
     feature_map = size.vae_width * 4 * FRAGMENTS  # bytes by pixel
-    tile = size.vae_side // VAE_TILES if run.sampling.vae_tiling else run.dataset.resolution
-    encoding = VAE_ENCODE * run.dataset.resolution**2 * feature_map
-    decoding = VAE_DECODE * min(tile, run.dataset.resolution) ** 2 * feature_map
+    tile = size.vae_side // VAE_TILES if run.sampling.vae_tiling else side
+    encoding = VAE_ENCODE * largest**2 * feature_map
+    decoding = VAE_DECODE * min(tile, side) ** 2 * feature_map
     kept = size.costs.kept_checkpointed if training.gradient_checkpointing else size.costs.kept
     learned = run.adapter.trigger_vectors or any(map(training.rate_of, ("text_encoder", "text_encoder_2")))
     trained_text = size.text_encoders if learned else 0
@@ -300,8 +316,8 @@ def memory(run: RunConfig, device: str) -> Memory:
     base = LIBRARIES_BYTES[device]
     resident = base + weights["denoiser"] + adapter
     text = weights["text"] if learned or run.dataset.captions_vary else 0  # else all texts are encoded once
-    activations = pictures_per_pass(run) * (kept * unit + trained_text * TEXT_KEPT)
-    drawing = max(2 * FORWARD_KEPT * unit, decoding)
+    activations = pictures_per_pass(run) * passes_per_picture(run) * (kept * per_pixel * largest**2 + trained_text * TEXT_KEPT)
+    drawing = max(2 * FORWARD_KEPT * per_pixel * side**2, decoding)
     if device == "cpu":
         everything = base + sum(weights.values())
         return Memory(everything, everything + encoding, everything + adapter + activations, everything + adapter + drawing)
@@ -318,6 +334,11 @@ def pictures_per_pass(run: RunConfig) -> int:
     training = run.training
     pieces = training.devices // math.gcd(training.devices, training.gradient_accumulation_steps)
     return math.ceil(training.batch_size / pieces)
+
+
+def passes_per_picture(run: RunConfig) -> int:
+    """Forward passes whose activations live together: of a picture, its class picture, and the base's own view of it."""
+    return 1 + bool(run.dataset.regularisation_folder) + bool(run.objective.prior_preservation)
 
 
 def _adapter_parameters(run: RunConfig, size: Size) -> float:
@@ -370,8 +391,8 @@ def expected_seconds_per_step(run: RunConfig, device: str, cores: int = 1) -> fl
     """A first guess from counted operations, good to a factor of two or three; only until a step was measured."""
     size, training = size_of(run), run.training
     each = size.costs.operations_checkpointed if training.gradient_checkpointing else size.costs.operations
-    positions = (run.dataset.resolution / size.latent_step) ** 2
-    passes, images = training.gradient_accumulation_steps, training.batch_size
+    positions = fmean(side**2 for side in resolutions(run)) / size.latent_step**2
+    passes, images = training.gradient_accumulation_steps * passes_per_picture(run), training.batch_size
     operations = each * positions * size.denoiser * images * passes
     speed = OPERATIONS_PER_SECOND[device] * (max(1, cores) ** 0.8 if device == "cpu" else 1)
     return (operations / speed + STEP_OVERHEAD[device] * passes) / training.devices

@@ -17,7 +17,7 @@ from trainer import cache, estimate
 from trainer.batches import generator_for, seed_for
 from trainer.config import RunConfig
 from trainer.dataset import DatasetItem, crop_of
-from trainer.errors import DatasetError
+from trainer.errors import DatasetError, ModelError
 from trainer.events import Event, EventLog, Progress, Warned
 from trainer.families import LoadedBase
 from trainer.families.base import Conditioning, SizeIds
@@ -69,7 +69,7 @@ def make_examples(
     for done, item in enumerate(items):
         report(Progress("caching", done, len(items)))
         name = item.path.relative_to(root).as_posix()
-        for resolution in (run.dataset.resolution, *run.dataset.resolutions):
+        for resolution in estimate.resolutions(run):
             try:
                 found.append(_example(run, base, item, name, resolution, vae_hash))
             except DatasetError as error:
@@ -156,7 +156,13 @@ def encode_texts(base: LoadedBase, texts: Iterable[str], encoder_hash: str) -> d
 def _conditioning(base: LoadedBase, caption: str, encoder_hash: str) -> Conditioning:
     @torch.no_grad()
     def make() -> Conditioning:
-        return {name: tensor[0] for name, tensor in base.encode([caption]).items()}
+        made = {name: tensor[0] for name, tensor in base.encode([caption]).items()}
+        if not all(torch.isfinite(tensor).all() for tensor in made.values()):
+            raise ModelError(
+                f"The base's text encoders give no finite numbers for {caption[:80]!r} in the number format of this run; "
+                "use base.precision = fp32."
+            )
+        return made
 
     return cache.cached(cache.conditioning_key(caption, encoder_hash), make)
 

@@ -282,7 +282,7 @@ def sample_prompts(run: RunConfig, examples: Sequence[Example]) -> list[str]:
 
 
 def base_hashes(base: LoadedBase) -> tuple[str, str]:
-    """What latents and conditioning depend on: the file of the VAE; those of the text encoders, and how they are read.
+    """What latents and conditioning depend on: the file of the VAE; those of the text encoders, their number format, and how they are read.
 
     In a folder model_index.json may say what an empty caption becomes.
     """
@@ -292,7 +292,8 @@ def base_hashes(base: LoadedBase) -> tuple[str, str]:
     index = [] if files.path.is_file() else [cache.file_hash(files.path / "model_index.json")]
     encoders = [hashes[path] for part in files.text_encoders for path in files.weights[part]]
     reading = [] if base.reading == PLAIN_READING else [repr(base.reading)]
-    return " ".join(hashes[path] for path in files.weights["vae"]), " ".join([*index, *encoders, *reading])
+    dtypes = {str(encoder.dtype) for encoder in base.family.text_encoders(base.pipe).values()} - {"torch.float32"}
+    return " ".join(hashes[path] for path in files.weights["vae"]), " ".join([*index, *encoders, *reading, *sorted(dtypes)])
 
 
 def _warn_of_long_captions(base: LoadedBase, items: Sequence[DatasetItem], log: EventLog) -> None:
