@@ -162,10 +162,10 @@ def test_settings_go_out_and_come_back(values) -> None:
 
 
 def test_settings_of_another_trainer_fill_the_form(values) -> None:
-    tools, *fields = train.take_settings('{"network_dim": 32, "network_alpha": 8, "learning_rate": 1e-4, "flip_aug": true}', values)
+    tools, *fields = train.take_settings('{"network_dim": 32, "network_alpha": 8, "learning_rate": 1e-4, "color_aug": true}', values)
     shown = dict(zip(train._field_names(), fields, strict=True))
     assert shown["adapter.rank"] == 32 and shown["adapter.alpha"] == 8 and shown["dataset.trigger"] == "zorbit"
-    assert "kohya" in tools["said"] and "flip_aug" in tools["said"]
+    assert "kohya" in tools["said"] and "color_aug" in tools["said"]
     assert "no trainer" in train.take_settings('{"a": 1}', values)[0]["problem"]
     wrong = config.to_toml(train._read(values)).replace("\nrank = 8", "\nrank = -1")
     assert "adapter.rank" in train.take_settings(wrong, values)[0]["problem"]

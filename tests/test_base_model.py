@@ -34,6 +34,7 @@ CASES = {
     "dir_os_system": (lambda d: edit_json(d / "model_index.json", unet=["os", "system"]), "names .* as unet"),
     "dir_subprocess": (lambda d: edit_json(d / "model_index.json", unet=["subprocess", "Popen"]), "names .* as unet"),
     "dir_evil_mod": (lambda d: edit_json(d / "model_index.json", vae=["evil", "Vae"]), "names .* as vae"),
+    "dir_no_names": (lambda d: edit_json(d / "model_index.json", unet=[{}, "b"]), "names .* as unet"),
     "dir_custom_pipe": (lambda d: edit_json(d / "model_index.json", _class_name="pipeline"), "is a pipeline"),
     "dir_relclass": (lambda d: edit_json(d / "model_index.json", unet=["diffusers", "..UNet2DConditionModel"]), "names .* as unet"),
     "dir_other_pipe": (
@@ -173,6 +174,8 @@ FILES = {
     "st_off_rev": raw(described(a=("F32", [2], [8, 0])), b"0" * 8),
     "st_dup": raw(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"0"),
     "st_dtype": raw(described(a=("F99", [2], [0, 8])), b"0" * 8),
+    "st_dtype_list": raw(described(a=([], [2], [0, 8])), b"0" * 8),
+    "st_dimensions": raw(described(a=("F32", [1] * 9, [0, 4])), b"0" * 4),
     "st_nojson": raw(b"[1,2,3]"),
     "st_nested": raw(b"[" * 200_000),
     "st_meta_big": raw(b'{"__metadata__":{"a":"' + b"x" * (17 * 2**20) + b'"}}'),

@@ -259,6 +259,7 @@ OTHER = {
     "edm": (ldm.whole(ldm.TINY["sdxl"]) | {"edm_vpred.sigma_max": (1,)}, "trained with EDM"),
     "pruned": ({n: s for n, s in ldm.whole(ldm.TINY["sdxl"]).items() if "middle_block.1." not in n}, "pruned or incomplete UNet"),
     "no_blocks": ({n: s for n, s in ldm.whole(ldm.TINY["sd1"]).items() if ".in_layers." not in n}, "lacks tensors that every"),
+    "flat_conv_in": (ldm.whole(ldm.TINY["sd1"]) | {ldm.UNET + "input_blocks.0.0.weight": (4,)}, "is no convolution"),
     "one_tensor_less": (
         {n: s for n, s in ldm.whole(ldm.TINY["sd1"]).items() if not n.endswith("block_2.conv1.bias")},
         "does not fit together .tensors are missing",
@@ -274,6 +275,25 @@ def test_what_is_no_whole_model_is_named(case, tmp_path):
     with pytest.raises(ModelError, match=words) as error:
         load_base(config.Base(model=str(path)), torch.float32)
     assert case in str(error.value) and str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize("number", ["64", "5000000", "9" * 300])
+@pytest.mark.parametrize(
+    "block, after",
+    [
+        (ldm.UNET + "input_blocks.{}.0.op.weight", ldm.UNET + "input_blocks.{}.0.in_layers.2.weight"),
+        (ldm.VAE + "encoder.down.{}.x", ""),
+        (ldm.SD1 + "text_model.encoder.layers.{}.x", ""),
+    ],
+    ids=["unet", "vae", "text_encoder"],
+)
+def test_a_block_with_an_absurd_number_is_refused_before_it_is_a_size(tmp_path, number, block, after):
+    """A single downsampler says how many layers a level has, so the others are taken out."""
+    shapes = {name: shape for name, shape in ldm.whole(ldm.TINY["sd1"]).items() if not (after and ".0.op." in name)}
+    path = tmp_path / "x.safetensors"
+    save_file(ldm.filled(shapes | {block.format(number): (1,)} | ({after.format(int(number) + 1): (1,)} if after else {})), path)
+    with pytest.raises(ModelError, match="x.safetensors lacks tensors"):
+        base_model.inspect(path)
 
 
 @pytest.mark.parametrize(
@@ -392,6 +412,11 @@ VAES = {
     "of_another_factor": (
         lambda d: save_file(ldm.filled(ldm.vae(multiples=(1, 1, 2))), d / "x.safetensors") or d / "x.safetensors",
         "another factor",
+    ),
+    "without_widths": (lambda d: edited(d, block_out_channels=None), "does not say its block_out_channels"),
+    "flat": (
+        lambda d: save_file(ldm.filled(ldm.vae() | {"decoder.conv_in.weight": (4,)}), d / "x.safetensors") or d / "x.safetensors",
+        "no whole VAE",
     ),
     "a_lora": (lambda d: save_file({"a.lora_up.weight": torch.ones(2, 2)}, d / "x.safetensors") or d / "x.safetensors", "is an adapter"),
     "missing": (lambda d: d / "nowhere.safetensors", "There is no VAE at"),

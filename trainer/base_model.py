@@ -147,7 +147,7 @@ def inspect(folder: Path, t5: bool = True) -> BaseFiles:
         entry = index.get(part)
         if part in T5_PARTS and (not t5 or index.get("text_encoder_3") in (None, [None, None])):
             continue
-        if not isinstance(entry, list) or tuple(entry) not in allowed:
+        if entry not in [list(names) for names in allowed]:
             wanted = " or ".join(name for _, name in sorted(allowed))
             raise ModelError(
                 f"{folder.name}/model_index.json names {str(entry)[:80]} as {part}; "
@@ -190,7 +190,7 @@ def with_vae(files: BaseFiles, path: Path) -> BaseFiles:
         weights, tensors = [path], _vae_tensors(path)
         try:
             config = vae_config(tensors, own)
-        except (KeyError, ValueError):
+        except (KeyError, IndexError, ValueError):
             raise ModelError(f"{path.name} is no whole VAE; give a VAE as a diffusers folder or a .safetensors file as base.vae.") from None
     for key, words in {"latent_channels": "latent channels", "scaling_factor": "as its scaling factor"}.items():
         if config.get(key, VAE_DEFAULTS[key]) != own.get(key, VAE_DEFAULTS[key]):
@@ -198,6 +198,9 @@ def with_vae(files: BaseFiles, path: Path) -> BaseFiles:
                 f"The VAE {path.name} has {config.get(key)} {words} and that of {files.path.name} has {own.get(key, VAE_DEFAULTS[key])}; "
                 "it belongs to another family. Use a VAE made for this base."
             )
+    for name, part in ((path.name, config), (files.path.name, own)):
+        if not isinstance(part.get("block_out_channels"), list):
+            raise ModelError(f"The VAE of {name} does not say its block_out_channels; its config.json is damaged. Download it again.")
     if len(config["block_out_channels"]) != len(own["block_out_channels"]):
         raise ModelError(
             f"The VAE {path.name} shrinks pictures by another factor than that of {files.path.name}; use one made for this base."

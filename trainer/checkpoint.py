@@ -26,6 +26,7 @@ REFINER_CLIP = "conditioner.embedders.0.model."
 SD3_CLIP_L, SD3_CLIP_G, SD3_T5 = (f"text_encoders.{part}.transformer." for part in ("clip_l", "clip_g", "t5xxl"))
 SD3_TEMPLATES = ("sd3m", "sd35m", "sd35l")
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+BLOCK_LIMIT = 64  # Stable Diffusion 3.5 large has 38 blocks
 HEAD = 64  # width of an attention head wherever a family fixes it (SD 2.x, XL and every CLIP text encoder)
 INPUT_CHANNELS = {
     5: "a depth model (5 input channels)",
@@ -108,7 +109,10 @@ def _family(name: str, tensors: Tensors) -> tuple[str, dict[str, str]]:
         return _sd3_family(name, tensors)
     if UNET + "input_blocks.0.0.weight" not in tensors:
         raise ModelError(f"{name} is {what_it_is(tensors)}, not a whole Stable Diffusion; give the checkpoint it belongs to as the base.")
-    channels = tensors[UNET + "input_blocks.0.0.weight"].shape[1]
+    shape = tensors[UNET + "input_blocks.0.0.weight"].shape
+    if len(shape) != 4:
+        raise ModelError(f"{name} is damaged: its input_blocks.0.0.weight is no convolution. Download it again.")
+    channels = shape[1]
     if channels != 4:
         raise ModelError(
             f"{name} is {INPUT_CHANNELS.get(channels, f'a model with {channels} input channels')}; "
@@ -218,10 +222,18 @@ def _notes(path: Path, header: Header) -> tuple[str, ...]:
 # --- What the shapes say -------------------------------------------------------------------------------------------------------
 
 
+def _block(name: str, place: int = 1) -> int:
+    """The number of the block that a tensor is of. It becomes a size, so ValueError for one that no family has."""
+    number = int(name.split(".")[place])
+    if not 0 <= number < BLOCK_LIMIT:
+        raise ValueError(name)
+    return number
+
+
 def unet_config(tensors: Tensors, template: dict[str, Any]) -> dict[str, Any]:
     """Blocks, widths and depths of a UNet with LDM names. Raises KeyError for one that lacks blocks."""
-    downsamplers = sorted(int(m[1]) for m in (re.fullmatch(r"input_blocks\.(\d+)\.0\.op\.weight", name) for name in tensors) if m)
-    layers = downsamplers[0] - 1 if downsamplers else max(int(n.split(".")[1]) for n in tensors if n.startswith("input_blocks."))
+    downsamplers = sorted(_block(name) for name in tensors if re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name))
+    layers = downsamplers[0] - 1 if downsamplers else max(_block(name) for name in tensors if name.startswith("input_blocks."))
     firsts = [(layers + 1) * block + 1 for block in range(len(downsamplers) + 1)]
     channels = [tensors[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in firsts]
     depths = [transformer_depth(tensors, f"input_blocks.{n}.1") for n in firsts]
@@ -247,12 +259,12 @@ def unet_config(tensors: Tensors, template: dict[str, Any]) -> dict[str, Any]:
 def transformer_config(tensors: Tensors, template: dict[str, Any]) -> dict[str, Any]:
     """Depth and widths of an MMDiT with the names of its makers (Esser et al. 2024). Raises KeyError for one that lacks blocks."""
     patches, context = tensors["x_embedder.proj.weight"].shape, tensors["context_embedder.weight"].shape
-    second = sorted({int(name.split(".")[1]) for name in tensors if ".x_block.attn2.qkv.weight" in name})
+    second = sorted({_block(name) for name in tensors if ".x_block.attn2.qkv.weight" in name})
     config = template | {
         "in_channels": patches[1],
         "out_channels": tensors["final_layer.linear.weight"].shape[0] // patches[2] ** 2,
         "patch_size": patches[2],
-        "num_layers": 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("joint_blocks.")),
+        "num_layers": 1 + max(_block(name) for name in tensors if name.startswith("joint_blocks.")),
         "num_attention_heads": patches[0] // HEAD,
         "joint_attention_dim": context[1],
         "caption_projection_dim": context[0],
@@ -289,7 +301,7 @@ def _check_regular(name: str, tensors: Tensors, config: Mapping[str, Any]) -> No
 
 def vae_config(tensors: Tensors, template: dict[str, Any]) -> dict[str, Any]:
     """Widths and depth of a VAE with LDM names. Raises KeyError for one that lacks blocks."""
-    levels = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.down."))
+    levels = 1 + max(_block(name, 2) for name in tensors if name.startswith("encoder.down."))
     layers = sum(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", name) is not None for name in tensors)
     return template | {
         "block_out_channels": [tensors[f"encoder.down.{level}.block.{layers - 1}.conv2.weight"].shape[0] for level in range(levels)],
@@ -302,7 +314,8 @@ def vae_config(tensors: Tensors, template: dict[str, Any]) -> dict[str, Any]:
 
 def text_config(tensors: Tensors, template: dict[str, Any]) -> dict[str, Any]:
     """Widths and depth of a CLIP text encoder with transformers' names. Raises KeyError for one that lacks layers."""
-    layers = 1 + max(int(m[1]) for m in (re.match(r"(?:text_model\.)?encoder\.layers\.(\d+)\.", name) for name in tensors) if m)
+    names = (name.removeprefix("text_model.") for name in tensors)
+    layers = 1 + max(_block(name, 2) for name in names if name.startswith("encoder.layers."))
     width = tensors["text_model.embeddings.token_embedding.weight"].shape[1]
     config = template | {
         "vocab_size": tensors["text_model.embeddings.token_embedding.weight"].shape[0],

@@ -16,6 +16,7 @@ from trainer.errors import ModelError
 
 HEADER_LIMIT = 16 * 2**20  # bytes; the header of SDXL, the largest we read, has 0.4 million
 TENSOR_LIMIT = 20_000  # SDXL in one file has 2,515
+DIMENSION_LIMIT = 8  # no weight has more than 5
 ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 NAME = re.compile(r"[A-Za-z0-9_.\-]{1,512}")
 
@@ -72,7 +73,8 @@ def _check_tensors(path: Path, data: dict[str, Any], body: int) -> dict[str, Ten
             numbers = [*shape, begin, end]
         except (TypeError, KeyError, ValueError):
             raise _refuse(path, f"the tensor {name} is described wrongly") from None
-        if dtype not in ITEM_SIZE or any(type(n) is not int or not 0 <= n < 2**48 for n in numbers):
+        known = isinstance(dtype, str) and dtype in ITEM_SIZE
+        if not known or len(shape) > DIMENSION_LIMIT or any(type(n) is not int or not 0 <= n < 2**48 for n in numbers):
             raise _refuse(path, f"the tensor {name} has an unknown type or impossible size")
         if (0 in shape and shape != (0,)) or math.prod(shape) * ITEM_SIZE[dtype] != end - begin:
             raise _refuse(path, f"the size of the tensor {name} does not fit its data")
