@@ -140,12 +140,15 @@ def restore(kept: object) -> str:
 def rename(name: object, new: object) -> str:
     """Gives a dataset another name. Returns it."""
     folder, slug = resolve(name), run_folder.slug(str(new or ""))
+    if not any(map(str.isalnum, str(new or ""))):
+        raise DatasetError("Give the dataset a name of letters or digits.")
     if slug == folder.name:
         return slug
     _refuse_in_use(folder)
     if (root() / slug).exists():
         raise DatasetError(f"There is a dataset named {slug} already; choose another name.")
     os.replace(folder, root() / slug)
+    runs.follow_dataset(folder, root() / slug)
     return slug
 
 

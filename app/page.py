@@ -17,6 +17,15 @@ LATEST = QUIET | {"trigger_mode": "always_last"}
 """One that follows what a person chooses. Gradio's default forgets a choice that is made while an earlier one is being answered."""
 
 
+def answer_for_ourselves() -> None:
+    """What was chosen comes to our own checks, which name the field, also when it is gone meanwhile or no number.
+
+    Gradio would refuse it in words of its own before, and leave the button dead.
+    """
+    for component in (gr.Radio, gr.Dropdown, gr.Slider):
+        component.preprocess = lambda self, payload: payload
+
+
 @dataclass(frozen=True)
 class Live:
     """A component that follows the run folders: `data()` is asked each second, and sent only when it changed."""

@@ -114,6 +114,18 @@ def active() -> Path | None:
         return next((folder for folder in run_folder.list_runs() if run_folder.is_alive(folder)), None)
 
 
+def follow_dataset(old: Path, new: Path) -> None:
+    """Runs whose dataset got another name find it there, to be resumed or repeated; which folder it is alters no number."""
+    for folder in all_runs():
+        try:
+            run = settings(folder)
+        except TrainerError:
+            continue
+        moved = {place: str(new) for place in ("dataset.folder", "dataset.regularisation_folder") if config.get(run, place) == str(old)}
+        if moved:
+            atomic_write(folder / "run.toml", config.to_toml(config.replace(run, moved)))
+
+
 def anyone_trains() -> bool:
     """Whether a run of any person has the device."""
     with _probing:
@@ -171,6 +183,9 @@ def _stop(folder: Path) -> None:
 
 
 def _resume(folder: Path) -> None:
+    dataset = Path(settings(folder).dataset.folder)
+    if not dataset.is_dir():
+        raise StateError(f"Its dataset {dataset} is not there any more: bring it back under that name, then press Resume.")
     run_folder.withdraw(folder, "stop")
     run_folder.withdraw(folder, "pause")
     run_folder.request(folder, "queued")

@@ -79,19 +79,21 @@ def compare(first: object, second: object) -> dict:
     one, other = (runs.settings(folder) for folder in folders)
     paths = [path for path in form.all_fields() if path not in ("name",)]
     different = form.changed(other, one, paths)
-    samples = [views.samples_of_file(runs.status(folder)) for folder in folders]
+    statuses = [runs.status(folder) for folder in folders]
+    samples, longer = [views.samples_of_file(each) for each in statuses], max(len(each.losses) for each in statuses)
     shared = next(
         (pair for pair in itertools.product(*samples) if pair[0].prompt == pair[1].prompt), [next(iter(each), None) for each in samples]
     )
-    return {"settings": different, "runs": [_side(folder, sample) for folder, sample in zip(folders, shared, strict=True)]}
+    return {"settings": different, "runs": [_side(folder, sample, longer) for folder, sample in zip(folders, shared, strict=True)]}
 
 
-def _side(folder: Path, sample: SampleSaved | None) -> dict:
+def _side(folder: Path, sample: SampleSaved | None, longer: int) -> dict:
+    """Both curves are smoothed alike, else the same losses would look different."""
     current = runs.status(folder)
     return {
         "name": name_of(folder),
         "steps": current.step,
-        "loss": views.thin(views.smooth(current.losses)),
+        "loss": views.thin(views.smooth(current.losses, longer)),
         "validation": current.validation,
         "sample": f"/runfile/{folder.name}/{sample.file}" if sample else "",
         "prompt": sample.prompt if sample else "",

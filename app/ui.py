@@ -4,7 +4,7 @@ import gradio as gr
 
 from app import api
 from app.drawn import drawn, read_static
-from app.page import QUIET, Page
+from app.page import QUIET, Page, answer_for_ourselves
 from app.previews import PreviewEngine
 from app.tabs import dataset, library, preview, train
 from app.views import header
@@ -14,6 +14,7 @@ MAX_WAITING = 200  # events in the queue; more are refused
 
 
 def build(engine: PreviewEngine, device: str) -> gr.Blocks:
+    answer_for_ourselves()
     with gr.Blocks(title="LoRA Atelier", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         heading = drawn("header", data={"device": device, "text": "Idle"}, elem_id="header")
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabs:

@@ -205,9 +205,9 @@ def thin(points: list[tuple[int, float]], limit: int = PLOT_POINTS // 2) -> list
     return [(group[-1][0], float(f"{statistics.fmean(loss for _, loss in group):.4g}")) for group in groups]
 
 
-def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Exponential mean over about a twentieth of the run, without the usual pull towards the first value."""
-    keep = 1 - 1 / max(2.0, len(points) / 20)
+def smooth(points: list[tuple[int, float]], length: int = 0) -> list[tuple[int, float]]:
+    """Exponential mean over about a twentieth of the run, or of `length` steps, without the usual pull towards the first value."""
+    keep = 1 - 1 / max(2.0, (length or len(points)) / 20)
     total, weight, result = 0.0, 0.0, []
     for step, loss in points:
         total, weight = keep * total + loss, keep * weight + 1

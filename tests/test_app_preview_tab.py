@@ -49,6 +49,9 @@ def test_only_the_first_adapter_differs_from_the_base(values) -> None:
         preview.plan_compare(values | {"second": values["ink"], "second_text_strength": "much"})
     with pytest.raises(TrainerError, match="not there any more"):
         preview.plan_compare(values | {"third": "../../x/y.safetensors"})
+    for wrong in ({"strength": None}, {"strength": 7}, {"seed": -5}, {"seed": 2**32}):
+        with pytest.raises(TrainerError, match="(Strength|Seed) is a number from 0 to"):
+            preview.plan_compare(values | wrong)
 
 
 def test_a_sheet_is_save_by_strength_by_prompt(values) -> None:

@@ -72,6 +72,12 @@ def test_hundreds_of_runs_are_read_once(finished, monkeypatch) -> None:
     assert runs.glance(finished).seconds_per_step == runs.status(finished).seconds_per_step
 
 
+def test_the_same_losses_are_the_same_curve_however_long_a_run_was(outputs) -> None:
+    short, long = (staged.stage(name, steps) for name, steps in (("short", 60), ("long", 100)))
+    one, other = (side["loss"] for side in shelf.compare(short.name, long.name)["runs"])
+    assert one == other[:60] and len(other) == 100
+
+
 def test_two_runs_side_by_side(finished) -> None:
     other = staged.stage("other", 40, **{"adapter.rank": 4, "base.model": "someone/model"})
     found = shelf.compare(finished.name, other.name)

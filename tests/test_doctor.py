@@ -77,6 +77,15 @@ def test_twins_are_found_though_saved_anew(tmp_path):
     assert sum(finding.kind == "near-duplicate" for finding in scan_dataset(tmp_path, resolution=64)[1]) == 1
 
 
+@pytest.mark.parametrize("captioned, kept", [("cat.png", "cat.png"), ("cat (1).png", "cat (1).png"), ("", "cat.png")])
+def test_of_twins_the_captioned_one_stays_else_the_one_that_is_no_copy(tmp_path, captioned, kept):
+    image = sharp(1, (300, 200))
+    for name in ("cat (1).png", "cat.png"):
+        write(tmp_path, name, image, "a cat" if name == captioned else "")
+    found = {finding.kind: (finding.file, finding.detail) for finding in scan_dataset(tmp_path, resolution=64)[1]}
+    assert found["duplicate"] == ({"cat.png": "cat (1).png", "cat (1).png": "cat.png"}[kept], kept)
+
+
 def test_captions_are_judged(tmp_path):
     for seed, caption in enumerate(["maya, 1girl, red hat", "1girl, sea", "1girl, " + "a tree, " * 60, "1girl", "MAYA, 1girl, x"]):
         write(tmp_path, f"{seed}.png", sharp(seed), caption)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app import captioning, datasets, studio
+from app import captioning, datasets, runs, studio
 from tests.corpus import encoded, photo
-from trainer import config, run_folder
-from trainer.errors import DatasetError, TrainerError
+from trainer import config, events, run_folder
+from trainer.errors import DatasetError, StateError, TrainerError
 
 SETTINGS = {"resolution": 64, "bucket_step": 8, "max_aspect": 2, "allow_upscale": False, "crop": "centre", "base": "embedded"}
 
@@ -173,6 +173,20 @@ def test_datasets_are_renamed_copied_removed_and_brought_back(cats):
     for wrong in ("../../x-1", "Big-Cats", None, kept):
         with pytest.raises(DatasetError):
             datasets.restore(wrong)
+
+
+def test_a_run_finds_its_dataset_under_its_new_name(cats):
+    """To be resumed, repeated, and read into the form; without the dataset it says at once what is missing."""
+    folder, other = (run_folder.create(config.RunConfig(dataset=config.Dataset(folder=str(place)))) for place in (cats, cats.parent))
+    events.EventLog(folder / "events.jsonl").append(events.Stopped(3, "x.safetensors"))
+    runs.all_runs.forget()
+    datasets.rename("cats", "dogs")
+    assert runs.settings(folder).dataset.folder == str(cats.with_name("dogs")) and runs.settings(other).dataset.folder == str(cats.parent)
+    datasets.remove("dogs")
+    with pytest.raises(StateError, match="dogs is not there any more"):
+        runs.act(folder.name, "resume")
+    with pytest.raises(DatasetError, match="letters or digits"):
+        datasets.rename(datasets.duplicate(datasets.add_example("subject")), "!!!")
 
 
 def test_a_dataset_in_use_stays_where_it_is(cats):

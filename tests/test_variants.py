@@ -83,3 +83,4 @@ def test_the_class_takes_the_place_of_the_trigger():
     settings = dataset(trigger="zor.bit", class_words="a dog")
     assert without_trigger("photo of ZOR.BIT in snow, zor.bits", settings) == "photo of a dog in snow, zor.bits"
     assert without_trigger("zor.bit, in snow", dataset(trigger="zor.bit")) == "in snow"
+    assert without_trigger("A zor.bit on the sea", dataset(trigger="zor.bit")) == "on the sea"

@@ -80,7 +80,7 @@ def scan_dataset(
     findings += _about_other_files(folder, files, set(pictures), set(masks.values()), metadata) + _about_case_twins(folder, pictures)
 
     items: list[DatasetItem] = []
-    used, moved = [], crops.read(folder)
+    used, captioned, moved = [], set(), crops.read(folder)
     for path, facts in zip(pictures, inspect_all(pictures, progress), strict=True):
         file = relative(path, folder)
         if facts.error:
@@ -103,7 +103,8 @@ def scan_dataset(
             )  # fmt: skip
         )
         used.append((file, facts))
-    findings += doctor.about_twins(used) + doctor.about_sizes(used, resolution)
+        captioned |= {file} if caption else set()
+    findings += doctor.about_twins(used, captioned) + doctor.about_sizes(used, resolution)
     captions = [(file, item.caption) for (file, _), item in zip(used, items, strict=True)]
     findings += doctor.about_captions(captions, trigger, tokens.counter(tokenizer), caption_tokens) + _about_repeats(folder, pictures)
     if not items:

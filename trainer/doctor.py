@@ -5,7 +5,7 @@ Pure functions; nothing is opened here. The thresholds were chosen on the exampl
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from . import tokens
 from .buckets import MAX_ASPECT
@@ -55,11 +55,11 @@ def _about_size(file: str, width: int, height: int, resolution: int) -> list[Fin
     return findings
 
 
-def about_twins(used: Seen) -> list[Finding]:
-    """Exact and near duplicates, the later one by name."""
+def about_twins(used: Seen, captioned: Collection[str]) -> list[Finding]:
+    """Exact and near duplicates: of two the one without a caption, else the one with the longer name, as a browser names a copy."""
     first_with: dict[str, str] = {}
     distinct, findings = [], []
-    for file, facts in used:
+    for file, facts in sorted(used, key=lambda pair: (pair[0] not in captioned, len(pair[0]), pair[0])):
         twin = first_with.setdefault(facts.sha256, file)
         if twin == file:
             distinct.append((file, facts))

@@ -303,7 +303,7 @@ def _warn_of_long_captions(base: LoadedBase, items: Sequence[DatasetItem], log: 
     if too_long:
         log.append(
             Warned(
-                f"{len(too_long)} captions are longer than the {limit} tokens that are read, such as that of {too_long[0]}; "
+                f"Captions longer than the {limit} tokens that are read: {len(too_long)}, such as that of {too_long[0]}; "
                 "their ends are not seen. dataset.caption_tokens sets how many are."
             )
         )

@@ -88,5 +88,7 @@ def without_trigger(caption: str, settings: config.Dataset) -> str:
     """The caption of something like the subject: the words for its class in the place of the trigger, where there is one."""
     if not settings.trigger:
         return caption
-    text = re.sub(rf"(?<!\w){re.escape(settings.trigger)}(?!\w)", lambda _: settings.class_words, caption, flags=re.IGNORECASE)
+    article = "" if settings.class_words else r"(?:\b(?:an?|the)\s+)?"  # which would be left alone
+    trigger = rf"{article}(?<!\w){re.escape(settings.trigger)}(?!\w)"
+    text = re.sub(trigger, lambda _: settings.class_words, caption, flags=re.IGNORECASE)
     return re.sub(r"\s+", " ", text).strip(" ,")

@@ -82,7 +82,7 @@ def _controls() -> tuple[dict[str, gr.components.Component], gr.Button]:
             buttons=[],
         )
     with gr.Row(elem_classes="at-seed"):
-        fields["seed"] = gr.Number(1, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="preview-seed", min_width=120)
+        fields["seed"] = gr.Number(1, label="Seed", precision=0, elem_id="preview-seed", min_width=120)
         new_seed = gr.Button("New seed", size="md", elem_id="new-seed", min_width=100)
     return fields, new_seed
 
@@ -217,6 +217,16 @@ def _first_sample(folder: Path, current: RunStatus) -> tuple[str, int]:
     return next(iter(run.sampling.prompts), run.dataset.trigger), run.sampling.seed
 
 
+def _strength(values: dict[str, Any]) -> float:
+    return float(_in_range("Strength", values["strength"], 2))
+
+
+def _in_range(label: str, value: Any, largest: int) -> Any:
+    if not isinstance(value, (int, float)) or not 0 <= value <= largest:
+        raise TrainerError(f"{label} is a number from 0 to {largest}.")
+    return value
+
+
 def _request(values: dict[str, Any], save: str | None, strength: float) -> PreviewRequest:
     folder = runs.resolve(values["run"])
     if save is not None and save not in [value for _, value in _save_choices(folder)]:
@@ -233,7 +243,7 @@ def _request(values: dict[str, Any], save: str | None, strength: float) -> Previ
         caption_tokens=run.dataset.caption_tokens,
         adapters=[*adapters, *_stacked(values)],
         prompt=str(values["prompt"] or ""),
-        seed=int(values["seed"] or 0),
+        seed=_in_range("Seed", values["seed"] or 0, 2**32 - 1),
         negative_prompt=str(values["negative_prompt"] or ""),
         inference_steps=int(values["inference_steps"] or 20),
         guidance_scale=float(values["guidance_scale"] or 7),
@@ -270,7 +280,7 @@ def _stacked(values: dict[str, Any]) -> list[Adapter]:
 
 
 def plan_compare(values: dict[str, Any]) -> list[tuple[str, PreviewRequest]]:
-    strength = float(values["strength"])
+    strength = _strength(values)
     return [
         ("Without the adapter", _request(values, None, 0)),
         (f"With the adapter, strength {strength:g}", _request(values, values["save"], strength)),
@@ -282,7 +292,7 @@ def plan_strengths(values: dict[str, Any]) -> list[tuple[str, PreviewRequest]]:
 
 
 def plan_saves(values: dict[str, Any]) -> list[tuple[str, PreviewRequest]]:
-    folder, strength = runs.resolve(values["run"]), float(values["strength"])
+    folder, strength = runs.resolve(values["run"]), _strength(values)
     current = runs.status(folder)
     saved = [
         (f"Step {save.step}{' ★' if save.step == current.best_step else ''}", save.file)

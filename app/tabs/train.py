@@ -192,7 +192,9 @@ def _wire(page: Page, own: dict) -> None:
     _wire_cures(own, names, inputs, line_update)
     _wire_tools(own, names, inputs, line_update)
     page.on_load(lambda: choose_dataset(next(iter(datasets.names()), "")), own["dataset_outputs"], then=line_update)
-    page.follow(fields["dataset.folder"], datasets.names, lambda names: gr.Dropdown(names))
+    known = gr.State([])
+    page.follow(known, datasets.names)
+    known.change(_show_datasets, fields["dataset.folder"], fields["dataset.folder"], **QUIET)
 
 
 def _wire_cures(own: dict, names: list[str], inputs: list, line_update: dict) -> None:
@@ -268,7 +270,9 @@ def choose_base(base: str, preset: str, own_base: str) -> list:
 
 
 def choose_recipe(name: str) -> list:
-    return form.write(advanced_paths(), recipes.every()[name].config)
+    if name not in (known := recipes.every()):  # removed in another window
+        return [gr.skip()] * len(advanced_paths())
+    return form.write(advanced_paths(), known[name].config)
 
 
 def choose_dataset(name: str) -> list:
@@ -280,6 +284,12 @@ def choose_dataset(name: str) -> list:
     except TrainerError:
         trigger = ""
     return [gr.Dropdown(datasets.names(), value=name), name, trigger]
+
+
+def _show_datasets(chosen: str | None) -> gr.Dropdown:
+    """A dataset that is gone, or has another name, is not chosen any more."""
+    names = datasets.names()
+    return gr.Dropdown(names, value=None) if chosen and chosen not in names else gr.Dropdown(names)
 
 
 def show_settings(run: RunConfig) -> list:
