@@ -1,5 +1,6 @@
 """The Train tab: what is said before the start, what is seen while it runs, and how it ends. Nothing is trained here."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tests.browser.conftest import wait_for
 from trainer import config, run_folder
 from trainer.events import StepDone
 
-KOHYA = '{"network_dim": 24, "network_alpha": 12, "learning_rate": 0.0001, "unet_lr": 0.0002, "flip_aug": true}'
+KOHYA = '{"network_dim": 24, "network_alpha": 12, "learning_rate": 0.0001, "unet_lr": 0.0002, "color_aug": true}'
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ def test_advanced_is_searched_marked_and_reset(open_page, server, tmp_path: Path
     settings = tmp_path / "kohya.json"
     settings.write_text(KOHYA)
     page.set_input_files("#settings-file", settings)
-    page.wait_for_selector("#advanced-tools :text('flip_aug')")
+    page.wait_for_selector("#advanced-tools :text('color_aug')")
     assert page.locator("#field-adapter-rank input").first.input_value() == "24"
     page.locator("#advanced-tools summary").click()
     with page.expect_download() as waiting:
@@ -83,6 +84,20 @@ def test_of_two_recipes_chosen_quickly_the_second_fills_the_form(open_page) -> N
     page.wait_for_timeout(100)  # of the 500 or more that the first choice takes
     page.locator("#field-preset input[value=embedded-style]").check()
     page.wait_for_function(f"{text}.includes(' 110 views ')")
+
+
+def test_a_dataset_that_gets_another_name_is_not_chosen_any_more(open_page) -> None:
+    name = datasets.duplicate(datasets.add_example("subject"))
+    os.utime(datasets.resolve(name))  # the one worked on last is chosen at first
+    page = open_page("train")
+    page.wait_for_function(f"document.querySelector('#field-dataset-folder input')?.value == '{name}'")
+    page.wait_for_function("document.querySelector('#estimate')?.innerText.includes(' steps in ')")
+    datasets.remove(datasets.rename(name, "vanished"))
+    page.wait_for_function("document.querySelector('#field-dataset-folder input').value == ''")
+    page.wait_for_function("!document.querySelector('#estimate')?.innerText.includes(' steps in ')")
+    page.get_by_role("button", name="Start training").click()
+    page.wait_for_selector("#estimate .at-bad")
+    assert page.locator(".toast-body").count() == 0
 
 
 def test_while_it_runs(open_page, server) -> None:
