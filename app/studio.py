@@ -207,11 +207,18 @@ def _cards(name: str, folder: Path, current: Look, items: list[reading.DatasetIt
             "ratio": item.width / item.height,
             "src": f"/thumb/{name}/{key}?v={version}",
             "large": f"/thumb/{name}/{key}?large=1&v={version}",
-            "mask": f"/mask/{name}/{key}?v={item.mask.stat().st_mtime_ns}" if item.mask and item.mask.exists() else "",
+            "mask": _mask_address(name, folder, item.path, item.mask),
             "repeats": item.repeats,
             **datasets.crop_shown(item, current.settings),
         })  # fmt: skip
     return cards
+
+
+def _mask_address(name: object, folder: Path, picture: Path, mask: Path | None) -> str:
+    """Where the browser finds the mask of a picture, another address for each content; empty where there is none."""
+    if mask is None or not mask.exists():
+        return ""
+    return f"/mask/{name}/{datasets.key_of(picture.relative_to(folder).as_posix())}?v={mask.stat().st_mtime_ns}"
 
 
 def groups(findings: list[Finding]) -> list[dict]:
@@ -351,7 +358,7 @@ def save_mask(data: dict) -> dict:
         if len(content) > MOST_MASK_BYTES:
             raise DatasetError("The mask is too large; paint it with fewer details, or upload it as a file.")
         return put_mask(data, content, Path("mask.png"))
-    return {"undo": _undo(folder)}
+    return {"mask": "", "undo": _undo(folder)}
 
 
 def put_mask(data: dict, content: bytes, name: Path) -> dict:
@@ -363,4 +370,4 @@ def put_mask(data: dict, content: bytes, name: Path) -> dict:
     if abs(width / height - mask_width / mask_height) > 0.02 * width / height:
         raise DatasetError(f"The mask ({mask_width} x {mask_height}) has not the shape of the picture ({width} x {height}).")
     journal.apply(folder, f"The mask of {picture.name}", [Edit(target, mask)])
-    return {"undo": _undo(folder)}
+    return {"mask": _mask_address(data.get("dataset"), folder, picture, target), "undo": _undo(folder)}

@@ -114,16 +114,14 @@ def test_cures_crops_and_masks(cats):
     with pytest.raises(DatasetError, match="two numbers"):
         studio.move_crop(asked(file="0.png", centre="middle"))
     mask = Image.fromarray(np.repeat(np.uint8([[0, 255]]), 24, 1).repeat(48, 0))
-    studio.save_mask(asked(file="0.png", mask=base64.b64encode(encoded(mask, "PNG")).decode()))
+    saved = studio.save_mask(asked(file="0.png", mask=base64.b64encode(encoded(mask, "PNG")).decode()))
     card = studio.view(asked())["cards"][0]
-    assert card["mask"].startswith("/mask/cats/") and Image.open(datasets.mask_shown("cats", datasets.key_of("0.png"))).getextrema() == (
-        0,
-        255,
-    )
+    assert card["mask"] == saved["mask"] and card["mask"].startswith("/mask/cats/")
+    assert Image.open(datasets.mask_shown("cats", datasets.key_of("0.png"))).getextrema() == (0, 255)
     for bad in ("not base64!", base64.b64encode(b"no picture").decode(), base64.b64encode(png(1, (90, 30))).decode()):
         with pytest.raises(TrainerError):
             studio.save_mask(asked(file="0.png", mask=bad))
-    studio.save_mask(asked(file="0.png"))
+    assert studio.save_mask(asked(file="0.png"))["mask"] == ""
     assert studio.view(asked())["cards"][0]["mask"] == ""
     assert studio.crops_overview(asked())["buckets"] == [{"size": "48 × 48", "count": 5, "ratio": 1.0}]
 

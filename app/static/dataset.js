@@ -210,13 +210,14 @@ function captionBox(view, card, extra = {}) {
   const tokens = el("span", { class: "at-tokens" });
   const count = () => { tokens.textContent = card.tokens > view.limit ? `${card.tokens} of ${view.limit} tokens` : plural(card.tokens, "token"); tokens.classList.toggle("at-long", card.tokens > view.limit); };
   const box = el("textarea", { rows: 3, "aria-label": `Caption of ${card.file}`, placeholder: "What is in the picture?", spellcheck: "true",
-    oninput: () => { saved.textContent = "…"; whenQuiet(card.file, save, 700); }, onblur: () => save(), ...extra });
+    oninput: () => { box.unsaved = true; saved.textContent = "…"; whenQuiet(card.file, save, 700); }, onblur: () => save(), ...extra });
   box.value = card.caption;
   box.edited = () => box.value !== card.caption;
+  box.send = () => sendAndForget("save_caption", { dataset: view.name, settings, file: card.file, caption: box.value });
   const save = async () => {
     clearTimeout(memory.timers.get(card.file));
     const text = box.value;
-    if (text === card.caption) { if (saved.textContent === "…") saved.textContent = "saved"; return; }
+    if (text === card.caption) { box.unsaved = false; if (saved.textContent === "…") saved.textContent = "saved"; return; }
     const answer = await call("save_caption", { file: card.file, caption: text }, () => {
       saved.replaceChildren(el("button", { type: "button", class: "at-retry", onclick: save }, "not saved – retry"));
     });
@@ -224,6 +225,7 @@ function captionBox(view, card, extra = {}) {
     if (!card.caption.trim() !== !text.trim()) memory.view.bare += text.trim() ? -1 : 1;
     card.caption = text;
     card.tokens = answer.tokens;
+    box.unsaved = box.value !== text;
     memory.savedFile = card.file;
     count();
     saved.textContent = box.value === text ? "saved" : "…";
@@ -233,6 +235,18 @@ function captionBox(view, card, extra = {}) {
   };
   count();
   return { box, saved, tokens, save };
+}
+
+// What is typed and not saved yet is sent when the page is left or hidden. Nobody then waits for the answer, so the browser asks before it leaves.
+const unsaved = () => [...document.querySelectorAll(".atelier textarea, .at-paint")].filter((node) => node.unsaved);
+window.addEventListener("beforeunload", (event) => { if (unsaved().length) event.preventDefault(); });
+for (const type of ["pagehide", "visibilitychange"]) window.addEventListener(type, () => { for (const node of unsaved()) node.send?.(); });
+
+/** Calls a server function by a request that outlives the page, which Gradio's own do not. */
+function sendAndForget(name, data) {
+  const view = window.gradio_config.components.find((each) => each.props.elem_id === "dataset-view");
+  fetch("/gradio_api/component_server", { method: "POST", keepalive: true, headers: { "content-type": "application/json" },
+    body: JSON.stringify({ data, component_id: view.id, fn_name: name, session_hash: "leaving" }) }).catch(() => {});
 }
 
 function cardOf(view, card) {

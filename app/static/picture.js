@@ -10,11 +10,19 @@ function openPicture(view, card) {
   const tell = (text) => { note.textContent = text; };
   const { box, saved, tokens, save } = captionBox(view, card);
   const bar = el("div", { class: "at-row" });
-  const close = async () => { await save(); dialog.close(); };
-  const step = async (by) => { await save(); dialog.close(); openPicture(view, view.cards[(index + by + view.cards.length) % view.cards.length]); };
-  const dialog = el("dialog", { class: "at-lightbox at-editor", onclose: () => { dialog.remove(); load({ turn: !memory.edited }); memory.edited = false; }, onkeydown: (event) => { if (event.altKey && event.key === "ArrowRight") step(1); if (event.altKey && event.key === "ArrowLeft") step(-1); } },
+  const leave = async () => {
+    await save();
+    await tools.mask.keep();
+    if ((box.unsaved || canvas.unsaved) && !confirm("The change could not be saved. Leave the picture all the same?")) return false;
+    const isFirst = dialog.open;  // of two keys pressed while it was being saved
+    dialog.close();
+    return isFirst;
+  };
+  const step = async (by) => { if (await leave()) openPicture(view, view.cards[(index + by + view.cards.length) % view.cards.length]); };
+  const escape = (event) => { if (event.target === dialog) { event.preventDefault(); leave(); } };  // a file dialog is cancelled too
+  const dialog = el("dialog", { class: "at-lightbox at-editor", oncancel: escape, onclose: () => { dialog.remove(); load({ turn: !memory.edited }); memory.edited = false; }, onkeydown: (event) => { if (event.altKey && event.key === "ArrowRight") step(1); if (event.altKey && event.key === "ArrowLeft") step(-1); } },
     el("div", { class: "at-row" }, el("strong", { class: "at-name" }, card.file), el("span", { class: "at-hint" }, card.size), el("span", { class: "at-push" }),
-      button("←", () => step(-1), "at-small"), button("→", () => step(1), "at-small"), button("Close", close, "at-small")),
+      button("←", () => step(-1), "at-small"), button("→", () => step(1), "at-small"), button("Close", leave, "at-small")),
     stage, bar, note, box, el("div", { class: "at-row" }, tokens, saved));
   // Gradio scopes its styles to the page: the dialog takes the class of the views with it.
   dialog.classList.add("atelier");
@@ -101,6 +109,7 @@ function maskTools(card, canvas, image, tell) {
   const fromMask = (src) => new Promise((done) => {
     const mask = new Image();
     mask.onload = () => {
+      paper.globalCompositeOperation = "copy";
       paper.drawImage(mask, 0, 0, canvas.width, canvas.height);
       const pixels = paper.getImageData(0, 0, canvas.width, canvas.height);
       for (let i = 0; i < pixels.data.length; i += 4) pixels.data.set([200, 30, 20, 255 - pixels.data[i]], i);
@@ -120,13 +129,19 @@ function maskTools(card, canvas, image, tell) {
     paper.lineTo(to[0] + 0.01, to[1]);
     paper.stroke();
     last = to;
+    canvas.unsaved = true;
   };
   canvas.addEventListener("pointerdown", (event) => { canvas.setPointerCapture(event.pointerId); last = null; stroke(event); });
   canvas.addEventListener("pointermove", (event) => { if (event.buttons) stroke(event); });
-  const send = async (name, data, text) => {
+  let sent = null;
+  const send = (name, data, text) => (sent = sending(name, data, text));
+  const sending = async (name, data, text) => {
+    const before = canvas.unsaved;
+    canvas.unsaved = false;  // until the next stroke, which may come before the answer
     const answer = await call(name, { file: card.file, ...data }, tell);
-    if (answer.error) return;
+    if (answer.error) { canvas.unsaved ||= before; return; }
     memory.edited = true;
+    card.mask = answer.mask;  // the picture may be opened again from this card
     setUndo(answer.undo);
     tell(text);
   };
@@ -139,12 +154,14 @@ function maskTools(card, canvas, image, tell) {
     grey.getContext("2d").putImageData(pixels, 0, 0);
     return send("save_mask", { mask: grey.toDataURL("image/png").split(",")[1] }, "Mask saved.");
   };
+  const keep = async () => { await sent; if (canvas.unsaved) await save(); };
   const clear = () => { paper.clearRect(0, 0, canvas.width, canvas.height); return send("save_mask", {}, "The picture has no mask: all of it is learned."); };
   const file = el("input", { type: "file", accept: "image/*", hidden: true, onchange: async (event) => {
     const { path } = await upload(event.target.files[0]);
-    await send("add_mask", { path }, "Mask saved; open the picture again to see it.");
+    await send("add_mask", { path }, "Mask saved.");
+    if (card.mask && !canvas.unsaved) await fromMask(card.mask);
   } });
   const eraser = button("Erase", () => { pen.white = !pen.white; eraser.classList.toggle("at-chosen", pen.white); eraser.setAttribute("aria-pressed", pen.white); }, "at-small");
   const size = el("input", { type: "range", min: "1", max: "30", value: "8", "aria-label": "Size of the brush", oninput: (event) => { pen.size = event.target.value / 100; } });
-  return { show, buttons: [eraser, el("label", { class: "at-row at-hint" }, "Brush", size), button("Save mask", save, "at-small at-primary"), button("No mask", clear, "at-small"), button("Upload", () => file.click(), "at-small"), file] };
+  return { show, keep, buttons: [eraser, el("label", { class: "at-row at-hint" }, "Brush", size), button("Save mask", save, "at-small at-primary"), button("No mask", clear, "at-small"), button("Upload", () => file.click(), "at-small"), file] };
 }

@@ -164,22 +164,40 @@ def paint_a_mask(page, folder: Path) -> None:
     page.locator(".at-editor").get_by_role("button", name="Mask", exact=True).click()
     paper = page.locator(".at-paint")
     paper.wait_for()  # with the picture
-    place = paper.bounding_box()
-    page.mouse.move(place["x"] + 5, place["y"] + place["height"] / 2)
-    page.mouse.down()
-    page.mouse.move(place["x"] + place["width"] / 3, place["y"] + place["height"] / 2, steps=5)
-    page.mouse.up()
+    stroke(page, 0.02, 1 / 3)
     page.get_by_role("button", name="Save mask").click()
     page.wait_for_function("/The mask of p010/.test(document.querySelector('.at-undo').innerText)")
     mask = np.asarray(Image.open(folder / "p010.mask.png"))
     height, width = mask.shape
     assert mask[height // 2, width // 6] < 30 and mask[height // 2, -5] > 225, "painted is black: not learned"
-    page.locator(".at-editor").get_by_role("button", name="Close", exact=True).click()
+
+    page.locator(".at-editor").get_by_role("button", name="→").click()  # round to the same picture, the only one that is found
+    page.locator(".at-frame").wait_for()
+    page.locator(".at-editor").get_by_role("button", name="Mask", exact=True).click()
+    paper.wait_for()
+    stroke(page, 2 / 3, 0.75)
+    page.keyboard.press("Escape")
+    page.locator(".at-editor").wait_for(state="detached")
     page.wait_for_selector(".at-card .at-badge:text-is('mask')")
+    mask = np.asarray(Image.open(folder / "p010.mask.png"))
+    assert [int(mask[height // 2, int(width * x)] > 128) for x in (1 / 6, 0.5, 0.7, 0.95)] == [0, 1, 0, 1], "both strokes are kept"
+
+
+def stroke(page, start: float, end: float) -> None:
+    """Paints across the middle of the picture, from and to a part of its width."""
+    place = page.locator(".at-paint").bounding_box()
+    page.mouse.move(place["x"] + place["width"] * start, place["y"] + place["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(place["x"] + place["width"] * end, place["y"] + place["height"] / 2, steps=5)
+    page.mouse.up()
 
 
 def nothing_is_lost_by_a_reload(page, folder: Path) -> None:
+    asked = []
+    page.once("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
+    page.locator(".at-card[data-file='p010.png'] textarea").press_sequentially(" typed last")
     page.reload()
+    assert asked == ["beforeunload"] and captions_on_disk(folder)["p010"] == "pic, p010, a red hat typed last"
     page.wait_for_selector(".at-dataset[data-name=studio] .at-card")
     on_disk = captions_on_disk(folder)
     read = "(cards) => cards.map((card) => [card.dataset.file, card.querySelector('textarea').value])"
