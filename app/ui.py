@@ -1,5 +1,7 @@
 """Builds the page out of `TABS`. A new tab is a file in `tabs/` and its name here."""
 
+from html import escape
+
 import gradio as gr
 
 from app import api
@@ -40,7 +42,11 @@ def _refill(heading: gr.HTML, tabs: gr.Tabs, form: dict) -> None:
     """A finished adapter or a file of settings, dropped anywhere, is the form of the Train tab again."""
 
     def refilled(event: gr.EventData, *values) -> list:
-        return [gr.Tabs(selected="train"), *form["take_settings"](event.text, *values)]
+        said, *fields = form["take_settings"](event.text, *values)
+        if "problem" in said:  # the tab stays, and the sentence is seen on each
+            gr.Warning(escape(said["problem"]))
+            return [gr.skip()] * len(outputs)
+        return [gr.Tabs(selected="train"), said, *fields]
 
     outputs = [tabs, form["said"], *form["outputs"]]
     heading.refill(refilled, form["outputs"], outputs, **QUIET).then(**form["line_update"])

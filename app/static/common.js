@@ -81,6 +81,9 @@ function compared(before, after, key) {
   return frame;
 }
 
+/** What a drag carries, to be used later: the browser empties the drag itself when its event is over. */
+const carried = ({ items, files }) => ({ entries: [...items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean), files: [...files] });
+
 /** Lets the browser save a text as a file. */
 function saveText(name, text) {
   const link = el("a", { href: URL.createObjectURL(new Blob([text], { type: "text/plain" })), download: name });

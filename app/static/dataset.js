@@ -40,7 +40,7 @@ async function load({ turn = false } = {}) {
 
 function paint() {
   const view = memory.view, empty = !view.total && !view.trouble && !view.scanning;
-  keepingPlace(() => root().replaceChildren(el("div", { class: "at-dataset", "data-name": view.name, ondragover: hover, ondragleave: leave, ondrop: (event) => drop(event, view) },
+  keepingPlace(() => root().replaceChildren(el("div", { class: "at-dataset", "data-name": view.name, ondragover: hover, ondragleave: leave, ondrop: (event) => drop(event, view), oncarried: (event) => addCarried(view, event.detail) },
     dropArea(view, empty), el("div", { class: "at-note", "aria-live": "polite" }, view.trouble ? notice(view.trouble, "bad") : null), trashBar(), messages(), summary(view),
     el("div", { class: "at-job-place" }), view.total ? tools(view) : null, filterBar(view),
     el("div", { class: "at-grid" }, view.cards.map((card) => cardOf(view, card))), pager(view))));
@@ -101,12 +101,14 @@ async function addExample(view, example) {
   changed(answer.name || view.name);
 }
 
-async function drop(event, view) {
+function drop(event, view) {
   event.preventDefault();
   event.currentTarget.classList.remove("at-over");
-  const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry && item.webkitGetAsEntry()).filter(Boolean);
-  const plain = [...event.dataTransfer.files].map((file) => [file, file.name]);
-  add(view, entries.some((entry) => entry.isDirectory) ? (await Promise.all(entries.map(walk))).flat() : plain);
+  addCarried(view, carried(event.dataTransfer));
+}
+
+async function addCarried(view, { entries, files }) {
+  add(view, entries.some((entry) => entry.isDirectory) ? (await Promise.all(entries.map(walk))).flat() : files.map((file) => [file, file.name]));
 }
 
 async function walk(entry) {

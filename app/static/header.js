@@ -21,9 +21,11 @@ function announce(view) {
   if (window.Notification && Notification.permission === "granted") new Notification(`${view.name} ${ended}`, { tag: view.run });
 }
 
-// A finished adapter, a sample or a file of settings that is dropped anywhere fills the form of the Train tab again.
+// Files that are dropped anywhere: the settings in a finished adapter, a sample or a file of settings fill the form of the Train tab again,
+// all others go to the dataset. The browser would open them in place of the page.
 const HEADER_LIMIT = 16 * 2 ** 20;
 const KEPT = /^(atelier_config|ss_(?!tag_frequency|bucket_info|dataset_dirs|datasets).*|modelspec\.(title|trigger_phrase))$/;
+const SETTINGS = /\.(safetensors|json|toml|ya?ml)$/i;
 
 async function settingsOf(file) {
   const name = file.name.toLowerCase();
@@ -38,23 +40,31 @@ async function settingsOf(file) {
     const found = /parameters\0+([^]*?Steps: [^]*?)[\0\n]?.{4}(IDAT|tEXt|iTXt)/.exec(text);
     return found ? JSON.stringify({ parameters: found[1] }) : "";
   }
-  return file.text();
+  return SETTINGS.test(name) ? file.text() : "";
 }
 
-function wanted(event) {
-  const items = [...(event.dataTransfer?.items || [])].filter((item) => item.kind === "file");
-  return items.length === 1 && !event.target.closest?.("#dataset-view, input, textarea, .upload-container");
+const datasetTab = () => document.querySelector("#tabs [role=tab]");
+
+/** Opens the Dataset tab, which may be drawn only then, and hands over what was dropped. */
+async function toDataset(load) {
+  datasetTab().click();
+  let place;
+  while (!(place = document.querySelector(".at-dataset"))) await new Promise(requestAnimationFrame);
+  place.dispatchEvent(new CustomEvent("carried", { detail: load }));
 }
 
 if (!window.atelierDrop) {
   window.atelierDrop = true;
-  document.addEventListener("dragover", (event) => { if (wanted(event)) event.preventDefault(); });
+  const isWanted = (event) => event.dataTransfer?.types.includes("Files") && !event.defaultPrevented;  // nobody else took it
+  document.addEventListener("dragover", (event) => { if (isWanted(event)) event.preventDefault(); });
   document.addEventListener("drop", async (event) => {
-    if (!wanted(event)) return;
+    if (!isWanted(event)) return;
     event.preventDefault();
-    const file = event.dataTransfer.files[0];
-    let text = "";
-    try { text = await settingsOf(file); } catch { text = ""; }
-    trigger("refill", { text });
+    const load = carried(event.dataTransfer), [file, second] = load.files, isSettings = SETTINGS.test(file?.name);
+    // A sample is a picture too: beside the open dataset it is meant for the dataset.
+    const mayHaveSome = file && !second && (isSettings || datasetTab().getAttribute("aria-selected") !== "true");
+    const text = mayHaveSome ? await settingsOf(file).catch(() => "") : "";
+    if (text || (mayHaveSome && isSettings)) trigger("refill", { text });
+    else toDataset(load);
   });
 }

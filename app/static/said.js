@@ -1,4 +1,4 @@
 // What became of a file that was dropped on the page.
 drawWith((root, view) => {
-  root.replaceChildren(...[view.said ? notice(view.said, "quiet") : null, view.problem ? notice(view.problem, "bad") : null].filter(Boolean));
+  root.replaceChildren(view.said ? notice(view.said, "quiet") : "");
 });

@@ -8,16 +8,18 @@ from safetensors.numpy import load_file, save_file
 
 from app import shelf
 from tests.browser import staged
-from tests.browser.conftest import wait_for
+from tests.browser.conftest import open_dataset, wait_for
+from tests.corpus import encoded, photo
 from trainer import config
 
-DROP = """async ([name, bytes]) => {
+DROP = """(files) => {
   const transfer = new DataTransfer();
-  transfer.items.add(new File([new Uint8Array(bytes)], name));
+  for (const [name, bytes] of files) transfer.items.add(new File([new Uint8Array(bytes)], name));
   const header = document.querySelector('#header');
   const how = { dataTransfer: transfer, bubbles: true, cancelable: true };
-  for (const kind of ['dragover', 'drop']) header.dispatchEvent(new DragEvent(kind, how));
+  return ['dragover', 'drop'].every((kind) => !header.dispatchEvent(new DragEvent(kind, how)));
 }"""
+READY = "window.atelierDrop && window.atelierOpened"
 
 
 @pytest.fixture(autouse=True)
@@ -61,20 +63,37 @@ def test_find_compare_rename_delete_and_undo(open_page) -> None:
     page.wait_for_selector("article[aria-label='Renamed']")
 
 
-def test_a_finished_adapter_refills_the_form(open_page, tmp_path: Path) -> None:
+def drop(page, *files: tuple[str, bytes]) -> None:
+    """Drops files on the header."""
+    assert page.evaluate(DROP, [[name, list(data)] for name, data in files]), "the browser would open the file in place of the page"
+
+
+def test_what_is_dropped_on_the_header_finds_its_place(open_page, server, tmp_path: Path) -> None:
     import numpy
 
     run = config.replace(config.RunConfig(), {"name": "from a file", "adapter.rank": 24, "dataset.trigger": "zorbit"})
     file = tmp_path / "x.safetensors"
     save_file({"a": numpy.zeros(3, numpy.float32)}, file, metadata={"atelier_config": json.dumps(run.model_dump(mode="json"))})
     page = open_page("library")
-    page.wait_for_function("window.atelierDrop && window.atelierOpened")
-    page.evaluate(DROP, ["x.safetensors", list(file.read_bytes())])
+    page.wait_for_function(READY)
+    drop(page, ("x.safetensors", file.read_bytes()))
     page.wait_for_selector("#said :text('trained with')")
     assert page.locator("#field-name textarea, #field-name input").first.input_value() == "from a file"
     assert page.locator("#field-dataset-trigger textarea, #field-dataset-trigger input").first.input_value() == "zorbit"
-    page.evaluate(DROP, ["y.json", [*b'{"a": 1}']])
-    page.wait_for_selector("#said :text('no trainer')")
+    page.get_by_role("tab", name="Library").click()
+    drop(page, ("y.json", b'{"a": 1}'))
+    page.get_by_text("settings of no trainer").wait_for()
+    assert page.get_by_role("tab", name="Library").get_attribute("aria-selected") == "true", "there is nothing to see on the Train tab"
+
+    first, second, third = ((f"{seed}.jpg", encoded(photo(64, 64, seed=seed), "JPEG")) for seed in range(3))
+    page.get_by_role("tab", name="Dataset").click()
+    open_dataset(page, "dropped-beside")
+    drop(page, first, second)
+    page.locator(".at-card").nth(1).wait_for()
+    page.goto(f"{server.url}/?tab=train")
+    page.wait_for_function(READY)
+    drop(page, third)  # the Dataset tab is not drawn yet
+    page.locator(".at-dataset[data-name=dropped-beside] .at-card").nth(2).wait_for()
 
 
 def test_another_file_is_made_from_an_adapter(open_page) -> None:
