@@ -195,6 +195,39 @@ def test_a_resumed_run_takes_the_measures_again_at_the_same_step(tiny_run, monke
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_run_that_goes_back_to_before_a_measure_keeps_it_and_is_resumed_with_it(tiny_run, monkeypatch):
+    """Step 3 takes every measure, steps 4 to 6 are not finite, and the state of step 2 knows of no measure. Interrupted or not, it is
+    the same run (with a stand-in for 8 bits).
+    """
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "adamw8bit", lambda run: torch.optim.Adam)
+    folders = [run_folder.create(tiny_run({"adapter.dropout": 0.3, "saving.precision": "fp32", "training.steps": 8})) for _ in range(2)]
+    real, append = train.microbatch_loss, events.EventLog.append
+    for folder, is_whole in zip(folders, (True, False), strict=True):
+        calls, seen = iter(range(1, 1000)), []
+
+        def troubled(*args, calls=calls):
+            call = next(calls)
+            if 3 <= call <= 6:
+                raise torch.OutOfMemoryError("out of memory")
+            return real(*args) * (float("nan") if 9 <= call <= 14 else 1.0)
+
+        def dying(self, event, seen=seen, is_whole=is_whole):
+            append(self, event)
+            seen.append(type(event))
+            if not is_whole and isinstance(event, events.StepDone) and events.RolledBack in seen:
+                raise ZeroDivisionError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "microbatch_loss", troubled)
+            patch.setattr(events.EventLog, "append", dying)
+            assert run_in(folder) == (0 if is_whole else 1), run_folder.status(folder).message
+    whole, broken = folders
+    assert any("went back to step 2" in warning for warning in run_folder.status(broken).warnings)
+    assert run_in(broken) == 0 and relieved(broken) == relieved(whole) == [("step", 3, r) for r in memory.LADDER["step"]]
+    ours, theirs = adapter_of(broken), adapter_of(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_the_advice_fits_the_settings():
     run = config.replace(config.RunConfig(), {"dataset.resolution": 768, "adapter.rank": 1})
     assert "dataset.resolution to 576" in memory.advice(run) and "rank" not in memory.advice(run)

@@ -126,6 +126,17 @@ def test_an_optimizer_goes_on_from_its_stored_memory_to_the_bit(name, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(straight, weights, strict=True)) and straight[1].any()
 
 
+@pytest.mark.parametrize("name", ON_A_CPU)
+def test_an_optimizer_goes_back_to_its_start(name):
+    """There it remembered nothing: neither moments nor counters of the steps since may stay."""
+    run = run_with(name)
+    weights, optimizer = fresh(run)
+    start = optimizer_state(optimizer)
+    steps(optimizer, weights, range(1, 4), run)
+    restore_optimizer(optimizer, *start)
+    assert optimizer_state(optimizer) == start
+
+
 def test_the_optimizers_differ_and_each_trains(train_tiny):
     """All of them in real runs: none may do what another does."""
     found = {}

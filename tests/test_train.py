@@ -159,6 +159,12 @@ def test_a_run_that_no_gradient_reaches_fails(tiny_run, monkeypatch):
     assert status.state == "failed" and "No gradient reached the adapter in the unet" in status.message and not status.adapters
 
 
+@pytest.mark.parametrize("dropout", ["module_dropout", "rank_dropout"])
+def test_where_all_is_left_out_by_chance_no_gradient_is_no_fault(train_tiny, dropout):
+    """Of a single layer, which is what is left out in the first step."""
+    train_tiny({"adapter.target_pattern": "mid_block.*attn1.to_q", f"adapter.{dropout}": 0.8, "adapter.rank": 1, "training.batch_size": 1})
+
+
 def poison(monkeypatch, bad_steps):
     """Makes the loss of some steps not a number, on top of the real one."""
     real, calls = train.microbatch_loss, iter(range(1, 1000))
@@ -196,6 +202,16 @@ def test_after_bad_steps_it_goes_back_with_a_lower_rate_and_resuming_repeats_tha
     adapter = adapter_of(folder)
     shutil.rmtree(max((folder / "state").iterdir()))
     assert run_in(folder) == 0 and rates(folder)[-1] == pytest.approx(0.005) and same(adapter, adapter_of(folder))
+
+
+def test_back_at_the_start_the_optimiser_is_as_at_the_start(tiny_run, train_tiny, monkeypatch):
+    """The state of step 0 has no memory; that of the bad steps must not stay."""
+    settings = {"training.lr_schedule": "constant", "training.steps": 8, "saving.saves": 1, "saving.state_every": 100}
+    with monkeypatch.context() as patch:
+        poison(patch, {4, 5, 6})
+        folder = train_tiny(settings)
+    assert any("went back to step 0" in warning for warning in run_folder.status(folder).warnings)
+    assert same(adapter_of(folder), adapter_of(train_tiny(settings | {"training.learning_rate": 0.005})))
 
 
 def test_weights_that_are_not_finite_are_never_saved(tiny_run, monkeypatch):

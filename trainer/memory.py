@@ -6,7 +6,7 @@ numbers is written as an event, and a resumed run takes it again at the same pla
 
 import gc
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from trainer.config import RunConfig
 from trainer.errors import OutOfMemory
 from trainer.estimate import VAE_TILES
-from trainer.events import Event, EventLog, MemoryRelieved
+from trainer.events import Event, EventLog, MemoryRelieved, RolledBack
 
 T = TypeVar("T")
 
@@ -106,8 +106,14 @@ class Ladder:
 
 
 def earlier(events: Iterable[Event]) -> list[MemoryRelieved]:
-    """The measures in a run's events."""
-    return [event for event in events if isinstance(event, MemoryRelieved)]
+    """The measures in a run's events. Where the run went back, those taken before count from the step that it went back to."""
+    found: list[MemoryRelieved] = []
+    for event in events:
+        if isinstance(event, MemoryRelieved):
+            found.append(event)
+        elif isinstance(event, RolledBack):
+            found = [replace(measure, step=min(measure.step, event.step)) for measure in found]
+    return found
 
 
 def set_tiling(vae: Any, tiled: bool) -> None:

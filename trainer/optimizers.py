@@ -178,10 +178,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device
+    optimizer.state.clear()  # the state of step 0 has no memory to take the place of what is there
     for index, entry in rest["memory"].items():
         optimizer.state[parameters[int(index)]] = _restored(entry, tensors, device)
     for group, entry in zip(optimizer.param_groups, rest["groups"], strict=True):
-        group.update(_restored(entry, tensors, device))
+        stored = _restored(entry, tensors, device)
+        for counter in group.keys() - stored.keys() - optimizer.defaults.keys() - {"params"}:
+            del group[counter]
+        group.update(stored)
 
 
 def _plain(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:

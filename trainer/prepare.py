@@ -69,6 +69,8 @@ class Session:
     predict: Callable[[Noised, Batch], Tensor]
     """The family's, of the denoiser; made faster where that is possible."""
     world: World
+    eight_bit: bool = False
+    """Whether want of memory took the optimiser to 8 bits."""
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:

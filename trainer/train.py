@@ -146,7 +146,10 @@ def restore(session: Session) -> tuple[dict, int]:
 
 def put_back(session: Session, state: State) -> None:
     restore_parameters(session.kept, state.adapter)
-    restore_optimizer(session.optimizer, state.optimizer, state.facts["optimizer"])
+    if session.eight_bit and state.facts["optimizer"]["class"] != type(session.optimizer).__name__:
+        session.optimizer.state.clear()  # the state is of before the measure, which begins this memory anew
+    else:
+        restore_optimizer(session.optimizer, state.optimizer, state.facts["optimizer"])
     if session.average:
         session.average.shadow_params = [state.average[name].to(session.device) for name in session.parameters]
         session.average.optimization_step = state.facts["averaged_steps"]
@@ -268,8 +271,11 @@ def settle(session: Session, buckets: list[list[int]], taken: list[StepTaken], f
 def check_gradients_arrive(session: Session, step: int) -> None:
     """In the first step only B has a gradient (B is zero, so A has none); a broken attention backward gives none at all.
 
-    That of a text encoder may be zero where captions are dropped: some families put zeros in their place.
+    That of a text encoder may be zero where captions are dropped: some families put zeros in their place. Where layers or ranks are
+    left out by chance, all of them may be, so nothing can be told.
     """
+    if session.run.adapter.module_dropout or session.run.adapter.rank_dropout:
+        return
     dropping = session.run.dataset.caption_dropout > 0
     for part, module in session.components.items():
         gradients = [p.grad for name, p in adapters.trainable(module).items()]
@@ -297,7 +303,7 @@ def roll_back(session: Session, buckets: list[list[int]], step: int, facts: dict
     session.world.meet()  # all have read it; it is written anew next
     put_back(session, state)
     facts |= {"lr_scale": facts["lr_scale"] * LOWER, "rollbacks": facts["rollbacks"] + 1, "bad_steps": 0}
-    keep_state(session, state.step, facts)
+    # Told before the state is written: from it a resumed run knows which measures against want of memory that state was kept with.
     session.log.append(
         RolledBack(
             state.step,
@@ -307,6 +313,7 @@ def roll_back(session: Session, buckets: list[list[int]], step: int, facts: dict
             f"{facts['lr_scale']:g} times the learning rate. {cause}",
         )
     )
+    keep_state(session, state.step, facts)
     return state.step
 
 
@@ -339,13 +346,15 @@ def relieve(session: Session, rung: str) -> bool:
     if rung == memory.CHECKPOINT and not denoiser.is_gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
         return True
-    if rung == memory.EIGHT_BIT and session.run.training.optimizer == "adamw" and session.world.size == 1:  # all must take the same steps
+    alone = session.world.size == 1  # all must take the same steps
+    if rung == memory.EIGHT_BIT and session.run.training.optimizer == "adamw" and alone and not session.eight_bit:
         smaller = replace(session.run, {"training.optimizer": "adamw8bit"})
         try:
             try_optimizer(smaller, session.device)
         except (ImportError, OSError, RuntimeError, ConfigError):  # not on this machine
             return False
         session.optimizer = optimizer_for(smaller, session.groups, session.device, session.log)
+        session.eight_bit = True
         return True
     return False
 
