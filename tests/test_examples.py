@@ -158,6 +158,32 @@ def test_a_picture_with_a_black_mask_is_named_and_left_out(session_of, dataset):
     assert any("00.png is left out" in warning and "black" in warning for warning in run_folder.status(session.folder).warnings)
 
 
+def test_a_random_cut_that_misses_the_mask_costs_no_picture(session_of, dataset):
+    """Only its plain look must show something white; the other cuts are used where they do."""
+    for number in range(4):
+        Image.new("RGB", (64, 16), (60 * number, 90, 90)).save(dataset / f"{number:02d}.png")
+        mask = Image.new("L", (64, 16), 0)
+        mask.paste(255, (26, 0, 38, 16))
+        mask.save(dataset / f"{number:02d}.mask.png")
+    changes = {"dataset.random_crop": True, "dataset.max_aspect": 1.0, "dataset.variants": 16}
+    session = session_of(**{"dataset.folder": str(dataset), "dataset.masked_loss": "mask"} | changes)
+    assert not run_folder.status(session.folder).warnings and len(session.examples) == 4
+    assert all(1 < len(e.views) < 16 and all(view.mask.any() for view in e.views) for e in session.examples)
+
+
+def test_a_picture_that_fails_at_one_resolution_is_left_out_at_all(session_of, dataset):
+    """There its only white dot is too small to be seen."""
+    Image.new("RGB", (64, 64)).save(dataset / "00.png")
+    mask = Image.new("L", (256, 256), 0)
+    mask.putpixel((0, 0), 255)
+    mask.save(dataset / "00.mask.png")
+    changes = {"dataset.folder": str(dataset), "dataset.masked_loss": "mask", "dataset.resolution": 64}
+    assert "00.png" in {e.name for e in session_of(**changes).examples}
+    session = session_of(**changes, **{"dataset.resolutions": [16]})
+    assert [e.name for e in session.examples] == [name for name in ("01.png", "02.png", "03.png") for _ in range(2)]
+    assert ["00.png is left out" in warning for warning in run_folder.status(session.folder).warnings] == [True]
+
+
 # The prior
 
 

@@ -24,6 +24,7 @@ from trainer.families.base import Conditioning, SizeIds
 from trainer.pictures import open_alpha, open_picture
 from trainer.variants import Look, looks, vary_caption
 
+BLACK = "its mask is black all over in the part that is seen. Paint what is to be learned white, or remove the mask."
 MEASURED_WITHOUT_HOLD_OUT = 8  # training pictures that are measured where too few are there to keep some out
 
 
@@ -64,17 +65,15 @@ class Example:
 def make_examples(
     run: RunConfig, base: LoadedBase, items: Sequence[DatasetItem], root: Path, vae_hash: str, log: EventLog
 ) -> list[Example]:
-    """Every picture at every resolution; those that come to nothing are named. The VAE must be on its device."""
+    """Every picture at every resolution; those that come to nothing at one of them are named. The VAE must be on its device."""
     report, found = throttled(log.append), []
     for done, item in enumerate(items):
         report(Progress("caching", done, len(items)))
         name = item.path.relative_to(root).as_posix()
-        for resolution in estimate.resolutions(run):
-            try:
-                found.append(_example(run, base, item, name, resolution, vae_hash))
-            except DatasetError as error:
-                log.append(Warned(f"{name} is left out: {error}"))
-                break
+        try:
+            found += [_example(run, base, item, name, resolution, vae_hash) for resolution in estimate.resolutions(run)]
+        except DatasetError as error:
+            log.append(Warned(f"{name} is left out: {error}"))
     log.append(Progress("caching", len(items), len(items)))
     if not found:
         raise DatasetError(f"No picture in {root} can be trained on; the warnings name each and say why.")
@@ -84,13 +83,18 @@ def make_examples(
 def _example(run: RunConfig, base: LoadedBase, item: DatasetItem, name: str, resolution: int, vae_hash: str) -> Example:
     settings = run.dataset
     crop = crop_of(item, settings.model_copy(update={"resolution": resolution}))
-    keys, views = [], []
+    keys: list[str] = []
+    views: list[View] = []
     for look in looks(crop, settings, random.Random(seed_for(run.training.seed, "looks", name))):
         key = cache.latents_key(item.sha256, look.facts, vae_hash)
         latents = cache.cached(key, partial(_encode, base.pipe.vae, item.path, look))
         if not all(torch.isfinite(tensor).all() for tensor in latents.values()):
             raise DatasetError("the base turns it into numbers that are not finite. Save the picture anew, or leave it out.")
         mask_key, mask = _mask(run, item, look, latents["mean"].shape)
+        if mask is not None and not mask.any():
+            if views:
+                continue  # a random cut may miss what is painted white
+            raise DatasetError(BLACK)
         views.append(View(latents["mean"], latents["std"], size_ids(item, look), mask))
         keys.append(key + mask_key)
     caption = vary_caption(item.caption, settings, None)
@@ -108,7 +112,7 @@ def size_ids(item: DatasetItem, look: Look) -> SizeIds:
 
 
 def _mask(run: RunConfig, item: DatasetItem, look: Look, shape: torch.Size) -> tuple[str, Tensor | None]:
-    """Its cache key and the mask. Raises DatasetError where it leaves nothing to learn from."""
+    """Its cache key and the mask."""
     kind, outside = run.dataset.masked_loss, run.dataset.mask_outside
     drawn = item.mask if kind == "mask" else None
     if kind == "off" or (kind == "mask" and drawn is None):
@@ -119,10 +123,7 @@ def _mask(run: RunConfig, item: DatasetItem, look: Look, shape: torch.Size) -> t
         image = open_picture(drawn)[0].convert("L") if drawn else open_alpha(item.path)
         return {"mask": mask_pixels(image, look, shape[1:])}
 
-    mask = outside + (1 - outside) * cache.cached(key, make)["mask"]
-    if not mask.any():
-        raise DatasetError("its mask is black all over in the part that is seen. Paint what is to be learned white, or remove the mask.")
-    return key, mask
+    return key, outside + (1 - outside) * cache.cached(key, make)["mask"]
 
 
 def mask_pixels(image: Image.Image, look: Look, size: Sequence[int]) -> Tensor:
