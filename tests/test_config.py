@@ -33,6 +33,9 @@ def test_all_faults_are_told_at_once_by_path():
     [
         ({"training.learning_rate": 0.0}, "both 0"),
         ({"dataset.bucket_step": 256, "dataset.resolution": 64}, "bucket_step"),
+        ({"dataset.caption_dropout": 1.0, "training.text_encoder_learning_rate": 1e-5}, "drops every caption"),
+        ({"dataset.caption_dropout": 1.0, "dataset.trigger": "x", "adapter.trigger_vectors": 1}, "drops every caption"),
+        ({"adapter.init": "pissa", "adapter.rank_dropout": 0.1}, "not the base without their adapter"),
         ({"training.learningrate": 1}, "no setting named training.learningrate"),
         ({"training.learning_rate": float("nan")}, "learning_rate"),
         ({"training.learning_rate": float("inf")}, "learning_rate"),

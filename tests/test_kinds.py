@@ -51,7 +51,8 @@ def test_every_kind_trains_is_saved_as_it_is_and_resumes_to_the_bit(train_tiny, 
 
 @pytest.mark.parametrize("init", adapters.INITS)
 def test_every_start_trains_is_saved_as_it_is_and_resumes_to_the_bit(train_tiny, init):
-    folder = train_tiny(SHORT | {"adapter.targets": "linear+conv", "adapter.init": init, "adapter.rank_dropout": 0.2, "adapter.rank": 4})
+    dropout = {} if init in ("pissa", "olora") else {"adapter.rank_dropout": 0.2}
+    folder = train_tiny(SHORT | {"adapter.targets": "linear+conv", "adapter.init": init, "adapter.rank": 4} | dropout)
     straight = adapter_of(folder)
     shutil.rmtree(folder / "state" / "000004")
     assert run_in(folder) == 0 and same(adapter_of(folder), straight)

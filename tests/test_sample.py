@@ -4,12 +4,15 @@ import io
 import json
 
 import pytest
+import torch
 from PIL import Image
 
+from tests.tiny import save_tiny_base
 from trainer import config, run_folder
 from trainer.config import Base
 from trainer.errors import ModelError
-from trainer.sample import SAMPLERS, Sampler, SampleRequest, StackedAdapter, parse_request, serve
+from trainer.families import load_base
+from trainer.sample import SAMPLERS, Sampler, SampleRequest, StackedAdapter, parse_request, samplers_of, serve
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,15 @@ def test_each_sampler_draws_its_own_way_and_leaves_no_trace(picture):
         picture(sampler="PLMS")
 
 
+def test_only_samplers_that_begin_at_pure_noise_fit_a_schedule_that_ends_there(picture, tmp_path):
+    base = Base(model=str(save_tiny_base(tmp_path / "v", kind="sdxl-v")))
+    with pytest.raises(ModelError, match="Heun does not fit this base. There are: DPM[^.]*UniPC"):
+        picture(base=base, sampler="Heun")
+    pipe = load_base(base, torch.float32).pipe
+    for kind, options in samplers_of(pipe).values():
+        assert float(kind.from_config(pipe.scheduler.config, **options).alphas_cumprod[-1]) < 1e-6
+
+
 def test_a_picture_tells_how_it_was_made(picture, adapter):
     text = picture((adapter, 0.8), negative_prompt="fog", seed=7).text["parameters"]
     assert all(
@@ -93,10 +105,7 @@ def test_serving_answers_each_line_and_survives_nonsense(tiny_base, tmp_path):
 
 
 def test_an_adapter_of_another_base_is_refused_in_a_sentence(tmp_path, picture):
-    import torch
     from safetensors.torch import save_file
-
-    from trainer.errors import ModelError
 
     key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     save_file(
@@ -108,7 +117,5 @@ def test_an_adapter_of_another_base_is_refused_in_a_sentence(tmp_path, picture):
 
 
 def test_a_request_is_checked():
-    from trainer.errors import ModelError
-
     with pytest.raises(ModelError, match="seed"):
         parse_request({"prompt": "a", "target": "x", "seed": "many"})

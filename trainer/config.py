@@ -346,7 +346,7 @@ class Sampling(Section):
     guidance_scale: Annotated[float, Field(ge=1, le=30)] = 7.0
     """How closely a sample follows its prompt."""
     sampler: Literal["auto", "DPM++ 2M", "DPM++ 2M Karras", "Euler", "Euler a", "Heun", "DDIM", "UniPC"] = "auto"
-    """How the noise is taken away, by the name other programs give it. auto: DPM++ 2M, and Euler for Stable Diffusion 3, which knows only Euler and Heun."""
+    """How the noise is taken away, by the name other programs give it. auto: DPM++ 2M, and Euler for Stable Diffusion 3, which knows only Euler and Heun. Heun cannot begin at the pure noise of a base with zero terminal SNR."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1
     """Seed of the first sample; the second takes the next one, and so on. It stays the same through the run, so that only the adapter changes."""
     vae_tiling: bool = False
@@ -468,6 +468,12 @@ class RunConfig(Section):
             raise ValueError("adapter.trigger_vectors are those of the trigger word; set dataset.trigger")
         if self.adapter.trigger_vectors and not training.trigger_learning_rate:
             raise ValueError("adapter.trigger_vectors learn nothing at training.trigger_learning_rate = 0; raise it, or set them to 0")
+        learns_words = self.adapter.trigger_vectors or any(map(training.rate_of, COMPONENTS[1:]))
+        if self.dataset.caption_dropout == 1 and learns_words:
+            raise ValueError(
+                "dataset.caption_dropout = 1 drops every caption, which teaches a text encoder or a trigger's vectors nothing; lower it, "
+                "or set training.text_encoder_learning_rate and adapter.trigger_vectors to 0"
+            )
         if self.dataset.class_pictures and not (self.dataset.regularisation_folder and self.dataset.class_words):
             raise ValueError(
                 "dataset.class_pictures needs dataset.regularisation_folder to put them in and dataset.class_words to make them from"
@@ -487,7 +493,7 @@ def _unfit(adapter: Adapter) -> Iterator[str]:
     if adapter.start_from and adapter.init != "default":
         yield f"adapter.init = {adapter.init} does not go with adapter.start_from, which starts with the weights of a file; use default"
     if adapter.init in ("pissa", "olora"):
-        for setting in ("module_dropout", "max_norm"):
+        for setting in ("rank_dropout", "module_dropout", "max_norm"):
             if getattr(adapter, setting):
                 yield f"adapter.{setting} does not go with adapter.init = {adapter.init}, whose layers are not the base without their adapter"
     if adapter.kind in ("loha", "lokr"):

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -49,6 +50,8 @@ FLOW_SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "Euler": (FlowMatchEulerDiscreteScheduler, {}),
     "Heun": (FlowMatchHeunDiscreteScheduler, {}),
 }
+ZERO_SNR = "rescale_betas_zero_snr"
+"""What a schedule that ends in pure noise says in its settings; a sampler that does not take it would begin at another noise."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,11 @@ class SampleRequest:
 
 def samplers_of(pipe: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Those that fit the base, by name; the first is taken where none is chosen."""
-    return FLOW_SAMPLERS if type(pipe.scheduler).__name__.startswith("FlowMatch") else SAMPLERS
+    if type(pipe.scheduler).__name__.startswith("FlowMatch"):
+        return FLOW_SAMPLERS
+    if not pipe.scheduler.config.get(ZERO_SNR):
+        return SAMPLERS
+    return {name: (kind, options) for name, (kind, options) in SAMPLERS.items() if ZERO_SNR in signature(kind.__init__).parameters}
 
 
 def sampler_name(pipe: Any, wanted: str = "auto") -> str:
