@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -193,3 +194,18 @@ def test_only_what_is_new_is_read(folder, monkeypatch):
     log.append(StepDone(1, 1.0, 1e-4, 0.1))
     replay.status(), replay.status()
     assert len(parsed) == 1
+
+
+def test_a_request_that_is_withdrawn_while_the_queue_is_looked_at_is_left_out(folder, monkeypatch):
+    other = run_folder.create(config.RunConfig(name="other"))
+    for each in (folder, other):
+        run_folder.request(each, "queued")
+    assert list(run_folder.queue()) == [folder, other]
+    read = Path.read_text
+
+    def withdrawn_first(path, *args, **options):
+        run_folder.withdraw(folder, "queued")
+        return read(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", withdrawn_first)
+    assert list(run_folder.queue()) == [other]

@@ -21,6 +21,7 @@ import statistics
 import time
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -410,5 +411,8 @@ def _created(folder: Path) -> float:
 
 def queue(parent: Path | None = None) -> Sequence[Path]:
     """Runs that wait for the device, in the order in which they were asked for."""
-    waiting = [folder for folder in any_order(parent) if requested(folder, "queued")]
-    return sorted(waiting, key=lambda folder: (folder / "queued").read_text().strip())
+    waiting: dict[Path, str] = {}
+    for folder in any_order(parent):
+        with suppress(OSError):  # it waits for nothing, or no longer
+            waiting[folder] = (folder / "queued").read_text().strip()
+    return sorted(waiting, key=lambda folder: waiting[folder])
