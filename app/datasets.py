@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -85,12 +85,12 @@ def resolve_picture(name: object, file: object) -> Path:
     return path
 
 
-def add(name: str, sources: list[Path], original_names: dict[Path, str]) -> tuple[str, list[Finding]]:
-    """Copies dropped files into a dataset, which is made if it is new. Returns its name and what was found odd."""
+def add(name: str, sources: Sequence[Path | tuple[Path, str]]) -> tuple[str, list[Finding]]:
+    """Copies dropped files, alone or with the names they had, into a dataset, made if new. Returns its name and what was found odd."""
     slug = run_folder.slug(name or "my-dataset")
     folder = root() / slug
     folder.mkdir(parents=True, exist_ok=True)
-    findings = importing.import_files(sources, folder, names=original_names)
+    findings = importing.import_files(sources, folder)
     os.utime(folder)  # the one worked on is the first in the list
     return slug, findings
 
@@ -104,7 +104,7 @@ def add_example(which: object) -> str:
         os.utime(root() / slug)
         return slug
     kept = (".txt", *pictures.PICTURE_SUFFIXES)
-    return add(slug, sorted(path for path in (EXAMPLES / str(which)).iterdir() if path.suffix in kept and path.stem != "LICENSE"), {})[0]
+    return add(slug, sorted(path for path in (EXAMPLES / str(which)).iterdir() if path.suffix in kept and path.stem != "LICENSE"))[0]
 
 
 def examples() -> list[dict[str, str]]:

@@ -1,6 +1,7 @@
 """What the Dataset tab is given, without a browser: pages, findings, changes, datasets moved about and exported."""
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from app import captioning, datasets, runs, studio
+from app.tabs.dataset import add_files
 from tests.corpus import encoded, photo
 from trainer import config, events, run_folder
 from trainer.errors import DatasetError, StateError, TrainerError
@@ -30,6 +32,20 @@ def cats(outputs):
         (folder / f"{seed}.png").write_bytes(png(seed))
         (folder / f"{seed}.txt").write_text(f"pic, cat {seed}")
     return folder
+
+
+@pytest.fixture
+def upload(tmp_path, monkeypatch):
+    """Puts a file where Gradio's upload route does. Returns what the page then sends of it."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+
+    def put(data: bytes, name: str) -> dict:
+        path = tmp_path / "uploads" / hashlib.sha256(data).hexdigest() / name.rpartition("/")[2]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return {"path": str(path), "name": name}
+
+    return put
 
 
 def asked(**data) -> dict:
@@ -217,3 +233,29 @@ def test_a_captioning_job_that_cannot_start_is_a_sentence(cats):
     status = wait_for(lambda: (now := captioning.status(asked()))["state"] != "running" and now, "the job")
     assert not (cats / "cache").exists(), "the job keeps what it learns of pictures where everything else is kept"
     assert status["state"] == "failed" and "--overwrite is neither a folder nor" in status["message"]
+
+
+def test_all_of_a_dropped_folder_arrives(outputs, upload, tmp_path):
+    """Folders that are alike to an address, deep ones, long names, and captions that say the same."""
+    deep, prompt = "set/1/2/3/4/5/6/7/8/9", "a woman in a red dress, standing in a field of flowers, highly detailed, best quality, 4k, "
+    folders = ["set/a b", "set/a+b", "set/10_cat", "set/20_dog", f"{deep}/x", f"{deep}/y"]
+    stems = [f"{folder}/1" for folder in folders] + [f"set/{prompt * 2}{number:03}" for number in range(5)]
+    pictures = [upload(png(seed), f"{stem}.png") for seed, stem in enumerate(stems)]
+    captions = [upload(b"a photo", f"{stem}.txt") for stem in stems[:6]]
+    answer = add_files({"dataset": "all", "files": captions + pictures})
+    folder = datasets.resolve("all")
+    kept = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert kept >= {each["name"] for each in captions + pictures[:6]}
+    items, _ = datasets.scan("all")
+    assert len(items) == 11 and [item.caption for item in items].count("a photo") == 6
+    assert len(answer["messages"]) == 5, "those with another name are told"
+    assert not [path for path in (tmp_path / "uploads").rglob("*") if path.is_file()]
+
+
+def test_what_was_not_uploaded_is_no_picture_of_a_dataset(outputs, upload, tmp_path):
+    (tmp_path / "secret.png").write_bytes(png(1))
+    sent = upload(png(2), "a.png")
+    for path in (str(tmp_path / "secret.png"), str(tmp_path / "uploads"), f"{tmp_path}/uploads/../secret.png", "", None):
+        with pytest.raises(DatasetError, match="did not arrive"):
+            add_files({"dataset": "all", "files": [sent, {"path": path, "name": "b.png"}]})
+    assert datasets.names() == []

@@ -3,6 +3,7 @@
 Nothing is written outside that folder, no name is taken as it came, and only readable pictures and captions are kept.
 """
 
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -17,6 +18,7 @@ import tempfile
 import unicodedata
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ MAX_DEPTH = 16  # folders within folders
 MAX_NAME_BYTES = 120  # leaves room for a suffix where 255 bytes are the limit, and for deep folders on Windows
 
 _CAPTION_ENDS = (".txt", ".caption")
+_TOO_DEEP = f"Lies deeper than {MAX_DEPTH} folders: it was not imported."
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices on Windows, whatever the extension
 _ZIP_ERRORS = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, RuntimeError, ValueError,
@@ -45,37 +48,40 @@ _ZIP_ERRORS = (
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # other OSErrors are the fault of the zip
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Dropped:
-    """A file to import: where it lies now, and the folders and name it came under."""
+    """A file to import: where it lies now, and the folders and name it came under, in one spelling of their accents."""
 
     path: Path
     folders: tuple[str, ...]
     name: str
+
+    def __post_init__(self) -> None:
+        self.folders, self.name = tuple(map(_composed, self.folders)), _composed(self.name)
 
     @property
     def shown(self) -> str:
         return shown("/".join((*self.folders, self.name)))
 
 
-def import_files(sources: Iterable[Path], dataset_dir: Path, names: Mapping[Path, str] | None = None) -> list[Finding]:
+def import_files(sources: Iterable[Path | tuple[Path, str]], dataset_dir: Path) -> list[Finding]:
     """Copy pictures and captions out of files, folders and zips into `dataset_dir`; say what was left out or renamed.
 
-    A dropped folder keeps its name and structure, a zip its structure. `names` gives a source the name, or relative
-    path, the person knows it by.
+    A dropped folder keeps its name and structure, a zip its structure. A source may come with the name, or relative
+    path, the person knows it by; one file may come under several.
     Captions in a `metadata.jsonl` are saved as `<picture>.txt`. A bad zip is one finding and none of it is imported.
     Raises `DatasetError` when `dataset_dir` cannot be written.
     """
-    dataset_dir, names = Path(dataset_dir), names or {}
+    dataset_dir = Path(dataset_dir)
     findings: list[Finding] = []
     try:
         dataset_dir.mkdir(parents=True, exist_ok=True)
         # Hidden, so that a scan passes over what a killed import leaves; inside, as nothing outside is ours to write.
         with tempfile.TemporaryDirectory(prefix=".importing-", dir=dataset_dir) as work:
             dropped = []
-            for number, source in enumerate(map(Path, sources)):
-                name = names.get(source, source.name)
-                dropped += _collect(source, name, Path(work, str(number)), findings)
+            for number, source in enumerate(sources):
+                path, name = source if isinstance(source, tuple) else (source, source.name)
+                dropped += _collect(path, name, Path(work, str(number)), findings)
             _Import(dataset_dir, findings).place(dropped)
     except OSError as error:
         raise DatasetError(f"{shown(dataset_dir)} cannot be written ({error.strerror}): make room or choose another folder.") from error
@@ -113,14 +119,27 @@ def _collect(source: Path, name: str, work: Path, findings: list[Finding]) -> li
             findings.append(Finding(shown(name), "error", "Is no longer there: drop it again."))
         elif not source.is_file():
             findings.append(Finding(shown(name), "error", "Is a pipe or a device, not a file: it was not imported."))
-        elif suffix_of(name) == ".zip":
+        elif suffix_of(name) == ".zip" and "/" not in name:
             return _unpack(source, name, work, findings)
         else:
             *folders, file_name = [part for part in name.split("/") if part not in ("", ".", "..")] or ["picture"]
-            return [_Dropped(source, tuple(folders[:MAX_DEPTH]), file_name)]
+            return _file_of_folder(_Dropped(source, tuple(folders), file_name), findings)
     except DatasetError as error:
         findings.append(Finding(shown(name), "error", str(error)))
     return []
+
+
+def _file_of_folder(entry: _Dropped, findings: list[Finding]) -> list[_Dropped]:
+    """A file that came with its folders, or nothing where `_walk` would not have gone into them."""
+    if any(map(is_junk, entry.folders)):
+        return []
+    if any(folder.startswith(".") for folder in entry.folders):
+        findings.append(Finding(entry.shown, "note", "Lies in a hidden folder: it was not imported."))
+        return []
+    if len(entry.folders) > MAX_DEPTH:
+        findings.append(Finding(entry.shown, "warning", _TOO_DEEP))
+        return []
+    return [entry]
 
 
 def _walk(source: Path, name: str, findings: list[Finding]) -> Iterator[_Dropped]:
@@ -141,7 +160,7 @@ def _walk(source: Path, name: str, findings: list[Finding]) -> Iterator[_Dropped
             elif entry.is_dir() and entry.name.startswith("."):
                 findings.append(Finding(label, "note", "Is a hidden folder: it was not imported."))
             elif entry.is_dir() and len(folders) >= MAX_DEPTH:
-                findings.append(Finding(label, "warning", f"Lies deeper than {MAX_DEPTH} folders: it was not imported."))
+                findings.append(Finding(label, "warning", _TOO_DEEP))
             elif entry.is_dir():
                 waiting.append((parent / entry.name, (*folders, entry.name)))
             else:
@@ -165,7 +184,7 @@ def _unpack(source: Path, name: str, work: Path, findings: list[Finding]) -> lis
                 if len(folders) > MAX_DEPTH:
                     kind = "deep"
                     label = f"{shown('/'.join(folders[:3]))}/.../{shown(entry_name)}"
-                    about.append(Finding(label, "warning", f"Lies deeper than {MAX_DEPTH} folders: it was not imported."))
+                    about.append(Finding(label, "warning", _TOO_DEEP))
                 elif kind == "other":
                     about.append(Finding(entry.shown, "warning", _why_not_kept(entry_name)))
                 wanted = kind in ("picture", "caption", "metadata")
@@ -248,14 +267,22 @@ def _refuse_bad_zip(archive: zipfile.ZipFile) -> None:
 
 
 def safe_name(stem: str, room: int = MAX_NAME_BYTES) -> str:
-    """`stem` as a name every file system takes: visible, without `<>:"/\\|?*`, at most `room` bytes of UTF-8."""
+    """`stem` as a name every file system takes: visible, without `<>:"/\\|?*`, at most `room` bytes of UTF-8.
+
+    What is cut off becomes a hash, so that long names that differ only at their end still differ, and a caption that
+    comes later finds its picture.
+    """
     visible = "".join(c for c in stem if unicodedata.category(c) not in ("Cc", "Cf", "Zl", "Zp") or c == "\u200d")
-    visible = unicodedata.normalize("NFC", visible)
+    visible = _composed(visible)
     visible = "".join("_" if unicodedata.category(c) in ("Cs", "Cn") or c in '<>:"/\\|?*' else c for c in visible)
     visible = visible.strip(". ")
     if visible.startswith(("-", "~")) or _RESERVED.fullmatch(visible):
         visible = f"_{visible}"
-    return visible.encode()[:room].decode("utf-8", "ignore").rstrip(". ") or "picture"
+    encoded = visible.encode()
+    if len(encoded) > room:
+        end = "-" + hashlib.sha256(encoded).hexdigest()[:8]
+        visible = encoded[: room - len(end)].decode("utf-8", "ignore").rstrip(". ") + end
+    return visible or "picture"
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -271,9 +298,22 @@ def _split(name: str) -> tuple[str, str]:
     return stem, ending
 
 
+def _composed(text: str) -> str:
+    """macOS writes an accent as a character of its own, most others write it with its letter, as here."""
+    return unicodedata.normalize("NFC", text)
+
+
 def _key(path: Path) -> str:
     """Equal for names that are one file on a disk that ignores capitals or the composition of accents."""
-    return unicodedata.normalize("NFC", path.as_posix()).casefold()
+    return _composed(path.as_posix()).casefold()
+
+
+def _beside(stem: Path, ending: str) -> Path:
+    return stem.with_name(stem.name + ending)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == data
 
 
 class _Import:
@@ -282,13 +322,18 @@ class _Import:
     def __init__(self, dataset_dir: Path, findings: list[Finding]):
         self.dataset_dir, self.findings = dataset_dir, findings
         self.taken: set[str] = set()
-        self.already: dict[str, Path] = {}  # sha256 of each picture that was there before
+        self.used: set[str] = set()  # stems of pictures, and of all that this import saves: their captions are theirs
+        self.of_size: defaultdict[int, list[Path]] = defaultdict(list)  # pictures that were there before
+        self.already: dict[str, Path] = {}  # the same by sha256, of the sizes that were asked for
         for parent, folders, files in os.walk(dataset_dir):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for path in (Path(parent, name) for name in (*files, *folders)):
                 self.taken.add(_key(path))
+                stem, ending = _split(path.name)
                 if suffix_of(path.name) in PICTURE_SUFFIXES and path.is_file():
-                    self.already[_sha256(path)] = path
+                    self.of_size[path.stat().st_size].append(path)
+                    if ending not in MASK_ENDINGS:
+                        self.used.add(_key(path.with_name(stem)))
 
     def say(self, file: str, level: Level, message: str) -> None:
         self.findings.append(Finding(file, level, message))
@@ -331,7 +376,7 @@ class _Import:
             except DatasetError as error:
                 self.say(entry.shown, "error", f"{error} It was not imported.")
                 continue
-            if twin := self.already.get(hashlib.sha256(data).hexdigest()):
+            if twin := self._twin(data):
                 self.say(entry.shown, "note", f"Is already there as {shown(twin.name)}: it was not copied again.")
                 stem = caption_path(twin).with_suffix("")
                 saved.setdefault((entry.folders, entry.name), twin)
@@ -357,16 +402,23 @@ class _Import:
         if not contents:
             return
         wanted = self._wanted(next(iter(group.values())))
-        stem = self._free_stem(wanted, list(contents)) if stem is None or pictures.keys() & contents.keys() else stem
+        stem = self._free_stem(wanted, contents) if stem is None or pictures.keys() & contents.keys() else stem
         if not pictures:  # captions dropped after their pictures: another name would part them
             stem = wanted
         self._save_all(group, contents, stem, saved)
 
+    def _twin(self, data: bytes) -> Path | None:
+        """The same picture, where it was there before. Only those of its size are read, once."""
+        for path in self.of_size.pop(len(data), []):
+            with contextlib.suppress(FileNotFoundError):  # an import may take minutes, and the person may tidy up meanwhile
+                self.already[_sha256(path)] = path
+        return self.already.get(hashlib.sha256(data).hexdigest())
+
     def _save_all(self, group: dict[str, _Dropped], contents: dict[str, bytes], stem: Path, saved: dict) -> None:
         for ending, data in contents.items():
-            entry, target = group[ending], stem.with_name(stem.name + ending)
+            entry, target = group[ending], _beside(stem, ending)
             if _key(target) in self.taken:
-                if not target.is_file() or target.read_bytes() != data:
+                if not _holds(target, data):
                     message = "There is another file of that name already: it was kept, this one was not."
                     self.say(entry.shown, "warning", message)
                 continue
@@ -376,6 +428,7 @@ class _Import:
             target.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(target, data)
             self.taken.add(_key(target))
+            self.used.add(_key(stem))
             saved.setdefault((entry.folders, entry.name), target)
             if stem.relative_to(self.dataset_dir).as_posix() != "/".join((*entry.folders, _split(entry.name)[0])):
                 self.say(entry.shown, "note", f"Was saved as {shown(target.relative_to(self.dataset_dir).as_posix())}.")
@@ -395,12 +448,19 @@ class _Import:
         folder = self.dataset_dir.joinpath(*(safe_name(part) for part in entry.folders))
         return folder / safe_name(_split(entry.name)[0], MAX_NAME_BYTES - 20)  # room for "-123" and ".jpeg.caption"
 
-    def _free_stem(self, wanted: Path, endings: list[str]) -> Path:
+    def _free_stem(self, wanted: Path, contents: Mapping[str, bytes]) -> Path:
         number, stem = 1, wanted
-        while any(_key(stem.with_name(stem.name + ending)) in self.taken for ending in (*endings, ".txt")):
+        while not self._is_free(stem, contents):
             number += 1
             stem = wanted.with_name(f"{wanted.name}-{number}")
         return stem
+
+    def _is_free(self, stem: Path, contents: Mapping[str, bytes]) -> bool:
+        """Whether nothing is in the way there. A caption from before that no picture has was waiting for this one."""
+        in_the_way = [ending for ending in {*contents, *_CAPTION_ENDS} if _key(_beside(stem, ending)) in self.taken]
+        if _key(stem) in self.used:
+            return not in_the_way
+        return all(ending not in contents or _holds(_beside(stem, ending), contents[ending]) for ending in in_the_way)
 
     def _place_metadata(self, entry: _Dropped, saved: dict[tuple[tuple[str, ...], str], Path]) -> None:
         captions, bad = read_metadata(entry.path)
@@ -408,7 +468,7 @@ class _Import:
             self.say(entry.shown, "warning", bad)
         written = 0
         for name, caption in captions.items():
-            *folders, file_name = name.split("/")
+            *folders, file_name = _composed(name).split("/")
             picture = saved.get(((*entry.folders, *folders), file_name))
             if picture is None or not caption.strip():
                 continue

@@ -1,10 +1,8 @@
 """Dataset tab: pictures come in, the doctor looks at them, captions, crops and masks are edited beside them."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -117,45 +115,28 @@ def _guarded(handle: Callable[[dict], dict]) -> Callable[[dict], dict]:
 
 
 def add_files(data: dict) -> dict:
-    """Uploaded files become part of a dataset: {"dataset", "files": [{"path": where Gradio put it, "name": as dropped}]}."""
-    with tempfile.TemporaryDirectory(prefix="import-", dir=_uploads()) as stage:
-        sources, names = [], {}
-        for file in data.get("files", []):
-            upload = _upload(file.get("path"))
-            parts = PurePosixPath(str(file.get("name") or upload.name).replace("\\", "/").replace("\0", "")).parts
-            if len(parts) > 1:
-                top = _into_folder(upload, parts, Path(stage))
-                sources += [top] if top not in sources else []
-            else:
-                sources.append(upload)
-                names[upload] = parts[0] if parts else upload.name
-        if not sources:
-            raise DatasetError("Nothing was dropped.")
-        slug, findings = datasets.add(str(data.get("dataset") or ""), sources, names)
-    for upload in names:
+    """Uploaded files become part of a dataset: {"dataset", "files": [{"path": where Gradio put it, "name": as dropped, with folders}]}.
+
+    Uploads are deleted last: Gradio keeps files of one content and name once, so two of the list may be one upload.
+    """
+    dropped = []
+    for file in data.get("files", []):
+        upload = _upload(file.get("path"))
+        dropped.append((upload, str(file.get("name") or upload.name).replace("\\", "/").replace("\0", "")))
+    if not dropped:
+        raise DatasetError("Nothing was dropped.")
+    slug, findings = datasets.add(str(data.get("dataset") or ""), dropped)
+    for upload, _ in dropped:
         upload.unlink(missing_ok=True)
     return {"name": slug, "messages": [{"file": finding.file, "level": finding.level, "text": finding.message} for finding in findings]}
 
 
-def _uploads() -> Path:
-    return Path(os.environ["GRADIO_TEMP_DIR"])
-
-
 def _upload(path: object) -> Path:
     """A file that came through Gradio's upload route, and no other."""
-    upload = Path(str(path))
-    if not isinstance(path, str) or "\0" in path or not upload.is_file() or not upload.resolve().is_relative_to(_uploads().resolve()):
+    upload, uploads = Path(str(path)), Path(os.environ["GRADIO_TEMP_DIR"])
+    if not isinstance(path, str) or "\0" in path or not upload.is_file() or not upload.resolve().is_relative_to(uploads.resolve()):
         raise DatasetError("A dropped file did not arrive; drop it again.")
     return upload
-
-
-def _into_folder(upload: Path, parts: tuple[str, ...], stage: Path) -> Path:
-    """Puts a file of a dropped folder back into that folder, so that captions find their pictures. Returns the top folder."""
-    folder = stage.joinpath(*[run_folder.slug(part) for part in parts[:-1]][:8])
-    folder.mkdir(parents=True, exist_ok=True)
-    stem, suffix = os.path.splitext(parts[-1])
-    shutil.move(upload, folder / (stem.encode("utf-8", "replace")[:100].decode("utf-8", "ignore") + suffix[:12]))
-    return stage / folder.relative_to(stage).parts[0]
 
 
 def add_example(data: dict) -> dict:
