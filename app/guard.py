@@ -22,9 +22,11 @@ from app import workspace
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 UPLOAD = "/gradio_api/upload"
+VIEW_CALL = "/gradio_api/component_server"
 FILE_ROUTES = ("/gradio_api/file=", "/gradio_api/file/", "/file=", "/thumb/", "/mask/", "/datasetfile/", "/runfile/", "/previewfile/")
 CLOSED_ROUTES = ("/monitoring", "/gradio_api/monitoring", "/openapi.json", "/gradio_api/openapi.json", "/docs", "/redoc", "/run-history")
-BODY_LIMIT = 2 * 1024**2  # captions and settings; only uploads are larger
+BODY_LIMIT = 2 * 1024**2  # captions and settings
+VIEW_LIMIT = 16 * 1024**2  # what a view sends, at most the list of 20,000 dropped files with long names
 UPLOAD_LIMIT = 8 * 1024**3  # of one drop; a file has a smaller one (server.MAX_UPLOAD)
 DISK_RESERVE = 512 * 1024**2  # an upload may not take the last of the disk from a running training
 WRONG_PASSWORD_DELAY = 0.5  # seconds; slows guessing
@@ -68,7 +70,7 @@ class Guard:
         if self.separate:
             scope[workspace.SCOPE_KEY] = self._signed_in(Headers(scope=scope).get("authorization", ""))
             workspace.user.set(scope[workspace.SCOPE_KEY])
-        limited = receive if scope["path"].startswith(UPLOAD) else _limited(receive)
+        limited = receive if scope["path"].startswith(UPLOAD) else _limited(receive, _limit(scope["path"]))
         try:
             await self.app(scope, limited, _with_headers(scope, send))
         except BodyTooLarge:
@@ -119,7 +121,7 @@ class Guard:
         is_said = length.isascii() and length.isdigit()
         size = int(length) if is_said else 0
         if not path.startswith(UPLOAD):
-            return PlainTextResponse("The request is too large.", 413) if size > BODY_LIMIT else None
+            return PlainTextResponse("The request is too large.", 413) if size > _limit(path) else None
         if not is_said:
             return PlainTextResponse("An upload must say its size.", 411)
         if size > UPLOAD_LIMIT:
@@ -142,14 +144,18 @@ class BodyTooLarge(Exception):
     """More came than the request said, or it did not say."""
 
 
-def _limited(receive: Receive) -> Receive:
+def _limit(path: str) -> int:
+    return VIEW_LIMIT if path.startswith(VIEW_CALL) else BODY_LIMIT
+
+
+def _limited(receive: Receive, limit: int) -> Receive:
     seen = 0
 
     async def limited() -> Message:
         nonlocal seen
         message = await receive()
         seen += len(message.get("body", b""))
-        if seen > BODY_LIMIT:
+        if seen > limit:
             raise BodyTooLarge
         return message
 

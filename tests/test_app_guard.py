@@ -115,6 +115,19 @@ def test_large_bodies_are_refused(client: TestClient) -> None:
     large = b"x" * (BODY_LIMIT + 1)
     assert client.post("/gradio_api/queue/join", content=large).status_code == 413
     assert client.post("/gradio_api/queue/join", content=(part for part in (large[:1000], large))).status_code in (400, 413)
+    assert client.post("/gradio_api/component_server", content=b"x" * (guard.VIEW_LIMIT + 1)).status_code == 413
+
+
+def test_a_folder_of_20000_files_is_one_request(client: TestClient, outputs: Path) -> None:
+    """A list in parts would part captions from pictures."""
+    sent = client.post("/gradio_api/upload", files={"files": ("0", b"no picture")}).json()[0]
+    name = "one of the photographs of a long holiday at the sea, " * 5
+    files = [{"path": sent, "name": f"holiday/{name}{number:05}.md"} for number in range(20_000)]
+    view = next(part for part in client.get("/config").json()["components"] if part["props"].get("elem_id") == "dataset-view")
+    data = {"dataset": "holiday", "files": files}
+    call = {"data": data, "component_id": view["id"], "fn_name": "add_files", "session_hash": "a"}
+    answer = client.post("/gradio_api/component_server", json=call)
+    assert answer.status_code == 200 and len(answer.json()["messages"]) == 20_000
 
 
 @pytest.mark.parametrize("path", ["/monitoring", "/gradio_api/monitoring", "/openapi.json", "/gradio_api/openapi.json", "/docs"])
