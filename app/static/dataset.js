@@ -72,13 +72,14 @@ function working(text) {
 async function add(view, files) {
   if (!files.length) return;
   memory.messages = [];
-  const arrived = [];
+  const arrived = [], token = Math.random().toString(36).slice(2);
   let next = 0;
   const lane = async () => {
     while (next < files.length) {
-      const [file, name] = files[next++];
+      const place = next++, [file, name] = files[place];
       try {
-        const { path } = await upload(file);
+        // Gradio keeps files of one content and name once; this name no other upload has, in this window or another.
+        const { path } = await upload(new File([file], `${token}-${place}`));
         arrived.push({ path, name });
       } catch {
         memory.messages.push({ file: name, level: "error", text: "Could not be uploaded; it may be too large, or the disk full." });

@@ -246,7 +246,7 @@ def test_what_is_being_typed_outlives_a_drawing_of_the_tab(open_page, server, tm
     page.locator("#edit-find").fill("a cat")
 
     page.locator(".at-card .at-open").first.click()
-    page.route("**/component_server", lambda route: (time.sleep(0.4), route.continue_()))
+    page.route("**/component_server/", lambda route: (time.sleep(0.4), route.continue_()))
     page.locator(".at-editor").get_by_role("button", name="Close", exact=True).click()  # the tab is drawn anew while a person goes on
     search = page.get_by_role("searchbox", name="Search names and captions")
     search.evaluate("(box) => { box.isTheFirst = true; }")
@@ -254,3 +254,23 @@ def test_what_is_being_typed_outlives_a_drawing_of_the_tab(open_page, server, tm
     page.wait_for_function("[...document.querySelectorAll('.at-card')].map((card) => card.dataset.file).join() === 'p07.png'")
     assert search.input_value() == "p07.png" and search.evaluate("(box) => box === document.activeElement && !box.isTheFirst")
     assert page.locator("#edit-find").input_value() == "a cat"
+
+
+def test_a_folder_arrives_whole_in_two_windows_at_once(open_page, server, tmp_path: Path) -> None:
+    for number, name in enumerate(("10_cat", "20_dog")):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        (tmp_path / "set" / name / "1.png").write_bytes(encoded(photo(64, 64, seed=number), "PNG"))
+        (tmp_path / "set" / name / "1.txt").write_text("a photo")  # the same name and content
+    pages, held = {name: open_page() for name in ("folder-first", "folder-second")}, []
+    for name, page in pages.items():
+        open_dataset(page, name)
+    first, second = pages.values()
+    second.route("**/component_server/", lambda route: route.continue_() if held else held.append(route))
+    with second.expect_request("**/component_server/"):
+        second.set_input_files("#dataset-folder", tmp_path / "set")
+    first.set_input_files("#dataset-folder", tmp_path / "set")
+    first.locator(".at-card").nth(1).wait_for()
+    held[0].continue_()  # of files that the first window has imported meanwhile
+    second.locator(".at-card").nth(1).wait_for()
+    for name in pages:
+        assert [item.caption for item in scan_dataset(server.outputs / "datasets" / name, resolution=64)[0]] == ["a photo"] * 2
