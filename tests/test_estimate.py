@@ -62,8 +62,8 @@ def test_what_is_trained_beside_a_picture_and_in_other_sizes_counts() -> None:
     beside = {"dataset__regularisation_folder": "x"}, {"objective__prior_preservation": 1.0}
     one, both = [needs(**changes) for changes in beside], needs(**beside[0], **beside[1])
     assert one[0] == one[1] and one[0][2] == 2 and both[2] == 3
-    for measure in (0, 1):
-        assert both[measure] - one[0][measure] == pytest.approx(one[0][measure] - plain[measure]) != 0
+    assert both[0] == one[0][0] == plain[0], "one is differentiated before the next"
+    assert both[1] - one[0][1] == pytest.approx(one[0][1] - plain[1]) != 0
     assert needs(dataset__resolutions=[768])[0] == needs(dataset__resolution=768)[0]
     assert plain[1] < needs(dataset__resolutions=[768])[1] < needs(dataset__resolution=768)[1]
 

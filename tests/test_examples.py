@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer import class_pictures, config, examples, run_folder, step
+from trainer import class_pictures, config, examples, run_folder, step, train
 from trainer.__main__ import main
 from trainer.errors import ConfigError
 from trainer.events import EventLog
@@ -31,7 +31,7 @@ def dataset(tiny_dataset, tmp_path):
 
 
 def losses(session, count=6):
-    return [float(step.microbatch_loss(session, session.buckets, number).detach()) for number in range(count)]
+    return [float(sum(step.microbatch_losses(session, session.buckets, number)).detach()) for number in range(count)]
 
 
 def test_the_draws_without_options_are_those_of_before(session_of):
@@ -241,6 +241,30 @@ def test_the_prior_is_what_the_base_does_without_the_trigger(session_of, rate):
                 torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(number))
     assert all(a < b for a, b in zip(losses(plain), losses(kept), strict=True))
     assert all(p.requires_grad for p in kept.parameters.values())
+
+
+def test_what_is_learned_beside_a_picture_is_differentiated_before_the_next_is_seen(session_of, tmp_path, monkeypatch):
+    """So that a step holds the activations of one forward pass, whatever it is made of; the gradients are those of the sum."""
+    for number in range(3):
+        Image.new("RGB", (32, 32), (40 * number, 90, 20)).save(tmp_path / f"{number}.png")
+    changes = {"dataset.regularisation_folder": str(tmp_path), "dataset.class_words": "a cat", "dataset.trigger": "picture"}
+    session = session_of(**changes, **{"objective.prior_preservation": 2.0, "dataset.prior_loss_weight": 0.5})
+    parameters, order, predict = list(session.parameters.values()), [], session.predict
+
+    def seen(*given):
+        model_pred = predict(*given)
+        order.append("forward")
+        model_pred.register_hook(lambda gradient: order.append("backward"))
+        return model_pred
+
+    monkeypatch.setattr(session, "predict", seen)
+    loss = train.forward_backward(session, session.buckets, 1, torch.amp.GradScaler("cpu", enabled=False))
+    assert order == ["forward", "backward"] * 3
+    apart = torch.cat([p.grad.flatten() for p in parameters])
+    whole = sum(step.microbatch_losses(session, session.buckets, 0))
+    together = torch.cat([g.flatten() for g in torch.autograd.grad(whole, parameters)])
+    torch.testing.assert_close(loss, whole.detach())
+    torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def test_v_prediction_is_the_target_where_the_base_says_so(session_of, monkeypat
     session, seen = session_of(kind, **{"objective.min_snr_gamma": 0.0}), []
     real = session.predict
     monkeypatch.setattr(session, "predict", lambda *a: seen.append((*a, real(*a))) or seen[-1][-1])
-    loss = step.microbatch_loss(session, session.buckets, 0)
+    loss = sum(step.microbatch_losses(session, session.buckets, 0))
     noised, batch, model_pred = seen[0]
     alpha_bar = session.base.pipe.scheduler.alphas_cumprod[noised.timesteps].view(-1, 1, 1, 1)
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
@@ -219,7 +219,7 @@ def test_sdxl_is_told_the_crop_that_was_made(session_of, tmp_path):
     assert [e.views[0].size_ids for e in session.examples] == [(24, 16, 6, 0, 24, 24), (24, 48, 0, 12, 24, 24)]
     seen = []
     session.base.denoiser.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["added_cond_kwargs"]), with_kwargs=True)
-    step.microbatch_loss(session, session.buckets, 0)
+    sum(step.microbatch_losses(session, session.buckets, 0))
     assert sorted(seen[0]["time_ids"].tolist()) == [[24, 16, 6, 0, 24, 24], [24, 48, 0, 12, 24, 24]] and seen[0]["text_embeds"].shape == (
         2,
         24,

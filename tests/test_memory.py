@@ -42,8 +42,8 @@ def adapter_of(folder):
         (cache, "encode_picture", 2, [("cache", 0, FREE), ("cache", 0, TILE)]),
         (train, "validation_losses", 2, [("validate", 0, FREE), ("validate", 0, SPLIT)]),
         (train, "generate", 2, [("sample", 0, FREE), ("sample", 0, TILE)]),
-        (train, "microbatch_loss", 1, [("step", 1, FREE)]),
-        (train, "microbatch_loss", 3, [("step", 1, FREE), ("step", 1, CHECKPOINT), ("step", 1, SPLIT)]),
+        (train, "microbatch_losses", 1, [("step", 1, FREE)]),
+        (train, "microbatch_losses", 3, [("step", 1, FREE), ("step", 1, CHECKPOINT), ("step", 1, SPLIT)]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -62,17 +62,17 @@ def test_each_phase_goes_on_by_the_next_measure(train_tiny, monkeypatch, module,
     ids=["host", "torch"],
 )
 def test_want_of_host_memory_is_met_the_same_way(train_tiny, monkeypatch, error):
-    failing(monkeypatch, train, "microbatch_loss", 2, error)
+    failing(monkeypatch, train, "microbatch_losses", 2, error)
     assert relieved(train_tiny()) == [("step", 1, FREE), ("step", 1, CHECKPOINT)]
 
 
 def test_other_errors_are_no_want_of_memory(tiny_run, monkeypatch):
-    failing(monkeypatch, train, "microbatch_loss", 1, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    failing(monkeypatch, train, "microbatch_losses", 1, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 1 and not relieved(folder)
 
 
-@pytest.mark.parametrize("module, name", [(prepare, "load_base"), (cache, "encode_picture"), (train, "microbatch_loss")])
+@pytest.mark.parametrize("module, name", [(prepare, "load_base"), (cache, "encode_picture"), (train, "microbatch_losses")])
 def test_after_the_last_measure_it_stops_with_advice_and_can_be_resumed(tiny_run, monkeypatch, module, name):
     with monkeypatch.context() as patch:
         failing(patch, module, name, 1000)
@@ -86,7 +86,7 @@ def test_after_the_last_measure_it_stops_with_advice_and_can_be_resumed(tiny_run
 def test_the_last_measure_is_an_optimiser_in_eight_bits(train_tiny, monkeypatch):
     """With a stand-in that works without a GPU: what matters is that the run goes on with it, and is resumed with it."""
     monkeypatch.setitem(optimizers.OPTIMIZERS, "adamw8bit", lambda run: torch.optim.Adam)
-    failing(monkeypatch, train, "microbatch_loss", 4)
+    failing(monkeypatch, train, "microbatch_losses", 4)
     folder = train_tiny()
     assert relieved(folder)[-1] == ("step", 1, memory.EIGHT_BIT)
     shutil.rmtree(max((folder / "state").iterdir()))
@@ -173,11 +173,11 @@ def test_a_resumed_run_takes_the_measures_again_at_the_same_step(tiny_run, monke
         return microbatch == 3
 
     with monkeypatch.context() as patch:
-        failing(patch, train, "microbatch_loss", 3, only=at_step_four)
+        failing(patch, train, "microbatch_losses", 3, only=at_step_four)
         whole = run_folder.create(tiny_run(changes))
         assert run_in(whole) == 0
     with monkeypatch.context() as patch:
-        failing(patch, train, "microbatch_loss", 3, only=at_step_four)
+        failing(patch, train, "microbatch_losses", 3, only=at_step_four)
         broken = run_folder.create(tiny_run(changes))
         append = events.EventLog.append
 

@@ -101,7 +101,7 @@ def test_training_sees_the_end_of_a_long_caption(base_of, tiny_run, tmp_path, ki
             )
             folder = run_folder.create(run)
             session = prepare.prepare(run, folder, events.EventLog(folder / "events.jsonl"))
-            losses[tokens, tail] = [step.microbatch_loss(session, session.buckets, number).item() for number in range(6)]
+            losses[tokens, tail] = [sum(step.microbatch_losses(session, session.buckets, number)).item() for number in range(6)]
             warned[tokens] = [w for w in run_folder.status(folder).warnings if "their ends are not seen" in w]
     assert losses[75, ""] == losses[75, " blue"] and losses[150, ""] != losses[150, " blue"] and losses[75, ""] != losses[150, ""]
     assert "longer than the 75 tokens" in warned[75][0] and not warned[150]

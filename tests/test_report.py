@@ -98,7 +98,7 @@ def test_a_failed_run_leaves_a_report_and_a_sentence(tiny_run, monkeypatch, caps
     def fail(*args):
         raise RuntimeError(f"CUDA error: no kernel image is available ({TOKEN}) in {Path.home()}/x")
 
-    monkeypatch.setattr(train, "microbatch_loss", fail)
+    monkeypatch.setattr(train, "microbatch_losses", fail)
     folder = run_folder.create(tiny_run())
     (folder / "log.txt").write_text(f"line of the log with {TOKEN}\n" * 500)
     assert run_in(folder) == 1

@@ -87,7 +87,7 @@ def test_the_loss_is_that_of_flow_matching_on_shifted_latents(base_of, tiny_run,
     monkeypatch.setattr(session, "predict", lambda *a: seen.append((*a, real(*a))) or seen[-1][-1])
     sure = [replace(e, views=type(e.views)(replace(v, std=torch.zeros_like(v.std)) for v in e.views)) for e in session.examples]
     monkeypatch.setattr(session, "examples", sure)
-    loss = step.microbatch_loss(session, session.buckets, 0)
+    loss = sum(step.microbatch_losses(session, session.buckets, 0))
     noised, batch, model_pred = seen[0]
     means = [(view.mean - 0.0609) * 1.5305 for e in session.examples for view in e.views]
     assert all(any(torch.allclose(latents, mean) for mean in means if mean.shape == latents.shape) for latents in batch.latents)
@@ -101,9 +101,9 @@ def test_killed_and_resumed_gives_the_uninterrupted_adapter(base_of, tiny_run, m
     run = tiny_run({"base.model": str(base_of(kind)), "training.steps": 4, "saving.saves": 1, "training.text_encoder_learning_rate": 1e-3})
     whole, cut = run_folder.create(run), run_folder.create(run)
     assert run_in(whole) == 0
-    real, calls = train.microbatch_loss, iter(range(1, 100))
+    real, calls = train.microbatch_losses, iter(range(1, 100))
     with monkeypatch.context() as patched:
-        patched.setattr(train, "microbatch_loss", lambda *a: real(*a) if next(calls) < 4 else torch.zeros(1)[5])
+        patched.setattr(train, "microbatch_losses", lambda *a: real(*a) if next(calls) < 4 else torch.zeros(1)[5])
         assert run_in(cut) == 1
     assert not run_folder.status(cut).finished
     assert run_in(cut) == 0 and run_folder.status(cut).started.step == 2

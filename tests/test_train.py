@@ -131,7 +131,7 @@ def test_accumulated_gradients_are_the_mean_of_those_of_the_microbatches(tiny_ru
     train.forward_backward(session, session.buckets, 1, scaler)
     summed = {name: p.grad.clone() for name, p in session.parameters.items()}
     session.optimizer.zero_grad()
-    losses = [step.microbatch_loss(session, session.buckets, i) for i in range(3)]
+    losses = [sum(step.microbatch_losses(session, session.buckets, i)) for i in range(3)]
     torch.stack(losses).mean().backward()
     for name, parameter in session.parameters.items():
         torch.testing.assert_close(summed[name], parameter.grad)
@@ -167,8 +167,13 @@ def test_where_all_is_left_out_by_chance_no_gradient_is_no_fault(train_tiny, dro
 
 def poison(monkeypatch, bad_steps):
     """Makes the loss of some steps not a number, on top of the real one."""
-    real, calls = train.microbatch_loss, iter(range(1, 1000))
-    monkeypatch.setattr(train, "microbatch_loss", lambda *a: real(*a) * (float("nan") if next(calls) in bad_steps else 1.0))
+    real, calls = train.microbatch_losses, iter(range(1, 1000))
+
+    def poisoned(*given):
+        factor = float("nan") if next(calls) in bad_steps else 1.0
+        return (factor * loss for loss in real(*given))
+
+    monkeypatch.setattr(train, "microbatch_losses", poisoned)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_told(train_tiny, monkeypatch):
@@ -315,7 +320,7 @@ def test_a_file_that_does_not_do_what_was_trained_is_noticed(tiny_run, monkeypat
 
 
 def test_a_bug_keeps_its_traceback_and_gives_a_plain_line(tiny_run, monkeypatch, capsys):
-    monkeypatch.setattr(train, "microbatch_loss", lambda *a: 1 / 0)
+    monkeypatch.setattr(train, "microbatch_losses", lambda *a: 1 / 0)
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 1
     assert "inside the trainer (ZeroDivisionError" in run_folder.status(folder).message and "Traceback" in capsys.readouterr().err

@@ -316,7 +316,7 @@ def memory(run: RunConfig, device: str) -> Memory:
     base = LIBRARIES_BYTES[device]
     resident = base + weights["denoiser"] + adapter
     text = weights["text"] if learned or run.dataset.captions_vary else 0  # else all texts are encoded once
-    activations = pictures_per_pass(run) * passes_per_picture(run) * (kept * per_pixel * largest**2 + trained_text * TEXT_KEPT)
+    activations = pictures_per_pass(run) * (kept * per_pixel * largest**2 + trained_text * TEXT_KEPT)
     drawing = max(2 * FORWARD_KEPT * per_pixel * side**2, decoding)
     if device == "cpu":
         everything = base + sum(weights.values())
@@ -337,7 +337,7 @@ def pictures_per_pass(run: RunConfig) -> int:
 
 
 def passes_per_picture(run: RunConfig) -> int:
-    """Forward passes whose activations live together: of a picture, its class picture, and the base's own view of it."""
+    """Of a step, each forward and backward: of the picture, its class picture, and its caption without the trigger."""
     return 1 + bool(run.dataset.regularisation_folder) + bool(run.objective.prior_preservation)
 
 

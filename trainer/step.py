@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -38,23 +38,28 @@ def timesteps_at(session: Session, places: Tensor) -> Tensor:
     return session.objective.timesteps(send(sample_places(places, sampling, session.run.objective), session.device))
 
 
-def microbatch_loss(session: Session, buckets: Sequence[Sequence[int]], microbatch: int, piece: int = 0, pieces: int = 1) -> Tensor:
-    """The loss of the microbatch with this number since the start of the training; a float32 scalar with gradients.
+def microbatch_losses(
+    session: Session, buckets: Sequence[Sequence[int]], microbatch: int, piece: int = 0, pieces: int = 1
+) -> Iterator[Tensor]:
+    """The loss of the microbatch with this number since the start of the training, in summands: float32 scalars with gradients.
 
-    Where memory is short it goes through the model in pieces: the share of one of them is returned, and the shares sum to the loss.
-    Pictures, noise, timesteps and captions are those of the whole; only the adapter's own dropout is drawn anew for each piece.
+    They are those of its pictures, of what the adapter does without the trigger, and of the class pictures. Each can be differentiated
+    before the next is asked for, so that the activations of only one are in memory. Where memory is short each goes through the model in
+    pieces: the share of one of them is given, and the shares sum to the loss. Pictures, noise, timesteps and captions are those of the
+    whole; only the adapter's own dropout is drawn anew for each piece.
     """
     training, seed = session.run.training, session.run.training.seed
     examples = [session.examples[i] for i in batch_at(buckets, training.batch_size, seed, microbatch)]
-    loss = _examples_loss(session, examples, "", microbatch, piece, pieces)
+    yield from _examples_losses(session, examples, "", microbatch, piece, pieces)
     if session.class_examples:
         chosen = batch_at(shape_buckets(session.class_examples), training.batch_size, seed_for(seed, "class"), microbatch)
-        of_class = _examples_loss(session, [session.class_examples[i] for i in chosen], "class ", microbatch, piece, pieces)
-        loss = loss + session.run.dataset.prior_loss_weight * of_class
-    return loss
+        for of_class in _examples_losses(session, [session.class_examples[i] for i in chosen], "class ", microbatch, piece, pieces):
+            yield session.run.dataset.prior_loss_weight * of_class
 
 
-def _examples_loss(session: Session, examples: Sequence[Example], purpose: str, microbatch: int, piece: int, pieces: int) -> Tensor:
+def _examples_losses(
+    session: Session, examples: Sequence[Example], purpose: str, microbatch: int, piece: int, pieces: int
+) -> Iterator[Tensor]:
     """`purpose` keeps the random draws of the pictures and of the class pictures apart."""
     settings, seed = session.run.objective, session.run.training.seed
     views, captions = zip(*(_seen(session, e, (purpose, microbatch, place)) for place, e in enumerate(examples)), strict=True)
@@ -70,14 +75,13 @@ def _examples_loss(session: Session, examples: Sequence[Example], purpose: str, 
     part = slice(piece * len(views) // pieces, (piece + 1) * len(views) // pieces)
     views, captions, share = views[part], captions[part], len(views[part]) / len(views)
     if not share:
-        return torch.zeros((), requires_grad=True)  # more pieces than pictures
+        return  # more pieces than pictures
     learns = session.learns("text_encoder", microbatch // session.run.training.gradient_accumulation_steps + 1)
     batch = Batch(_scaled(session, latents[part]), _conditioning(session, captions, learns), _size_ids(session, views))
     noised = _noised(session, batch, noise[part], timesteps[part], perturbed[part])
-    loss = _losses(session, batch, noised, _mask(session, views)).mean()
+    yield share * _losses(session, batch, noised, _mask(session, views)).mean()
     if settings.prior_preservation and not purpose:
-        loss = loss + settings.prior_preservation * _prior_loss(session, batch, noised, captions, learns)
-    return loss * share
+        yield share * settings.prior_preservation * _prior_loss(session, batch, noised, captions, learns)
 
 
 def _seen(session: Session, example: Example, place: tuple[object, ...]) -> tuple[View, str]:

@@ -45,7 +45,7 @@ from trainer.optimizers import lr_factor, optimizer_state, restore_optimizer, se
 from trainer.prepare import Session, optimizer_for, prepare, sample_prompts
 from trainer.sample import generate, sampler_name, save_sample
 from trainer.state import State, check_unchanged, load_state, restore_parameters, save_state
-from trainer.step import VALIDATION_TIMESTEPS, fixed_losses, microbatch_loss, training_loss, validation_losses
+from trainer.step import VALIDATION_TIMESTEPS, fixed_losses, microbatch_losses, training_loss, validation_losses
 from trainer.variants import without_trigger
 
 BAD_STEPS_IN_A_ROW = 3  # then the run goes back to its last good state
@@ -184,10 +184,14 @@ def forward_backward(session: Session, buckets: list[list[int]], step: int, scal
     total = torch.zeros((), device=session.device)
     for part, piece, pieces in session.world.shares(count):
         for split in range(splits):
-            with keeping_activations(session):
-                loss = microbatch_loss(session, buckets, (step - 1) * count + part, piece * splits + split, pieces * splits) / count
-            scaler.scale(loss).backward()
-            total += loss.detach()
+            losses = microbatch_losses(session, buckets, (step - 1) * count + part, piece * splits + split, pieces * splits)
+            while True:
+                with keeping_activations(session):
+                    loss = next(losses, None)
+                if loss is None:
+                    break
+                scaler.scale(loss / count).backward()
+                total += loss.detach() / count
     for module in session.components.values():
         module.eval()
     return total
