@@ -106,7 +106,7 @@ def train(run: RunConfig, folder: Path, log: EventLog, world: World | None = Non
         with keeping_the_last_whole_step(session, step - 1, facts):
             loss = world.sum_gradients(list(session.parameters.values()), loss)
         finite = finite_gradients(session, scaler) & torch.isfinite(loss)
-        if step == first_step + 1 and finite:
+        if step == first_step + 1 and finite and loss:  # which is weighed with 0 where a schedule ends without any signal
             check_gradients_arrive(session, step)
         ahead = runs_ahead(session, scaler)
         take_step(session, scaler, finite, ahead)
