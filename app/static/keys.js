@@ -5,6 +5,8 @@
   document.addEventListener("click", (event) => {
     if (event.target.closest?.("#start-training") && window.Notification && Notification.permission === "default") Notification.requestPermission();
   });
+  // Gradio's lists take every key for a wish to see them, so that one which Tab left stayed open over what came next.
+  document.addEventListener("keydown", (event) => { if (event.key === "Tab" && event.target.matches?.("input[role=combobox]")) event.stopPropagation(); }, true);
   // Alt+1 ... Alt+4 open the tabs.
   document.addEventListener("keydown", (event) => {
     const number = Number(event.code.replace("Digit", ""));

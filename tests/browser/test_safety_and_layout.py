@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from app import runs
+from tests.browser import staged
 from tests.browser.conftest import open_dataset
 from trainer import config, events, run_folder
 
@@ -95,7 +96,9 @@ def show(page, tab: str) -> None:
     page.wait_for_timeout(1200)  # a tick of the page
 
 
-def test_the_keyboard_changes_tabs_and_the_address_follows(open_page) -> None:
+def test_the_keyboard_is_enough_and_the_address_follows(open_page, server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATELIER_OUTPUTS", str(server.outputs))
+    staged.finish(staged.stage("to be previewed", 100))
     page = open_page("library")
     page.wait_for_selector("[role=tab][aria-selected=true]:has-text('Library')")
     page.wait_for_function("window.atelierOpened")
@@ -104,3 +107,17 @@ def test_the_keyboard_changes_tabs_and_the_address_follows(open_page) -> None:
     page.wait_for_function("location.search === '?tab=preview'")
     page.reload()
     page.wait_for_selector("[role=tab][aria-selected=true]:has-text('Preview')")
+
+    chooser = page.locator("#preview-run [role=combobox]")
+    chooser.focus()
+    page.wait_for_selector("#preview-run [aria-expanded=true]")
+    for _ in range(2):  # what is behind it is a list too
+        page.keyboard.press("Tab")
+    page.wait_for_function("document.activeElement.closest('#preview-prompt')")
+    assert page.locator("[aria-expanded=true]").count() == 0, "a list that was left lies over what comes next"
+    seen = "getComputedStyle(document.activeElement.closest('label') || document.activeElement).outlineStyle"
+    page.locator("#preview-strength input[type=range]").focus()
+    assert page.evaluate(seen) == "solid"
+    page.get_by_role("tab", name="Train").press("Enter")
+    page.locator("#field-base input:checked").focus()
+    assert page.evaluate(seen) == "solid"
