@@ -23,7 +23,10 @@ function drawAll(root, view, again) {
   }
   const grid = el("div", { class: "at-library" });
   const words = (card) => [card.given || card.name, card.trigger, card.base, card.preset, ...(card.tags || [])].join(" ").toLowerCase();
-  const fill = () => grid.replaceChildren(...cards.filter((card) => memory.search.toLowerCase().split(/\s+/).every((word) => words(card).includes(word))).map((card) => cardOf(card, again, cards)));
+  const fill = () => {
+    const found = cards.filter((card) => memory.search.toLowerCase().split(/\s+/).every((word) => words(card).includes(word)));
+    grid.replaceChildren(...(found.length ? found.map((card) => cardOf(card, again, cards)) : [el("p", { class: "at-hint", role: "status" }, `No run has “${memory.search}” in its name, tags, trigger word or base.`)]));
+  };
   const search = cards.length >= FEW || memory.search ? el("input", { type: "search", class: "at-search", placeholder: "Search by name, tag, trigger word or base", "aria-label": "Search the library", oninput: (event) => { memory.search = event.target.value; fill(); } }) : null;
   if (search) search.value = memory.search;
   root.replaceChildren(...[undo, memory.problem ? notice(memory.problem, "bad") : null, search, side(again), grid, cache(view)].filter(Boolean));
@@ -32,7 +35,6 @@ function drawAll(root, view, again) {
 
 /** Two chosen runs next to each other. */
 function side(again) {
-  if (memory.chosen.length === 1) return el("p", { class: "at-hint" }, "Choose a second run to compare with.");
   const both = memory.compared;
   if (memory.chosen.length !== 2 || !both) return null;
   const close = () => { memory.chosen = []; memory.compared = null; again(); };
@@ -64,6 +66,7 @@ async function choose(run, again) {
     if (!answer.error) memory.compared = answer;
   }
   again();
+  if (memory.chosen.length === 2) root().querySelector(":scope > .at-notice, :scope > .at-side")?.scrollIntoView();  // from a card far down it would be out of sight
 }
 
 function cache(view) {
@@ -102,6 +105,7 @@ function cardOf(card, again, cards) {
         card.settings ? button("Train again", () => trigger("train_again", { run: card.run })) : null,
         el("button", { type: "button", class: "at-button", "aria-pressed": String(memory.chosen.includes(card.run)), onclick: () => choose(card.run, again) }, "Compare"),
         card.actions.includes("delete") ? button("Delete", remove, "at-danger") : null),
+      memory.chosen.join() === card.run ? el("p", { class: "at-hint", role: "status" }, "Choose a second run to compare with.") : null,
       more(card, name, complain), card.file ? tools(card, name, cards, again) : null));
 }
 

@@ -37,12 +37,20 @@ def test_find_compare_rename_delete_and_undo(open_page) -> None:
     page.get_by_label("Search the library").fill("two shelf")
     page.wait_for_function("document.querySelectorAll('#library-view article').length === 1")
     page.get_by_label("Search the library").fill("shelf")
+    page.set_viewport_size({"width": 500, "height": 300})  # the panel is above, out of sight
     for name in ("shelf two", "shelf three"):
         page.locator("article", has_text=name).get_by_role("button", name="Compare").click()
+        if name == "shelf two":
+            page.locator("article", has_text=name).get_by_text("Choose a second run").wait_for()
     page.wait_for_selector(".at-side tbody tr")
+    assert 0 <= page.locator(".at-side h3").bounding_box()["y"] < 300
+    page.set_viewport_size({"width": 1440, "height": 900})
     assert page.locator(".at-side tbody").inner_text().split() == ["Rank", "8", "16"]
     assert page.locator(".at-side polyline").count() == 2 and page.locator(".at-side figure img").count() == 2
     page.get_by_role("button", name="Close").click()
+    page.get_by_label("Search the library").fill("nothing of it")
+    page.get_by_text("No run has “nothing of it” in its name").wait_for()
+    page.get_by_label("Search the library").fill("shelf")
 
     card = page.locator("article", has_text="shelf two")
     card.get_by_text("More", exact=True).click()
