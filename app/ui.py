@@ -44,7 +44,7 @@ def _refill(heading: gr.HTML, tabs: gr.Tabs, form: dict) -> None:
     def refilled(event: gr.EventData, *values) -> list:
         said, *fields = form["take_settings"](event.text, *values)
         if "problem" in said:  # the tab stays, and the sentence is seen on each
-            gr.Warning(escape(said["problem"]))
+            gr.Warning(escape(said["problem"]), title="The dropped file")
             return [gr.skip()] * len(outputs)
         return [gr.Tabs(selected="train"), said, *fields]
 

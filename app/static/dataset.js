@@ -240,10 +240,10 @@ function captionBox(view, card, extra = {}) {
   return { box, saved, tokens, save };
 }
 
-// What is typed and not saved yet is sent when the page is left or hidden. Nobody then waits for the answer, so the browser asks before it leaves.
+// What is typed and not saved yet is sent when the page is hidden or about to be left. The browser then asks, which gives it the time to arrive.
 const unsaved = () => [...document.querySelectorAll(".atelier textarea, .at-paint")].filter((node) => node.unsaved);
 window.addEventListener("beforeunload", (event) => { if (unsaved().length) event.preventDefault(); });
-for (const type of ["pagehide", "visibilitychange"]) window.addEventListener(type, () => { for (const node of unsaved()) node.send?.(); });
+for (const type of ["visibilitychange", "beforeunload"]) window.addEventListener(type, () => { for (const node of unsaved()) node.send?.(); });
 
 /** Calls a server function by a request that outlives the page, which Gradio's own do not. */
 function sendAndForget(name, data) {

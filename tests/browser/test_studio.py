@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from app import datasets
-from tests.browser.conftest import open_dataset
+from tests.browser.conftest import open_dataset, wait_for
 from tests.corpus import encoded, frames, hidden_magenta, oriented, photo
 from tests.test_caption import blip  # noqa: F401 (a fixture: the tiny captioning model)
 from trainer import config
@@ -194,7 +194,13 @@ def stroke(page, start: float, end: float) -> None:
 
 def nothing_is_lost_by_a_reload(page, folder: Path) -> None:
     asked = []
-    page.once("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
+
+    def leave(dialog) -> None:
+        asked.append(dialog.type)
+        wait_for(lambda: captions_on_disk(folder)["p010"].endswith(" typed last"), "the caption, while the browser asks")
+        dialog.accept()
+
+    page.once("dialog", leave)
     page.locator(".at-card[data-file='p010.png'] textarea").press_sequentially(" typed last")
     page.reload()
     assert asked == ["beforeunload"] and captions_on_disk(folder)["p010"] == "pic, p010, a red hat typed last"
