@@ -201,7 +201,7 @@ def test_a_run_that_goes_back_to_before_a_measure_keeps_it_and_is_resumed_with_i
     """
     monkeypatch.setitem(optimizers.OPTIMIZERS, "adamw8bit", lambda run: torch.optim.Adam)
     folders = [run_folder.create(tiny_run({"adapter.dropout": 0.3, "saving.precision": "fp32", "training.steps": 8})) for _ in range(2)]
-    real, append = train.microbatch_loss, events.EventLog.append
+    real, append = train.microbatch_losses, events.EventLog.append
     for folder, is_whole in zip(folders, (True, False), strict=True):
         calls, seen = iter(range(1, 1000)), []
 
@@ -209,7 +209,8 @@ def test_a_run_that_goes_back_to_before_a_measure_keeps_it_and_is_resumed_with_i
             call = next(calls)
             if 3 <= call <= 6:
                 raise torch.OutOfMemoryError("out of memory")
-            return real(*args) * (float("nan") if 9 <= call <= 14 else 1.0)
+            factor = float("nan") if 9 <= call <= 14 else 1.0
+            return (factor * loss for loss in real(*args))
 
         def dying(self, event, seen=seen, is_whole=is_whole):
             append(self, event)
@@ -218,7 +219,7 @@ def test_a_run_that_goes_back_to_before_a_measure_keeps_it_and_is_resumed_with_i
                 raise ZeroDivisionError
 
         with monkeypatch.context() as patch:
-            patch.setattr(train, "microbatch_loss", troubled)
+            patch.setattr(train, "microbatch_losses", troubled)
             patch.setattr(events.EventLog, "append", dying)
             assert run_in(folder) == (0 if is_whole else 1), run_folder.status(folder).message
     whole, broken = folders
