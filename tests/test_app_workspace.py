@@ -60,14 +60,16 @@ def test_files_of_runs_and_datasets_are_ones_own(client: TestClient, name: str) 
 
 
 def ask_queue(client: TestClient, name: str) -> str:
-    """What the timer of a person's page brings: the event that each open page sends once a second."""
-    headers = signed_in(name)
-    dependencies = client.get("/config", headers=headers).json()["dependencies"]
-    tick = next(d for d in dependencies if any(target[1] == "tick" for target in d["targets"]))
-    session = secrets.token_hex(8)  # another window
-    call = {"data": [None], "fn_index": tick["id"], "session_hash": session}
-    assert client.post("/gradio_api/queue/join", json=call, headers=headers).status_code == 200
-    return client.get(f"/gradio_api/queue/data?session_hash={session}", headers=headers).text
+    """What a person's page is filled with when it opens, and what its timer brings each second."""
+    headers, said = signed_in(name), ""
+    for event in client.get("/config", headers=headers).json()["dependencies"]:
+        if not any(target[1] in ("load", "tick") for target in event["targets"]) or not event["backend_fn"]:
+            continue
+        session = secrets.token_hex(8)  # another window
+        call = {"data": [None] * len(event["inputs"]), "fn_index": event["id"], "session_hash": session}
+        assert client.post("/gradio_api/queue/join", json=call, headers=headers).status_code == 200
+        said += client.get(f"/gradio_api/queue/data?session_hash={session}", headers=headers).text
+    return said
 
 
 def test_the_page_shows_ones_own(client: TestClient) -> None:

@@ -335,7 +335,7 @@ def test_each_save_is_probed_without_the_trigger(train_tiny):
     changes = {"dataset.trigger": "zorbit", "sampling.prompts": ["a zorbit on the moon", "a zorbit"], "training.learning_rate": 0.3}
     folder = train_tiny(changes)
     status = run_folder.status(folder)
-    assert [found.step for found in status.probes] == [0, 3, 6] and {found.prompt for found in status.probes} == {"a on the moon"}
+    assert [found.step for found in status.probes] == [0, 3, 6] and {found.prompt for found in status.probes} == {"on the moon"}
     assert status.probes[0].leak is None and all(found.leak > 0 for found in status.probes[1:])
     assert all((folder / found.file).is_file() and -1 <= found.likeness <= 1 for found in status.probes)
     assert [saved.file.split("-")[-1] for saved in status.samples[-2:]] == ["0.png", "1.png"]

@@ -344,7 +344,7 @@ def test_offloaded_activations_go_to_the_cpu_and_change_no_number(train_tiny, mo
     monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", lambda **options: kept.append(options) or real(**options))
     plain = adapter_of(train_tiny(SHORT))
     assert not kept
-    assert same(adapter_of(train_tiny(SHORT | {"training.activation_offload": True})), plain) and len(kept) == 4
+    assert same(adapter_of(train_tiny(SHORT | {"training.activation_offload": True})), plain) and len(kept) >= 4
 
 
 def test_the_start_tells_what_is_trained_of_each_component(train_tiny, capsys):
