@@ -146,7 +146,7 @@ def test_a_trainer_that_cannot_begin_is_not_started_for_ever(tmp_path: Path, mon
 def test_a_caption_is_typed_on_while_the_tab_is_drawn_anew(open_page, server) -> None:
     first, second, third = sorted((EXAMPLES / "photos").glob("*.jpg"))[:3]
     page = open_page()
-    open_dataset(page, "typed")
+    open_dataset(page, "slowly-typed")
     page.set_input_files("#dataset-files", [first])
     page.wait_for_function("document.querySelectorAll('.at-card').length === 1")
     words = "a photograph, described slowly and with many words while more pictures arrive"
@@ -156,7 +156,7 @@ def test_a_caption_is_typed_on_while_the_tab_is_drawn_anew(open_page, server) ->
     page.wait_for_function("document.querySelectorAll('.at-card').length === 2")
     box = page.locator(f".at-card[data-file='{first.name}'] textarea")
     assert box.input_value() == words
-    caption = server.outputs / "datasets" / "typed" / first.with_suffix(".txt").name
+    caption = server.outputs / "datasets" / "slowly-typed" / first.with_suffix(".txt").name
     wait_for(lambda: caption.exists() and caption.read_text().strip() == words, "the caption on the disk")
     page.wait_for_function("document.activeElement.closest('.at-card').querySelector('.at-saved').innerText === 'saved'")
     page.wait_for_timeout(1500)  # twice as long as a box waits before it saves itself
