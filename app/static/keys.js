@@ -7,6 +7,13 @@
   });
   // Gradio's lists take every key for a wish to see them, so that one which Tab left stayed open over what came next.
   document.addEventListener("keydown", (event) => { if (event.key === "Tab" && event.target.matches?.("input[role=combobox]")) event.stopPropagation(); }, true);
+  // Enter takes the name that was typed, as leaving the field does; Gradio would take the first one in the list that holds it.
+  let arrow = false;
+  document.addEventListener("keydown", (event) => {
+    if (!event.target.matches?.("#dataset input")) return;
+    if (event.key === "Enter" && !arrow) { event.stopPropagation(); event.target.blur(); }
+    arrow = event.key.startsWith("Arrow");
+  }, true);
   // Alt+1 ... Alt+4 open the tabs.
   document.addEventListener("keydown", (event) => {
     const number = Number(event.code.replace("Digit", ""));

@@ -143,6 +143,19 @@ def test_a_trainer_that_cannot_begin_is_not_started_for_ever(tmp_path: Path, mon
     assert launcher.executor.process is None and not run_folder.requested(folder, "queued")
 
 
+def test_a_new_name_may_be_the_beginning_of_another(open_page, server) -> None:
+    """Enter takes what was typed; a name is chosen from the list with the arrow keys."""
+    (server.outputs / "datasets" / "longer-name").mkdir(parents=True)
+    page = open_page()
+    open_dataset(page, "longer")
+    field = page.locator("#dataset input")
+    field.fill("longer-n")
+    page.wait_for_selector("#dataset [role=option]:has-text('longer-name')")
+    field.press("ArrowDown")
+    field.press("Enter")
+    page.wait_for_selector(".at-dataset[data-name=longer-name]")
+
+
 def test_a_caption_is_typed_on_while_the_tab_is_drawn_anew(open_page, server) -> None:
     first, second, third = sorted((EXAMPLES / "photos").glob("*.jpg"))[:3]
     page = open_page()
