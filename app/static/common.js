@@ -16,9 +16,16 @@ function el(tag, attributes = {}, ...children) {
   return node;
 }
 
-/** Draws whenever Python sends other data; before the first of it, nothing. */
+/** Draws whenever Python sends other data; before the first of it, nothing. A press waits for its end: with the button under it, it would be lost. */
 function drawWith(draw) {
-  const again = () => { if (root() && props.value) keepingPlace(() => draw(root(), props.value)); };
+  let isPressed = false, isDue = false;
+  const again = () => {
+    isDue = isPressed;
+    if (!isPressed && root() && props.value) keepingPlace(() => draw(root(), props.value));
+  };
+  const released = () => setTimeout(() => { isPressed = false; if (isDue) again(); });  // after the click that follows
+  element.addEventListener("pointerdown", () => { isPressed = true; });
+  for (const end of ["pointerup", "pointercancel", "dragend"]) window.addEventListener(end, released);
   queueMicrotask(again);  // when the whole script has run: what it declares further below is not there before
   watch("value", again);
 }

@@ -114,13 +114,21 @@ def test_while_it_runs(open_page, server) -> None:
             page.get_by_role("button", name=button).click()
             wait_for(lambda what=what: what in staged.requests(folder), button)
         run_folder.withdraw(folder, "pause")
+        page.get_by_role("button", name="Pause").hover()
+        page.mouse.down()
+        log.append(StepDone(41, 0.1, 1e-4, 0.25))
+        page.wait_for_function("document.title.startsWith('Training 41 %')")
+        page.mouse.up()
+        wait_for(lambda: "pause" in staged.requests(folder), "a press during which another step came")
+        run_folder.withdraw(folder, "pause")
+        page.wait_for_function("document.querySelector('#progress .at-figures').innerText.includes('41 / 100')")
 
         divider = page.get_by_label("Divider between Base and ★ Step 40")
         divider.focus()
         page.keyboard.press("Home")
         assert page.locator(".at-compare").evaluate("node => node.style.getPropertyValue('--at-at')") == "0%"
-        log.append(StepDone(41, 0.1, 1e-4, 0.25))
-        page.wait_for_function("document.querySelector('#progress .at-figures').innerText.includes('41 / 100')")
+        log.append(StepDone(42, 0.1, 1e-4, 0.25))
+        page.wait_for_function("document.querySelector('#progress .at-figures').innerText.includes('42 / 100')")
         assert page.locator(".at-compare").evaluate("node => node.style.getPropertyValue('--at-at')") == "0%", "it stays where it was left"
         page.get_by_label("Show Step 20").click()
         page.wait_for_selector(".at-compare .at-right:text-is('Step 20')")
