@@ -61,12 +61,15 @@ def test_hundreds_of_runs_are_read_once(finished, monkeypatch) -> None:
         log = events.EventLog(run_folder.create(runs.settings(finished)) / "events.jsonl")
         log.append(events.Launched(pid=1, version="", boot=""))
         log.append(events.StepDone(number, 0.1, 1e-4, 0.25))
+        log.append(events.AdapterSaved(number, "x.safetensors", 0.1))
     runs.all_runs.forget()
     assert len(library.cards_with_notes()["cards"]) == 301
     parsed, parse = [], events.parse_event
     monkeypatch.setattr(events, "parse_event", lambda line: parsed.append(line) or parse(line))
     for _ in range(2):
         runs._latest.forget()
+        preview._file_choices.forget()
+        preview._file_choices()
         assert runs.status(runs.shown()).step == 299
     assert sum(b"StepDone" in line for line in parsed) == 1
     assert runs.glance(finished).seconds_per_step == runs.status(finished).seconds_per_step

@@ -260,7 +260,7 @@ def _file_choices() -> list[tuple[str, str]]:
 
 
 def _newest_file(folder: Path) -> str:
-    current = runs.status(folder)
+    current = runs.glance(folder)
     files = [current.file, *(saved.file for saved in reversed(current.adapters))]
     return next((file for file in files if file and (folder / file).is_file()), "")
 
