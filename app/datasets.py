@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from app import runs
-from trainer import buckets, config, crops, importing, pictures, run_folder
+from trainer import buckets, captions, config, crops, importing, pictures, run_folder
 from trainer import dataset as reading
 from trainer.errors import DatasetError, TrainerError
 from trainer.files import atomic_write
@@ -78,7 +78,7 @@ def resolve_picture(name: object, file: object) -> Path:
     folder = resolve(name)
     path = folder / str(file)
     if isinstance(file, str) and not os.path.isfile(path):  # a name that is no UTF-8 comes from the browser as it was shown there
-        path = next((other for other in reading.files_of(folder) if pictures.shown(other.relative_to(folder).as_posix()) == file), path)
+        path = next((other for other in reading.files_of(folder) if captions.relative(other, folder) == file), path)
     is_picture = isinstance(file, str) and path.suffix.lower() in pictures.PICTURE_SUFFIXES
     if not is_picture or not os.path.isfile(path) or not path.resolve().is_relative_to(folder.resolve()):
         raise DatasetError("There is no such picture in this dataset.")
@@ -193,7 +193,7 @@ def _zipped(folder: Path, files: list[Path]) -> Iterator[bytes]:
     pieces = _Pieces()
     with zipfile.ZipFile(pieces, "w", zipfile.ZIP_STORED) as archive:  # pictures do not become smaller
         for path in files:
-            name = f"{folder.name}/{pictures.shown(path.relative_to(folder).as_posix())}"
+            name = f"{folder.name}/{captions.relative(path, folder)}"
             info = zipfile.ZipInfo.from_file(path, name, strict_timestamps=False)
             with open(path, "rb") as source, archive.open(info, "w", force_zip64=path.stat().st_size > 2**30) as target:
                 while piece := source.read(2**20):

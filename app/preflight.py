@@ -66,7 +66,7 @@ def _line(run: RunConfig, items: list, seconds: float, is_measured: bool) -> dic
     held_out = estimate.held_out_count(run, len(items))
     views_text = "" if training.steps else f" × {training.views_per_picture} views"
     if run.dataset.resolutions:
-        views_text += f" × {1 + len(run.dataset.resolutions)} resolutions"
+        views_text += f" × {len(estimate.resolutions(run))} resolutions"
     batch_text = f" in batches of {batch}" if batch > 1 else ""
     took = views.duration(seconds * steps)
     facts = [f"learning rate {training.learning_rate or training.text_encoder_learning_rate:g}"]

@@ -16,6 +16,7 @@ from trainer import run_folder
 from trainer.errors import StateError, TrainerError
 from trainer.events import SampleSaved
 from trainer.files import atomic_write
+from trainer.run_folder import RunStatus
 
 NOTES = "library.json"
 KEPT_FOR = 7 * 24 * 3600  # seconds that a deleted run can be brought back
@@ -84,12 +85,11 @@ def compare(first: object, second: object) -> dict:
     shared = next(
         (pair for pair in itertools.product(*samples) if pair[0].prompt == pair[1].prompt), [next(iter(each), None) for each in samples]
     )
-    return {"settings": different, "runs": [_side(folder, sample, longer) for folder, sample in zip(folders, shared, strict=True)]}
+    return {"settings": different, "runs": [_side(*each, longer) for each in zip(folders, statuses, shared, strict=True)]}
 
 
-def _side(folder: Path, sample: SampleSaved | None, longer: int) -> dict:
+def _side(folder: Path, current: RunStatus, sample: SampleSaved | None, longer: int) -> dict:
     """Both curves are smoothed alike, else the same losses would look different."""
-    current = runs.status(folder)
     return {
         "name": name_of(folder),
         "steps": current.step,

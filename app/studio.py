@@ -8,6 +8,7 @@ import binascii
 import contextvars
 import threading
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -121,10 +122,7 @@ def _read(folder: Path, current: Look) -> None:
             caption_tokens=settings.caption_tokens,
             progress=progress,
         )
-        metadata = captions.Metadata(folder, [])
-        current.captions = {
-            _file(folder, item.path): captions.caption_of(item.path, folder, metadata, separate_lines=True)[0] for item in current.items
-        }
+        current.captions = _captions(folder, (item.path for item in current.items))
     except (TrainerError, OSError) as error:
         is_empty = not any(path.is_file() for path in reading.files_of(folder)) if folder.is_dir() else True
         current.error = "" if is_empty else str(error)
@@ -132,9 +130,10 @@ def _read(folder: Path, current: Look) -> None:
         current.ended.set()
 
 
-def _file(folder: Path, picture: Path) -> str:
-    """What the browser calls a picture, and gives back: its name, or one that can be sent where that is no UTF-8."""
-    return pictures.shown(picture.relative_to(folder).as_posix())
+def _captions(folder: Path, chosen: Iterable[Path]) -> dict[str, str]:
+    """As they are on the disk now, by the names that the browser has for the pictures and gives back."""
+    metadata = captions.Metadata(folder, [])
+    return {captions.relative(path, folder): captions.caption_of(path, folder, metadata, separate_lines=True)[0] for path in chosen}
 
 
 # What is shown
@@ -178,7 +177,7 @@ def _undo(folder: Path) -> str:
 def _passes(folder: Path, current: Look, item: reading.DatasetItem, wanted: object) -> bool:
     if not isinstance(wanted, dict) or not wanted:
         return True
-    file = _file(folder, item.path)
+    file = captions.relative(item.path, folder)
     caption = current.captions.get(file, "")
     if tag := wanted.get("tag"):
         return str(tag).casefold() in (other.casefold() for other in doctor.tags_of(caption))
@@ -190,10 +189,10 @@ def _passes(folder: Path, current: Look, item: reading.DatasetItem, wanted: obje
 
 
 def _cards(name: str, folder: Path, current: Look, items: list[reading.DatasetItem]) -> list[dict]:
-    lengths = tokens.counter(_tokenizer(current.base))([current.captions.get(_file(folder, item.path), "") for item in items])
+    lengths = tokens.counter(_tokenizer(current.base))([current.captions.get(captions.relative(item.path, folder), "") for item in items])
     cards = []
     for item, length in zip(items, lengths, strict=True):
-        file = _file(folder, item.path)
+        file = captions.relative(item.path, folder)
         key = datasets.key_of(item.path.relative_to(folder).as_posix())
         try:
             version = item.path.stat().st_mtime_ns
@@ -207,18 +206,18 @@ def _cards(name: str, folder: Path, current: Look, items: list[reading.DatasetIt
             "ratio": item.width / item.height,
             "src": f"/thumb/{name}/{key}?v={version}",
             "large": f"/thumb/{name}/{key}?large=1&v={version}",
-            "mask": _mask_address(name, folder, item.path, item.mask),
+            "mask": _mask_address(name, key, item.mask),
             "repeats": item.repeats,
             **datasets.crop_shown(item, current.settings),
         })  # fmt: skip
     return cards
 
 
-def _mask_address(name: object, folder: Path, picture: Path, mask: Path | None) -> str:
+def _mask_address(name: object, key: str, mask: Path | None) -> str:
     """Where the browser finds the mask of a picture, another address for each content; empty where there is none."""
     if mask is None or not mask.exists():
         return ""
-    return f"/mask/{name}/{datasets.key_of(picture.relative_to(folder).as_posix())}?v={mask.stat().st_mtime_ns}"
+    return f"/mask/{name}/{key}?v={mask.stat().st_mtime_ns}"
 
 
 def groups(findings: list[Finding]) -> list[dict]:
@@ -289,21 +288,20 @@ def _planned(data: dict) -> tuple[Path, list[caption_edits.Change]]:
     folder = datasets.resolve(data.get("dataset"))
     current = look(data, again=False)
     current.ended.wait()
-    known = ((item.path, current.captions.get(_file(folder, item.path), "")) for item in current.items)
+    known = ((item.path, current.captions.get(captions.relative(item.path, folder), "")) for item in current.items)
     return folder, caption_edits.plan(known, _operation(data), str(data.get("only") or ""))
 
 
 def preview_edit(data: dict) -> dict:
     """What a change of all captions would do, without doing it."""
     folder, changes = _planned(data)
-    rows = [{"file": _file(folder, c.picture), "before": c.before, "after": c.after} for c in changes[:SHOWN_CHANGES]]
+    rows = [{"file": captions.relative(c.picture, folder), "before": c.before, "after": c.after} for c in changes[:SHOWN_CHANGES]]
     return {"count": len(changes), "changes": rows}
 
 
 def apply_edit(data: dict) -> dict:
     folder, changes = _planned(data)
-    metadata = captions.Metadata(folder, [])
-    if any(captions.caption_of(c.picture, folder, metadata, separate_lines=True)[0] != c.before for c in changes):
+    if list(_captions(folder, (c.picture for c in changes)).values()) != [c.before for c in changes]:
         look(data)  # another program wrote captions meanwhile: what it wrote is changed, not replaced
         folder, changes = _planned(data)
     return {"changed": journal.apply(folder, f"Changed {len(changes)} captions", caption_edits.edits(changes))}
@@ -370,4 +368,5 @@ def put_mask(data: dict, content: bytes, name: Path) -> dict:
     if abs(width / height - mask_width / mask_height) > 0.02 * width / height:
         raise DatasetError(f"The mask ({mask_width} x {mask_height}) has not the shape of the picture ({width} x {height}).")
     journal.apply(folder, f"The mask of {picture.name}", [Edit(target, mask)])
-    return {"mask": _mask_address(data.get("dataset"), folder, picture, target), "undo": _undo(folder)}
+    key = datasets.key_of(picture.relative_to(folder).as_posix())
+    return {"mask": _mask_address(data.get("dataset"), key, target), "undo": _undo(folder)}

@@ -30,7 +30,7 @@ from peft import LoraConfig
 
 from trainer import config, families, memory, prepare, train
 from trainer.config import RunConfig
-from trainer.device import DTYPES, Readout, choose_device, device_name
+from trainer.device import DTYPES, choose_device, device_name
 from trainer.events import EventLog
 from trainer.examples import Example, View
 from trainer.families import FAMILIES, LoadedBase
@@ -127,12 +127,8 @@ def our_step(model: str, device: torch.device, options: argparse.Namespace, vari
         step += 1
         loss = train.forward_backward(session, buckets, step, scaler)
         finite = train.finite_gradients(session, scaler) & torch.isfinite(loss)
-        ahead = train.runs_ahead(session, scaler)
-        train.take_step(session, scaler, finite, ahead)
-        taken.append(train.StepTaken(step, time.monotonic(), 0.0, Readout(loss, finite), False))
-        scaler.update()
-        train.clear_gradients(session)
-        train.settle(session, buckets, taken, facts, leaving=int(ahead))
+        taken.append(train.take_step(session, scaler, step, time.monotonic(), 0.0, loss, finite))
+        train.settle(session, buckets, taken, facts, leaving=int(train.runs_ahead(session, scaler)))
         assert not facts["bad_steps"]
 
     work.session = session

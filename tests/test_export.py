@@ -130,7 +130,7 @@ def test_fp16_holds_the_adapter_of_the_first_steps_too(tmp_path, dialect, size):
 def test_a_run_can_be_stopped_and_saved_after_its_first_step(tiny_run, monkeypatch, wish, dialect):
     run = tiny_run({"training.learning_rate": 1e-6, "saving.dialects": [dialect], "adapter.rank": 4, "adapter.alpha": 1.0})
     folder, taken = run_folder.create(run), train.take_step
-    monkeypatch.setattr(train, "take_step", lambda *given: (taken(*given), run_folder.request(folder, wish)))
+    monkeypatch.setattr(train, "take_step", lambda *given: (taken(*given), run_folder.request(folder, wish))[0])
     run_in(folder)
     status = run_folder.status(folder)
     assert status.state == ("stopped" if wish == "stop" else "finished"), status.message

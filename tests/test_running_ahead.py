@@ -57,7 +57,7 @@ def test_what_a_person_asks_for_finds_every_step_told(tiny_run, monkeypatch):
     taking = train.take_step
 
     def asking(session, *given):
-        taking(session, *given)
+        done = taking(session, *given)
         if len(asked) < 4:
             asked.append(None)
         elif len(asked) == 4:
@@ -65,6 +65,7 @@ def test_what_a_person_asks_for_finds_every_step_told(tiny_run, monkeypatch):
             asked.append("save")
         elif run_folder.status(folder).adapters:
             run_folder.request(folder, "stop")
+        return done
 
     asked: list = []
     monkeypatch.setattr(train, "take_step", asking)

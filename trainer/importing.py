@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .captions import MAX_CAPTION_BYTES, METADATA_NAME, caption_path, read_metadata, suffix_of
+from .captions import MAX_CAPTION_BYTES, METADATA_NAME, caption_path, read_metadata, relative, suffix_of
 from .dataset import JUNK_NAMES, MASK_ENDINGS, MASK_FOLDER, is_junk
 from .errors import DatasetError
 from .files import atomic_write
@@ -431,7 +431,7 @@ class _Import:
             self.used.add(_key(stem))
             saved.setdefault((entry.folders, entry.name), target)
             if stem.relative_to(self.dataset_dir).as_posix() != "/".join((*entry.folders, _split(entry.name)[0])):
-                self.say(entry.shown, "note", f"Was saved as {shown(target.relative_to(self.dataset_dir).as_posix())}.")
+                self.say(entry.shown, "note", f"Was saved as {relative(target, self.dataset_dir)}.")
 
     def _caption_bytes(self, entry: _Dropped) -> bytes | None:
         try:

@@ -178,7 +178,7 @@ def merge_command(options: argparse.Namespace) -> int:
     from trainer.config import Base
     from trainer.device import DTYPES
     from trainer.families import load_base
-    from trainer.files import atomic_folder
+    from trainer.files import WRITING, atomic_folder
     from trainer.safetensors_header import read_header
 
     report, layers, chosen = Report(options.json), _layers(options.adapter), Base(model=options.base, prediction=options.prediction)
@@ -190,7 +190,7 @@ def merge_command(options: argparse.Namespace) -> int:
     added = tools.merge(base, layers, report.progress)
     if is_file:
         tensors = tools.merged_checkpoint(base.files.path, load_base(chosen, torch.float32), added)
-        partial = options.output.with_name(f".writing-{options.output.name}")
+        partial = options.output.with_name(f"{WRITING}{options.output.name}")
         told = {key: value for key, value in read_header(base.files.path).metadata.items() if "hash" not in key}
         try:
             save_file(tensors, partial, {"format": "pt"} | told)

@@ -77,7 +77,7 @@ def train(run: RunConfig, folder: Path, log: EventLog, world: World | None = Non
         with keeping_the_last_whole_step(session, step, facts):
             ending = step == session.total_steps or world.agree(run_folder.requested(folder, "stop"))
         keeping = step in saves or ending or step % run.saving.state_every == 0
-        if keeping or any(run_folder.requested(folder, what) for what in ("save", "sample", "pause")):
+        if taken and (keeping or any(run_folder.requested(folder, what) for what in ("save", "sample", "pause"))):
             settle(session, buckets, taken, facts)
         if facts["bad_steps"] >= BAD_STEPS_IN_A_ROW or (keeping and not finite_weights(session)):
             step = roll_back(session, buckets, step - len(taken), facts)
@@ -108,13 +108,8 @@ def train(run: RunConfig, folder: Path, log: EventLog, world: World | None = Non
         finite = finite_gradients(session, scaler) & torch.isfinite(loss)
         if step == first_step + 1 and finite and loss:  # which is weighed with 0 where a schedule ends without any signal
             check_gradients_arrive(session, step)
-        ahead = runs_ahead(session, scaler)
-        take_step(session, scaler, finite, ahead)
-        may_overflow = scaler.is_enabled() and scaler.get_scale() > SMALLEST_LOSS_SCALE
-        taken.append(StepTaken(step, begin, learning_rate, Readout(loss, finite), may_overflow))
-        scaler.update()
-        clear_gradients(session)
-        settle(session, buckets, taken, facts, leaving=int(ahead))
+        taken.append(take_step(session, scaler, step, begin, learning_rate, loss, finite))
+        settle(session, buckets, taken, facts, leaving=int(runs_ahead(session, scaler)))
     if not world.is_main:
         return folder
     with final_weights(session):
@@ -238,19 +233,25 @@ def runs_ahead(session: Session, scaler: torch.amp.GradScaler) -> bool:
     return leaves_out and session.device.type == "cuda" and session.world.size == 1
 
 
-def take_step(session: Session, scaler: torch.amp.GradScaler, finite: torch.Tensor, ahead: bool) -> None:
-    """Moves the weights where the numbers are finite. Where the host runs ahead, nothing here waits for the device."""
+def take_step(
+    session: Session, scaler: torch.amp.GradScaler, step: int, begun: float, learning_rate: float, loss: torch.Tensor, finite: torch.Tensor
+) -> StepTaken:
+    """Moves the weights where the numbers are finite, and clears the gradients. Where the host runs ahead, nothing waits for the device."""
+    ahead = runs_ahead(session, scaler)
     if ahead:
         session.optimizer.found_inf = (~finite).float()
         session.optimizer.step()
     elif finite:
         scaler.step(session.optimizer)
-    else:
-        return
-    if session.run.adapter.max_norm:
-        adapters.cap_norms(session.components.values(), session.run.adapter.max_norm)
-    if session.average:
-        session.average.step(session.parameters.values())
+    if ahead or finite:
+        if session.run.adapter.max_norm:
+            adapters.cap_norms(session.components.values(), session.run.adapter.max_norm)
+        if session.average:
+            session.average.step(session.parameters.values())
+    may_overflow = scaler.is_enabled() and scaler.get_scale() > SMALLEST_LOSS_SCALE
+    scaler.update()
+    clear_gradients(session)
+    return StepTaken(step, begun, learning_rate, Readout(loss, finite), may_overflow)
 
 
 def settle(session: Session, buckets: list[list[int]], taken: list[StepTaken], facts: dict, leaving: int = 0) -> None:
