@@ -8,14 +8,14 @@ import threading
 import webbrowser
 from pathlib import Path
 
-from trainer import run_folder
+from trainer.runs import run_folder
 
 PORTS_TO_TRY = 20
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    from app.guard import is_loopback
+    from app.security import is_loopback
 
     try:
         accounts = read_accounts(options)

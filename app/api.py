@@ -8,10 +8,13 @@ from typing import Any
 
 import gradio as gr
 
-from app import datasets, previews, runs, views
-from app.previews import Adapter, PreviewRequest
+from app.actions import datasets
+from app.jobs import previews, runs
+from app.jobs.previews import Adapter, PreviewRequest
 from app.tabs.dataset import add_files
-from trainer import config, presets
+from app.views import run_view
+from trainer import config
+from trainer.config import presets
 from trainer.errors import ConfigError, StateError, TrainerError
 
 MOST_LOSSES = 200
@@ -75,10 +78,10 @@ def status(run: str) -> dict[str, Any]:
         "step": current.step,
         "total_steps": current.total_steps,
         "seconds_left": current.seconds_left if current.is_active else None,
-        "losses": views.thin(current.losses, MOST_LOSSES),
+        "losses": run_view.thin(current.losses, MOST_LOSSES),
         "validation": current.validation,
         "samples": [f"/runfile/{folder.name}/{sample.file}" for sample in current.samples],
-        "file": views.final_file(folder, current),
+        "file": run_view.final_file(folder, current),
         "message": current.message,
         "actions": sorted(runs.actions(current)),
     }
@@ -92,7 +95,7 @@ def act(run: str, action: str) -> dict[str, Any]:
 
 def download(run: str) -> str:
     """The address of a run's adapter file, below that of the page."""
-    file = views.final_file(folder := runs.resolve(run), runs.status(folder))
+    file = run_view.final_file(folder := runs.resolve(run), runs.status(folder))
     if file is None:
         raise StateError("The run has no adapter yet; its status says how far it is.")
     return file["href"]
@@ -103,7 +106,7 @@ def draw(
 ) -> dict[str, Any]:
     previews.check_free()
     folder = runs.resolve(run)
-    file = views.final_file(folder, runs.status(folder))
+    file = run_view.final_file(folder, runs.status(folder))
     if file is None:
         raise StateError("The run has no adapter yet; its status says how far it is.")
     settings = runs.settings(folder)

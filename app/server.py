@@ -11,12 +11,14 @@ from urllib.parse import quote
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 
-from app import datasets, device, previews, runs, workspace
-from app.drawn import STATIC
-from app.guard import Guard
-from app.ray_jobs import RayJobs
-from trainer import run_folder, storage
+from app import accounts as workspace
+from app.actions import datasets
+from app.jobs import device, previews, runs
+from app.jobs.ray_jobs import RayJobs
+from app.page.html_view import STATIC
+from app.security import Guard
 from trainer.errors import TrainerError
+from trainer.runs import cache_limits, run_folder
 
 SERVED = {".webp": "image/webp", ".png": "image/png", ".safetensors": "application/octet-stream", ".txt": "text/plain; charset=utf-8"}
 MAX_UPLOAD = "512mb"
@@ -31,15 +33,15 @@ def create_app(accounts: Mapping[str, str] | None = None, separate: bool = False
     uploads = outputs / "cache" / "uploads"
     uploads.mkdir(parents=True, exist_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
-    storage.clean_uploads()
-    storage.prune()
+    cache_limits.clean_uploads()
+    cache_limits.prune()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: it decides then
     os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"  # each tab asks once a second, and Gradio keeps 4 kB of each of the last 10,000
     mimetypes.add_type("text/javascript", ".js")  # Windows may say text/plain, which nosniff then refuses
     import gradio as gr
 
-    from app.theme import make_theme
-    from app.ui import build
+    from app.layout import build
+    from app.page.theme import make_theme
 
     device.trains_elsewhere = bool(ray)
     engine = previews.PreviewEngine()

@@ -20,12 +20,13 @@ import torch
 from PIL import Image
 
 from benchmarks.measuring import device_to_measure, keep, timed
-from trainer import cache, storage
-from trainer.buckets import Crop
-from trainer.checkpoint import template_config
-from trainer.device import DTYPES, device_name
-from trainer.libraries import settle
-from trainer.variants import Look
+from trainer.data import latent_cache
+from trainer.data.augment import Look
+from trainer.data.buckets import Crop
+from trainer.models.device import DTYPES, device_name
+from trainer.models.libraries import settle
+from trainer.models.single_file import template_config
+from trainer.runs import cache_limits
 
 
 def build_vae(model: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -49,15 +50,15 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     vae, side = build_vae(options.model, device, DTYPES[options.dtype]), options.resolution
     pictures = make_pictures(Path(os.environ["ATELIER_OUTPUTS"]), options.pictures, side)
     look = Look(Crop(bucket=(side, side), scaled=(side * 3 // 2, side), left=side // 4, top=0), False)
-    keys = [cache.latents_key(cache.file_hash(path), look.facts, options.model) for path in pictures]
+    keys = [latent_cache.latents_key(latent_cache.file_hash(path), look.facts, options.model) for path in pictures]
 
     def go_through() -> None:
         for path, key in zip(pictures, keys, strict=True):
-            cache.cached(key, lambda path=path: cache.encode_picture(vae, cache.to_pixels(path, look)))
+            latent_cache.cached(key, lambda path=path: latent_cache.encode_picture(vae, latent_cache.to_pixels(path, look)))
 
-    pixels = timed(partial(cache.to_pixels, pictures[0], look), device)
-    cache.encode_picture(vae, cache.to_pixels(pictures[0], look))  # the first one finds the kernels
-    encoding, size = timed(go_through, device), storage.size()
+    pixels = timed(partial(latent_cache.to_pixels, pictures[0], look), device)
+    latent_cache.encode_picture(vae, latent_cache.to_pixels(pictures[0], look))  # the first one finds the kernels
+    encoding, size = timed(go_through, device), cache_limits.size()
     reading = timed(go_through, device)
     return {
         "device": device_name(device),

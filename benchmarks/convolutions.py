@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from benchmarks.measuring import keep
-from trainer import convolutions
-from trainer.libraries import settle
+from trainer.models import cpu_conv
+from trainer.models.libraries import settle
 
 CHANNELS = ((320, 320), (640, 640), (1280, 640), (1920, 640), (640, 1280), (1280, 1280), (2560, 1280))
 POSITIONS = ((1, 4), (1, 8), (1, 16), (4, 8), (1, 32))  # pictures, and the side of the square that is seen of each
@@ -40,11 +40,11 @@ def main() -> int:
     options = parser.parse_args()
     settle()
     torch.set_num_threads(options.threads)
-    convolutions.WEIGHTS_PER_POSITION = 0  # each as a matrix product, whether it pays or not
+    cpu_conv.WEIGHTS_PER_POSITION = 0  # each as a matrix product, whether it pays or not
     for inputs, outputs in CHANNELS:
         plain = nn.Conv2d(inputs, outputs, 3, padding=1).requires_grad_(False)
         matrix = nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1)).requires_grad_(False)
-        convolutions.use_matrix_products(matrix)
+        cpu_conv.use_matrix_products(matrix)
         for pictures, side in POSITIONS:
             x = torch.randn(pictures, inputs, side, side, requires_grad=True)
             row = {"inputs": inputs, "outputs": outputs, "pictures": pictures, "side": side, "threads": options.threads}

@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 from full_size import PHOTOS, build
 
-from trainer import config, events, run_folder
-from trainer.adapter_file import read_adapter
-from trainer.device import choose_device, device_name
-from trainer.running import run_in
+from trainer import config
+from trainer.lora.formats.reader import read_adapter
+from trainer.models.device import choose_device, device_name
+from trainer.runs import events, run_folder
+from trainer.training.runner import run_in
 
 REFERENCE = "fp32"
 RESUMED = "fp32, resumed"

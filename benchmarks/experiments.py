@@ -24,9 +24,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer import config, presets, run_folder
-from trainer.demo import EXAMPLE, PRESET
-from trainer.files import atomic_write
+from trainer import config
+from trainer.cli.demo import EXAMPLE, PRESET
+from trainer.config import presets
+from trainer.runs import run_folder
+from trainer.runs.atomic_files import atomic_write
 
 STEPS = 240
 PLAIN: dict[str, Any] = {
@@ -147,7 +149,7 @@ def key(row: Row) -> str:
 
 def run_row(row: Row, results: Path) -> None:
     """Trains it, judges it and adds its line to the results. Seconds are the processor's, since other programs may run beside."""
-    from trainer.running import run_in
+    from trainer.training.runner import run_in
 
     with tempfile.TemporaryDirectory(prefix="experiment-") as place:
         os.environ["ATELIER_OUTPUTS"] = place
@@ -167,10 +169,10 @@ def judge(run: config.RunConfig, adapter: Path | None) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from trainer.adapter_file import read_adapter
     from trainer.embedded import score, world
     from trainer.families import load_base
-    from trainer.stack import Layer, Stack
+    from trainer.lora.apply import Layer, Stack
+    from trainer.lora.formats.reader import read_adapter
 
     base = load_base(run.base, torch.float32)
     if adapter:

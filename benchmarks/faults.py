@@ -32,8 +32,10 @@ from safetensors.torch import load_file
 
 from tests.killer import arm, live
 from tests.tiny import make_dataset, save_tiny_base
-from trainer import config, events, run_folder, state
-from trainer.running import STOPPED, run_in
+from trainer import config
+from trainer.runs import events, run_folder
+from trainer.training import trainer_state
+from trainer.training.runner import STOPPED, run_in
 
 PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
 STEPS = 12
@@ -93,8 +95,8 @@ def broken_file(folder: Path) -> str:
         except Exception as error:  # whatever it is, the file cannot be read
             return f"{path}: {error}"
     folders = list((folder / "state").glob("[0-9]*"))
-    if folders and (state.load_state(folder)[0] is None or state.load_state(folder)[1]):
-        return f"{folder}/state: {state.load_state(folder)[1]}"
+    if folders and (trainer_state.load_state(folder)[0] is None or trainer_state.load_state(folder)[1]):
+        return f"{folder}/state: {trainer_state.load_state(folder)[1]}"
     config.load(folder / "run.toml")
     return ""
 
@@ -149,7 +151,7 @@ def terminate(lab: Lab, times: int) -> Tally:
         time.sleep(0.1 + lab.random.uniform(0, 0.7) * lab.seconds)
         os.kill(child, signal.SIGTERM)
         code, status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run_folder.status(folder)
-        kept = state.load_state(folder)[0]
+        kept = trainer_state.load_state(folder)[0]
         said = code in (0, STOPPED) and kept is not None and kept.step == status.step
         tally.count(broken_file(folder) or ("" if said else f"ended with {code} at {status.step}") or lab.finish(folder))
     return tally

@@ -21,11 +21,12 @@ import torch
 import transformers
 from torch import nn
 
-from trainer import estimate, run_folder
-from trainer.base_model import EMBEDDED_FOLDER, T5_PARTS
-from trainer.checkpoint import CONFIGS_FOLDER, template_config
-from trainer.device import DTYPES
-from trainer.families.single_file import clip_tokenizer
+from trainer.families.from_single_file import clip_tokenizer
+from trainer.models.device import DTYPES
+from trainer.models.model_files import EMBEDDED_FOLDER, T5_PARTS
+from trainer.models.single_file import CONFIGS_FOLDER, template_config
+from trainer.runs import run_folder
+from trainer.training import estimate
 
 PHOTOS = EMBEDDED_FOLDER.parent / "examples" / "photos"
 MODELS = sorted(path.parent.name for path in CONFIGS_FOLDER.glob("*/model_index.json"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trainer.device import choose_device
+from trainer.models.device import choose_device
 
 
 def device_to_measure() -> torch.device:

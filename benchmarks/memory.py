@@ -19,11 +19,13 @@ from typing import Any
 import torch
 
 from benchmarks.full_size import PHOTOS, build
-from trainer import config, estimate, presets, run_folder
-from trainer.base_model import locate
-from trainer.config import EMBEDDED, RunConfig
-from trainer.device import device_name
-from trainer.running import run_in
+from trainer import config
+from trainer.config import EMBEDDED, RunConfig, presets
+from trainer.models.device import device_name
+from trainer.models.model_files import locate
+from trainer.runs import run_folder
+from trainer.training import estimate
+from trainer.training.runner import run_in
 
 CARDS = (4, 6, 8, 12, 16, 24, 48, 80)  # gigabytes
 ROOM = 0.94  # of a card, the rest being the system's

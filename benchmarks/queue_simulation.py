@@ -28,8 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.runs import Launcher, Local
-from trainer import config, events, run_folder
+from app.jobs.runs import Launcher, Local
+from trainer import config
+from trainer.runs import events, run_folder
 
 HOUR = 3600.0
 POLICIES = ("oldest", "fair", "shortest")

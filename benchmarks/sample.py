@@ -18,26 +18,28 @@ import torch
 
 from benchmarks.full_size import build
 from benchmarks.measuring import device_to_measure, keep, timed
-from trainer import adapters, config, export, memory
+from trainer import config
 from trainer.config import EMBEDDED
-from trainer.device import DTYPES, device_name
 from trainer.families import load_base
 from trainer.families.base import denoiser_of
-from trainer.libraries import settle
-from trainer.sample import Sampler, SampleRequest, StackedAdapter, sampler_name
+from trainer.inference.samples import Sampler, SampleRequest, StackedAdapter, sampler_name
+from trainer.lora import inject, writer
+from trainer.models.device import DTYPES, device_name
+from trainer.models.libraries import settle
+from trainer.training import oom_fallbacks
 
 
 def make_adapter(base: config.Base, file: Path) -> None:
     """Of rank 16, with small random weights in both matrices, so that it acts."""
     loaded = load_base(base, torch.float32)
     name = loaded.family.denoiser_name
-    adapters.inject(loaded.denoiser, name, config.Adapter(init="gaussian"), 1)
+    inject.inject(loaded.denoiser, name, config.Adapter(init="gaussian"), 1)
     draws = torch.Generator().manual_seed(1)
-    for parameter in adapters.trainable(loaded.denoiser).values():
+    for parameter in inject.trainable(loaded.denoiser).values():
         parameter.data = 0.01 * torch.randn(parameter.shape, generator=draws)
-    modules = list(adapters.adapted_modules({name: loaded.denoiser}))
-    export.save_adapter(file, loaded.family.dialect, modules, loaded.family, torch.float16, {})
-    memory.release()
+    modules = list(inject.adapted_modules({name: loaded.denoiser}))
+    writer.save_adapter(file, loaded.family.dialect, modules, loaded.family, torch.float16, {})
+    oom_fallbacks.release()
 
 
 def measure(options: argparse.Namespace, device: torch.device, place: Path) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from app.__main__ import listen
-from trainer import events, run_folder
-from trainer.base_model import EMBEDDED_FOLDER
+from trainer.models.model_files import EMBEDDED_FOLDER
+from trainer.runs import events, run_folder
 
 EXAMPLE = EMBEDDED_FOLDER.parent / "examples" / "subject"
 STATIONS = {

@@ -28,14 +28,15 @@ from accelerate.state import AcceleratorState
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 
-from trainer import config, families, memory, prepare, train
+from trainer import config, families
 from trainer.config import RunConfig
-from trainer.device import DTYPES, choose_device, device_name
-from trainer.events import EventLog
-from trainer.examples import Example, View
+from trainer.data.examples import Example, View
 from trainer.families import FAMILIES, LoadedBase
-from trainer.graphs import GraphedPredict
-from trainer.libraries import settle
+from trainer.models.device import DTYPES, choose_device, device_name
+from trainer.models.libraries import settle
+from trainer.runs.events import EventLog
+from trainer.training import loop, oom_fallbacks, setup
+from trainer.training.cuda_graphs import GraphedPredict
 
 CONFIGS = Path(families.__file__).parent / "configs"
 VAE = {
@@ -89,7 +90,7 @@ def given(model: str, net: Any, batch: int, resolution: int) -> tuple[tuple[int,
     return (net.config.in_channels, side, side), {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
 
 
-def make_session(model: str, device: torch.device, precision: str, run: RunConfig) -> prepare.Session:
+def make_session(model: str, device: torch.device, precision: str, run: RunConfig) -> setup.Session:
     """A training in memory, its latents and conditioning given; from there on it goes the trainer's own way."""
     resolution, family, net = run.dataset.resolution, FAMILIES[FAMILY[model]], denoiser(model, device, DTYPES[precision])
     scheduler = json.loads((CONFIGS / model / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
@@ -102,7 +103,7 @@ def make_session(model: str, device: torch.device, precision: str, run: RunConfi
     examples = [Example(str(i), resolution, "", "", (view,), 1, "") for i, view in enumerate(views)]
     log = EventLog(Path("/dev/null"))
     base = LoadedBase(family, SimpleNamespace(**parts, components=parts), None)
-    return prepare.assemble(run, Path(), log, memory.Ladder(run, log), device, precision, base, examples, [], [], {"": conditioning})
+    return setup.assemble(run, Path(), log, oom_fallbacks.Ladder(run, log), device, precision, base, examples, [], [], {"": conditioning})
 
 
 def our_step(model: str, device: torch.device, options: argparse.Namespace, variant: str) -> Callable[[], None]:
@@ -125,10 +126,10 @@ def our_step(model: str, device: torch.device, options: argparse.Namespace, vari
     def work() -> None:
         nonlocal step
         step += 1
-        loss = train.forward_backward(session, buckets, step, scaler)
-        finite = train.finite_gradients(session, scaler) & torch.isfinite(loss)
-        taken.append(train.take_step(session, scaler, step, time.monotonic(), 0.0, loss, finite))
-        train.settle(session, buckets, taken, facts, leaving=int(train.runs_ahead(session, scaler)))
+        loss = loop.forward_backward(session, buckets, step, scaler)
+        finite = loop.finite_gradients(session, scaler) & torch.isfinite(loss)
+        taken.append(loop.take_step(session, scaler, step, time.monotonic(), 0.0, loss, finite))
+        loop.settle(session, buckets, taken, facts, leaving=int(loop.runs_ahead(session, scaler)))
         assert not facts["bad_steps"]
 
     work.session = session
@@ -236,7 +237,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 def measure(model: str, device: torch.device, options: argparse.Namespace, variant: str, rate: float) -> dict[str, Any]:
     """One row. The model is made anew, so that nothing of another variant is left in it."""
     torch._dynamo.reset()
-    memory.release()
+    oom_fallbacks.release()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()

@@ -22,7 +22,8 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_
 import httpx
 
 from tests.tiny import make_dataset, save_tiny_base
-from trainer import config, run_folder
+from trainer import config
+from trainer.runs import run_folder
 
 PARTS = 3
 PORT = 7931

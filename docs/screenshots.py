@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from app import runs
+from app.jobs import runs
 from tests.browser.conftest import ARGUMENTS, CHROMIUM, Server
 from trainer import config
 

@@ -6,11 +6,11 @@ The lines with a word in comments say what to change for pictures and a base of 
 
 # %% The settings: a recipe, and what differs from it. `python -m trainer train --help` lists them all.
 from trainer import RunConfig, run
+from trainer.cli.demo import EXAMPLE
 from trainer.config import replace
-from trainer.demo import EXAMPLE
-from trainer.events import StepDone
-from trainer.presets import load_preset
-from trainer.sample import Sampler, SampleRequest, StackedAdapter
+from trainer.config.presets import load_preset
+from trainer.inference.samples import Sampler, SampleRequest, StackedAdapter
+from trainer.runs.events import StepDone
 
 recipe = load_preset("embedded-subject").config  # "sd15-subject", "sdxl-style" ... on a GPU
 config: RunConfig = replace(

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer import config, run_folder
+from trainer import config
+from trainer.runs import run_folder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -73,7 +74,7 @@ def train_tiny(tiny_run: Callable[..., config.RunConfig]) -> Callable[..., Path]
     """Trains a tiny run in this process and returns its folder."""
 
     def run(changes: dict | None = None) -> Path:
-        from trainer.running import run_in
+        from trainer.training.runner import run_in
 
         folder = run_folder.create(tiny_run(changes))
         assert run_in(folder) == 0, run_folder.status(folder).message

@@ -11,9 +11,9 @@ import signal
 import sys
 from pathlib import Path
 
-import trainer.train  # noqa: F401  (before the forks)
-from trainer import events
-from trainer.running import run_in
+import trainer.training.loop  # noqa: F401  (before the forks)
+from trainer.runs import events
+from trainer.training.runner import run_in
 
 
 def die() -> None:

@@ -11,15 +11,16 @@ import socket
 import sys
 from pathlib import Path
 
-import trainer.train  # noqa: F401  (before the forks)
-from trainer import events, train
-from trainer.running import run_in
+import trainer.training.loop  # noqa: F401  (before the forks)
+from trainer.runs import events
+from trainer.training import loop
+from trainer.training.runner import run_in
 
 
 def arm(place: str, step: int) -> None:
     """Dies at a step: "event" right after its StepDone was told, "gradients" when its own share of them is there."""
     if place == "gradients":
-        forward_backward = train.forward_backward
+        forward_backward = loop.forward_backward
 
         def dying(session, buckets, now, scaler):
             loss = forward_backward(session, buckets, now, scaler)
@@ -27,7 +28,7 @@ def arm(place: str, step: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return loss
 
-        train.forward_backward = dying
+        loop.forward_backward = dying
         return
     for kind in (events.EventLog, events.SilentLog):
         append = kind.append

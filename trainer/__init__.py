@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainer.config import RunConfig
     from trainer.errors import TrainerError
-    from trainer.running import Result, run
+    from trainer.training.runner import Result, run
 
 __version__ = "0.1.0"
 __all__ = ["Result", "RunConfig", "TrainerError", "run"]
-_PLACES = {"Result": "running", "RunConfig": "config", "TrainerError": "errors", "run": "running"}
+_PLACES = {"Result": "training.runner", "RunConfig": "config", "TrainerError": "errors", "run": "training.runner"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,11 +7,11 @@ from typing import Any
 
 import gradio as gr
 
-from app import captioning, datasets, studio
-from app.drawn import drawn
-from app.page import LATEST, QUIET, Page
-from trainer import run_folder
+from app.actions import captioning, dataset_editor, datasets
+from app.page.html_view import drawn
+from app.page.live import LATEST, QUIET, Page
 from trainer.errors import DatasetError, TrainerError
+from trainer.runs import run_folder
 
 ID, TITLE = "dataset", "Dataset"
 SETTINGS = (
@@ -36,8 +36,8 @@ def build(page: Page) -> dict[str, Any]:
             min_width=340,
         )
     served = [add_files, add_example, add_mask, rename_dataset, copy_dataset, remove_dataset, restore_dataset]
-    served += [studio.view, studio.save_caption, studio.preview_edit, studio.apply_edit, studio.cure, studio.undo]
-    served += [studio.remove_picture, studio.move_crop, studio.save_mask, studio.crops_overview]
+    served += [dataset_editor.view, dataset_editor.save_caption, dataset_editor.preview_edit, dataset_editor.apply_edit, dataset_editor.cure, dataset_editor.undo]
+    served += [dataset_editor.remove_picture, dataset_editor.move_crop, dataset_editor.save_mask, dataset_editor.crops_overview]
     served += [caption_start, caption_stop, caption_status, caption_size]
     grid = drawn(
         "dataset",
@@ -147,7 +147,7 @@ def add_mask(data: dict) -> dict:
     """An uploaded picture becomes the mask of `file`."""
     upload = _upload(data.get("path"))
     try:
-        return studio.put_mask(data, upload.read_bytes(), Path(upload.name))
+        return dataset_editor.put_mask(data, upload.read_bytes(), Path(upload.name))
     finally:
         upload.unlink(missing_ok=True)
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import gradio as gr
 
-from app import runs, shelf, toolbench, views
-from app.drawn import drawn
-from app.page import QUIET, Page
+from app.actions import adapter_tools, library
+from app.jobs import runs
+from app.page.html_view import drawn
+from app.page.live import QUIET, Page
 from app.tabs.train import act
-from trainer import storage
+from app.views import run_view
 from trainer.errors import TrainerError
+from trainer.runs import cache_limits
 
 ID, TITLE = "library", "Library"
 
@@ -24,9 +26,9 @@ def build(page: Page) -> dict[str, Any]:
 
 
 def cards_with_notes() -> dict:
-    view = views.library()
+    view = run_view.library()
     for card in view["cards"]:
-        given = shelf.notes(runs.resolve(card["run"]))
+        given = library.notes(runs.resolve(card["run"]))
         card |= {"given": given["name"], "tags": given["tags"]}
     return view
 
@@ -45,49 +47,49 @@ def answered(handle: Callable[[dict], dict]) -> Callable[[dict], dict]:
 
 
 def describe(data: dict) -> dict:
-    shelf.describe(data.get("run"), data.get("name"), data.get("tags"))
+    library.describe(data.get("run"), data.get("name"), data.get("tags"))
     return {"ok": True}
 
 
 def delete(data: dict) -> dict:
-    shelf.delete(data.get("run"))
+    library.delete(data.get("run"))
     return {"ok": True}
 
 
 def restore(data: dict) -> dict:
-    shelf.restore(data.get("run"))
+    library.restore(data.get("run"))
     return {"ok": True}
 
 
 def compare(data: dict) -> dict:
-    return shelf.compare(data.get("first"), data.get("second"))
+    return library.compare(data.get("first"), data.get("second"))
 
 
 def model_card(data: dict) -> dict:
-    return {"text": shelf.model_card(data.get("run"))}
+    return {"text": library.model_card(data.get("run"))}
 
 
 def push(data: dict) -> dict:
-    return {"address": shelf.push(data.get("run"), data.get("repository"), data.get("private") is True)}
+    return {"address": library.push(data.get("run"), data.get("repository"), data.get("private") is True)}
 
 
 def look_into(data: dict) -> dict:
-    return {"job": toolbench.look(data.get("run"))}
+    return {"job": adapter_tools.look(data.get("run"))}
 
 
 def make_file(data: dict) -> dict:
-    return {"job": toolbench.make(data.get("run"), data)}
+    return {"job": adapter_tools.make(data.get("run"), data)}
 
 
 def tool_state(data: dict) -> dict:
-    return toolbench.state(data.get("job"))
+    return adapter_tools.state(data.get("job"))
 
 
 def clear_cache(data: dict) -> dict:
     """Latents, embeddings, thumbnails and previews go; they are made anew when they are needed."""
-    freed = storage.clear()
-    views.cache_size.forget()
-    return {"text": f"{views.size(freed)} freed"}
+    freed = cache_limits.clear()
+    run_view.cache_size.forget()
+    return {"text": f"{run_view.size(freed)} freed"}
 
 
 def connect(page: Page, own: dict, others: dict[str, dict]) -> None:

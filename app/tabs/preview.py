@@ -8,13 +8,15 @@ from typing import Any
 
 import gradio as gr
 
-from app import form, previews, runs, views
-from app.drawn import drawn
-from app.page import LATEST, QUIET, Page
-from app.previews import Adapter, PreviewRequest
-from trainer import run_folder
+from app.jobs import previews, runs
+from app.jobs.previews import Adapter, PreviewRequest
+from app.page.html_view import drawn
+from app.page.live import LATEST, QUIET, Page
+from app.settings import form
+from app.views import run_view
 from trainer.errors import TrainerError
-from trainer.run_folder import RunStatus
+from trainer.runs import run_folder
+from trainer.runs.run_folder import RunStatus
 
 ID, TITLE = "preview", "Preview"
 STRENGTHS = (0.0, 0.4, 0.7, 1.0, 1.3)
@@ -166,8 +168,8 @@ def connect(page: Page, own: dict, others: dict[str, dict]) -> None:
 def _run_choices() -> list[tuple[str, str]]:
     """Runs that have saved an adapter, newest first; by folder where several have one name."""
     folders = [folder for folder in runs.all_runs() if runs.glance(folder).adapters]
-    names = Counter(views.title(folder) for folder in folders)
-    return [(views.title(folder) if names[views.title(folder)] == 1 else folder.name, folder.name) for folder in folders]
+    names = Counter(run_view.title(folder) for folder in folders)
+    return [(run_view.title(folder) if names[run_view.title(folder)] == 1 else folder.name, folder.name) for folder in folders]
 
 
 def _show_runs(choices: list[tuple[str, str]]) -> gr.Dropdown:

@@ -6,12 +6,19 @@ from typing import Any
 
 import gradio as gr
 
-from app import datasets, device, form, preflight, recipes, runs, toolbench, views
-from app.drawn import drawn
-from app.page import LATEST, QUIET, Page
-from trainer import base_model, config, estimate, foreign_configs, presets, run_folder
-from trainer.config import EMBEDDED, RunConfig
+from app.actions import adapter_tools, datasets, preflight
+from app.jobs import device, runs
+from app.page.html_view import drawn
+from app.page.live import LATEST, QUIET, Page
+from app.settings import form, own_presets
+from app.views import run_view
+from trainer import config
+from trainer.config import EMBEDDED, RunConfig, presets
+from trainer.config.interop import foreign_configs
 from trainer.errors import ConfigError, TrainerError
+from trainer.models import model_files
+from trainer.runs import run_folder
+from trainer.training import estimate
 
 ID, TITLE = "train", "Train"
 OWN = "own"
@@ -55,10 +62,10 @@ def build(page: Page) -> dict[str, Any]:
             curve = drawn("curve", elem_id="curve")
             samples = drawn("samples", elem_id="samples")
             learned = drawn("learned", elem_id="learned", server_functions=[shrink, shrunk])
-    page.follow(progress, views.progress)
-    page.follow(curve, views.curve)
-    page.follow(samples, views.samples)
-    page.follow(learned, views.learned)
+    page.follow(progress, run_view.progress)
+    page.follow(curve, run_view.curve)
+    page.follow(samples, run_view.samples)
+    page.follow(learned, run_view.learned)
     own = {
         "fields": fields,
         "line": line,
@@ -142,15 +149,15 @@ def _base_choices() -> list[tuple[str, str]]:
 def recipes_for(base: str, own_base: str = "") -> list[presets.Preset]:
     """The recipes for a base; for a model of one's own those of its kind."""
     bases = {_kind_of(own_base), own_base} if base == OWN else {base}
-    return [recipe for recipe in recipes.every().values() if recipe.config.base.model in bases]
+    return [recipe for recipe in own_presets.every().values() if recipe.config.base.model in bases]
 
 
 def _kind_of(own_base: str) -> str:
     """The base whose recipes suit a model of one's own: told by the model where it is on this machine, else by its name."""
     try:
-        folder = base_model.locate(config.Base(model=own_base)) if own_base else None
+        folder = model_files.locate(config.Base(model=own_base)) if own_base else None
         if folder:
-            files = base_model.inspect(folder)
+            files = model_files.inspect(folder)
             pipeline, is_2 = files.pipeline, bool(files.configs.get("unet", {}).get("use_linear_projection"))
         else:
             pipeline, is_2 = estimate.kind_by_name(own_base), "stable-diffusion-2" in own_base.lower()
@@ -263,14 +270,14 @@ def _recipe_widgets(fields: dict) -> list:
 def choose_base(base: str, preset: str, own_base: str) -> list:
     """The recipes for a base: the one with the same title stays chosen."""
     choices = recipes_for(base, own_base)
-    known = recipes.every()
+    known = own_presets.every()
     title = known[preset].title if preset in known else ""
     chosen = next((recipe for recipe in choices if recipe.title == title), choices[0])
     return [gr.Textbox(visible=base == OWN), gr.Radio(_recipe_choices(choices), value=chosen.name), *choose_recipe(chosen.name)]
 
 
 def choose_recipe(name: str) -> list:
-    if name not in (known := recipes.every()):  # removed in another window
+    if name not in (known := own_presets.every()):  # removed in another window
         return [gr.skip()] * len(advanced_paths())
     return form.write(advanced_paths(), known[name].config)
 
@@ -295,7 +302,7 @@ def _show_datasets(chosen: str | None) -> gr.Dropdown:
 def show_settings(run: RunConfig) -> list:
     """Updates of all fields that bring back the settings of an earlier run."""
     base = run.base.model if run.base.model in dict.fromkeys(value for _, value in _base_choices()) else OWN
-    known = recipes.every()
+    known = own_presets.every()
     folder = Path(run.dataset.folder)
     dataset = folder.name if folder.parent == datasets.root() and folder.name in datasets.names() else None
     values = {
@@ -333,7 +340,7 @@ def summary(values: dict[str, Any]) -> dict:
     wrong = form.faults(_by_path(values))
     if wrong:
         return {"checks": [_fault_check(path, text) for path, text in wrong.items()]}
-    return preflight.view(_read(values), values["dataset.folder"], recipes.every().get(values["preset"]))
+    return preflight.view(_read(values), values["dataset.folder"], own_presets.every().get(values["preset"]))
 
 
 def _fault_check(path: str, text: str) -> dict:
@@ -347,10 +354,10 @@ def _fault_check(path: str, text: str) -> dict:
 
 def changes(values: dict[str, Any]) -> dict:
     """What differs from the recipe, for the tools above the advanced fields."""
-    recipe = recipes.every().get(values["preset"])
+    recipe = own_presets.every().get(values["preset"])
     if recipe is None or form.faults(_by_path(values)):
-        return {"changed": [], "own": values["preset"] in recipes.own()}
-    return {"changed": form.changed(_read(values), recipe.config, advanced_paths()), "own": recipe.name in recipes.own()}
+        return {"changed": [], "own": values["preset"] in own_presets.own()}
+    return {"changed": form.changed(_read(values), recipe.config, advanced_paths()), "own": recipe.name in own_presets.own()}
 
 
 def _changed_fields(names: list[str], changed: object) -> list:
@@ -361,7 +368,7 @@ def _changed_fields(names: list[str], changed: object) -> list:
 
 def reset(event: gr.EventData, preset: str) -> list:
     """The recipe's values of some fields."""
-    recipe = recipes.every().get(preset)
+    recipe = own_presets.every().get(preset)
     source = recipe.config if recipe else RunConfig()
     paths = [path for path in event.paths if path in advanced_paths()]
     return _changed_fields(_field_names(), dict(zip(paths, form.write(paths, source), strict=True)))
@@ -370,16 +377,16 @@ def reset(event: gr.EventData, preset: str) -> list:
 def save_recipe(title: object, values: dict[str, Any]) -> list:
     """Keeps the form as a recipe of one's own, which is then the chosen one."""
     try:
-        name = recipes.save(str(title or ""), _read(values))
+        name = own_presets.save(str(title or ""), _read(values))
     except TrainerError as error:
         return [gr.skip(), {"problem": str(error)}]
     choices = _recipe_choices(recipes_for(values["base"], values["own_base"] or ""))
-    return [gr.Radio(choices, value=name), {"changed": [], "own": True, "said": f"Saved: {recipes.own()[name].title}."}]
+    return [gr.Radio(choices, value=name), {"changed": [], "own": True, "said": f"Saved: {own_presets.own()[name].title}."}]
 
 
 def remove_recipe(values: dict[str, Any]) -> list:
     try:
-        recipes.remove(values["preset"])
+        own_presets.remove(values["preset"])
     except TrainerError as error:
         return [gr.skip(), {"problem": str(error)}]
     left = recipes_for(values["base"], values["own_base"] or "")
@@ -466,7 +473,7 @@ def read_log(data: dict) -> dict:
 def shrink(data: dict) -> dict:
     """Starts making a file of a smaller rank."""
     try:
-        return {"job": toolbench.shrink(data.get("run"), data.get("rank"))}
+        return {"job": adapter_tools.shrink(data.get("run"), data.get("rank"))}
     except TrainerError as error:
         return {"error": str(error)}
 
@@ -474,6 +481,6 @@ def shrink(data: dict) -> dict:
 def shrunk(data: dict) -> dict:
     """How far that is."""
     try:
-        return toolbench.state(data.get("job"))
+        return adapter_tools.state(data.get("job"))
     except TrainerError as error:
         return {"error": str(error)}

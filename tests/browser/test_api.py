@@ -9,7 +9,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from app import datasets
+from app.actions import datasets
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 ENDPOINTS = set(re.findall(r"^\| `(/\w+)`", PAGE, re.M))

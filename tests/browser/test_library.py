@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from app import shelf
+from app.actions import library
 from tests.browser import staged
 from tests.browser.conftest import open_dataset, wait_for
 from tests.corpus import encoded, photo
@@ -57,7 +57,7 @@ def test_find_compare_rename_delete_and_undo(open_page) -> None:
     card.get_by_label("Name of").fill("Renamed")
     card.get_by_label("Tags of").fill("best, cat")
     card.get_by_role("button", name="Keep").click()
-    wait_for(lambda: shelf.notes(folders[1]) == {"name": "Renamed", "tags": ["best", "cat"]}, "the notes")
+    wait_for(lambda: library.notes(folders[1]) == {"name": "Renamed", "tags": ["best", "cat"]}, "the notes")
     page.get_by_label("Search the library").fill("cat")
     page.wait_for_selector("article[aria-label='Renamed'] .at-tag:text-is('best')")
     with page.expect_download() as waiting:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from app import runs
+from app.jobs import runs
 from tests.browser import staged
 from tests.browser.conftest import open_dataset, wait_for
-from trainer import config, events, run_folder
-from trainer.base_model import EMBEDDED_FOLDER
+from trainer import config
+from trainer.models.model_files import EMBEDDED_FOLDER
+from trainer.runs import events, run_folder
 
 EXAMPLES = EMBEDDED_FOLDER.parent / "examples"
 STATE = "document.querySelector('#progress .at-pill')?.innerText"

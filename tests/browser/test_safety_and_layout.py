@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from app import runs
+from app.jobs import runs
 from tests.browser import staged
 from tests.browser.conftest import open_dataset
-from trainer import config, events, run_folder
+from trainer import config
+from trainer.runs import events, run_folder
 
 HOSTILE = "<img src=x onerror=alert(1)>${alert(2)}{{alert(3)}}`$(touch PWNED)` [x](javascript:alert(4)) \"'--x"
 TABS = ("dataset", "train", "preview", "library")

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app import datasets
+from app.actions import datasets
 from tests.browser.conftest import open_dataset, wait_for
 from tests.corpus import encoded, frames, hidden_magenta, oriented, photo
 from tests.test_caption import blip  # noqa: F401 (a fixture: the tiny captioning model)
 from trainer import config
-from trainer.cache import to_pixels
-from trainer.dataset import crop_of, scan_dataset
-from trainer.variants import Look
+from trainer.data.augment import Look
+from trainer.data.latent_cache import to_pixels
+from trainer.data.scan import crop_of, scan_dataset
 
 pytestmark = pytest.mark.timeout(600)
 PICTURES = 200  # as many as a person may drop at once; a page of the gallery holds 60

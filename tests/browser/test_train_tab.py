@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from app import datasets, runs
+from app.actions import datasets
+from app.jobs import runs
 from tests.browser import staged
 from tests.browser.conftest import wait_for
-from trainer import config, run_folder
-from trainer.events import StepDone
+from trainer import config
+from trainer.runs import run_folder
+from trainer.runs.events import StepDone
 
 KOHYA = '{"network_dim": 24, "network_alpha": 12, "learning_rate": 0.0001, "unet_lr": 0.0002, "color_aug": true}'
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops
 
-from app import datasets
+from app.actions import datasets
 from tests.browser.conftest import PATIENCE, open_dataset
-from trainer import base_model, presets, run_folder
-from trainer.base_model import EMBEDDED_FOLDER
+from trainer.config import presets
+from trainer.models import model_files
+from trainer.models.model_files import EMBEDDED_FOLDER
+from trainer.runs import run_folder
 
 EXAMPLE = datasets.EXAMPLES / "subject"
 PROMPT = "a zorbit on a blue background"  # no other test has it: by this the page shows that it has taken over this run
@@ -142,12 +144,12 @@ def assert_loads_and_draws(file: Path, preview: Image.Image) -> None:
     from diffusers.utils import logging as diffusers_logging
 
     from trainer.families import FAMILIES, LoadedBase
-    from trainer.sample import generate
+    from trainer.inference.samples import generate
 
     said = io.StringIO()
     handler = logging.StreamHandler(said)
     diffusers_logging.add_handler(handler)
-    pipe = StableDiffusionPipeline.from_pretrained(base_model.EMBEDDED_FOLDER, torch_dtype=torch.float32, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(model_files.EMBEDDED_FOLDER, torch_dtype=torch.float32, local_files_only=True)
     pipe.load_lora_weights(file, adapter_name="zorbit")
     diffusers_logging.remove_handler(handler)
     assert not [line for line in said.getvalue().splitlines() if "unexpected" in line.lower() or "missing" in line.lower()], said.getvalue()
@@ -161,7 +163,7 @@ def assert_loads_and_draws(file: Path, preview: Image.Image) -> None:
     assert len(loaded) == len(saved) > 0
     recipe = presets.load_preset("embedded-object").config
     pipe.set_adapters(["zorbit"], [1.1])
-    base = LoadedBase(FAMILIES["sd1"], pipe, base_model.inspect(base_model.EMBEDDED_FOLDER))
+    base = LoadedBase(FAMILIES["sd1"], pipe, model_files.inspect(model_files.EMBEDDED_FOLDER))
     picture = generate(base, prompt=PROMPT, negative_prompt="", seed=1, inference_steps=6, guidance_scale=recipe.sampling.guidance_scale)
     difference = ImageChops.difference(picture.convert("RGB"), preview)
     assert max(high for _, high in difference.getextrema()) <= 2, "the downloaded file draws another picture than the preview"

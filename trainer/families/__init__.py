@@ -9,17 +9,17 @@ import torch
 from diffusers import DDIMScheduler
 from torch import nn
 
-from trainer import base_model, hub
-from trainer.adapter_file import AdapterFile
 from trainer.config import Base
 from trainer.errors import ModelError
-from trainer.families import single_file
+from trainer.families import from_single_file
 from trainer.families.base import PLAIN_READING, Conditioning, ModelFamily, Reading
 from trainer.families.sd1 import StableDiffusion1
 from trainer.families.sd2 import StableDiffusion2
 from trainer.families.sd3 import StableDiffusion3
 from trainer.families.sdxl import StableDiffusionXL
-from trainer.memory import ran_out
+from trainer.lora.formats.reader import AdapterFile
+from trainer.models import hub, model_files
+from trainer.training.oom_fallbacks import ran_out
 
 FAMILIES: dict[str, ModelFamily] = {
     "sd1": StableDiffusion1(),
@@ -35,7 +35,7 @@ class LoadedBase:
 
     family: ModelFamily
     pipe: Any
-    files: base_model.BaseFiles
+    files: model_files.BaseFiles
     reading: Reading = PLAIN_READING
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -53,12 +53,12 @@ class LoadedBase:
         return {name: self.denoiser, **self.family.text_encoders(self.pipe)}
 
 
-def family_of(files: base_model.BaseFiles) -> ModelFamily:
+def family_of(files: model_files.BaseFiles) -> ModelFamily:
     """The one place where the family is decided. Raises ModelError where none fits."""
     for family in FAMILIES.values():
         if family.matches(files):
             return family
-    known, denoiser = ", ".join(family.name for family in FAMILIES.values()), base_model.DENOISERS[files.denoiser]
+    known, denoiser = ", ".join(family.name for family in FAMILIES.values()), model_files.DENOISERS[files.denoiser]
     raise ModelError(f"{files.path.name} is a {files.pipeline} with another {denoiser} than those that can be trained ({known}).")
 
 
@@ -113,21 +113,21 @@ def load_base(base: Base, dtype: torch.dtype, caption_tokens: int = 75, report: 
     return LoadedBase(family, pipe, files, reading)
 
 
-def find_files(base: Base, report: hub.Report = lambda event: None) -> base_model.BaseFiles:
+def find_files(base: Base, report: hub.Report = lambda event: None) -> model_files.BaseFiles:
     """The checked files of a base and its VAE, downloaded where they are not on this machine."""
-    wanted = [pattern for pattern in hub.MODEL_FILES if base.t5 or not pattern.startswith(base_model.T5_PARTS)]
-    files = base_model.inspect(base_model.locate(base) or hub.download(base.model, base.revision, wanted, report), base.t5)
+    wanted = [pattern for pattern in hub.MODEL_FILES if base.t5 or not pattern.startswith(model_files.T5_PARTS)]
+    files = model_files.inspect(model_files.locate(base) or hub.download(base.model, base.revision, wanted, report), base.t5)
     if base.vae:
-        files = base_model.with_vae(files, base_model.locate_vae(base) or hub.download(base.vae, "", hub.VAE_FILES, report))
+        files = model_files.with_vae(files, model_files.locate_vae(base) or hub.download(base.vae, "", hub.VAE_FILES, report))
     return files
 
 
-def _load_pipeline(files: base_model.BaseFiles, family: ModelFamily, dtype: torch.dtype) -> Any:
+def _load_pipeline(files: model_files.BaseFiles, family: ModelFamily, dtype: torch.dtype) -> Any:
     options = dict(family.pipeline_options) | dict.fromkeys(files.left_out)
     if files.template or files.weights["vae"][0].parent != files.path / "vae":
-        options["vae"] = single_file.load_vae(files)
+        options["vae"] = from_single_file.load_vae(files)
     if files.template:
-        return single_file.load_pipeline(files, family.pipeline_class, options, dtype)
+        return from_single_file.load_pipeline(files, family.pipeline_class, options, dtype)
     return family.pipeline_class.from_pretrained(
         files.path,
         torch_dtype={"vae": torch.float32, "default": dtype},
@@ -138,7 +138,7 @@ def _load_pipeline(files: base_model.BaseFiles, family: ModelFamily, dtype: torc
     )
 
 
-def _reading(base: Base, caption_tokens: int, files: base_model.BaseFiles, family: ModelFamily) -> Reading:
+def _reading(base: Base, caption_tokens: int, files: model_files.BaseFiles, family: ModelFamily) -> Reading:
     """Raises ModelError for settings that this base has no use for."""
     if base.clip_skip > 1 and not family.skips_layers:
         raise ModelError(f"base.clip_skip = {base.clip_skip} does not apply to {family.name}, which reads a fixed layer; set it to 1.")

@@ -7,8 +7,8 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
-from trainer.base_model import BaseFiles
-from trainer.objective import Noised, Objective
+from trainer.families.objective import Noised, Objective
+from trainer.models.model_files import BaseFiles
 
 Conditioning = dict[str, Tensor]
 """What the denoiser is told about the pictures, by name, each with the batch first: {"prompt_embeds": [B, 77, D]}."""

@@ -7,9 +7,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from trainer.device import send
 from trainer.families.base import PLAIN_READING, Batch, Conditioning, Reading, denoiser_of
-from trainer.objective import DiffusionObjective, Noised, Objective
+from trainer.families.objective import DiffusionObjective, Noised, Objective
+from trainer.models.device import send
 
 
 class LatentDiffusion:

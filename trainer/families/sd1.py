@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from trainer.base_model import BaseFiles
 from trainer.families.latent_diffusion import LatentDiffusion
+from trainer.models.model_files import BaseFiles
 
 
 class StableDiffusion1(LatentDiffusion):

@@ -5,8 +5,8 @@ The published encoder lacks its last layer, so that its output is the penultimat
 
 from typing import Any
 
-from trainer.base_model import BaseFiles
 from trainer.families.latent_diffusion import LatentDiffusion
+from trainer.models.model_files import BaseFiles
 
 
 class StableDiffusion2(LatentDiffusion):

@@ -11,12 +11,12 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from trainer.adapter_keys import to_mmdit
-from trainer.base_model import BaseFiles
-from trainer.device import send
 from trainer.families.base import PLAIN_READING, Batch, Conditioning, Reading
 from trainer.families.latent_diffusion import LatentDiffusion, frozen_dtype, token_ids
-from trainer.objective import FlowMatchingObjective, Noised
+from trainer.families.objective import FlowMatchingObjective, Noised
+from trainer.lora.formats.keys import to_mmdit
+from trainer.models.device import send
+from trainer.models.model_files import BaseFiles
 
 T5_TOKENS = 256  # as in the pipeline, so that training and samples see the same
 TOPS = ("transformer_blocks.", "context_embedder", "time_text_embed", "pos_embed", "norm_out", "proj_out")  # of its transformer

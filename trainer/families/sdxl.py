@@ -7,12 +7,12 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from trainer.adapter_keys import LAYERS_PER_BLOCK, to_ldm
-from trainer.base_model import BaseFiles
-from trainer.device import send
 from trainer.families.base import PLAIN_READING, Batch, Conditioning, Reading
 from trainer.families.latent_diffusion import LatentDiffusion, frozen_dtype, side_by_side, token_ids
-from trainer.objective import Noised
+from trainer.families.objective import Noised
+from trainer.lora.formats.keys import LAYERS_PER_BLOCK, to_ldm
+from trainer.models.device import send
+from trainer.models.model_files import BaseFiles
 
 
 class StableDiffusionXL(LatentDiffusion):

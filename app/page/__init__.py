@@ -1,0 +1,4 @@
+"""What the tabs share: views that the browser draws, live updates and the theme.
+
+Imports `app.jobs`.
+"""

@@ -1,0 +1,4 @@
+"""Settings on the page: one widget per field of `RunConfig`, and the presets a person saved.
+
+Imports `trainer.config` and `trainer.runs`.
+"""

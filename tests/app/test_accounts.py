@@ -1,0 +1,126 @@
+"""Several people on one page: each sees their own datasets and runs, through routes, Gradio's queue and server functions alike."""
+
+import base64
+import hashlib
+import json
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from app import accounts, security
+from app.jobs import device, previews, runs
+from trainer import config
+from trainer.runs import run_folder
+
+PEOPLE = {"anna": "secret", "boris": "other"}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    from app.server import create_app
+
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("people") / "outputs"
+        patch.setenv("ATELIER_OUTPUTS", str(root))
+        patch.setattr(security, "WRONG_PASSWORD_DELAY", 0)
+        patch.setenv("GRADIO_TEMP_DIR", "")
+        patch.setattr(run_folder, "signed_in", run_folder.signed_in)  # restored afterwards
+        for name in PEOPLE:
+            folder = run_folder.create(config.RunConfig(name=f"run of {name}"), root / "users" / name / "runs")
+            (folder / "x.safetensors").write_bytes(name.encode())
+            dataset = root / "users" / name / "datasets" / f"set-{name}"
+            dataset.mkdir(parents=True)
+            Image.new("RGB", (64, 64)).save(dataset / "one.png")
+        patch.setattr(runs.Launcher, "look", lambda self: None)
+        with TestClient(create_app(PEOPLE, separate=True), base_url="http://127.0.0.1:7860") as client:
+            yield client
+
+
+def signed_in(name: str) -> dict[str, str]:
+    return {"authorization": "Basic " + base64.b64encode(f"{name}:{PEOPLE[name]}".encode()).decode()}
+
+
+def other(name: str) -> str:
+    return "boris" if name == "anna" else "anna"
+
+
+def run_of(name: str) -> str:
+    return next((Path(run_folder.outputs_folder()) / "users" / name / "runs").iterdir()).name
+
+
+@pytest.mark.parametrize("name", PEOPLE)
+def test_files_of_runs_and_datasets_are_ones_own(client: TestClient, name: str) -> None:
+    key = hashlib.sha256(b"one.png").hexdigest()[:24]
+    assert client.get(f"/runfile/{run_of(name)}/x.safetensors", headers=signed_in(name)).content == name.encode()
+    assert client.get(f"/thumb/set-{name}/{key}", headers=signed_in(name)).status_code == 200
+    assert client.get(f"/runfile/{run_of(other(name))}/x.safetensors", headers=signed_in(name)).status_code == 404
+    assert client.get(f"/thumb/set-{other(name)}/{key}", headers=signed_in(name)).status_code == 404
+
+
+def ask_queue(client: TestClient, name: str) -> str:
+    """What a person's page is filled with when it opens, and what its timer brings each second."""
+    headers, said = signed_in(name), ""
+    for event in client.get("/config", headers=headers).json()["dependencies"]:
+        if not any(target[1] in ("load", "tick") for target in event["targets"]) or not event["backend_fn"]:
+            continue
+        session = secrets.token_hex(8)  # another window
+        call = {"data": [None] * len(event["inputs"]), "fn_index": event["id"], "session_hash": session}
+        assert client.post("/gradio_api/queue/join", json=call, headers=headers).status_code == 200
+        said += client.get(f"/gradio_api/queue/data?session_hash={session}", headers=headers).text
+    return said
+
+
+def test_the_page_shows_ones_own(client: TestClient) -> None:
+    for name in ("anna", "boris", "anna"):
+        shown = ask_queue(client, name)
+        assert f"run of {name}" in shown and f"set-{name}" in shown
+        assert other(name) not in shown
+
+
+def test_server_functions_work_in_ones_own_folders(client: TestClient) -> None:
+    for name in PEOPLE:
+        headers = signed_in(name)
+        components = client.get("/config", headers=headers).json()["components"]
+        grid = next(c["id"] for c in components if c["props"].get("elem_id") == "dataset-view")
+        answers = []
+        for whose in (name, other(name)):
+            call = {"component_id": grid, "session_hash": "x", "fn_name": "save_caption"}
+            call["data"] = {"dataset": f"set-{whose}", "file": "one.png", "caption": f"written by {name}"}
+            answers.append(client.post("/gradio_api/component_server", json=call, headers=headers).json())
+        assert answers[0]["caption"] == f"written by {name}" and "no such dataset" in json.dumps(answers[1])
+
+
+def test_one_waits_for_the_training_of_another(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    lock = run_folder.acquire(run_folder.everyones_folder() / "users" / "boris" / "runs" / run_of("boris"))
+    workspace_user = accounts.user.set("anna")
+    try:
+        with pytest.raises(previews.PreviewError, match="busy with a training"):
+            previews.check_free()
+    finally:
+        accounts.user.reset(workspace_user)
+        lock.release()
+    previews.check_free()
+
+
+def test_the_device_is_shared_and_the_oldest_request_of_anyone_comes_first(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    launched = []
+    launcher = runs.Launcher()
+    monkeypatch.setattr(runs.Launcher, "_launch", lambda self, folder: launched.append(folder))
+    folders = [run_folder.outputs_folder() / "users" / name / "runs" / run_of(name) for name in ("boris", "anna")]
+    for folder in folders:
+        run_folder.request(folder, "queued")
+    LOOK(launcher)
+    assert launched == [folders[0]]
+    lock = run_folder.acquire(folders[1])
+    LOOK(launcher)
+    assert launched == [folders[0]]
+    lock.release()
+
+
+LOOK = runs.Launcher.look

@@ -1,0 +1,149 @@
+"""The Library's own doings: names, tags, delete and undo, comparing, the model card, and pushing with a stand-in for the Hub."""
+
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub.errors import HFValidationError
+
+from app.actions import library as shelf
+from app.jobs import runs
+from app.tabs import library, preview
+from app.views import run_view
+from tests.browser import staged
+from trainer.errors import TrainerError
+from trainer.runs import events, run_folder
+
+
+@pytest.fixture
+def finished(outputs):
+    folder = staged.stage("maya", 100, **{"base.model": "someone/model"})
+    staged.finish(folder)
+    runs.all_runs.forget()
+    return folder
+
+
+def test_names_and_tags(finished) -> None:
+    shelf.describe(finished.name, "  Maya,  the cat ", ["cat", " cat ", "", "x" * 99])
+    assert shelf.notes(finished) == {"name": "Maya, the cat", "tags": ["cat", "x" * 30]} and shelf.name_of(finished) == "Maya, the cat"
+    card = library.cards_with_notes()["cards"][0]
+    assert card["given"] == "Maya, the cat" and card["trigger"] == "zorbit" and card["base"] == "someone/model"
+    (finished / shelf.NOTES).write_text("[]")
+    assert shelf.name_of(finished) == "maya"
+
+
+def test_delete_is_undone(finished) -> None:
+    before = {path.name for path in finished.iterdir()}
+    shelf.delete(finished.name)
+    assert not finished.exists() and "error" in library.answered(library.compare)({"first": finished.name, "second": finished.name})
+    shelf.restore(finished.name)
+    assert {path.name for path in finished.iterdir()} == before
+    for wrong in ("../maya", "", None, "nothing"):
+        with pytest.raises(TrainerError):
+            shelf.restore(wrong)
+    with staged.at_work(finished), pytest.raises(TrainerError, match="stop it first"):
+        run_folder.request(finished, "pause")
+        (finished / "events.jsonl").write_text("\n".join((finished / "events.jsonl").read_text().splitlines()[:-1]) + "\n")
+        shelf.delete(finished.name)
+
+
+def test_of_two_deleted_runs_of_one_name_none_is_lost(finished) -> None:
+    name, content = finished.name, (finished / "run.toml").read_bytes()
+    for mark in ("first", "second"):
+        finished.mkdir(exist_ok=True)
+        (finished / "run.toml").write_bytes(content)
+        (finished / mark).touch()
+        shelf.delete(name)
+    assert {path.name for path in shelf.removed_folder().glob("*/*") if path.name in ("first", "second")} == {"first", "second"}
+    shelf.restore(name)
+    assert (finished / "second").exists()
+
+
+def test_hundreds_of_runs_are_read_once(finished, monkeypatch) -> None:
+    for number in range(300):
+        log = events.EventLog(run_folder.create(runs.settings(finished)) / "events.jsonl")
+        log.append(events.Launched(pid=1, version="", boot=""))
+        log.append(events.StepDone(number, 0.1, 1e-4, 0.25))
+        log.append(events.AdapterSaved(number, "x.safetensors", 0.1))
+    runs.all_runs.forget()
+    assert len(library.cards_with_notes()["cards"]) == 301
+    parsed, parse = [], events.parse_event
+    monkeypatch.setattr(events, "parse_event", lambda line: parsed.append(line) or parse(line))
+    for _ in range(2):
+        runs._latest.forget()
+        preview._file_choices.forget()
+        preview._file_choices()
+        assert runs.status(runs.shown()).step == 299
+    assert sum(b"StepDone" in line for line in parsed) == 1
+    assert runs.glance(finished).seconds_per_step == runs.status(finished).seconds_per_step
+
+
+def test_the_same_losses_are_the_same_curve_however_long_a_run_was(outputs) -> None:
+    short, long = (staged.stage(name, steps) for name, steps in (("short", 60), ("long", 100)))
+    one, other = (side["loss"] for side in shelf.compare(short.name, long.name)["runs"])
+    assert one == other[:60] and len(other) == 100
+
+
+def test_two_runs_side_by_side(finished) -> None:
+    other = staged.stage("other", 40, **{"adapter.rank": 4, "base.model": "someone/model"})
+    found = shelf.compare(finished.name, other.name)
+    assert [(each["label"], each["was"], each["now"]) for each in found["settings"]] == [("Rank", "16", "4")]
+    for folder, step in ((finished, 100), (other, 41)):  # of one the second prompt, of the other the only one
+        log = events.EventLog(folder / "events.jsonl")
+        log.append(events.StepDone(step, 0.1, 1e-4, 0.25))
+        log.append(events.SampleSaved(step, "a moon", 3, f"samples/{step:06d}-1.png"))
+    assert [side["prompt"] for side in shelf.compare(finished.name, other.name)["runs"]] == ["a moon"] * 2
+    fresh = run_folder.create(runs.settings(other))
+    assert shelf.compare(finished.name, fresh.name)["runs"][1]["loss"] == [], "a run that has not begun has no curve"
+    assert [side["steps"] for side in found["runs"]] == [100, 40] and all(side["loss"] and side["sample"] for side in found["runs"])
+
+
+def test_the_model_card(finished) -> None:
+    card = shelf.model_card(finished.name)
+    assert "base_model: someone/model" in card and "`zorbit`" in card and "maya.safetensors" in card and "<lora:maya:0.8>" in card
+    assert "trained for 100 steps" in card and "(samples/000100-0.png)" in card
+
+
+def test_a_card_and_the_preview_tell_of_the_save_that_is_handed_out(finished) -> None:
+    """Of a run that began to memorise, and of one that was stopped: the file is an earlier save than the last."""
+    for end in (events.Finished(100, "maya.safetensors", 60, 31.0, 60), events.Stopped(100, "maya.safetensors", 60)):
+        events.EventLog(finished / "events.jsonl").append(end)
+        card, hub = shelf.model_card(finished.name), Hub()
+        assert "trained for 60 steps" in card and "(samples/000060-0.png)" in card and "000100" not in card
+        shelf.push(finished.name, "me/maya", True, api=hub)
+        assert hub.files == ["maya.safetensors", "samples/000060-0.png", "README.md"]
+        assert preview._save_choices(finished)[0] == ("The finished file (step 60)", "maya.safetensors")
+        assert run_view.final_file(finished, runs.status(finished))["name"] == "maya.safetensors"
+        assert "000060-0" in library.cards_with_notes()["cards"][0]["sample"]
+    events.EventLog(finished / "events.jsonl").append(events.Launched(1, "0"))
+    assert run_view.final_file(finished, runs.status(finished))["name"] == "maya-000100.safetensors", "a resumed run goes on"
+
+
+class Hub:
+    """Stands in for the Hub, which cannot be asked in a test."""
+
+    def __init__(self):
+        self.files = []
+
+    def create_repo(self, name, private, exist_ok):
+        if "/" not in name:
+            raise HFValidationError("Repo id must be user/name")
+        self.made = (name, private)
+        return SimpleNamespace(repo_id=name, __str__=None)
+
+    def upload_file(self, path_or_fileobj, path_in_repo, repo_id):
+        self.files.append(path_in_repo)
+
+
+def test_pushing(finished) -> None:
+    hub = Hub()
+    shelf.push(finished.name, "me/maya", True, api=hub)
+    assert hub.made == ("me/maya", True) and hub.files[0] == "maya.safetensors" and hub.files[-1] == "README.md" and len(hub.files) == 3
+    with pytest.raises(TrainerError, match="like user/name"):
+        shelf.push(finished.name, "maya", True, api=hub)
+
+
+def test_a_run_with_the_name_of_a_deleted_one_has_its_own_settings(finished) -> None:
+    assert runs.settings(finished).training.steps == 100
+    shelf.delete(finished.name)
+    again = staged.stage("maya", 10, total=50)
+    assert again == finished and runs.settings(again).training.steps == 50 and runs.status(again).total_steps == 50

@@ -1,0 +1,238 @@
+"""Out of memory at every phase: the run goes on by the next measure of the ladder, at the same step, and says so."""
+
+import shutil
+
+import pytest
+import torch
+from PIL import ImageChops
+from safetensors.torch import load_file
+
+from tests.tiny import save_tiny_base
+from trainer import config, families
+from trainer.data import latent_cache
+from trainer.inference.samples import generate
+from trainer.runs import events, run_folder
+from trainer.training import loop, oom_fallbacks, optimizers, setup
+from trainer.training.oom_fallbacks import CHECKPOINT, FREE, SPLIT, TILE
+from trainer.training.runner import run_in
+
+
+def failing(monkeypatch, module, name, times, error=None, only=lambda *args: True):
+    """Lets a function run out of memory at its first calls."""
+    real, left = getattr(module, name), [times]
+
+    def fail(*args, **kwargs):
+        if left[0] and only(*args):
+            left[0] -= 1
+            raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, fail)
+
+
+def relieved(folder):
+    return [(e.phase, e.step, e.rung) for e in events.read_events(folder / "events.jsonl") if isinstance(e, events.MemoryRelieved)]
+
+
+def adapter_of(folder):
+    return load_file(folder / run_folder.status(folder).finished.file)
+
+
+@pytest.mark.parametrize(
+    "module, name, times, expected",
+    [
+        (setup, "load_base", 1, [("load", 0, FREE)]),
+        (latent_cache, "encode_picture", 2, [("cache", 0, FREE), ("cache", 0, TILE)]),
+        (loop, "validation_losses", 2, [("validate", 0, FREE), ("validate", 0, SPLIT)]),
+        (loop, "generate", 2, [("sample", 0, FREE), ("sample", 0, TILE)]),
+        (loop, "microbatch_losses", 1, [("step", 1, FREE)]),
+        (loop, "microbatch_losses", 3, [("step", 1, FREE), ("step", 1, CHECKPOINT), ("step", 1, SPLIT)]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_each_phase_goes_on_by_the_next_measure(train_tiny, monkeypatch, module, name, times, expected):
+    failing(monkeypatch, module, name, times)
+    folder = train_tiny()
+    assert relieved(folder) == expected
+    status = run_folder.status(folder)
+    assert status.step == 6 and len(status.losses) == 6 and len(status.samples) == 3
+    assert any(oom_fallbacks.SENTENCES[expected[-1][2]] in warning for warning in status.warnings)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")],
+    ids=["host", "torch"],
+)
+def test_want_of_host_memory_is_met_the_same_way(train_tiny, monkeypatch, error):
+    failing(monkeypatch, loop, "microbatch_losses", 2, error)
+    assert relieved(train_tiny()) == [("step", 1, FREE), ("step", 1, CHECKPOINT)]
+
+
+def test_other_errors_are_no_want_of_memory(tiny_run, monkeypatch):
+    failing(monkeypatch, loop, "microbatch_losses", 1, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    folder = run_folder.create(tiny_run())
+    assert run_in(folder) == 1 and not relieved(folder)
+
+
+@pytest.mark.parametrize("module, name", [(setup, "load_base"), (latent_cache, "encode_picture"), (loop, "microbatch_losses")])
+def test_after_the_last_measure_it_stops_with_advice_and_can_be_resumed(tiny_run, monkeypatch, module, name):
+    with monkeypatch.context() as patch:
+        failing(patch, module, name, 1000)
+        folder = run_folder.create(tiny_run())
+        assert run_in(folder) == 1
+    status = run_folder.status(folder)
+    assert "ran out of memory" in status.message and "dataset.resolution to 16" in status.message and status.can_resume
+    assert run_in(folder) == 0 and run_folder.status(folder).state == "finished"
+
+
+def test_the_last_measure_is_an_optimiser_in_eight_bits(train_tiny, monkeypatch):
+    """With a stand-in that works without a GPU: what matters is that the run goes on with it, and is resumed with it."""
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "adamw8bit", lambda run: torch.optim.Adam)
+    failing(monkeypatch, loop, "microbatch_losses", 4)
+    folder = train_tiny()
+    assert relieved(folder)[-1] == ("step", 1, oom_fallbacks.EIGHT_BIT)
+    shutil.rmtree(max((folder / "state").iterdir()))
+    assert run_in(folder) == 0 and len(relieved(folder)) == 4
+
+
+def test_samples_and_measuring_that_never_fit_end_no_run(train_tiny, monkeypatch):
+    failing(monkeypatch, loop, "generate", 1000)
+    failing(monkeypatch, loop, "validation_losses", 1000)
+    status = run_folder.status(train_tiny())
+    assert status.state == "finished" and not status.samples and not status.validation
+
+
+def test_a_base_that_does_not_fit_while_loading_is_no_damaged_base(tiny_run, monkeypatch):
+    from diffusers import StableDiffusionPipeline
+
+    failing(monkeypatch, StableDiffusionPipeline, "from_pretrained", 1)
+    folder = run_folder.create(tiny_run())
+    assert run_in(folder) == 0 and relieved(folder) == [("load", 0, FREE)]
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl", "sd35-medium"])
+def test_samples_are_drawn_without_the_text_encoders_where_these_learn_nothing(tiny_run, tmp_path, monkeypatch, kind):
+    """From prompts that were encoded once: the same pictures as from the encoders themselves."""
+    base = save_tiny_base(tmp_path / "base", kind=kind)
+    changes = {
+        "base.model": str(base),
+        "training.text_encoder_learning_rate": 0,
+        "dataset.trigger": "zorbit",
+        "sampling.prompts": ["zorbit, red"],
+    }
+    folder = run_folder.create(tiny_run(changes))
+    session = setup.prepare(config.load(folder / "run.toml"), folder, events.EventLog(folder / "events.jsonl"))
+    settings = {"prompt": "zorbit, red", "negative_prompt": "", "seed": 1, "inference_steps": 2, "guidance_scale": 3.0}
+    by_encoders = generate(session.base, **settings)
+    for part in session.base.family.text_encoders(session.base.pipe).values():
+        monkeypatch.setattr(part, "forward", None)
+    difference = ImageChops.difference(by_encoders, generate(session.base, **settings, texts=session.texts))
+    assert max(high for _, high in difference.getextrema()) <= 1
+    loop.sample(session, 0)
+    status = run_folder.status(folder)
+    assert len(status.samples) == 1 and status.probes and not status.warnings
+
+
+def test_tiles_are_smaller_than_the_pictures_the_vae_was_made_for(tiny_base, monkeypatch):
+    """diffusers' own are as large as those, and so spare nothing there."""
+    vae = families.load_base(config.Base(model=str(tiny_base)), torch.float32).pipe.vae
+    side, decoded = vae.config.sample_size, []
+    monkeypatch.setattr(vae.decoder, "forward", lambda z, real=vae.decoder.forward: decoded.append(z.shape[-1]) or real(z))
+    latents = torch.randn(1, 4, *[side // 2 ** (len(vae.config.block_out_channels) - 1)] * 2, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = vae.decode(latents).sample
+        oom_fallbacks.set_tiling(vae, True)
+        tiled = vae.decode(latents).sample
+        oom_fallbacks.set_tiling(vae, False)
+        assert torch.equal(vae.decode(latents).sample, whole)
+    assert decoded[0] == decoded[-1] == latents.shape[-1] and len(decoded) > 5 and max(decoded[1:-1]) == latents.shape[-1] // 2
+    assert tiled.shape == whole.shape and not torch.equal(tiled, whole)
+
+
+def test_a_step_in_pieces_learns_the_same(tiny_run):
+    """The same pictures, noise and timesteps; the gradients differ by rounding only."""
+    run = tiny_run({"training.batch_size": 4, "dataset.caption_dropout": 0.5, "training.text_encoder_learning_rate": 1e-3})
+    folder = run_folder.create(run)
+    session = setup.prepare(run, folder, events.EventLog(folder / "events.jsonl"))
+    scaler, found = torch.amp.GradScaler("cpu", enabled=False), []
+    for pieces in (1, 2, 4, 8):
+        session.ladder.pieces["step"] = pieces
+        loss = loop.forward_backward(session, [[0, 2, 0, 2]], 1, scaler)
+        found.append((loss, torch.cat([p.grad.flatten() for p in session.parameters.values()])))
+    for loss, gradients in found[1:]:
+        torch.testing.assert_close(loss, found[0][0], rtol=1e-6, atol=0)
+        assert float((gradients - found[0][1]).norm() / found[0][1].norm()) < 1e-5
+    whole = loop.validation_losses(session)
+    session.ladder.pieces["validate"] = 8
+    assert loop.validation_losses(session) == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_resumed_run_takes_the_measures_again_at_the_same_step(tiny_run, monkeypatch):
+    """Interrupted or not, a run that ran out of memory gives the same adapter, though the second life has room enough."""
+    changes = {"adapter.dropout": 0.3, "saving.precision": "fp32"}
+
+    def at_step_four(session, buckets, microbatch, *piece):
+        return microbatch == 3
+
+    with monkeypatch.context() as patch:
+        failing(patch, loop, "microbatch_losses", 3, only=at_step_four)
+        whole = run_folder.create(tiny_run(changes))
+        assert run_in(whole) == 0
+    with monkeypatch.context() as patch:
+        failing(patch, loop, "microbatch_losses", 3, only=at_step_four)
+        broken = run_folder.create(tiny_run(changes))
+        append = events.EventLog.append
+
+        def dies_after_four(self, event):
+            append(self, event)
+            if isinstance(event, events.StepDone) and event.step == 4:
+                raise ZeroDivisionError
+
+        patch.setattr(events.EventLog, "append", dies_after_four)
+        assert run_in(broken) == 1
+    assert max(int(state.name) for state in (broken / "state").iterdir()) == 3
+    assert run_in(broken) == 0
+    assert relieved(broken) == relieved(whole) == [("step", 4, rung) for rung in (FREE, CHECKPOINT, SPLIT)]
+    ours, theirs = adapter_of(broken), adapter_of(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_that_goes_back_to_before_a_measure_keeps_it_and_is_resumed_with_it(tiny_run, monkeypatch):
+    """Step 3 takes every measure, steps 4 to 6 are not finite, and the state of step 2 knows of no measure. Interrupted or not, it is
+    the same run (with a stand-in for 8 bits).
+    """
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "adamw8bit", lambda run: torch.optim.Adam)
+    folders = [run_folder.create(tiny_run({"adapter.dropout": 0.3, "saving.precision": "fp32", "training.steps": 8})) for _ in range(2)]
+    real, append = loop.microbatch_losses, events.EventLog.append
+    for folder, is_whole in zip(folders, (True, False), strict=True):
+        calls, seen = iter(range(1, 1000)), []
+
+        def troubled(*args, calls=calls):
+            call = next(calls)
+            if 3 <= call <= 6:
+                raise torch.OutOfMemoryError("out of memory")
+            factor = float("nan") if 9 <= call <= 14 else 1.0
+            return (factor * loss for loss in real(*args))
+
+        def dying(self, event, seen=seen, is_whole=is_whole):
+            append(self, event)
+            seen.append(type(event))
+            if not is_whole and isinstance(event, events.StepDone) and events.RolledBack in seen:
+                raise ZeroDivisionError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "microbatch_losses", troubled)
+            patch.setattr(events.EventLog, "append", dying)
+            assert run_in(folder) == (0 if is_whole else 1), run_folder.status(folder).message
+    whole, broken = folders
+    assert any("went back to step 2" in warning for warning in run_folder.status(broken).warnings)
+    assert run_in(broken) == 0 and relieved(broken) == relieved(whole) == [("step", 3, r) for r in oom_fallbacks.LADDER["step"]]
+    ours, theirs = adapter_of(broken), adapter_of(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_advice_fits_the_settings():
+    run = config.replace(config.RunConfig(), {"dataset.resolution": 768, "adapter.rank": 1})
+    assert "dataset.resolution to 576" in oom_fallbacks.advice(run) and "rank" not in oom_fallbacks.advice(run)
+    assert families.ran_out is oom_fallbacks.ran_out and not oom_fallbacks.ran_out(OSError("x"))

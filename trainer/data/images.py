@@ -1,0 +1,439 @@
+"""The only place that opens pictures: any file becomes upright 8-bit sRGB, or one sentence saying why not.
+
+It never decodes a format outside `PICTURE_FORMATS`, never decodes more than `MAX_PIXELS`, and never passes on what a
+file carries besides its pixels (EXIF, GPS, text chunks).
+"""
+
+import contextlib
+import io
+import os
+import re
+import stat
+import struct
+import unicodedata
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageCms
+
+from trainer.errors import DatasetError
+from trainer.runs.atomic_files import atomic_write
+
+# Pillow recognises files by content whatever their name, so the allow-list is what keeps the parsers of EPS (which runs
+# Ghostscript), PSD, FITS and JPEG 2000 away from a file called x.png.
+# Never set ImageFile.LOAD_TRUNCATED_IMAGES: grey halves would be trained on.
+PICTURE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "HEIF")
+PICTURE_SUFFIXES = frozenset((
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif",
+    ".avif", ".heic", ".heif", ".hif",
+))  # fmt: skip
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # 89 megapixels, where Pillow itself begins to warn of a decompression bomb
+MAX_FILE_BYTES = 512 * 2**20
+MAX_JPEG_SCANS = 64  # encoders write about 10; each costs a decoding (300 scans of 25 megapixels took 13 s)
+MAX_ROT_PIXELS = 40_000_000  # beyond, the search for hidden damage would take too much memory
+SMALLEST_SIDE = 8  # pixels: one latent
+
+# What Pillow's decoders were seen to raise on damaged files, and its relatives.
+PICTURE_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, MemoryError, RuntimeError,
+    AttributeError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
+
+# Our own limit is the line at which Pillow warns, and odd metadata costs nothing: warnings would only fill the log.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION = 0x0112
+
+
+def shown(name: str | os.PathLike) -> str:
+    """`name` as text that is safe to print or show: control and direction characters and bad UTF-8 become escapes."""
+
+    def escape(character: str) -> str:
+        if "\udc80" <= character <= "\udcff":  # a byte that is not UTF-8, as surrogateescape keeps it
+            return f"\\x{ord(character) - 0xDC00:02x}"
+        hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character != "\u200d"
+        return character.encode("unicode_escape").decode() if hidden else character
+
+    return "".join(map(escape, os.fspath(name)))
+
+
+def open_picture(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> tuple[Image.Image, tuple[str, ...]]:
+    """The whole picture, upright, RGB, 8-bit sRGB, without metadata; and notes on what had to be done to it.
+
+    Transparent parts show `background`, never the colour hidden under them. Of an animation the first frame is taken.
+    Raises `DatasetError` naming the file and what to do.
+    """
+    return decode_picture(read_picture(path), path, background)
+
+
+def open_alpha(path: Path) -> Image.Image:
+    """How much of each place of the picture shows: upright, 8-bit grey, 255 where it is opaque. Raises `DatasetError`."""
+    with _sentences(path):
+        image = _open(io.BytesIO(read_picture(path)))
+        _refuse_bombs(image)
+        image.load()
+        if image.mode.startswith("I;16"):
+            alpha = _eight_bit_grey(image)[1]
+        else:
+            alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        alpha = Image.new("L", image.size, 255) if alpha is None else alpha
+        orientation = _orientation(image)
+        return alpha.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT and image.format != "TIFF" else alpha
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Upright (width, height) in pixels, from the header only: a file that passes may still be damaged further on.
+
+    Raises `DatasetError` as `open_picture` does.
+    """
+    with _sentences(path), _regular_file(path) as file:
+        image = _open(file)
+        _refuse_bombs(image)
+        width, height = image.size
+        return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def save_thumbnail(path: Path, target: Path, side: int = 320) -> None:
+    """Write a WebP of at most `side` x `side` pixels to `target`, without any metadata; whole or not at all.
+
+    Raises `DatasetError` for the picture, `OSError` for the target.
+    """
+    image, _ = decode_picture(read_picture(path), path, draft_side=side)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    encoded = io.BytesIO()
+    image.save(encoded, "WEBP", quality=80)
+    atomic_write(target, encoded.getvalue())
+
+
+def read_picture(path: Path) -> bytes:
+    """The bytes of a regular file: read once, so that what was checked is what is decoded and hashed.
+
+    Raises `DatasetError`.
+    """
+    with _sentences(path), _regular_file(path) as file:
+        return file.read()
+
+
+def decode_picture(
+    data: bytes,
+    path: Path,
+    background: tuple[int, int, int] = (255, 255, 255),
+    draft_side: int = 0,
+) -> tuple[Image.Image, tuple[str, ...]]:
+    """As `open_picture`, from bytes already read; `path` is only named in messages.
+
+    `draft_side` > 0 lets a JPEG be decoded at a reduced size of at least that many pixels a side.
+    """
+    with _sentences(path):
+        if not data.strip():
+            raise DatasetError("is empty: copy it again from where it came")
+        scans, end = _jpeg_layout(data)
+        if scans > MAX_JPEG_SCANS:
+            raise DatasetError(f"is a JPEG of {scans} scans, made to be slow to decode: save it anew as an ordinary JPEG")
+        image = _open(io.BytesIO(data))
+        _refuse_bombs(image)
+        if image.format == "PNG":
+            _refuse_png_surplus(image, data)
+        # verify() checks PNG checksums that load() does not, and load() finds the cuts that verify() does not.
+        _open(io.BytesIO(data)).verify()
+        if draft_side:
+            image.draft("RGB", (draft_side, draft_side))
+        notes = _frame_notes(image)
+        image.load()
+        if not draft_side:
+            notes += _hidden_damage_notes(image, data, end)
+        orientation = _orientation(image)
+        rgb, colour_notes = _to_rgb(image, background)
+        if orientation in _UPRIGHT and image.format != "TIFF":  # Pillow has turned a TIFF while loading it
+            rgb = rgb.transpose(_UPRIGHT[orientation])
+        rgb.info = {}
+        return rgb, tuple(notes + colour_notes)
+
+
+def conversions(data: bytes, path: Path) -> tuple[tuple[str, str], ...]:
+    """What decoding converts in a sound picture as a matter of course: (kind, words that follow "The picture").
+
+    From the header only. Raises `DatasetError` as `open_picture` does.
+    """
+    with _sentences(path):
+        image = _open(io.BytesIO(data))
+        found = []
+        with contextlib.suppress(*PICTURE_ERRORS):
+            if Image.Image.getexif(image).get(_ORIENTATION, 1) in _UPRIGHT:
+                found.append(("rotated", "lies on its side in the file and is turned upright, as its EXIF data says"))
+        if image.has_transparency_data:
+            found.append(("transparent", "is transparent in parts: they are shown on white"))
+        sixteen = image.mode.startswith("I;16") or (image.format == "PNG" and data[24] == 16)
+        if sixteen or image.mode == "CMYK":
+            found.append(("converted", f"has {'16 bits a channel' if sixteen else 'CMYK colours'}: it is converted to 8-bit RGB"))
+        icc = image.info.get("icc_profile")
+        if icc and not _is_srgb(icc):
+            found.append(("converted", "has a colour profile: its colours are converted to sRGB"))
+        return tuple(found)
+
+
+def picture_format(data: bytes, path: Path) -> str:
+    """The format by content, one of `PICTURE_FORMATS`. Raises `DatasetError`."""
+    with _sentences(path):
+        return str(_open(io.BytesIO(data)).format)
+
+
+def alpha_mask(path: Path) -> Image.Image | None:
+    """What of a picture is not transparent, white, as an upright grey picture; None where all of it is. Raises `DatasetError`."""
+    data = read_picture(path)
+    decode_picture(data, path)  # all that may be wrong with it
+    with _sentences(path):
+        image = _open(io.BytesIO(data))
+        if not image.has_transparency_data:
+            return None
+        orientation = _orientation(image)
+        alpha = image.convert("RGBA").getchannel("A")
+        return alpha.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else alpha
+
+
+def grey_png(data: bytes, path: Path) -> bytes:
+    """A mask of any allowed format as a grey PNG without metadata; `path` is only named in messages. Raises `DatasetError`."""
+    image, _ = decode_picture(data, path)
+    encoded = io.BytesIO()
+    image.convert("L").save(encoded, "PNG", optimize=True)
+    return encoded.getvalue()
+
+
+def _is_srgb(icc: bytes) -> bool:
+    with contextlib.suppress(ImageCms.PyCMSError, *PICTURE_ERRORS):
+        return "srgb" in (ImageCms.ImageCmsProfile(io.BytesIO(icc)).profile.profile_description or "").lower()
+    return True  # damaged: `decode_picture` says so
+
+
+@contextlib.contextmanager
+def _sentences(path: Path) -> Iterator[None]:
+    """Turn what decoders raise into one sentence that begins with the name of the file."""
+    try:
+        yield
+    except DatasetError as error:
+        raise DatasetError(f"{shown(Path(path).name)} {error}.") from None
+    except FileNotFoundError:
+        raise DatasetError(f"{shown(Path(path).name)} is no longer there: restore it or scan the folder again.") from None
+    except PermissionError:
+        raise DatasetError(f"{shown(Path(path).name)} may not be read: change its permissions.") from None
+    except Image.DecompressionBombError:
+        raise DatasetError(f"{shown(Path(path).name)} {_too_large()}.") from None
+    except PICTURE_ERRORS as error:
+        reason = (shown(str(error)).strip() or type(error).__name__)[:160]
+        raise DatasetError(
+            f"{shown(Path(path).name)} is damaged or not a picture ({reason}): copy it again or save it anew as JPEG."
+        ) from error
+
+
+@contextlib.contextmanager
+def _regular_file(path: Path) -> Iterator[BinaryIO]:
+    # O_NONBLOCK: opening a FIFO must not wait for a writer. What was opened is checked, so it cannot be swapped.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    if os.path.isdir(path):  # Windows refuses to open a folder with another error than POSIX
+        raise DatasetError("is a folder, not a picture")
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise DatasetError("is a pipe or a device, not a picture")
+        if status.st_size == 0:
+            raise DatasetError("is empty (0 bytes): copy it again from where it came")
+        if status.st_size > MAX_FILE_BYTES:
+            raise DatasetError(f"has {status.st_size >> 20} MB, the limit is {MAX_FILE_BYTES >> 20}: save it smaller")
+        yield file
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    Image.init()
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        if "HEIF" not in Image.OPEN:
+            pillow_heif.register_heif_opener()
+    try:
+        return Image.open(file, formats=[name for name in PICTURE_FORMATS if name in Image.OPEN])
+    except Image.UnidentifiedImageError:
+        file.seek(0)
+        raise DatasetError(_what_it_is(file.read(512))) from None
+
+
+def _what_it_is(head: bytes) -> str:
+    """For bytes that no allowed decoder recognises, what they seem to be and what to do."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    known = "save it as JPEG or PNG in a picture editor"
+    if head[4:8] == b"ftyp":
+        missing = "install pillow-heif" if "HEIF" not in Image.OPEN else known
+        return f"is a HEIC, AVIF or video file that cannot be decoded here: {missing}"
+    for start, kind in (
+        (b"<svg", "an SVG drawing"), (b"<?xml", "an XML or SVG file"), (b"<", "a web page, perhaps a failed download"),
+        (b"8bps", "a Photoshop file"), (b"\0\0\0\x0cjp", "a JPEG 2000 file"), (b"\xff\x4f\xff\x51", "a JPEG 2000 file"),
+        (b"%!ps", "a PostScript file"), (b"%pdf", "a PDF"), (b"pk\3\4", "a zip archive"), (b"riff", "a damaged WebP"),
+        (b"\xff\xd8", "a damaged JPEG"), (b"\x89png", "a damaged PNG"), (b"gif8", "a damaged GIF"),
+    ):  # fmt: skip
+        if text.startswith(start):
+            return f"is {kind}, not a picture that can be used: {'copy it again' if 'damaged' in kind else known}"
+    return f"is damaged or not a picture: {known}"
+
+
+def _refuse_bombs(image: Image.Image) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise DatasetError(f"claims to be {width} x {height} pixels: the file is damaged, save it anew")
+    if width * height >= MAX_PIXELS:
+        raise DatasetError(f"({width} x {height}) {_too_large()}")
+    if image.mode in ("F", "I"):
+        raise DatasetError("has 32-bit pixels, whose white is not known: save it with 8 or 16 bits a channel")
+
+
+def _too_large() -> str:
+    return f"has more than {MAX_PIXELS // 10**6} million pixels: make it smaller"
+
+
+def _jpeg_layout(data: bytes) -> tuple[int, int]:
+    """Number of scans of a JPEG and where its end marker is, without decoding; (0, end) for anything else."""
+    scans, position = 0, 2
+    # Inside a scan 0xFF is followed by 00 or a restart marker only, so the next marker is found without decoding;
+    # a marker with a length is stepped over, so a thumbnail inside EXIF is not counted.
+    marker = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])", re.DOTALL)
+    while data.startswith(b"\xff\xd8") and (found := marker.search(data, position)):
+        kind, position = found[1][0], found.end()
+        if kind == 0xD9:
+            return scans, found.start()
+        scans += kind == 0xDA
+        position += int.from_bytes(data[position : position + 2], "big")
+    return scans, len(data)
+
+
+def _hidden_damage_notes(image: Image.Image, data: bytes, jpeg_end: int) -> list[str]:
+    """Find flipped bytes that decoders pass over: after them a picture uses too little or too much of its data.
+
+    A sound picture changes when its last bytes do, and does not when more are added. Measured on made pictures: no
+    sound one was named (0 of 384 JPEG, 0 of 144 WebP). Of flips of 16 bytes it finds 2 of 3 in a JPEG, nearly all in a
+    lossy WebP and few in a lossless one; of holes of 4 kB all but those between restart markers.
+    Raises `DatasetError` for a WebP, where all that follows the flip is lost.
+    """
+    if image.width * image.height > MAX_ROT_PIXELS:
+        return []
+    found = image.tobytes()
+
+    def pixels(variant: bytes) -> bytes | None:
+        try:
+            with Image.open(io.BytesIO(variant), formats=["JPEG", "WEBP"]) as picture:
+                return picture.tobytes()
+        except PICTURE_ERRORS:
+            return None
+
+    if image.format in ("JPEG", "MPO"):
+        head, tail = data[: jpeg_end - 6], data[jpeg_end - 6 : jpeg_end]
+        changed = bytes(byte if byte in (0, 0xFF) else byte ^ 0xFF for byte in tail)  # 00 and FF are part of the syntax
+        more = b"\x5a\xa5\x3c\xc3" * 16 + b"\xff\xd9"
+        too_little = changed != tail and pixels(head + changed + more) == found
+        if too_little or pixels(head + tail + more) not in (None, found):
+            return ["may be damaged inside: look at it, and copy it again if it has stripes or false colours"]
+    elif image.format == "WEBP" and (end := _webp_end(data)):
+        changed = bytes(byte ^ 0xFF for byte in data[end - 16 : end])
+        if pixels(data[: end - 16] + changed + data[end:]) == found:
+            raise DatasetError("is damaged inside: copy it again from where it came, or save it anew")
+    return []
+
+
+def _webp_end(data: bytes) -> int:
+    """Where the pixels of a still WebP end; 0 where there are none."""
+    position = 12
+    while position + 8 <= len(data):
+        kind, length = struct.unpack("<4sI", data[position : position + 8])
+        if kind in (b"VP8 ", b"VP8L"):
+            return position + 8 + length
+        position += 8 + length + length % 2
+    return 0
+
+
+def _refuse_png_surplus(image: Image.Image, data: bytes) -> None:
+    """Refuse a PNG whose compressed pixels are larger than its raw pixels can be: it inflates to something else."""
+    stored, position = 0, 8
+    while position + 8 <= len(data):
+        length, kind = struct.unpack(">I4s", data[position : position + 8])
+        stored += length if kind == b"IDAT" else 0
+        position += 12 + length
+    width, height = image.size
+    most = (width * 8 + 8) * height  # 16-bit RGBA, one filter byte a row and room for interlacing
+    if stored > most + most // 64 + 4096:
+        raise DatasetError("holds far more data than its pixels need: it is not an ordinary PNG, save it anew")
+
+
+def _frame_notes(image: Image.Image) -> list[str]:
+    # `is_animated` looks one frame ahead at most; `n_frames` would walk through all of a long GIF.
+    if image.format in ("MPO", "HEIF") or not getattr(image, "is_animated", False):
+        return []
+    if image.format == "TIFF":
+        return ["has several pages: only the first is used"]
+    return ["is animated: only its first frame is used"]
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8; 1 where it is absent, invalid or unreadable, or where Pillow applies it by itself."""
+    if image.format == "TIFF":
+        return 1
+    try:
+        value = Image.Image.getexif(image).get(_ORIENTATION, 1)  # the PNG plugin's own getexif would decode the picture
+    except PICTURE_ERRORS:
+        return 1
+    return value if value in _UPRIGHT else 1
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> tuple[Image.Image, list[str]]:
+    profile = image.info.get("icc_profile")
+    alpha = None
+    if image.mode.startswith("I;16"):
+        image, alpha = _eight_bit_grey(image)
+    elif image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        alpha, image = rgba.getchannel("A"), rgba.convert("RGB")
+    elif image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGB")
+    rgb, notes = _to_srgb(image, profile) if profile else (image.convert("RGB"), [])
+    if alpha is not None:
+        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, background), alpha)
+    return rgb, notes
+
+
+def _eight_bit_grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """16-bit grey scaled to 8 bits: Pillow's convert() would clip, turning nearly all of the picture white."""
+    grey = np.asarray(image).astype(np.uint32)
+    clear = image.info.get("transparency")
+    alpha = None if clear is None else Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8))
+    return Image.fromarray(((grey + 128) // 257).astype(np.uint8)), alpha
+
+
+def _to_srgb(image: Image.Image, icc: bytes) -> tuple[Image.Image, list[str]]:
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        space = profile.profile.xcolor_space.strip()
+        if space != {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}[image.mode]:
+            # Grey pictures often carry the RGB profile of the editor they came from.
+            if not (space == "RGB" and image.mode == "L"):
+                return image.convert("RGB"), [f"has a colour profile for {shown(space)} pixels: it was ignored"]
+            image = image.convert("RGB")
+        if "srgb" in (profile.profile.profile_description or "").lower():
+            return image.convert("RGB"), []  # converting sRGB to sRGB could only round
+        converted = ImageCms.profileToProfile(
+            image, profile, ImageCms.createProfile("sRGB"), ImageCms.Intent.RELATIVE_COLORIMETRIC, outputMode="RGB",
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )  # fmt: skip
+        assert converted is not None, "it is None only where the picture itself is changed"
+        return converted, []
+    except (ImageCms.PyCMSError, *PICTURE_ERRORS):
+        return image.convert("RGB"), ["has a damaged colour profile: it was ignored, colours may be slightly off"]
