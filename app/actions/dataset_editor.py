@@ -14,9 +14,9 @@ from pathlib import Path
 
 from app.actions import datasets
 from trainer import config
-from trainer.curation import caption_edits, fixes, history
+from trainer.curation import caption_edits, crop_edits, fixes, history
 from trainer.curation.history import Edit
-from trainer.data import captions, checks, crops, images, token_count
+from trainer.data import captions, checks, images, token_count
 from trainer.data import scan as reading
 from trainer.data.issues import Finding
 from trainer.errors import ConfigError, DatasetError, TrainerError
@@ -336,7 +336,7 @@ def remove_picture(data: dict) -> dict:
 def move_crop(data: dict) -> dict:
     """Moves the crop of a picture to a `centre` [x, y], or with none back to where the crop mode puts it."""
     picture, folder = datasets.resolve_picture(data.get("dataset"), data.get("file")), datasets.resolve(data.get("dataset"))
-    edit = crops.move(folder, picture, data.get("centre"))
+    edit = crop_edits.move(folder, picture, data.get("centre"))
     history.apply(folder, f"Moved the crop of {picture.name}", [edit], merge=f"crop {picture.name}")
     current = look(data)
     current.ended.wait()

@@ -18,6 +18,7 @@ from trainer import config
 from trainer.config import EMBEDDED, RunConfig
 from trainer.config.presets import Preset
 from trainer.data import scan
+from trainer.data.splits import held_out_count, resolutions
 from trainer.errors import TrainerError
 from trainer.models.model_files import locate
 from trainer.runs import run_folder
@@ -69,10 +70,10 @@ def _line(run: RunConfig, items: list, seconds: float, is_measured: bool) -> dic
     repeated = scan.override_repeats(items, Path(run.dataset.folder), run.dataset.repeats)
     steps = estimate.steps_for(run, [item.repeats for item in repeated])
     batch = training.batch_size * training.gradient_accumulation_steps
-    held_out = estimate.held_out_count(run, len(items))
+    held_out = held_out_count(run, len(items))
     views_text = "" if training.steps else f" × {training.views_per_picture} views"
     if run.dataset.resolutions:
-        views_text += f" × {len(estimate.resolutions(run))} resolutions"
+        views_text += f" × {len(resolutions(run))} resolutions"
     batch_text = f" in batches of {batch}" if batch > 1 else ""
     took = run_view.duration(seconds * steps)
     facts = [f"learning rate {training.learning_rate or training.text_encoder_learning_rate:g}"]

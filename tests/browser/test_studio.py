@@ -13,7 +13,7 @@ from PIL import Image
 from app.actions import datasets
 from tests.browser.conftest import open_dataset, wait_for
 from tests.corpus import encoded, frames, hidden_magenta, oriented, photo
-from tests.test_caption import blip  # noqa: F401 (a fixture: the tiny captioning model)
+from tests.curation.test_autocaption import blip  # noqa: F401 (a fixture: the tiny captioning model)
 from trainer import config
 from trainer.data.augment import Look
 from trainer.data.latent_cache import to_pixels

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from trainer import config
-from trainer.curation import history
+from trainer.curation import crop_edits, history
 from trainer.data import buckets, crops
 from trainer.data.image_stats import focus_of
 from trainer.data.scan import crop_of, scan_dataset
@@ -84,12 +84,12 @@ def test_a_moved_crop_stays_inside(width, height, x, y):
 
 def test_a_moved_crop_is_kept_and_taken_back(folder):
     picture = folder / "left.png"
-    history.apply(folder, "Moved the crop of left.png", [crops.move(folder, picture, (0.9, 0.5))])
+    history.apply(folder, "Moved the crop of left.png", [crop_edits.move(folder, picture, (0.9, 0.5))])
     items, findings = scan_dataset(folder, resolution=64)
     assert [item.crop_centre for item in items] == [(0.9, 0.5), None]
     assert middle_of(items[0], settings_with()) > 0.7 and middle_of(items[0], settings_with(crop="none")) > 0.7
     assert not [finding for finding in findings if ".atelier" in finding.file]
-    history.apply(folder, "Put back", [crops.move(folder, picture, None)])
+    history.apply(folder, "Put back", [crop_edits.move(folder, picture, None)])
     assert scan_dataset(folder, resolution=64)[0][0].crop_centre is None
     history.undo(folder)
     history.undo(folder)
@@ -100,7 +100,7 @@ def test_a_moved_crop_is_kept_and_taken_back(folder):
 def test_a_place_that_is_none_is_refused(folder, place):
     if place is not None:
         with pytest.raises(DatasetError, match="two numbers"):
-            crops.move(folder, folder / "left.png", place)
+            crop_edits.move(folder, folder / "left.png", place)
     (folder / ".atelier").mkdir()
     (folder / ".atelier" / "crops.json").write_text(json.dumps({"left": place}))
     assert crops.read(folder) == {}
@@ -114,7 +114,7 @@ def test_what_is_shown_is_what_the_vae_is_given(folder, tiny_run, monkeypatch):
     from trainer.runs.events import EventLog
     from trainer.training import setup
 
-    history.apply(folder, "Moved", [crops.move(folder, folder / "left.png", (0.3, 0.5))])
+    history.apply(folder, "Moved", [crop_edits.move(folder, folder / "left.png", (0.3, 0.5))])
     given, real = [], latent_cache.encode_picture
     monkeypatch.setattr(latent_cache, "encode_picture", lambda vae, pixels: (given.append(pixels), real(vae, pixels))[1])
     run = tiny_run({"dataset.folder": str(folder), "dataset.crop": "salient"})

@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.sampler import batch_at, epoch_batches, generator_for, seed_for
+from trainer.data.sampler import batch_at, epoch_batches
+from trainer.models.seeds import generator_for, seed_for
 
 BUCKETS = st.lists(st.integers(1, 7), min_size=1, max_size=5)
 

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.test_families import XL_UNET, base_of, load, predict  # noqa: F401 (fixtures)
+from tests.families.test_families import XL_UNET, base_of, load, predict  # noqa: F401 (fixtures)
 from trainer import config
 from trainer.errors import ConfigError, ModelError
 from trainer.families import FAMILIES, families_of_adapter

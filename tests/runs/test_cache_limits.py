@@ -9,7 +9,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from tests.test_resume import resumed_from
+from tests.training.test_resume import resumed_from
 from trainer import config
 from trainer.cli.main import main
 from trainer.errors import DiskError

@@ -6,6 +6,7 @@ import pytest
 
 from trainer import config
 from trainer.config import presets
+from trainer.data.splits import held_out_count
 from trainer.models import model_files
 from trainer.runs import events, run_folder
 from trainer.training import estimate
@@ -74,7 +75,7 @@ def test_what_is_trained_beside_a_picture_and_in_other_sizes_counts() -> None:
 
 def test_repeats_are_no_pictures_when_some_are_held_out() -> None:
     run = config.replace(SD15, {"training.steps": 0, "training.views_per_picture": 1, "training.batch_size": 1})
-    assert estimate.steps_for(run, [10] * 8) == 80 and estimate.steps_for(run, [1] * 20) == 20 - estimate.held_out_count(run, 20) < 20
+    assert estimate.steps_for(run, [10] * 8) == 80 and estimate.steps_for(run, [1] * 20) == 20 - held_out_count(run, 20) < 20
     assert estimate.steps_for(config.replace(run, {"dataset.resolutions": [768]}), [10] * 8) == 160
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.test_train import adapter_of, poison, same
+from tests.training.test_loop import adapter_of, poison, same
 from trainer.runs import events, run_folder
 from trainer.training import loop, optimizers
 from trainer.training.runner import run_in

@@ -17,13 +17,13 @@ from trainer.config import RunConfig
 from trainer.data import latent_cache
 from trainer.data.augment import Look, looks, vary_caption
 from trainer.data.images import open_alpha, open_picture
-from trainer.data.sampler import generator_for, seed_for
 from trainer.data.scan import DatasetItem, crop_of
+from trainer.data.splits import held_out_count, resolutions
 from trainer.errors import DatasetError, ModelError
 from trainer.families import LoadedBase
 from trainer.families.base import Conditioning, SizeIds
+from trainer.models.seeds import generator_for, seed_for
 from trainer.runs.events import Event, EventLog, Progress, Warned
-from trainer.training import estimate
 
 BLACK = "its mask is black all over in the part that is seen. Paint what is to be learned white, or remove the mask."
 MEASURED_WITHOUT_HOLD_OUT = 8  # training pictures that are measured where too few are there to keep some out
@@ -72,7 +72,7 @@ def make_examples(
         report(Progress("caching", done, len(items)))
         name = item.path.relative_to(root).as_posix()
         try:
-            found += [_example(run, base, item, name, resolution, vae_hash) for resolution in estimate.resolutions(run)]
+            found += [_example(run, base, item, name, resolution, vae_hash) for resolution in resolutions(run)]
         except DatasetError as error:
             log.append(Warned(f"{name} is left out: {error}"))
     log.append(Progress("caching", len(items), len(items)))
@@ -142,7 +142,7 @@ def hold_out(run: RunConfig, examples: list[Example]) -> tuple[list[Example], li
     """
     names = list(dict.fromkeys(example.name for example in examples))
     plain = {e.name: e for e in examples if e.resolution == run.dataset.resolution}
-    count = estimate.held_out_count(run, len(names))
+    count = held_out_count(run, len(names))
     order = torch.randperm(len(names), generator=generator_for(run.training.seed, "hold out")).tolist()
     if count == 0:
         return examples, [plain[names[i]] for i in sorted(order[:MEASURED_WITHOUT_HOLD_OUT])]

@@ -3,22 +3,10 @@
 So a resumed run needs no loader state, and no call elsewhere (sampling, validating) can disturb the order.
 """
 
-import hashlib
 import random
 from collections.abc import Sequence
 
-import torch
-
-
-def seed_for(*position: object) -> int:
-    """A 63-bit seed from a place in the training: seed_for(42, "noise", step, microbatch)."""
-    digest = hashlib.sha256(repr(position).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def generator_for(*position: object) -> torch.Generator:
-    """A CPU generator, so that the draws are the same on every device."""
-    return torch.Generator("cpu").manual_seed(seed_for(*position))
+from trainer.models.seeds import seed_for
 
 
 def epoch_batches(buckets: Sequence[Sequence[int]], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -19,7 +19,7 @@ from trainer.families.sd3 import StableDiffusion3
 from trainer.families.sdxl import StableDiffusionXL
 from trainer.lora.formats.reader import AdapterFile
 from trainer.models import hub, model_files
-from trainer.training.oom_fallbacks import ran_out
+from trainer.models.device import ran_out
 
 FAMILIES: dict[str, ModelFamily] = {
     "sd1": StableDiffusion1(),

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from trainer import config
-from trainer.data.sampler import seed_for
 from trainer.errors import ConfigError
 from trainer.lora.formats.adapted_module import AdaptedModule, decompose, kind_of
 from trainer.lora.fused_linear import fuse
 from trainer.lora.targets import Target, choose_targets
+from trainer.models.seeds import seed_for
 
 ADAPTER = "atelier"  # the name of the adapter inside PEFT's layers
 

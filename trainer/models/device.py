@@ -8,6 +8,15 @@ from torch import Tensor
 
 from trainer.errors import ConfigError
 
+# What torch reports if it raises no OutOfMemoryError: the CPU's allocator, cuBLAS and cuDNN, Metal.
+OUT_OF_MEMORY_MESSAGES = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,6 +61,14 @@ def _is_gtx16(device: torch.device) -> bool:
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on the device. With CUDA, for which pageable memory would have to wait, the host goes on at once."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Returns whether an exception means that the device or the machine has too little memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(part in text for part in OUT_OF_MEMORY_MESSAGES)
 
 
 class Readout:

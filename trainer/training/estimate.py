@@ -13,6 +13,7 @@ from statistics import fmean
 from trainer import config
 from trainer.config import Adapter, RunConfig
 from trainer.data.images import PICTURE_SUFFIXES
+from trainer.data.splits import held_out_count, looks_per_picture, resolutions
 from trainer.errors import ConfigError, ModelError
 from trainer.lora import targets
 from trainer.models.model_files import T5_PARTS, BaseFiles, inspect, locate
@@ -21,23 +22,6 @@ from trainer.runs import run_folder
 
 TOKEN_TABLE = "token_embedding"  # of CLIP, in every layout of its weights
 FILE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
-SMALLEST_SET_TO_HOLD_OUT = 10
-
-
-def held_out_count(run: RunConfig, pictures: int) -> int:
-    """How many pictures are kept out of training for measuring."""
-    return round(pictures * run.dataset.hold_out) if pictures >= SMALLEST_SET_TO_HOLD_OUT else 0
-
-
-def resolutions(run: RunConfig) -> tuple[int, ...]:
-    """At which each picture is trained."""
-    return run.dataset.resolution, *run.dataset.resolutions
-
-
-def looks_per_picture(run: RunConfig) -> int:
-    """How many versions of a picture are prepared at each resolution (`variants.looks`)."""
-    dataset = run.dataset
-    return (dataset.variants if dataset.random_crop or dataset.colour_jitter else 1) * (2 if dataset.flip else 1)
 
 
 def total_steps(run: RunConfig, views: int) -> int:

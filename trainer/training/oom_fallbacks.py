@@ -13,13 +13,11 @@ import torch
 
 from trainer.config import RunConfig
 from trainer.errors import OutOfMemory
+from trainer.models.device import ran_out
 from trainer.runs.events import Event, EventLog, MemoryRelieved, RolledBack
 from trainer.training.estimate import VAE_TILES
 
 T = TypeVar("T")
-
-# What torch says where it raises no OutOfMemoryError: the allocator of the CPU, cuBLAS and cuDNN, Apple's Metal.
-SAYINGS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 FREE, TILE, CHECKPOINT, SPLIT, EIGHT_BIT = "free caches", "VAE tiling", "gradient checkpointing", "smaller microbatches", "8-bit optimiser"
 LADDER = {
@@ -38,13 +36,6 @@ SENTENCES = {
     SPLIT: "each batch goes through the model in smaller pieces from here on; what a step learns from is the same",
     EIGHT_BIT: "the optimiser keeps its memory in 8 bits from here on, and begins it anew",
 }
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether an exception means that the device or the machine has too little memory."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and any(saying in str(error) for saying in SAYINGS)
-    )
 
 
 @dataclass

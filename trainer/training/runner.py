@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from trainer import __version__, config
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, StateError, TrainerError
+from trainer.models.device import ran_out
 from trainer.runs import cache_limits, error_messages, run_folder
 from trainer.runs.console import TerminalLog
 from trainer.runs.events import Event, EventLog, Failed, Launched, Progress, SilentLog, Stopped
@@ -167,7 +168,7 @@ def _train(run: config.RunConfig, folder: Path, log: EventLog, world: "World | N
         with trackers.tracked(run, folder, log) if is_main else nullcontext():
             chosen = train(run, folder, log, world)
     except Exception as error:  # the one place where any error becomes a sentence
-        sentence = error_messages.without_secrets(oom_fallbacks.advice(run) if oom_fallbacks.ran_out(error) else error_messages.explain(error))
+        sentence = error_messages.without_secrets(oom_fallbacks.advice(run) if ran_out(error) else error_messages.explain(error))
         if is_main:
             _fail(folder, log, sentence, error)
         else:

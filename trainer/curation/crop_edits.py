@@ -1,0 +1,23 @@
+"""Moving the crop of an image, as an edit that `history` writes and can undo."""
+
+import json
+from pathlib import Path
+
+from trainer.curation.history import Edit
+from trainer.data import crops
+from trainer.data.captions import stem_of
+from trainer.data.crops import Centre
+from trainer.data.issues import OWN_FOLDER
+
+
+def move(dataset: Path, image: Path, centre: Centre | None) -> Edit:
+    """Returns the edit that moves the crop of an image, or with None resets it to the crop mode.
+
+    Raises `DatasetError` if the centre is not two numbers from 0 to 1.
+    """
+    moved = crops.read(dataset)
+    moved.pop(stem_of(image), None)
+    if centre is not None:
+        moved[stem_of(image)] = crops.centre_of(centre)
+    rows = {stem.relative_to(dataset).as_posix(): point for stem, point in sorted(moved.items())}
+    return Edit(dataset / OWN_FOLDER / crops.FILE, json.dumps(rows, indent=0).encode())
