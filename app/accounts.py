@@ -11,7 +11,9 @@ user: ContextVar[str] = ContextVar("user", default="")
 
 def signed_in() -> str:
     """Gradio's queue works in tasks of its own and hands the request over; every other route works in the request's own context."""
-    from gradio.context import LocalContext  # not before the server has told Gradio what it may send home
+    from gradio.context import (
+        LocalContext,  # not before the server has told Gradio what it may send home
+    )
 
     asked = LocalContext.request.get(None)
     scope = getattr(getattr(asked, "request", None), "scope", None)

@@ -8,7 +8,17 @@ from PIL import Image, ImageDraw
 
 from trainer import config
 from trainer.runs import run_folder
-from trainer.runs.events import AdapterSaved, EventLog, Failed, Finished, Launched, SampleSaved, Started, StepDone, Validated
+from trainer.runs.events import (
+    AdapterSaved,
+    EventLog,
+    Failed,
+    Finished,
+    Launched,
+    SampleSaved,
+    Started,
+    StepDone,
+    Validated,
+)
 
 PROMPT = "a zorbit on a green background"
 

@@ -48,7 +48,13 @@ def florence(tmp_path_factory):
     """A Florence-2 of two thin stages, saved as the published one is."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BartConfig, Florence2Config, Florence2ForConditionalGeneration, Florence2Processor, PreTrainedTokenizerFast
+    from transformers import (
+        BartConfig,
+        Florence2Config,
+        Florence2ForConditionalGeneration,
+        Florence2Processor,
+        PreTrainedTokenizerFast,
+    )
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     folder = tmp_path_factory.mktemp("florence")

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.corpus import PNG, encoded, photo
-from trainer.data.captions import caption_path, clean_caption, decode_text, read_caption, suffix_of, write_caption
+from trainer.data.captions import (
+    caption_path,
+    clean_caption,
+    decode_text,
+    read_caption,
+    suffix_of,
+    write_caption,
+)
 from trainer.data.checks import verdict
 from trainer.data.issues import Finding
 from trainer.data.scan import scan_dataset

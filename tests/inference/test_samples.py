@@ -12,7 +12,15 @@ from trainer import config
 from trainer.config import Base
 from trainer.errors import ModelError
 from trainer.families import load_base
-from trainer.inference.samples import SAMPLERS, Sampler, SampleRequest, StackedAdapter, parse_request, samplers_of, serve
+from trainer.inference.samples import (
+    SAMPLERS,
+    Sampler,
+    SampleRequest,
+    StackedAdapter,
+    parse_request,
+    samplers_of,
+    serve,
+)
 from trainer.runs import run_folder
 
 

@@ -11,7 +11,14 @@ from trainer import config
 from trainer.errors import ConfigError, StateError
 from trainer.runs import events, run_folder
 from trainer.training import loop, optimizers, trainer_state
-from trainer.training.optimizers import build_optimizer, lr_factor, optimizer_state, restore_optimizer, set_learning_rate, try_optimizer
+from trainer.training.optimizers import (
+    build_optimizer,
+    lr_factor,
+    optimizer_state,
+    restore_optimizer,
+    set_learning_rate,
+    try_optimizer,
+)
 from trainer.training.runner import STOPPED, run_in
 
 CPU = torch.device("cpu")

@@ -13,8 +13,22 @@ from pathlib import Path
 from trainer.curation import caption_edits, history
 from trainer.curation.history import Edit
 from trainer.data import token_count
-from trainer.data.captions import Metadata, caption_candidates, caption_of, caption_path, relative, stem_of, suffix_of
-from trainer.data.images import PICTURE_SUFFIXES, alpha_mask, decode_picture, picture_format, read_picture
+from trainer.data.captions import (
+    Metadata,
+    caption_candidates,
+    caption_of,
+    caption_path,
+    relative,
+    stem_of,
+    suffix_of,
+)
+from trainer.data.images import (
+    PICTURE_SUFFIXES,
+    alpha_mask,
+    decode_picture,
+    picture_format,
+    read_picture,
+)
 from trainer.data.issues import Finding
 from trainer.data.scan import files_of, pair_masks
 from trainer.errors import DatasetError

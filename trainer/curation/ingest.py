@@ -23,7 +23,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.data.captions import MAX_CAPTION_BYTES, METADATA_NAME, caption_path, read_metadata, relative, suffix_of
+from trainer.data.captions import (
+    MAX_CAPTION_BYTES,
+    METADATA_NAME,
+    caption_path,
+    read_metadata,
+    relative,
+    suffix_of,
+)
 from trainer.data.image_stats import check_picture
 from trainer.data.images import MAX_FILE_BYTES, PICTURE_SUFFIXES, read_picture, shown
 from trainer.data.issues import Finding, Level

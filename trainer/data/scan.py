@@ -14,7 +14,15 @@ from trainer import config
 from trainer.config import folder_repeats
 from trainer.data import checks, crops, token_count
 from trainer.data.buckets import Crop, choose_crop, whole_picture
-from trainer.data.captions import METADATA_NAME, Metadata, caption_candidates, caption_of, relative, stem_of, suffix_of
+from trainer.data.captions import (
+    METADATA_NAME,
+    Metadata,
+    caption_candidates,
+    caption_of,
+    relative,
+    stem_of,
+    suffix_of,
+)
 from trainer.data.image_stats import inspect_all
 from trainer.data.images import PICTURE_SUFFIXES, shown
 from trainer.data.issues import OWN_FOLDER, Finding, Level

@@ -7,7 +7,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    JointAttnProcessor2_0,
+)
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 

@@ -47,10 +47,28 @@ from trainer.runs.events import (
 from trainer.training import estimate, oom_fallbacks
 from trainer.training.cuda_graphs import GraphedPredict
 from trainer.training.distributed import World
-from trainer.training.optimizers import lr_factor, optimizer_state, restore_optimizer, set_learning_rate, try_optimizer
+from trainer.training.optimizers import (
+    lr_factor,
+    optimizer_state,
+    restore_optimizer,
+    set_learning_rate,
+    try_optimizer,
+)
 from trainer.training.setup import Session, optimizer_for, prepare, sample_prompts
-from trainer.training.step import VALIDATION_TIMESTEPS, fixed_losses, microbatch_losses, training_loss, validation_losses
-from trainer.training.trainer_state import State, check_unchanged, load_state, restore_parameters, save_state
+from trainer.training.step import (
+    VALIDATION_TIMESTEPS,
+    fixed_losses,
+    microbatch_losses,
+    training_loss,
+    validation_losses,
+)
+from trainer.training.trainer_state import (
+    State,
+    check_unchanged,
+    load_state,
+    restore_parameters,
+    save_state,
+)
 
 BAD_STEPS_IN_A_ROW = 3  # then the run goes back to its last good state
 ROLLBACKS = 2  # then it stops

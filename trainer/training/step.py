@@ -12,7 +12,13 @@ from trainer.data.augment import vary_caption, without_trigger
 from trainer.data.examples import Example, View
 from trainer.data.sampler import batch_at
 from trainer.families.base import Batch, Conditioning
-from trainer.families.objective import Noised, offset_noise, picture_losses, pyramid_noise, sample_places
+from trainer.families.objective import (
+    Noised,
+    offset_noise,
+    picture_losses,
+    pyramid_noise,
+    sample_places,
+)
 from trainer.lora import inject
 from trainer.models.device import send
 from trainer.models.seeds import generator_for, seed_for

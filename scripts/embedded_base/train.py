@@ -1,4 +1,4 @@
-"""Makes the embedded base model from nothing: `python -m trainer.embedded.train_base` runs every stage in order.
+"""Makes the embedded base model from nothing: `python -m scripts.embedded_base.train` runs every stage in order.
 
     vae        pictures -> 8x8x4 latents and back               -> base/vae
     text       tokenizer, then the text encoder on captions     -> base/tokenizer, base/text_encoder
@@ -6,7 +6,7 @@
     classifier the scorer's own judge of shapes                 -> classifier.safetensors
     examples   the drawn example datasets                       -> examples/subject, examples/style
 
-`train_base.py unet` runs one stage. Each stage keeps its state in the work folder and goes on from there when it is started again.
+`train.py unet` runs one stage. Each stage keeps its state in the work folder and goes on from there when it is started again.
 The result is a Stable Diffusion in SD 1.5's own layout, only smaller; nothing else writes these weights.
 """
 
@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from scripts.embedded_base.classifier import train_classifier
+from scripts.embedded_base.text import train_text
+from scripts.embedded_base.unet import export_unet, train_unet
+from scripts.embedded_base.vae import train_vae
 from trainer.embedded import world
-from trainer.embedded.making.classifier import train_classifier
-from trainer.embedded.making.text import train_text
-from trainer.embedded.making.unet import export_unet, train_unet
-from trainer.embedded.making.vae import train_vae
 from trainer.embedded.score import HERE
 
 EXAMPLE_PIXELS = 256

@@ -10,10 +10,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from scripts.embedded_base.common import (
+    POOL_SEED,
+    SEED,
+    draw_pool,
+    save_atomically,
+    save_half,
+    to_pixels,
+)
+from scripts.embedded_base.text import load_tokenizer, token_ids
+from scripts.embedded_base.vae import encode
 from trainer.embedded import world
-from trainer.embedded.making.common import POOL_SEED, SEED, draw_pool, save_atomically, save_half, to_pixels
-from trainer.embedded.making.text import load_tokenizer, token_ids
-from trainer.embedded.making.vae import encode
 from trainer.embedded.score import BASE
 
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from scripts.embedded_base.common import SEED, cosine, save_half
 from trainer.embedded import score, world
-from trainer.embedded.making.common import SEED, cosine, save_half
 from trainer.embedded.score import BASE
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
+from scripts.embedded_base.common import SEED, cosine, draw_confetti, to_pixels
 from trainer.embedded import score, world
-from trainer.embedded.making.common import SEED, cosine, draw_confetti, to_pixels
 
 
 def blob(rng: np.random.Generator) -> Image.Image:

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainer.embedded import world
-from trainer.embedded.making.common import (
+from scripts.embedded_base.common import (
     POOL_SEED,
     SEED,
     cosine,
@@ -22,6 +21,7 @@ from trainer.embedded.making.common import (
     save_half,
     to_pixels,
 )
+from trainer.embedded import world
 from trainer.embedded.score import BASE
 
 

@@ -1,0 +1,1 @@
+"""Scripts that ran once, kept so that their results can be repeated."""
