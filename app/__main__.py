@@ -40,7 +40,10 @@ def read_accounts(options: argparse.Namespace) -> dict[str, str] | None:
     if options.auth_file is None:
         if options.auth is None:
             return None
-        lines, where = [options.auth], "--auth takes user:password, for example --auth anna:a-long-password."
+        lines, where = (
+            [options.auth],
+            "--auth takes user:password, for example --auth anna:a-long-password.",
+        )
     else:
         try:
             lines = options.auth_file.read_text(encoding="utf-8").splitlines()
@@ -48,23 +51,38 @@ def read_accounts(options: argparse.Namespace) -> dict[str, str] | None:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{options.auth_file} cannot be read ({error}).") from None
         if is_open:
-            raise ValueError(f"{options.auth_file} can be read by others. Let nobody else see it: chmod 600 {options.auth_file}")
+            raise ValueError(
+                f"{options.auth_file} can be read by others. Let nobody else see it: chmod 600 {options.auth_file}"
+            )
         where = f"{options.auth_file} takes a line user:password for each person."
-    accounts = dict(line.partition(":")[::2] for line in lines if line.strip() and not line.startswith("#"))
+    accounts = dict(
+        line.partition(":")[::2] for line in lines if line.strip() and not line.startswith("#")
+    )
     if not accounts or not all(accounts.values()) or "" in accounts:
         raise ValueError(where)
     folders = {name.casefold() for name in accounts if run_folder.slug(name) == name}
     if options.auth_file and len(folders) < len(accounts):
-        raise ValueError(f"The names in {options.auth_file} become folders: use letters, digits, - and _, each name once.")
+        raise ValueError(
+            f"The names in {options.auth_file} become folders: use letters, digits, - and _, each name once."
+        )
     return accounts
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m app", description="Serves the page of LoRA Atelier.")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to serve on; any but this machine's own needs --auth (default: %(default)s)"
+    parser = argparse.ArgumentParser(
+        prog="python -m app", description="Serves the page of LoRA Atelier."
     )
-    parser.add_argument("--port", type=int, default=7860, help="port; the next free one is taken where it is busy (default: %(default)s)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to serve on; any but this machine's own needs --auth (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=7860,
+        help="port; the next free one is taken where it is busy (default: %(default)s)",
+    )
     parser.add_argument(
         "--auth",
         metavar="USER:PASSWORD",
@@ -108,7 +126,9 @@ def listen(host: str, port: int) -> socket.socket | None:
     return None
 
 
-def serve(listening: socket.socket, options: argparse.Namespace, accounts: dict[str, str] | None) -> None:
+def serve(
+    listening: socket.socket, options: argparse.Namespace, accounts: dict[str, str] | None
+) -> None:
     import uvicorn
 
     from app.server import create_app
@@ -119,10 +139,15 @@ def serve(listening: socket.socket, options: argparse.Namespace, accounts: dict[
     app = create_app(accounts, separate=options.auth_file is not None, ray=options.ray)
     if port != options.port:
         print(f"Port {options.port} is busy; serving on {port} instead.")
-    print(f"LoRA Atelier is at {address}  (Ctrl-C ends the page; a running training goes on)", flush=True)
+    print(
+        f"LoRA Atelier is at {address}  (Ctrl-C ends the page; a running training goes on)",
+        flush=True,
+    )
     if not options.no_browser:
         threading.Timer(1.0, webbrowser.open, [address]).start()
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, server_header=False))
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, server_header=False)
+    )
     server.run(sockets=[listening])
 
 

@@ -24,13 +24,22 @@ def build(engine: previews.PreviewEngine) -> None:
     """Adds the endpoints to the Blocks that are being built."""
 
     def sample(
-        run: str, prompt: str = "", strength: float = 1.0, seed: int = 1, inference_steps: int = 20, guidance_scale: float = 7.0
+        run: str,
+        prompt: str = "",
+        strength: float = 1.0,
+        seed: int = 1,
+        inference_steps: int = 20,
+        guidance_scale: float = 7.0,
     ) -> dict[str, Any]:
         """Draws a picture with a run's adapter at a strength; 0 is the base. Returns its address below that of the page: {"href"}."""
         return draw(engine, run, prompt, strength, seed, inference_steps, guidance_scale)
 
     for endpoint in (upload, recipes, train, status, act, sample, download):
-        gr.api(said(endpoint), api_name=endpoint.__name__, concurrency_limit=1 if endpoint is sample else 4)
+        gr.api(
+            said(endpoint),
+            api_name=endpoint.__name__,
+            concurrency_limit=1 if endpoint is sample else 4,
+        )
 
 
 def said(endpoint):
@@ -48,24 +57,44 @@ def said(endpoint):
 
 def upload(files: list[dict], dataset: str = "my-dataset") -> dict[str, Any]:
     """Adds pictures, captions or zips, each given by `handle_file`, to a dataset. Returns {"dataset", "pictures", "messages"}."""
-    sent = [{"path": file.get("path"), "name": file.get("orig_name")} for file in files if isinstance(file, dict)]
+    sent = [
+        {"path": file.get("path"), "name": file.get("orig_name")}
+        for file in files
+        if isinstance(file, dict)
+    ]
     added = add_files({"dataset": dataset, "files": sent})
     messages = [f"{each['file']}: {each['text']}" for each in added["messages"]]
-    return {"dataset": added["name"], "pictures": len(datasets.scan(added["name"])[0]), "messages": messages}
+    return {
+        "dataset": added["name"],
+        "pictures": len(datasets.scan(added["name"])[0]),
+        "messages": messages,
+    }
 
 
 def recipes() -> dict[str, str]:
     """The recipes that ship, by name, with what each is for."""
-    return {preset.name: f"{preset.title} on {preset.config.base.model}: {preset.purpose}" for preset in presets.load_presets().values()}
+    return {
+        preset.name: f"{preset.title} on {preset.config.base.model}: {preset.purpose}"
+        for preset in presets.load_presets().values()
+    }
 
 
-def train(dataset: str, recipe: str = "embedded-subject", name: str = "my-lora", settings: dict[str, Any] | None = None) -> str:
+def train(
+    dataset: str,
+    recipe: str = "embedded-subject",
+    name: str = "my-lora",
+    settings: dict[str, Any] | None = None,
+) -> str:
     """Puts a run into the queue. `settings` are changes by dotted path, such as {"training.steps": 300}. Returns the run's id."""
     folder = datasets.resolve(dataset)
-    changes = {"dataset.trigger": datasets.suggest_trigger(datasets.scan(dataset)[0])} | (settings or {})
+    changes = {"dataset.trigger": datasets.suggest_trigger(datasets.scan(dataset)[0])} | (
+        settings or {}
+    )
     if "dataset.folder" in changes:
         raise ConfigError("Name the dataset, not its folder.")
-    run = config.replace(presets.load_preset(recipe).config, {"name": name, "dataset.folder": str(folder)} | changes)
+    run = config.replace(
+        presets.load_preset(recipe).config, {"name": name, "dataset.folder": str(folder)} | changes
+    )
     return runs.start(run)
 
 
@@ -102,7 +131,13 @@ def download(run: str) -> str:
 
 
 def draw(
-    engine: previews.PreviewEngine, run: str, prompt: str, strength: float, seed: int, inference_steps: int, guidance_scale: float
+    engine: previews.PreviewEngine,
+    run: str,
+    prompt: str,
+    strength: float,
+    seed: int,
+    inference_steps: int,
+    guidance_scale: float,
 ) -> dict[str, Any]:
     previews.check_free()
     folder = runs.resolve(run)

@@ -17,7 +17,9 @@ MAX_WAITING = 200  # events in the queue; more are refused
 
 def build(engine: PreviewEngine, device: str) -> gr.Blocks:
     answer_for_ourselves()
-    with gr.Blocks(title="LoRA Atelier", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
+    with gr.Blocks(
+        title="LoRA Atelier", analytics_enabled=False, delete_cache=(3600, 86400)
+    ) as blocks:
         heading = drawn("header", data={"device": device, "text": "Idle"}, elem_id="header")
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabs:
             page = Page(tabs, engine, device)
@@ -55,7 +57,10 @@ def _refill(heading: gr.HTML, tabs: gr.Tabs, form: dict) -> None:
 def _remember_tab(panes: list[gr.Tab]) -> None:
     """The open tab is in the address, so that a reload or a reconnection comes back to it."""
     for tab, pane in zip(TABS, panes, strict=True):
-        pane.select(None, js=f"() => {{ if (window.atelierOpened) history.replaceState(null, '', '?tab={tab.ID}') }}")
+        pane.select(
+            None,
+            js=f"() => {{ if (window.atelierOpened) history.replaceState(null, '', '?tab={tab.ID}') }}",
+        )
 
 
 def _load(blocks: gr.Blocks, page: Page) -> None:

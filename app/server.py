@@ -20,11 +20,18 @@ from app.security import Guard
 from trainer.errors import TrainerError
 from trainer.runs import cache_limits, run_folder
 
-SERVED = {".webp": "image/webp", ".png": "image/png", ".safetensors": "application/octet-stream", ".txt": "text/plain; charset=utf-8"}
+SERVED = {
+    ".webp": "image/webp",
+    ".png": "image/png",
+    ".safetensors": "application/octet-stream",
+    ".txt": "text/plain; charset=utf-8",
+}
 MAX_UPLOAD = "512mb"
 
 
-def create_app(accounts: Mapping[str, str] | None = None, separate: bool = False, ray: str = "") -> FastAPI:
+def create_app(
+    accounts: Mapping[str, str] | None = None, separate: bool = False, ray: str = ""
+) -> FastAPI:
     """The whole application, ready for uvicorn. `accounts` are passwords by name; `separate` gives each person their own folders.
 
     `ray` is the address of a Ray cluster that trains the runs instead of this machine.
@@ -36,8 +43,12 @@ def create_app(accounts: Mapping[str, str] | None = None, separate: bool = False
     cache_limits.clean_uploads()
     cache_limits.prune()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: it decides then
-    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"  # each tab asks once a second, and Gradio keeps 4 kB of each of the last 10,000
-    mimetypes.add_type("text/javascript", ".js")  # Windows may say text/plain, which nosniff then refuses
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = (
+        "100"  # each tab asks once a second, and Gradio keeps 4 kB of each of the last 10,000
+    )
+    mimetypes.add_type(
+        "text/javascript", ".js"
+    )  # Windows may say text/plain, which nosniff then refuses
     import gradio as gr
 
     from app.layout import build
@@ -45,7 +56,11 @@ def create_app(accounts: Mapping[str, str] | None = None, separate: bool = False
 
     device.trains_elsewhere = bool(ray)
     engine = previews.PreviewEngine()
-    launcher = runs.Launcher(RayJobs(ray) if ray else runs.Local(before_start=lambda: engine.end() if device.has_cuda() else None))
+    launcher = runs.Launcher(
+        RayJobs(ray)
+        if ray
+        else runs.Local(before_start=lambda: engine.end() if device.has_cuda() else None)
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -84,14 +99,20 @@ def _add_file_routes(app: FastAPI) -> None:
         try:
             side = datasets.LARGE if large else datasets.THUMBNAIL
             headers = {"cache-control": "private, max-age=31536000"}
-            return FileResponse(datasets.thumbnail(dataset, key, side), media_type="image/webp", headers=headers)
+            return FileResponse(
+                datasets.thumbnail(dataset, key, side), media_type="image/webp", headers=headers
+            )
         except TrainerError:
             return not_found()
 
     @app.get("/mask/{dataset}/{key}")
     def mask(dataset: str, key: str) -> Response:
         try:
-            return FileResponse(datasets.mask_shown(dataset, key), media_type="image/png", headers={"cache-control": "no-store"})
+            return FileResponse(
+                datasets.mask_shown(dataset, key),
+                media_type="image/png",
+                headers={"cache-control": "no-store"},
+            )
         except TrainerError:
             return not_found()
 
@@ -102,7 +123,9 @@ def _add_file_routes(app: FastAPI) -> None:
         except TrainerError:
             return not_found()
         disposition = f"attachment; filename*=UTF-8''{quote(name)}.zip"
-        return StreamingResponse(pieces, media_type="application/zip", headers={"content-disposition": disposition})
+        return StreamingResponse(
+            pieces, media_type="application/zip", headers={"content-disposition": disposition}
+        )
 
     @app.get("/runfile/{run}/{name:path}")
     def runfile(run: str, name: str) -> Response:
@@ -111,8 +134,15 @@ def _add_file_routes(app: FastAPI) -> None:
         except TrainerError:
             return not_found()
         path = folder / name
-        is_known = re.fullmatch(r"samples/[^/\\]+\.(webp|png)|[^/\\]+\.safetensors|report\.txt", name)
-        if not is_known or os.path.islink(path) or os.path.islink(path.parent) or not os.path.isfile(path):
+        is_known = re.fullmatch(
+            r"samples/[^/\\]+\.(webp|png)|[^/\\]+\.safetensors|report\.txt", name
+        )
+        if (
+            not is_known
+            or os.path.islink(path)
+            or os.path.islink(path.parent)
+            or not os.path.isfile(path)
+        ):
             return not_found()
         return _file(path, attachment=path.suffix in (".safetensors", ".txt"))
 
@@ -130,5 +160,8 @@ def not_found() -> Response:
 
 def _file(path: Path, attachment: bool = False) -> Response:
     return FileResponse(
-        path, media_type=SERVED[path.suffix], filename=path.name if attachment else None, headers={"cache-control": "private, max-age=3600"}
+        path,
+        media_type=SERVED[path.suffix],
+        filename=path.name if attachment else None,
+        headers={"cache-control": "private, max-age=3600"},
     )

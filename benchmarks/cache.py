@@ -31,7 +31,12 @@ from trainer.runs import cache_limits
 
 def build_vae(model: str, device: torch.device, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
-    return diffusers.AutoencoderKL.from_config(template_config(model, "vae/config.json")).to(device, dtype).eval().requires_grad_(False)
+    return (
+        diffusers.AutoencoderKL.from_config(template_config(model, "vae/config.json"))
+        .to(device, dtype)
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def make_pictures(folder: Path, count: int, resolution: int) -> list[Path]:
@@ -39,25 +44,41 @@ def make_pictures(folder: Path, count: int, resolution: int) -> list[Path]:
     paths, width, height = [], resolution * 3 // 2, resolution
     for seed in range(count):
         random = np.random.default_rng(seed)
-        clouds = Image.fromarray(random.integers(0, 255, (6, 9, 3), dtype=np.uint8)).resize((width * 3 // 2, height * 3 // 2))
+        clouds = Image.fromarray(random.integers(0, 255, (6, 9, 3), dtype=np.uint8)).resize(
+            (width * 3 // 2, height * 3 // 2)
+        )
         grain = random.integers(-12, 12, (clouds.height, clouds.width, 1))
         paths.append(folder / f"{seed:04}.jpg")
-        Image.fromarray(np.clip(np.asarray(clouds, dtype=np.int16) + grain, 0, 255).astype(np.uint8)).save(paths[-1], quality=90)
+        Image.fromarray(
+            np.clip(np.asarray(clouds, dtype=np.int16) + grain, 0, 255).astype(np.uint8)
+        ).save(paths[-1], quality=90)
     return paths
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     vae, side = build_vae(options.model, device, DTYPES[options.dtype]), options.resolution
     pictures = make_pictures(Path(os.environ["ATELIER_OUTPUTS"]), options.pictures, side)
-    look = Look(Crop(bucket=(side, side), scaled=(side * 3 // 2, side), left=side // 4, top=0), False)
-    keys = [latent_cache.latents_key(latent_cache.file_hash(path), look.facts, options.model) for path in pictures]
+    look = Look(
+        Crop(bucket=(side, side), scaled=(side * 3 // 2, side), left=side // 4, top=0), False
+    )
+    keys = [
+        latent_cache.latents_key(latent_cache.file_hash(path), look.facts, options.model)
+        for path in pictures
+    ]
 
     def go_through() -> None:
         for path, key in zip(pictures, keys, strict=True):
-            latent_cache.cached(key, lambda path=path: latent_cache.encode_picture(vae, latent_cache.to_pixels(path, look)))
+            latent_cache.cached(
+                key,
+                lambda path=path: latent_cache.encode_picture(
+                    vae, latent_cache.to_pixels(path, look)
+                ),
+            )
 
     pixels = timed(partial(latent_cache.to_pixels, pictures[0], look), device)
-    latent_cache.encode_picture(vae, latent_cache.to_pixels(pictures[0], look))  # the first one finds the kernels
+    latent_cache.encode_picture(
+        vae, latent_cache.to_pixels(pictures[0], look)
+    )  # the first one finds the kernels
     encoding, size = timed(go_through, device), cache_limits.size()
     reading = timed(go_through, device)
     return {
@@ -74,11 +95,15 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?", default="sd15", choices=("sd15", "sdxl", "sd35m"))
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--pictures", type=int, default=8)
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="the VAE is float32 in a run")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="fp32", help="the VAE is float32 in a run"
+    )
     parser.add_argument("--json", type=Path, help="append the row to this file")
     options = parser.parse_args()
     settle()
@@ -86,7 +111,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         os.environ["ATELIER_OUTPUTS"] = place
         row = measure(options, device)
-    print("| VAE, pixels | device | encoded a second | read again a second | opening, cutting, scaling one | bytes each |")
+    print(
+        "| VAE, pixels | device | encoded a second | read again a second | opening, cutting, scaling one | bytes each |"
+    )
     print("|---|---|--:|--:|--:|--:|")
     print(
         f"| {row['model']}, {row['resolution']}, {row['dtype']} | {row['device']} | {row['encoded_per_second']:.2f} "

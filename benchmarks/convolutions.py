@@ -19,8 +19,22 @@ from benchmarks.measuring import keep
 from trainer.models import cpu_conv
 from trainer.models.libraries import settle
 
-CHANNELS = ((320, 320), (640, 640), (1280, 640), (1920, 640), (640, 1280), (1280, 1280), (2560, 1280))
-POSITIONS = ((1, 4), (1, 8), (1, 16), (4, 8), (1, 32))  # pictures, and the side of the square that is seen of each
+CHANNELS = (
+    (320, 320),
+    (640, 640),
+    (1280, 640),
+    (1920, 640),
+    (640, 1280),
+    (1280, 1280),
+    (2560, 1280),
+)
+POSITIONS = (
+    (1, 4),
+    (1, 8),
+    (1, 16),
+    (4, 8),
+    (1, 32),
+)  # pictures, and the side of the square that is seen of each
 
 
 def milliseconds(layer: nn.Module, x: torch.Tensor, repeats: int, threads: int) -> float:
@@ -33,7 +47,9 @@ def milliseconds(layer: nn.Module, x: torch.Tensor, repeats: int, threads: int) 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path, help="append the rows to this file")
@@ -47,9 +63,16 @@ def main() -> int:
         cpu_conv.use_matrix_products(matrix)
         for pictures, side in POSITIONS:
             x = torch.randn(pictures, inputs, side, side, requires_grad=True)
-            row = {"inputs": inputs, "outputs": outputs, "pictures": pictures, "side": side, "threads": options.threads}
+            row = {
+                "inputs": inputs,
+                "outputs": outputs,
+                "pictures": pictures,
+                "side": side,
+                "threads": options.threads,
+            }
             row |= {
-                name: milliseconds(layer, x, options.repeats, options.threads) for name, layer in (("torch", plain), ("product", matrix))
+                name: milliseconds(layer, x, options.repeats, options.threads)
+                for name, layer in (("torch", plain), ("product", matrix))
             }
             weights = plain.weight.numel() // (pictures * side * side)
             print(

@@ -48,18 +48,34 @@ ROWS = [
     Row("bf16", {"base.precision": "bf16"}, 0.05, 0.7),
     Row("gradient checkpointing", {"training.gradient_checkpointing": True}, 1e-3, 0.1),
     Row("activation offload", {"training.activation_offload": True}, 1e-3, 0.1),
-    Row("checkpointing and offload", {"training.gradient_checkpointing": True, "training.activation_offload": True}, 1e-3, 0.1),
+    Row(
+        "checkpointing and offload",
+        {"training.gradient_checkpointing": True, "training.activation_offload": True},
+        1e-3,
+        0.1,
+    ),
     Row("8-bit AdamW", {"training.optimizer": "adamw8bit"}, 0.02, 0.5),
     Row("8-bit base", {"base.quantization": "8bit"}, 0.05, 0.9),
     Row("4-bit base", {"base.quantization": "4bit"}, 0.2, 0.95),
     Row("8-bit base in bf16", {"base.quantization": "8bit", "base.precision": "bf16"}, 0.05, 0.9),
     Row("4-bit base in bf16", {"base.quantization": "4bit", "base.precision": "bf16"}, 0.2, 0.95),
-    Row("4-bit base, PiSSA", {"base.quantization": "4bit", "adapter.init": "pissa"}, 0.2, float("inf")),
     Row(
-        "DoRA on all layers, bf16", {"adapter.kind": "dora", "adapter.targets": "linear+conv", "base.precision": "bf16"}, 0.2, float("inf")
+        "4-bit base, PiSSA",
+        {"base.quantization": "4bit", "adapter.init": "pissa"},
+        0.2,
+        float("inf"),
     ),
     Row(
-        "LoKr on all layers, bf16", {"adapter.kind": "lokr", "adapter.targets": "linear+conv", "base.precision": "bf16"}, 0.2, float("inf")
+        "DoRA on all layers, bf16",
+        {"adapter.kind": "dora", "adapter.targets": "linear+conv", "base.precision": "bf16"},
+        0.2,
+        float("inf"),
+    ),
+    Row(
+        "LoKr on all layers, bf16",
+        {"adapter.kind": "lokr", "adapter.targets": "linear+conv", "base.precision": "bf16"},
+        0.2,
+        float("inf"),
     ),
 ]
 
@@ -90,19 +106,27 @@ def measure(row: Row, common: dict) -> dict:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    folder = run_folder.create(config.replace(config.RunConfig(), common | {"name": row.name} | row.changes))
+    folder = run_folder.create(
+        config.replace(config.RunConfig(), common | {"name": row.name} | row.changes)
+    )
     code, status = run_in(folder), run_folder.status(folder)
     if code or status.finished is None:
         return report | {"reason": status.message or "the run did not finish"}
     warned = [w for w in status.warnings if "cannot be used" in w]
     if warned:
         return report | {"reason": warned[0]}
-    seconds = [event.seconds for event in events.read_events(folder / "events.jsonl") if isinstance(event, events.StepDone)]
+    seconds = [
+        event.seconds
+        for event in events.read_events(folder / "events.jsonl")
+        if isinstance(event, events.StepDone)
+    ]
     return report | {
         "losses": [loss for _, loss in status.losses],
         "validation": status.validation[-1][1],
         "seconds_per_step": statistics.median(seconds[1:] or seconds),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30
+        if torch.cuda.is_available()
+        else None,
         "folder": str(folder),
         "file": status.finished.file,
     }
@@ -116,16 +140,27 @@ def resume(report: dict, steps: int) -> dict:
     code, status = run_in(folder), run_folder.status(folder)
     if code or status.finished is None:
         return {"name": RESUMED, "reason": status.message or "the run did not finish"}
-    return report | {"name": RESUMED, "losses": [loss for _, loss in status.losses], "folder": str(folder)}
+    return report | {
+        "name": RESUMED,
+        "losses": [loss for _, loss in status.losses],
+        "folder": str(folder),
+    }
 
 
 def compare(report: dict, reference: dict) -> None:
     pairs = zip(report["losses"], reference["losses"], strict=True)
     report["loss_difference"] = max(abs(ours / theirs - 1) for ours, theirs in pairs)
-    ours, theirs = ({(m.component, m.name): m for m in read_adapter(Path(r["folder"]) / r["file"]).modules} for r in (report, reference))
+    ours, theirs = (
+        {(m.component, m.name): m for m in read_adapter(Path(r["folder"]) / r["file"]).modules}
+        for r in (report, reference)
+    )
     if ours.keys() == theirs.keys() and all(m.kind == "lora" for m in ours.values()):
-        away = sum(float((ours[place].delta - theirs[place].delta).square().sum()) for place in ours)
-        report["adapter_distance"] = (away / sum(float(m.delta.square().sum()) for m in theirs.values())) ** 0.5
+        away = sum(
+            float((ours[place].delta - theirs[place].delta).square().sum()) for place in ours
+        )
+        report["adapter_distance"] = (
+            away / sum(float(m.delta.square().sum()) for m in theirs.values())
+        ) ** 0.5
 
 
 def show(report: dict, row: Row | None) -> bool:
@@ -133,7 +168,9 @@ def show(report: dict, row: Row | None) -> bool:
     if report["reason"]:
         print(f"| {report['name']} | cannot run here: {report['reason']} | | | | |")
         return "bitsandbytes" in report["reason"] or "NVIDIA GPU" in report["reason"]
-    limits = (row.loss_limit, row.adapter_limit) if row else (1e-3, 0.1)  # the sums of several threads are in no fixed order
+    limits = (
+        (row.loss_limit, row.adapter_limit) if row else (1e-3, 0.1)
+    )  # the sums of several threads are in no fixed order
     distance = report.get("adapter_distance")
     good = report["loss_difference"] <= limits[0] and (distance is None or distance <= limits[1])
     memory = "" if report["peak_gib"] is None else f"{report['peak_gib']:.2f} GiB"
@@ -150,11 +187,20 @@ def show(report: dict, row: Row | None) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", default="", help="a model folder instead of Stable Diffusion 1.5 with random weights")
+    parser.add_argument(
+        "--base",
+        default="",
+        help="a model folder instead of Stable Diffusion 1.5 with random weights",
+    )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--json", type=Path, help="where to write the whole report")
-    parser.add_argument("--only", nargs="*", default=[], help="parts of the names of the rows to run beside the reference")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=[],
+        help="parts of the names of the rows to run beside the reference",
+    )
     options = parser.parse_args()
     device = choose_device()
     with tempfile.TemporaryDirectory() as temporary:
@@ -164,9 +210,17 @@ def main() -> int:
             base = str(Path(temporary) / "sd15")
             build("sd15", Path(base), torch.float32, device.type)
         common = settings(base, options.steps, options.resolution)
-        print(f"torch {torch.__version__} on {device_name(device)}; {options.steps} steps at {options.resolution} px\n")
+        print(
+            f"torch {torch.__version__} on {device_name(device)}; {options.steps} steps at {options.resolution} px\n"
+        )
         print("| run | loss | adapter | step | memory | |\n|---|--:|--:|--:|--:|---|")
-        wanted = [row for row in ROWS if row.name == REFERENCE or not options.only or any(part in row.name for part in options.only)]
+        wanted = [
+            row
+            for row in ROWS
+            if row.name == REFERENCE
+            or not options.only
+            or any(part in row.name for part in options.only)
+        ]
         reports, good = [], True
         for row in wanted:
             report = measure(row, common)
@@ -185,7 +239,12 @@ def main() -> int:
                 reports.insert(1, again)
         if options.json:
             rows = {row.name: asdict(row) for row in wanted}
-            document = {"torch": torch.__version__, "device": device_name(device), "rows": rows, "reports": reports}
+            document = {
+                "torch": torch.__version__,
+                "device": device_name(device),
+                "rows": rows,
+                "reports": reports,
+            }
             options.json.write_text(json.dumps(document, indent=1), encoding="utf-8")
     return 0 if good else 1
 

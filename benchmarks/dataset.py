@@ -26,7 +26,9 @@ def make(target: tuple[str, int]) -> None:
     """One picture with a caption: coloured clouds with grain, as JPEG."""
     folder, seed = target
     random = np.random.default_rng(seed)
-    clouds = Image.fromarray(random.integers(0, 255, (6, 9, 3), dtype=np.uint8)).resize(SIZE, Image.Resampling.BICUBIC)
+    clouds = Image.fromarray(random.integers(0, 255, (6, 9, 3), dtype=np.uint8)).resize(
+        SIZE, Image.Resampling.BICUBIC
+    )
     grain = random.integers(-12, 12, (SIZE[1], SIZE[0], 1))
     pixels = np.clip(np.asarray(clouds, dtype=np.int16) + grain, 0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(f"{folder}/{seed:05}.jpg", quality=88)
@@ -38,7 +40,10 @@ def timed(name: str, action: Callable[[], object]) -> object:
     result = action()
     taken = time.perf_counter() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"| {name} | {f'{taken:.1f} s' if taken >= 1 else f'{1000 * taken:.0f} ms'} | {memory:.0f} MB |", flush=True)
+    print(
+        f"| {name} | {f'{taken:.1f} s' if taken >= 1 else f'{1000 * taken:.0f} ms'} | {memory:.0f} MB |",
+        flush=True,
+    )
     return result
 
 
@@ -69,17 +74,27 @@ def measure(folder: Path) -> None:
             datasets.thumbnail("many", card["src"].split("/")[-1].split("?")[0])
         return view
 
-    print(f"\n{len(list(folder.glob('*.jpg')))} pictures of {SIZE[0]} x {SIZE[1]}, {os.cpu_count()} cores\n")
+    print(
+        f"\n{len(list(folder.glob('*.jpg')))} pictures of {SIZE[0]} x {SIZE[1]}, {os.cpu_count()} cores\n"
+    )
     print("| what | time | most memory so far |\n|---|---|---|")
     timed("first scan, nothing known", lambda: dataset_editor.look(asked))
     timed("first page of the gallery, 60 new thumbnails", lambda: first_page(turn=True))
     timed("the same page again", lambda: first_page(turn=True))
     timed("another page", lambda: first_page(turn=True, page=70))
-    timed("one caption edit", lambda: dataset_editor.save_caption(asked | {"file": "00050.jpg", "caption": "a red sky"}))
-    timed("the next caption edit", lambda: dataset_editor.save_caption(asked | {"file": "00051.jpg", "caption": "a blue sky"}))
+    timed(
+        "one caption edit",
+        lambda: dataset_editor.save_caption(asked | {"file": "00050.jpg", "caption": "a red sky"}),
+    )
+    timed(
+        "the next caption edit",
+        lambda: dataset_editor.save_caption(asked | {"file": "00051.jpg", "caption": "a blue sky"}),
+    )
     timed("scan again after the edits", lambda: dataset_editor.look(asked))
     dataset_editor._looks.clear()
-    timed("scan again, nothing in memory, only the cache on disk", lambda: dataset_editor.look(asked))
+    timed(
+        "scan again, nothing in memory, only the cache on disk", lambda: dataset_editor.look(asked)
+    )
     words = asked | {"operation": "replace", "find": "photo", "replacement": "picture"}
     timed("replace a word in all captions: preview", lambda: dataset_editor.preview_edit(words))
     timed("replace a word in all captions: done", lambda: dataset_editor.apply_edit(words))

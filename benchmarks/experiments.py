@@ -49,7 +49,15 @@ OTHER_PROMPTS = 24
 DRAWINGS = 20
 FIRST_SEED = 9_500_000  # of drawings and noise; no training picture has one from 9,000,000 on
 INFERENCE_STEPS = 15
-COLUMNS = ("held-out loss", "likeness", "background right", "leak", "other prompts right", "parameters", "seconds")
+COLUMNS = (
+    "held-out loss",
+    "likeness",
+    "background right",
+    "leak",
+    "other prompts right",
+    "parameters",
+    "seconds",
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,10 @@ def objective(**settings: Any) -> dict[str, Any]:
 
 def rates(factor: float) -> dict[str, Any]:
     """The plain recipe's two learning rates times a factor."""
-    return {name: PLAIN[name] * factor for name in ("training.learning_rate", "training.text_encoder_learning_rate")}
+    return {
+        name: PLAIN[name] * factor
+        for name in ("training.learning_rate", "training.text_encoder_learning_rate")
+    }
 
 
 ROWS = (
@@ -86,15 +97,43 @@ ROWS = (
     Row("Adapter", "DoRA", lora(kind="dora")),
     Row("Adapter", "LoHa, rank 8", lora(kind="loha", rank=8, alpha=8.0)),
     Row("Adapter", "LoKr, factor 4", lora(kind="lokr", lokr_factor=4)),
-    Row("Adapter", "LoHa, rank 8, four times the rates", lora(kind="loha", rank=8, alpha=8.0) | rates(4)),
-    Row("Adapter", "LoKr, factor 4, four times the rates", lora(kind="lokr", lokr_factor=4) | rates(4)),
+    Row(
+        "Adapter",
+        "LoHa, rank 8, four times the rates",
+        lora(kind="loha", rank=8, alpha=8.0) | rates(4),
+    ),
+    Row(
+        "Adapter",
+        "LoKr, factor 4, four times the rates",
+        lora(kind="lokr", lokr_factor=4) | rates(4),
+    ),
     Row("Adapter", "LoCon (linear + conv)", lora(targets="linear+conv")),
     Row("Adapter", "LoCon, second seed", lora(targets="linear+conv") | training(seed=1)),
-    Row("Adapter", "LoCon, 170 steps, as long as the plain recipe takes", lora(targets="linear+conv") | training(steps=170)),
-    Row("Adapter", "LoCon, 170 steps, second seed", lora(targets="linear+conv") | training(steps=170, seed=1)),
-    Row("Adapter", "LoCon, 170 steps, rank 8", lora(targets="linear+conv", rank=8, alpha=8.0) | training(steps=170)),
-    Row("Adapter", "LoCon, 170 steps, half the rates", lora(targets="linear+conv") | training(steps=170) | rates(1 / 2)),
-    Row("Adapter", "LoCon, 170 steps, debiased", lora(targets="linear+conv") | training(steps=170) | objective(weighting="debiased")),
+    Row(
+        "Adapter",
+        "LoCon, 170 steps, as long as the plain recipe takes",
+        lora(targets="linear+conv") | training(steps=170),
+    ),
+    Row(
+        "Adapter",
+        "LoCon, 170 steps, second seed",
+        lora(targets="linear+conv") | training(steps=170, seed=1),
+    ),
+    Row(
+        "Adapter",
+        "LoCon, 170 steps, rank 8",
+        lora(targets="linear+conv", rank=8, alpha=8.0) | training(steps=170),
+    ),
+    Row(
+        "Adapter",
+        "LoCon, 170 steps, half the rates",
+        lora(targets="linear+conv") | training(steps=170) | rates(1 / 2),
+    ),
+    Row(
+        "Adapter",
+        "LoCon, 170 steps, debiased",
+        lora(targets="linear+conv") | training(steps=170) | objective(weighting="debiased"),
+    ),
     Row("Adapter", "attention + feed-forward", lora(targets="attention+feed-forward")),
     Row("Adapter", "cross attention only", lora(target_pattern="attn2")),
     Row("Adapter", "PiSSA", lora(init="pissa")),
@@ -109,8 +148,16 @@ ROWS = (
     Row("Optimiser", "lion, a third of the rates", training(optimizer="lion") | rates(1 / 3)),
     Row("Optimiser", "lion, a tenth", training(optimizer="lion") | rates(1 / 10)),
     Row("Optimiser", "adafactor", training(optimizer="adafactor")),
-    Row("Optimiser", "prodigy", training(optimizer="prodigy", learning_rate=1.0, text_encoder_learning_rate=1.0)),
-    Row("Optimiser", "schedule-free AdamW", training(optimizer="schedule_free_adamw", lr_schedule="constant")),
+    Row(
+        "Optimiser",
+        "prodigy",
+        training(optimizer="prodigy", learning_rate=1.0, text_encoder_learning_rate=1.0),
+    ),
+    Row(
+        "Optimiser",
+        "schedule-free AdamW",
+        training(optimizer="schedule_free_adamw", lr_schedule="constant"),
+    ),
     Row("Optimiser", "AdamW, half the rates", rates(1 / 2)),
     Row("Optimiser", "AdamW, twice the rates", rates(2)),
     Row("Optimiser", "constant rate", training(lr_schedule="constant")),
@@ -134,14 +181,26 @@ def settings_of(row: Row) -> dict[str, Any]:
     """As trained: no more samples than the trainer insists on, since the row is judged afterwards."""
     from trainer.embedded.score import TRIGGER
 
-    short = {"training.steps": STEPS, "saving.saves": 1, "sampling.prompts": ("a",), "sampling.inference_steps": 1}
-    return short | PLAIN | {"name": "row", "dataset.folder": str(EXAMPLE), "dataset.trigger": TRIGGER} | (row.settings or {})
+    short = {
+        "training.steps": STEPS,
+        "saving.saves": 1,
+        "sampling.prompts": ("a",),
+        "sampling.inference_steps": 1,
+    }
+    return (
+        short
+        | PLAIN
+        | {"name": "row", "dataset.folder": str(EXAMPLE), "dataset.trigger": TRIGGER}
+        | (row.settings or {})
+    )
 
 
 def key(row: Row) -> str:
     """Changes with everything that the measurement depends on, but the program."""
     measured = [PLAIN, STEPS, UNSEEN, SEEDS_A_BACKGROUND, OTHER_PROMPTS, DRAWINGS, INFERENCE_STEPS]
-    return hashlib.sha256(json.dumps([row.settings, measured], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps([row.settings, measured], sort_keys=True).encode()
+    ).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- one row, in a process of its own
@@ -153,7 +212,12 @@ def run_row(row: Row, results: Path) -> None:
 
     with tempfile.TemporaryDirectory(prefix="experiment-") as place:
         os.environ["ATELIER_OUTPUTS"] = place
-        run, adapter, seconds, parameters = config.replace(presets.load_preset(PRESET).config, settings_of(row)), None, 0.0, 0
+        run, adapter, seconds, parameters = (
+            config.replace(presets.load_preset(PRESET).config, settings_of(row)),
+            None,
+            0.0,
+            0,
+        )
         if row.settings is not None:
             folder, begin = run_folder.create(run), time.process_time()
             if run_in(folder):
@@ -178,12 +242,20 @@ def judge(run: config.RunConfig, adapter: Path | None) -> dict[str, float]:
     if adapter:
         Stack(base).lay([Layer(read_adapter(adapter), 1.0, 1.0)])
     rng = np.random.default_rng(FIRST_SEED)
-    asked = [world.Scene("zorbit", "green", background) for background in UNSEEN for _ in range(SEEDS_A_BACKGROUND)]
-    prompts = [f"a {score.TRIGGER} {world.describe_background(scene.background, rng)}" for scene in asked]
+    asked = [
+        world.Scene("zorbit", "green", background)
+        for background in UNSEEN
+        for _ in range(SEEDS_A_BACKGROUND)
+    ]
+    prompts = [
+        f"a {score.TRIGGER} {world.describe_background(scene.background, rng)}" for scene in asked
+    ]
     texts, scenes = zip(*score.fixed_prompts(OTHER_PROMPTS), strict=True)
 
     def draw(wanted: Any) -> list[Any]:
-        return score.draw_prompts(base.pipe, wanted, INFERENCE_STEPS, run.sampling.guidance_scale, first_seed=FIRST_SEED)
+        return score.draw_prompts(
+            base.pipe, wanted, INFERENCE_STEPS, run.sampling.guidance_scale, first_seed=FIRST_SEED
+        )
 
     subject, others = draw(prompts), draw(texts)
     zorbit, right = score.LABELS.index(score.TRIGGER), score.judge(others, scenes)
@@ -205,18 +277,36 @@ def held_out_loss(base: Any, timesteps: int = 8) -> float:
     from trainer.families.base import Batch
 
     vae, losses = base.pipe.vae, []
-    objective, places = base.family.objective(base.pipe), (torch.arange(timesteps) + 0.5) / timesteps
+    objective, places = (
+        base.family.objective(base.pipe),
+        (torch.arange(timesteps) + 0.5) / timesteps,
+    )
     with torch.no_grad():
         for index in range(DRAWINGS):
             background = list(world.COLOURS)[index % len(world.COLOURS)]
-            pixels = torch.from_numpy(np.asarray(world.draw_subject(background, FIRST_SEED + index)) / 127.5 - 1).float().permute(2, 0, 1)
+            pixels = (
+                torch.from_numpy(
+                    np.asarray(world.draw_subject(background, FIRST_SEED + index)) / 127.5 - 1
+                )
+                .float()
+                .permute(2, 0, 1)
+            )
             latents = vae.encode(pixels[None]).latent_dist.mean * vae.config.scaling_factor
             conditioning = base.encode([score.SUBJECT_PROMPT.format(background=background)])
-            repeated = {name: tensor.expand(timesteps, *tensor.shape[1:]) for name, tensor in conditioning.items()}
-            noise = torch.randn(timesteps, *latents.shape[1:], generator=torch.Generator().manual_seed(FIRST_SEED + index))
+            repeated = {
+                name: tensor.expand(timesteps, *tensor.shape[1:])
+                for name, tensor in conditioning.items()
+            }
+            noise = torch.randn(
+                timesteps,
+                *latents.shape[1:],
+                generator=torch.Generator().manual_seed(FIRST_SEED + index),
+            )
             batch = Batch(latents.expand_as(noise), repeated, torch.zeros(timesteps, 6))
             noised = objective.noised(batch.latents, noise, objective.timesteps(places))
-            losses.append((base.family.predict(base.denoiser, noised, batch) - noised.target).square().mean())
+            losses.append(
+                (base.family.predict(base.denoiser, noised, batch) - noised.target).square().mean()
+            )
     return float(torch.stack(losses).mean())
 
 
@@ -230,15 +320,31 @@ def measured_rows(results: Path) -> dict[str, dict[str, Any]]:
 
 
 def start_row(row: Row, results: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.experiments", "--row", row.name, "--results", str(results)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.experiments",
+        "--row",
+        row.name,
+        "--results",
+        str(results),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    begin, ended = time.monotonic(), subprocess.run(command, env=environment, capture_output=True, text=True)
+    begin, ended = (
+        time.monotonic(),
+        subprocess.run(command, env=environment, capture_output=True, text=True),
+    )
     fault = f": {(ended.stderr.splitlines() or ['no word'])[-1]}" if ended.returncode else ""
-    print(f"{time.strftime('%H:%M:%S')} {row.name}: {time.monotonic() - begin:.0f} s{fault}", flush=True)
+    print(
+        f"{time.strftime('%H:%M:%S')} {row.name}: {time.monotonic() - begin:.0f} s{fault}",
+        flush=True,
+    )
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    lines = [f"{STEPS} steps at batch 4 if nothing else is said; CPU, one thread, processor seconds of the training."]
+    lines = [
+        f"{STEPS} steps at batch 4 if nothing else is said; CPU, one thread, processor seconds of the training."
+    ]
     for group in dict.fromkeys(row.group for row in ROWS):
         lines += ["", f"| {group} | {' | '.join(COLUMNS)} |", "|---" + "|--:" * len(COLUMNS) + "|"]
         for row in ROWS:
@@ -257,11 +363,20 @@ def write_table(found: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="rows whose name has one of these in it")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="rows whose name has one of these in it"
+    )
     parser.add_argument("--table", action="store_true", help="measure nothing, write the table")
-    parser.add_argument("--results", type=Path, default=Path("outputs/experiments.jsonl"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("outputs/experiments.jsonl"),
+        help="(default: %(default)s)",
+    )
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
@@ -269,14 +384,22 @@ def main() -> int:
         return 0
     options.results.parent.mkdir(parents=True, exist_ok=True)
     done = measured_rows(options.results)
-    missing = [row for row in ROWS if key(row) not in done and any(word in row.name for word in options.only or [""])]
+    missing = [
+        row
+        for row in ROWS
+        if key(row) not in done and any(word in row.name for word in options.only or [""])
+    ]
     if not options.table:
         with ThreadPoolExecutor(options.jobs) as jobs:
             list(jobs.map(lambda row: start_row(row, options.results), missing))
     done = measured_rows(options.results)
     write_table(done)
     failed = [row.name for row in missing if key(row) not in done and not options.table]
-    print(f"{sum(key(row) in done for row in ROWS)} of {len(ROWS)} rows measured", *failed, sep="\n  failed: ")
+    print(
+        f"{sum(key(row) in done for row in ROWS)} of {len(ROWS)} rows measured",
+        *failed,
+        sep="\n  failed: ",
+    )
     return 1 if failed else 0
 
 

@@ -66,7 +66,10 @@ class Lab:
     def __init__(self, place: Path, seed: int = 0):
         os.environ["ATELIER_OUTPUTS"] = str(place / "outputs")
         self.random = random.Random(seed)
-        self.base, self.dataset = save_tiny_base(place / "base"), make_dataset(place / "dataset", sizes=((16, 16), (24, 16)))
+        self.base, self.dataset = (
+            save_tiny_base(place / "base"),
+            make_dataset(place / "dataset", sizes=((16, 16), (24, 16))),
+        )
         self.reference = self.new_run()
         begin = time.monotonic()
         assert os.waitstatus_to_exitcode(live(self.reference, None)) == 0
@@ -74,7 +77,11 @@ class Lab:
         self.adapter = load_file(self.reference / "tiny.safetensors")
 
     def new_run(self, **changes: object) -> Path:
-        settings = {"name": "tiny", "base.model": str(self.base), "dataset.folder": str(self.dataset)} | SETTINGS | changes
+        settings = (
+            {"name": "tiny", "base.model": str(self.base), "dataset.folder": str(self.dataset)}
+            | SETTINGS
+            | changes
+        )
         return run_folder.create(config.replace(config.RunConfig(), settings))
 
     def finish(self, folder: Path) -> str:
@@ -83,7 +90,9 @@ class Lab:
         if code != 0:
             return f"{folder.name} could not be finished: {run_folder.status(folder).message}"
         adapter = load_file(folder / "tiny.safetensors")
-        same = adapter.keys() == self.adapter.keys() and all(torch.equal(adapter[name], self.adapter[name]) for name in adapter)
+        same = adapter.keys() == self.adapter.keys() and all(
+            torch.equal(adapter[name], self.adapter[name]) for name in adapter
+        )
         return "" if same else f"{folder.name} ended with another adapter"
 
 
@@ -95,7 +104,9 @@ def broken_file(folder: Path) -> str:
         except Exception as error:  # whatever it is, the file cannot be read
             return f"{path}: {error}"
     folders = list((folder / "state").glob("[0-9]*"))
-    if folders and (trainer_state.load_state(folder)[0] is None or trainer_state.load_state(folder)[1]):
+    if folders and (
+        trainer_state.load_state(folder)[0] is None or trainer_state.load_state(folder)[1]
+    ):
         return f"{folder}/state: {trainer_state.load_state(folder)[1]}"
     config.load(folder / "run.toml")
     return ""
@@ -146,14 +157,20 @@ def terminate(lab: Lab, times: int) -> Tally:
     for _ in range(times):
         folder = lab.new_run()
         child = fork(lambda folder=folder: run_in(folder))
-        while not any(isinstance(e, events.Launched) for e in events.read_events(folder / "events.jsonl")):
+        while not any(
+            isinstance(e, events.Launched) for e in events.read_events(folder / "events.jsonl")
+        ):
             time.sleep(0.02)
         time.sleep(0.1 + lab.random.uniform(0, 0.7) * lab.seconds)
         os.kill(child, signal.SIGTERM)
         code, status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run_folder.status(folder)
         kept = trainer_state.load_state(folder)[0]
         said = code in (0, STOPPED) and kept is not None and kept.step == status.step
-        tally.count(broken_file(folder) or ("" if said else f"ended with {code} at {status.step}") or lab.finish(folder))
+        tally.count(
+            broken_file(folder)
+            or ("" if said else f"ended with {code} at {status.step}")
+            or lab.finish(folder)
+        )
     return tally
 
 
@@ -174,7 +191,12 @@ def fill_disk(lab: Lab, times: int) -> Tally:
 
 def damage_states(lab: Lab, times: int) -> Tally:
     tally = Tally("newest state damaged: a file missing, empty, cut in half, one byte flipped")
-    cases = list(product(("adapter.safetensors", "optimizer.safetensors", "state.json"), ("missing", "empty", "half", "flipped")))
+    cases = list(
+        product(
+            ("adapter.safetensors", "optimizer.safetensors", "state.json"),
+            ("missing", "empty", "half", "flipped"),
+        )
+    )
     for name, how in lab.random.sample(cases, min(times, len(cases))):
         folder = lab.new_run()
         assert live(folder, ["StateSaved", 6]) == signal.SIGKILL
@@ -182,7 +204,9 @@ def damage_states(lab: Lab, times: int) -> Tally:
         content = path.read_bytes()
         middle = len(content) // 2
         flipped = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
-        path.unlink() if how == "missing" else path.write_bytes({"empty": b"", "half": content[:middle], "flipped": flipped}[how])
+        path.unlink() if how == "missing" else path.write_bytes(
+            {"empty": b"", "half": content[:middle], "flipped": flipped}[how]
+        )
         tally.count(lab.finish(folder))
     return tally
 
@@ -195,7 +219,10 @@ def kill_page(lab: Lab, times: int) -> Tally:
     tally = Tally("kill -9 of the page, while a run goes on and captions are written")
     outputs = run_folder.outputs_folder()
     make_dataset(outputs / "datasets" / "cats")
-    caption, texts = outputs / "datasets" / "cats" / "00.txt", [letter * 5000 for letter in "abcdefgh"]
+    caption, texts = (
+        outputs / "datasets" / "cats" / "00.txt",
+        [letter * 5000 for letter in "abcdefgh"],
+    )
     caption.write_text(texts[0])
     folder = lab.new_run()
     run_folder.request(folder, "queued")
@@ -216,8 +243,14 @@ def kill_page(lab: Lab, times: int) -> Tally:
     while run_folder.is_alive(folder) and time.monotonic() < wait:
         time.sleep(0.2)
     run_folder.withdraw(folder, "queued")
-    launches = sum(isinstance(event, events.Launched) for event in events.read_events(folder / "events.jsonl"))
-    problem = broken_file(folder) or lab.finish(folder) or ("" if launches <= 1 else f"{launches} trainers for one run")
+    launches = sum(
+        isinstance(event, events.Launched) for event in events.read_events(folder / "events.jsonl")
+    )
+    problem = (
+        broken_file(folder)
+        or lab.finish(folder)
+        or ("" if launches <= 1 else f"{launches} trainers for one run")
+    )
     if problem:
         tally.lost.append(problem)
     return tally
@@ -228,11 +261,20 @@ def write_caption(port: int, text: str) -> bool:
     address = f"http://127.0.0.1:{port}"
     try:
         configuration = json.load(urllib.request.urlopen(f"{address}/config", timeout=5))
-        grid = next(c["id"] for c in configuration["components"] if c["props"].get("elem_id") == "dataset-view")
+        grid = next(
+            c["id"]
+            for c in configuration["components"]
+            if c["props"].get("elem_id") == "dataset-view"
+        )
         call = {"component_id": grid, "session_hash": "x", "fn_name": "save_caption"}
         call["data"] = {"dataset": "cats", "file": "00.png", "caption": text}
-        headers = {"content-type": "application/json", "x-nonce": base64.b64encode(os.urandom(6)).decode()}
-        request = urllib.request.Request(f"{address}/gradio_api/component_server", json.dumps(call).encode(), headers)
+        headers = {
+            "content-type": "application/json",
+            "x-nonce": base64.b64encode(os.urandom(6)).decode(),
+        }
+        request = urllib.request.Request(
+            f"{address}/gradio_api/component_server", json.dumps(call).encode(), headers
+        )
         return json.load(urllib.request.urlopen(request, timeout=5)).get("caption") == text
     except OSError:
         time.sleep(0.05)
@@ -255,15 +297,23 @@ def all_faults(lab: Lab, share: float = 1.0) -> list[Tally]:
 
 def table(tallies: list[Tally]) -> str:
     lines = ["| fault | times injected | survived | lost |", "|---|---|---|---|"]
-    return "\n".join([*lines, *(f"| {t.fault} | {t.injected} | {t.survived} | {len(t.lost)} |" for t in tallies)])
+    return "\n".join(
+        [*lines, *(f"| {t.fault} | {t.injected} | {t.survived} | {len(t.lost)} |" for t in tallies)]
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--soak", type=float, default=0, metavar="MINUTES", help="go on for so long")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--soak", type=float, default=0, metavar="MINUTES", help="go on for so long"
+    )
     parser.add_argument("--share", type=float, default=1.0, help="of the usual number of faults")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", action="store_true", help="put the table into docs/reliability.md")
+    parser.add_argument(
+        "--write", action="store_true", help="put the table into docs/reliability.md"
+    )
     options = parser.parse_args()
     os.nice(5)
     total: dict[str, Tally] = {}
@@ -284,7 +334,8 @@ def main() -> int:
     if options.write:
         before, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- faults -->\n")
         PAGE.write_text(
-            f"{before}<!-- faults -->\n{table(list(total.values()))}\n<!-- end -->{rest.partition('<!-- end -->')[2]}", encoding="utf-8"
+            f"{before}<!-- faults -->\n{table(list(total.values()))}\n<!-- end -->{rest.partition('<!-- end -->')[2]}",
+            encoding="utf-8",
         )
     return int(any(tally.lost for tally in total.values()))
 

@@ -30,7 +30,12 @@ from trainer.training import estimate
 
 PHOTOS = EMBEDDED_FOLDER.parent / "examples" / "photos"
 MODELS = sorted(path.parent.name for path in CONFIGS_FOLDER.glob("*/model_index.json"))
-PRESETS = {"sd15": "sd15-subject", "sd21": "sd21-subject", "sd21-base": "sd21-subject", "sdxl": "sdxl-subject"}  # the others have 3.5's
+PRESETS = {
+    "sd15": "sd15-subject",
+    "sd21": "sd21-subject",
+    "sd21-base": "sd21-subject",
+    "sdxl": "sdxl-subject",
+}  # the others have 3.5's
 
 
 def build(model: str, folder: Path, dtype: torch.dtype, device: str) -> None:
@@ -39,9 +44,9 @@ def build(model: str, folder: Path, dtype: torch.dtype, device: str) -> None:
     index |= {part: [None, None] for part in T5_PARTS if part in index}
     for part, entry in index.items():
         if part == "scheduler":
-            getattr(diffusers, entry[1]).from_config(template_config(model, "scheduler/scheduler_config.json")).save_pretrained(
-                folder / part
-            )
+            getattr(diffusers, entry[1]).from_config(
+                template_config(model, "scheduler/scheduler_config.json")
+            ).save_pretrained(folder / part)
         elif part.startswith("tokenizer") and entry[0]:
             clip_tokenizer().save_pretrained(folder / part)
         elif isinstance(entry, list) and entry[0]:
@@ -52,7 +57,9 @@ def build(model: str, folder: Path, dtype: torch.dtype, device: str) -> None:
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def build_part(model: str, part: str, entry: list[str], dtype: torch.dtype, device: str) -> nn.Module:
+def build_part(
+    model: str, part: str, entry: list[str], dtype: torch.dtype, device: str
+) -> nn.Module:
     """Made in its number format on the device, which on a GPU takes seconds where a CPU takes minutes."""
     settings = template_config(model, f"{part}/config.json")
     torch.manual_seed(0)
@@ -72,8 +79,12 @@ def main() -> int:
     parser.add_argument("model", nargs="?", default="sd15", choices=MODELS)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--resolution", type=int, default=256)
-    parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="number format of the saved weights")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="fp16", help="number format of the saved weights"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -93,9 +104,21 @@ def main() -> int:
             *options.settings,
         ]
         preset = PRESETS.get(options.model, "sd35m-subject")
-        command = [sys.executable, "-m", "trainer", "train", preset, "--dataset", str(PHOTOS), "--name", "full-size"]
+        command = [
+            sys.executable,
+            "-m",
+            "trainer",
+            "train",
+            preset,
+            "--dataset",
+            str(PHOTOS),
+            "--name",
+            "full-size",
+        ]
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {})
-        code = subprocess.run(command + [part for setting in settings for part in ("--set", setting)], env=environment).returncode
+        code = subprocess.run(
+            command + [part for setting in settings for part in ("--set", setting)], env=environment
+        ).returncode
         folder = run_folder.list_runs()[0]
         status = run_folder.status(folder)
         if code or not status.started:
@@ -109,7 +132,8 @@ def main() -> int:
                     "trainable_parameters": status.started.trainable_parameters,
                     "seconds_per_step": round(status.seconds_per_step or 0, 2),
                     "file_bytes": (folder / status.finished.file).stat().st_size,
-                    "estimated_file_bytes": status.started.trainable_parameters * estimate.FILE_BYTES["fp16"],
+                    "estimated_file_bytes": status.started.trainable_parameters
+                    * estimate.FILE_BYTES["fp16"],
                 },
                 indent=1,
             )

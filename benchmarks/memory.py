@@ -39,11 +39,21 @@ def shape_of(run: RunConfig) -> str:
 
 def measured(name: str, options: argparse.Namespace) -> float | None:
     """Bytes at the peak, by a process of its own; None where the training failed, whose output then says why."""
-    command = [sys.executable, "-m", "benchmarks.memory", name, "--measure-here", *(f"--set={setting}" for setting in options.settings)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.memory",
+        name,
+        "--measure-here",
+        *(f"--set={setting}" for setting in options.settings),
+    ]
     ended = subprocess.run(command, capture_output=True, text=True)
     found = re.search(r"^peak (\d+)$", ended.stdout, re.MULTILINE)
     if not found:
-        print(f"{name} could not be measured:\n{ended.stdout[-500:]}{ended.stderr[-500:]}", file=sys.stderr)
+        print(
+            f"{name} could not be measured:\n{ended.stdout[-500:]}{ended.stderr[-500:]}",
+            file=sys.stderr,
+        )
     return float(found[1]) if found else None
 
 
@@ -51,8 +61,17 @@ def measure_here(run: RunConfig) -> float:
     """Trains two steps in this process; raises SystemExit where that fails."""
     with tempfile.TemporaryDirectory() as place:
         os.environ["ATELIER_OUTPUTS"] = place
-        changes: dict[str, Any] = {"dataset.folder": str(PHOTOS), "training.steps": 2, "training.warmup": 0.0, "saving.saves": 1}
-        changes |= {"sampling.inference_steps": 2, "sampling.prompts": ["a photograph"], "name": "memory"}
+        changes: dict[str, Any] = {
+            "dataset.folder": str(PHOTOS),
+            "training.steps": 2,
+            "training.warmup": 0.0,
+            "saving.saves": 1,
+        }
+        changes |= {
+            "sampling.inference_steps": 2,
+            "sampling.prompts": ["a photograph"],
+            "name": "memory",
+        }
         if run.base.model != EMBEDDED:
             build(shape_of(run), Path(place, "base"), torch.float16, "cuda")
             changes |= {"base.model": str(Path(place, "base")), "base.t5": False}
@@ -67,24 +86,38 @@ def row(name: str, options: argparse.Namespace, on_cuda: bool) -> dict[str, Any]
     run = read(name, options)
     needs = estimate.memory(run, "cuda")
     smallest = next((card for card in CARDS if needs.peak <= card * 1e9 * ROOM), None)
-    fitted = {card: estimate.memory(config.replace(run, estimate.fit(run, "cuda", card * 1e9 * ROOM)), "cuda").peak for card in CARDS}
+    fitted = {
+        card: estimate.memory(
+            config.replace(run, estimate.fit(run, "cuda", card * 1e9 * ROOM)), "cuda"
+        ).peak
+        for card in CARDS
+    }
     return {
         "preset": name,
         "from_header": run.base.model == EMBEDDED or locate(run.base) is not None,
-        "estimated": {phase: getattr(needs, phase) for phase in ("load", "cache", "step", "sample")},
+        "estimated": {
+            phase: getattr(needs, phase) for phase in ("load", "cache", "step", "sample")
+        },
         "estimated_cpu": estimate.memory(run, "cpu").peak,
         "card": smallest,
-        "card_fitted": next((card for card, peak in fitted.items() if peak <= card * 1e9 * ROOM), None),
+        "card_fitted": next(
+            (card for card, peak in fitted.items() if peak <= card * 1e9 * ROOM), None
+        ),
         "measured": measured(name, options) if on_cuda else None,
     }
 
 
 def read(name: str, options: argparse.Namespace) -> RunConfig:
-    return config.replace(presets.load_preset(name).config, dict(config.parse_setting(text) for text in options.settings))
+    return config.replace(
+        presets.load_preset(name).config,
+        dict(config.parse_setting(text) for text in options.settings),
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("presets", nargs="*", metavar="PRESET", help="all of them where left out")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     parser.add_argument("--no-measure", action="store_true", help="the estimates only")
@@ -97,10 +130,16 @@ def main() -> int:
     on_cuda = torch.cuda.is_available() and not options.no_measure
     rows = [row(name, options, on_cuda) for name in options.presets or presets.load_presets()]
     print(
-        f"Measured on {device_name(torch.device('cuda'))}." if on_cuda else "Estimates only: nothing was measured, since there is no CUDA."
+        f"Measured on {device_name(torch.device('cuda'))}."
+        if on_cuda
+        else "Estimates only: nothing was measured, since there is no CUDA."
     )
-    print("Gigabytes on a GPU; the estimates count 0.7 for the device's own context, which torch, that is measured, does not see.\n")
-    print("| preset | loading | reading | training | samples | smallest card | with Fit to my device | on a CPU | measured peak |")
+    print(
+        "Gigabytes on a GPU; the estimates count 0.7 for the device's own context, which torch, that is measured, does not see.\n"
+    )
+    print(
+        "| preset | loading | reading | training | samples | smallest card | with Fit to my device | on a CPU | measured peak |"
+    )
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
     for each in rows:
         phases = " | ".join(f"{value / 1e9:.1f}" for value in each["estimated"].values())

@@ -83,11 +83,15 @@ def workload(cluster: Cluster, draws: random.Random) -> list[Run]:
         if draws.random() > (1.0 if 8 <= at / HOUR % 24 <= 20 else 0.35):
             continue
         (user,) = draws.choices(range(cluster.users), weights)
-        is_sweep = draws.random() < cluster.sweep_share / (cluster.sweep_share + 48 * (1 - cluster.sweep_share))
+        is_sweep = draws.random() < cluster.sweep_share / (
+            cluster.sweep_share + 48 * (1 - cluster.sweep_share)
+        )
         length = cluster.minutes * 60 * draws.lognormvariate(0, spread)
         for _ in range(48 if is_sweep else 1):
             seconds = length * draws.uniform(0.9, 1.1)
-            runs.append(Run(user, at, seconds, seconds * 2 ** draws.uniform(-1, 1), is_sweep, left=seconds))
+            runs.append(
+                Run(user, at, seconds, seconds * 2 ** draws.uniform(-1, 1), is_sweep, left=seconds)
+            )
     return sorted(runs, key=lambda run: (run.asked, run.order))
 
 
@@ -98,7 +102,9 @@ def chooser(policy: str) -> Callable[[list[Run], Counter], int]:
         "fair": lambda run, busy: (busy[run.user], run.asked, run.order),
         "shortest": lambda run, busy: (run.expected, run.order),
     }
-    return lambda waiting, busy: min(range(len(waiting)), key=lambda index: keys[policy](waiting[index], busy))
+    return lambda waiting, busy: min(
+        range(len(waiting)), key=lambda index: keys[policy](waiting[index], busy)
+    )
 
 
 def simulate(cluster: Cluster, policy: str, seed: int = 1) -> dict[str, Any]:
@@ -144,7 +150,11 @@ def simulate(cluster: Cluster, policy: str, seed: int = 1) -> dict[str, Any]:
             later(now + draws.expovariate(1 / (cluster.hours_to_mend * HOUR)), "mended", what)
         elif kind == "mended":
             free.append(what)
-            later(now + draws.expovariate(1 / (cluster.days_between_failures * 24 * HOUR)), "fails", what)
+            later(
+                now + draws.expovariate(1 / (cluster.days_between_failures * 24 * HOUR)),
+                "fails",
+                what,
+            )
         while free and waiting:
             run = waiting.pop(choose(waiting, busy))
             machine = free.pop()
@@ -155,7 +165,9 @@ def simulate(cluster: Cluster, policy: str, seed: int = 1) -> dict[str, Any]:
     return result(cluster, policy, runs, worked, failures)
 
 
-def result(cluster: Cluster, policy: str, runs: Sequence[Run], worked: float, failures: int) -> dict[str, Any]:
+def result(
+    cluster: Cluster, policy: str, runs: Sequence[Run], worked: float, failures: int
+) -> dict[str, Any]:
     ended = [run for run in runs if run.ended >= 0]
     waits = [run.began - run.asked for run in ended if not run.sweep]
     slowed: dict[int, list[float]] = {}
@@ -180,8 +192,16 @@ def result(cluster: Cluster, policy: str, runs: Sequence[Run], worked: float, fa
 
 
 def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    columns = ("runs an hour", "machines at work", "single runs wait: median, 95 % (min)", "slowdown of the worst user", "fairness")
-    print(f"\n{title}\n\n| | {' | '.join(columns)} | failures, runs hit | lost |\n|---|{'--:|' * 7}")
+    columns = (
+        "runs an hour",
+        "machines at work",
+        "single runs wait: median, 95 % (min)",
+        "slowdown of the worst user",
+        "fairness",
+    )
+    print(
+        f"\n{title}\n\n| | {' | '.join(columns)} | failures, runs hit | lost |\n|---|{'--:|' * 7}"
+    )
     for row in rows:
         waits = f"{row['wait_median_minutes']:.0f}, {row['wait_95_minutes']:.0f}"
         print(
@@ -203,7 +223,9 @@ def look_at_folders(count: int) -> tuple[float, float]:
             if index < 10:
                 run_folder.request(folder, "queued")
             else:
-                events.EventLog(folder / "events.jsonl").append(events.Finished(1, "a.safetensors", 1, 1.0))
+                events.EventLog(folder / "events.jsonl").append(
+                    events.Finished(1, "a.safetensors", 1, 1.0)
+                )
         launcher, local = Launcher(Full()), Local()
         return timed(launcher.look), timed(local.has_room)
 
@@ -222,7 +244,9 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--machines", type=int, default=100)
     parser.add_argument("--days", type=float, default=14)
     parser.add_argument("--seed", type=int, default=1)
@@ -231,20 +255,32 @@ def main() -> int:
     options = parser.parse_args()
     if options.folders:
         at_work, before = look_at_folders(options.folders)
-        print(f"one look at {options.folders} run folders: {at_work:.2f} s while a run is at work, {before:.2f} s more before a start")
+        print(
+            f"one look at {options.folders} run folders: {at_work:.2f} s while a run is at work, {before:.2f} s more before a start"
+        )
         return 0
     common = {"machines": options.machines, "days": options.days}
     tables = {
         "Policies, the work being 80 % of what the machines can do": [
-            {"name": policy, **simulate(Cluster(**common), policy, options.seed)} for policy in POLICIES
+            {"name": policy, **simulate(Cluster(**common), policy, options.seed)}
+            for policy in POLICIES
         ],
         "Load, oldest first": [
-            {"name": f"load {load:.0%}", **simulate(Cluster(**common, load=load), "oldest", options.seed)} for load in (0.5, 0.7, 0.9)
+            {
+                "name": f"load {load:.0%}",
+                **simulate(Cluster(**common, load=load), "oldest", options.seed),
+            }
+            for load in (0.5, 0.7, 0.9)
         ],
         "Failures, oldest first: a machine fails every 30 or 3 days; a state every 5 minutes, or none but at the end": [
             {
-                "name": f"every {days} days, " + ("a state every 5 min" if state < 1e6 else "no states"),
-                **simulate(Cluster(**common, days_between_failures=days, state_minutes=state), "oldest", options.seed),
+                "name": f"every {days} days, "
+                + ("a state every 5 min" if state < 1e6 else "no states"),
+                **simulate(
+                    Cluster(**common, days_between_failures=days, state_minutes=state),
+                    "oldest",
+                    options.seed,
+                ),
             }
             for days in (30, 3)
             for state in (5, 1e9)

@@ -46,7 +46,12 @@ def measure(options: argparse.Namespace, device: torch.device, place: Path) -> d
     if options.model == EMBEDDED:
         base = config.Base()
     else:
-        build(options.model, place / options.model, torch.float16 if device.type == "cuda" else torch.float32, device.type)
+        build(
+            options.model,
+            place / options.model,
+            torch.float16 if device.type == "cuda" else torch.float32,
+            device.type,
+        )
         base = config.Base(model=str(place / options.model), t5=False)
     if not options.adapter:
         options.adapter = place / "adapter.safetensors"
@@ -57,9 +62,13 @@ def measure(options: argparse.Namespace, device: torch.device, place: Path) -> d
     )  # fmt: skip
     adapted, sampler = replace(plain, adapters=[StackedAdapter(str(options.adapter))]), Sampler()
     first = timed(lambda: sampler.render(plain), device)
-    alone = statistics.median(timed(lambda: sampler.render(plain), device) for _ in range(options.repeats))
+    alone = statistics.median(
+        timed(lambda: sampler.render(plain), device) for _ in range(options.repeats)
+    )
     first_adapted = timed(lambda: sampler.render(adapted), device)
-    with_adapter = statistics.median(timed(lambda: sampler.render(adapted), device) for _ in range(options.repeats))
+    with_adapter = statistics.median(
+        timed(lambda: sampler.render(adapted), device) for _ in range(options.repeats)
+    )
     pipe = load_base(base, DTYPES["fp32"]).pipe if not options.size else None
     return {
         "device": device_name(device),
@@ -75,8 +84,12 @@ def measure(options: argparse.Namespace, device: torch.device, place: Path) -> d
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default=EMBEDDED, choices=(EMBEDDED, "sd15", "sdxl", "sd35m"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "model", nargs="?", default=EMBEDDED, choices=(EMBEDDED, "sd15", "sdxl", "sd35m")
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--size", type=int, default=0, help="pixels; the base's own where left out")
     parser.add_argument("--adapter", type=Path)
@@ -87,11 +100,15 @@ def main() -> int:
     device = device_to_measure()
     with tempfile.TemporaryDirectory() as place:
         row = measure(options, device, Path(place))
-    print("| base, pixels, steps, sampler | device | first, with loading | next | first with an adapter | next with it |")
+    print(
+        "| base, pixels, steps, sampler | device | first, with loading | next | first with an adapter | next with it |"
+    )
     print("|---|---|--:|--:|--:|--:|")
     seconds = ("first_seconds", "seconds", "first_with_adapter_seconds", "with_adapter_seconds")
     times = " | ".join(f"{row[name]:.2f} s" for name in seconds)
-    print(f"| {row['model']}, {row['size']}, {row['steps']}, {row['sampler']} | {row['device']} | {times} |")
+    print(
+        f"| {row['model']}, {row['size']}, {row['steps']}, {row['sampler']} | {row['device']} | {times} |"
+    )
     keep(row, options.json)
     return 0
 

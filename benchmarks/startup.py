@@ -38,7 +38,17 @@ STATIONS = {
 def start_trainer(outputs: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds from the start of the process to the first event of each kind, and what the cache had to do."""
     settings = ["training.steps=1", "training.warmup=0.0", "saving.saves=1", *options.settings]
-    command = [sys.executable, "-m", "trainer", "train", options.preset, "--dataset", str(options.dataset), "--name", "startup"]
+    command = [
+        sys.executable,
+        "-m",
+        "trainer",
+        "train",
+        options.preset,
+        "--dataset",
+        str(options.dataset),
+        "--name",
+        "startup",
+    ]
     before = entries(outputs)
     begin, monotonic, used = time.time(), time.monotonic(), processor_seconds()
     subprocess.run(
@@ -47,7 +57,10 @@ def start_trainer(outputs: Path, options: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     whole, worked = time.monotonic() - monotonic, processor_seconds() - used
     found = list(events.read_events(run_folder.list_runs(outputs / "runs")[0] / "events.jsonl"))
-    seconds = {name: next(event.time for event in found if type(event) is kind) - begin for name, kind in STATIONS.items()}
+    seconds = {
+        name: next(event.time for event in found if type(event) is kind) - begin
+        for name, kind in STATIONS.items()
+    }
     after = entries(outputs)
     hits = sum(used > before[name] for name, used in after.items() if name in before)
     return {
@@ -66,7 +79,9 @@ def processor_seconds() -> float:
 
 def entries(outputs: Path) -> dict[str, float]:
     """When each entry of the cache was used last (`storage.touch`)."""
-    return {path.name: path.stat().st_atime for path in (outputs / "cache").glob("??/*.safetensors")}
+    return {
+        path.name: path.stat().st_atime for path in (outputs / "cache").glob("??/*.safetensors")
+    }
 
 
 def start_page(outputs: Path) -> dict[str, float]:
@@ -77,7 +92,9 @@ def start_page(outputs: Path) -> dict[str, float]:
     listening.close()
     begin = time.monotonic()
     command = [sys.executable, "-m", "app", "--no-browser", "--port", str(port)]
-    process = subprocess.Popen(command, env=os.environ | {"ATELIER_OUTPUTS": str(outputs)}, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=os.environ | {"ATELIER_OUTPUTS": str(outputs)}, stdout=subprocess.DEVNULL
+    )
     try:
         while process.poll() is None:
             try:
@@ -96,15 +113,27 @@ def start_page(outputs: Path) -> dict[str, float]:
 def print_table(trainer: Sequence[Mapping[str, Any]], page: Sequence[Mapping[str, float]]) -> None:
     print("| from the start of the process, seconds | first start | second start |\n|---|--:|--:|")
     for name in trainer[0]["seconds"]:
-        print(f"| trainer: {name} | {' | '.join(format(each['seconds'][name], '.1f') for each in trainer)} |")
-    print("| the trainer's processor seconds in all | " + " | ".join(f"{each['processor_seconds']:.1f}" for each in trainer) + " |")
-    print("| entries of the cache made, found | " + " | ".join(f"{each['made']}, {each['hits']}" for each in trainer) + " |")
+        print(
+            f"| trainer: {name} | {' | '.join(format(each['seconds'][name], '.1f') for each in trainer)} |"
+        )
+    print(
+        "| the trainer's processor seconds in all | "
+        + " | ".join(f"{each['processor_seconds']:.1f}" for each in trainer)
+        + " |"
+    )
+    print(
+        "| entries of the cache made, found | "
+        + " | ".join(f"{each['made']}, {each['hits']}" for each in trainer)
+        + " |"
+    )
     for name in page[0]:
         print(f"| page: {name} | {' | '.join(format(each[name], '.1f') for each in page)} |")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="embedded-subject")
     parser.add_argument("--dataset", type=Path, default=EXAMPLE)
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
@@ -115,7 +144,10 @@ def main() -> int:
         page = [start_page(Path(place)) for _ in range(2)]
     print_table(trainer, page)
     if options.json:
-        options.json.write_text(json.dumps({"preset": options.preset, "trainer": trainer, "page": page}, indent=1), encoding="utf-8")
+        options.json.write_text(
+            json.dumps({"preset": options.preset, "trainer": trainer, "page": page}, indent=1),
+            encoding="utf-8",
+        )
     return int(trainer[1]["made"] > 0)  # the second start is to find everything
 
 

@@ -74,39 +74,82 @@ def denoiser(model: str, device: torch.device, dtype: torch.dtype) -> Any:
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return getattr(diffusers, settings["_class_name"]).from_config(settings).requires_grad_(False).eval()
+            return (
+                getattr(diffusers, settings["_class_name"])
+                .from_config(settings)
+                .requires_grad_(False)
+                .eval()
+            )
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-def given(model: str, net: Any, batch: int, resolution: int) -> tuple[tuple[int, ...], dict[str, torch.Tensor]]:
+def given(
+    model: str, net: Any, batch: int, resolution: int
+) -> tuple[tuple[int, ...], dict[str, torch.Tensor]]:
     """Shape of the latents of a picture, and a conditioning as the text encoders would give it."""
     generator = torch.Generator().manual_seed(1)
     if model == "sd35m":
-        sizes = {"prompt_embeds": (77 + 256, net.config.joint_attention_dim), "pooled_prompt_embeds": (net.config.pooled_projection_dim,)}
+        sizes = {
+            "prompt_embeds": (77 + 256, net.config.joint_attention_dim),
+            "pooled_prompt_embeds": (net.config.pooled_projection_dim,),
+        }
     else:
-        sizes = {"prompt_embeds": (77, net.config.cross_attention_dim)} | ({"pooled_prompt_embeds": (1280,)} if model == "sdxl" else {})
+        sizes = {"prompt_embeds": (77, net.config.cross_attention_dim)} | (
+            {"pooled_prompt_embeds": (1280,)} if model == "sdxl" else {}
+        )
     side = resolution // 8
-    return (net.config.in_channels, side, side), {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+    return (net.config.in_channels, side, side), {
+        name: torch.randn(size, generator=generator) for name, size in sizes.items()
+    }
 
 
 def make_session(model: str, device: torch.device, precision: str, run: RunConfig) -> setup.Session:
     """A training in memory, its latents and conditioning given; from there on it goes the trainer's own way."""
-    resolution, family, net = run.dataset.resolution, FAMILIES[FAMILY[model]], denoiser(model, device, DTYPES[precision])
-    scheduler = json.loads((CONFIGS / model / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    resolution, family, net = (
+        run.dataset.resolution,
+        FAMILIES[FAMILY[model]],
+        denoiser(model, device, DTYPES[precision]),
+    )
+    scheduler = json.loads(
+        (CONFIGS / model / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
+    )
     vae = SimpleNamespace(config=SimpleNamespace(**VAE[model]))
-    parts = {"scheduler": getattr(diffusers, scheduler["_class_name"]).from_config(scheduler), "vae": vae, family.denoiser_name: net}
-    parts |= {name: torch.nn.Module() for name in ("text_encoder", "text_encoder_2")}  # frozen and away, as after caching
+    parts = {
+        "scheduler": getattr(diffusers, scheduler["_class_name"]).from_config(scheduler),
+        "vae": vae,
+        family.denoiser_name: net,
+    }
+    parts |= {
+        name: torch.nn.Module() for name in ("text_encoder", "text_encoder_2")
+    }  # frozen and away, as after caching
     shape, conditioning = given(model, net, run.training.batch_size, resolution)
     sizes = (resolution, resolution, 0, 0, resolution, resolution)
-    views = [View(torch.randn(shape), torch.full(shape, 0.1), sizes, None) for _ in range(run.training.batch_size)]
+    views = [
+        View(torch.randn(shape), torch.full(shape, 0.1), sizes, None)
+        for _ in range(run.training.batch_size)
+    ]
     examples = [Example(str(i), resolution, "", "", (view,), 1, "") for i, view in enumerate(views)]
     log = EventLog(Path("/dev/null"))
     base = LoadedBase(family, SimpleNamespace(**parts, components=parts), None)
-    return setup.assemble(run, Path(), log, oom_fallbacks.Ladder(run, log), device, precision, base, examples, [], [], {"": conditioning})
+    return setup.assemble(
+        run,
+        Path(),
+        log,
+        oom_fallbacks.Ladder(run, log),
+        device,
+        precision,
+        base,
+        examples,
+        [],
+        [],
+        {"": conditioning},
+    )
 
 
-def our_step(model: str, device: torch.device, options: argparse.Namespace, variant: str) -> Callable[[], None]:
+def our_step(
+    model: str, device: torch.device, options: argparse.Namespace, variant: str
+) -> Callable[[], None]:
     """What the loop in trainer/train.py does between two stations, in its order."""
     run = config.replace(
         RunConfig(),
@@ -139,10 +182,29 @@ def our_step(model: str, device: torch.device, options: argparse.Namespace, vari
 def plain_step(model: str, device: torch.device, options: argparse.Namespace) -> Callable[[], None]:
     """As diffusers' example scripts for LoRA have it, but for the latents and conditioning, which are given here too."""
     AcceleratorState._reset_state()  # in which choose_device has left another precision
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(options.precision, options.precision), cpu=device.type == "cpu")
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(options.precision, options.precision),
+        cpu=device.type == "cpu",
+    )
     net = denoiser(model, device, DTYPES[options.precision])
-    targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-    net.add_adapter(LoraConfig(r=options.rank, lora_alpha=options.rank, init_lora_weights="gaussian", target_modules=targets))
+    targets = [
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+    ]
+    net.add_adapter(
+        LoraConfig(
+            r=options.rank,
+            lora_alpha=options.rank,
+            init_lora_weights="gaussian",
+            target_modules=targets,
+        )
+    )
     net.to(device)
     cast_training_params(net, torch.float32)
     parameters = [p for p in net.parameters() if p.requires_grad]
@@ -150,12 +212,16 @@ def plain_step(model: str, device: torch.device, options: argparse.Namespace) ->
     net.train()
     shape, conditioning = given(model, net, options.batch, options.resolution)
     inputs = {
-        name: tensor.to(device, DTYPES[options.precision]).expand(options.batch, *tensor.shape) for name, tensor in conditioning.items()
+        name: tensor.to(device, DTYPES[options.precision]).expand(options.batch, *tensor.shape)
+        for name, tensor in conditioning.items()
     }
     latents = torch.randn(options.batch, *shape, device=device)
 
     def work() -> None:
-        noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (options.batch,), device=device)
+        noise, timesteps = (
+            torch.randn_like(latents),
+            torch.randint(0, 1000, (options.batch,), device=device),
+        )
         noisy = (latents + noise).to(DTYPES[options.precision])
         model_pred = call(model, net, noisy, timesteps, inputs)
         loss = torch.nn.functional.mse_loss(model_pred.float(), noise.float())
@@ -168,12 +234,20 @@ def plain_step(model: str, device: torch.device, options: argparse.Namespace) ->
     return work
 
 
-def bare_pass(model: str, device: torch.device, options: argparse.Namespace, backward: bool) -> Callable[[], None]:
+def bare_pass(
+    model: str, device: torch.device, options: argparse.Namespace, backward: bool
+) -> Callable[[], None]:
     dtype = DTYPES[options.precision]
     net = denoiser(model, device, dtype)
     shape, conditioning = given(model, net, options.batch, options.resolution)
-    inputs = {name: tensor.to(device, dtype).repeat(options.batch, *[1] * tensor.dim()) for name, tensor in conditioning.items()}
-    noisy, timesteps = torch.randn(options.batch, *shape, device=device, dtype=dtype), torch.zeros(options.batch, device=device)
+    inputs = {
+        name: tensor.to(device, dtype).repeat(options.batch, *[1] * tensor.dim())
+        for name, tensor in conditioning.items()
+    }
+    noisy, timesteps = (
+        torch.randn(options.batch, *shape, device=device, dtype=dtype),
+        torch.zeros(options.batch, device=device),
+    )
     inputs["prompt_embeds"].requires_grad_(backward)
 
     def work() -> None:
@@ -185,14 +259,30 @@ def bare_pass(model: str, device: torch.device, options: argparse.Namespace, bac
     return work
 
 
-def call(model: str, net: Any, noisy: torch.Tensor, timesteps: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def call(
+    model: str,
+    net: Any,
+    noisy: torch.Tensor,
+    timesteps: torch.Tensor,
+    inputs: dict[str, torch.Tensor],
+) -> torch.Tensor:
     if model == "sd35m":
-        return net(noisy, inputs["prompt_embeds"], inputs["pooled_prompt_embeds"], timesteps.float(), return_dict=False)[0]
+        return net(
+            noisy,
+            inputs["prompt_embeds"],
+            inputs["pooled_prompt_embeds"],
+            timesteps.float(),
+            return_dict=False,
+        )[0]
     added = {}
     if model == "sdxl":
         side = noisy.shape[-1] * 8
-        sizes = torch.tensor([[side, side, 0, 0, side, side]] * len(noisy), device=noisy.device, dtype=noisy.dtype)
-        added = {"added_cond_kwargs": {"text_embeds": inputs["pooled_prompt_embeds"], "time_ids": sizes}}
+        sizes = torch.tensor(
+            [[side, side, 0, 0, side, side]] * len(noisy), device=noisy.device, dtype=noisy.dtype
+        )
+        added = {
+            "added_cond_kwargs": {"text_embeds": inputs["pooled_prompt_embeds"], "time_ids": sizes}
+        }
     return net(noisy, timesteps, inputs["prompt_embeds"], return_dict=False, **added)[0]
 
 
@@ -234,14 +324,20 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / seconds(lambda: torch.mm(a, b), device, 10 if device.type == "cuda" else 3)
 
 
-def measure(model: str, device: torch.device, options: argparse.Namespace, variant: str, rate: float) -> dict[str, Any]:
+def measure(
+    model: str, device: torch.device, options: argparse.Namespace, variant: str, rate: float
+) -> dict[str, Any]:
     """One row. The model is made anew, so that nothing of another variant is left in it."""
     torch._dynamo.reset()
     oom_fallbacks.release()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
-    makers = {"forward": partial(bare_pass, backward=False), "bare": partial(bare_pass, backward=True), "plain": plain_step}
+    makers = {
+        "forward": partial(bare_pass, backward=False),
+        "bare": partial(bare_pass, backward=True),
+        "plain": plain_step,
+    }
     work = makers.get(variant, partial(our_step, variant=variant))(model, device, options)
     taken = seconds(work, device, options.repeats)
     teraflop = TERAFLOP.get((model, options.resolution)) if variant != "forward" else None
@@ -255,7 +351,12 @@ def measure(model: str, device: torch.device, options: argparse.Namespace, varia
         "seconds": taken,
         "pictures_per_second": options.batch / taken,
         "share_of_floor": teraflop and teraflop * 1e12 * options.batch / rate / taken,
-        "peak_gib": (torch.cuda.max_memory_allocated() if device.type == "cuda" else psutil.Process().memory_info().rss) / 2**30,
+        "peak_gib": (
+            torch.cuda.max_memory_allocated()
+            if device.type == "cuda"
+            else psutil.Process().memory_info().rss
+        )
+        / 2**30,
         "setup_seconds": time.perf_counter() - begin - taken * options.repeats,
     }
     session = getattr(work, "session", None)
@@ -267,18 +368,26 @@ def measure(model: str, device: torch.device, options: argparse.Namespace, varia
         with torch.profiler.profile() as profile:
             work()
             torch.cuda.synchronize()
-        text = profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=80)
-        Path(options.profile, f"{model}-{variant.replace(', ', '-').replace(' ', '-')}.txt").write_text(text, encoding="utf-8")
+        text = profile.key_averages().table(
+            sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=80
+        )
+        Path(
+            options.profile, f"{model}-{variant.replace(', ', '-').replace(' ', '-')}.txt"
+        ).write_text(text, encoding="utf-8")
     return row
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", default=["sd15"], choices=[*FAMILY, []], metavar="sd15 | sdxl | sd35m")
+    parser.add_argument(
+        "models", nargs="*", default=["sd15"], choices=[*FAMILY, []], metavar="sd15 | sdxl | sd35m"
+    )
     parser.add_argument("--resolution", type=int, help="pixels; the model's own where left out")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--precision", choices=DTYPES, help="bf16 on CUDA, fp32 on a CPU where left out")
+    parser.add_argument(
+        "--precision", choices=DTYPES, help="bf16 on CUDA, fp32 on a CPU where left out"
+    )
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:4])
     parser.add_argument("--json", type=Path, help="append the rows to this file")
@@ -289,12 +398,17 @@ def main() -> int:
     if device.type == "cpu":
         torch.set_num_threads(1)
     rate = matrix_rate(device, DTYPES[options.precision])
-    print(f"{device_name(device)}, torch {torch.__version__}, {options.precision} matrix product {rate / 1e12:.2f} TFLOP/s", flush=True)
+    print(
+        f"{device_name(device)}, torch {torch.__version__}, {options.precision} matrix product {rate / 1e12:.2f} TFLOP/s",
+        flush=True,
+    )
     given_resolution = options.resolution
     for model in options.models:  # one alone, where `plain` is to be compared on a CPU
         options.resolution = given_resolution or NATIVE[model]
         for variant in [v for v in VARIANTS if v in options.only]:
-            if variant != "plain":  # which comes first, since what this does to the process cannot be taken back
+            if (
+                variant != "plain"
+            ):  # which comes first, since what this does to the process cannot be taken back
                 settle()
             row = measure(model, device, options, variant, rate)
             share = f"{row['share_of_floor']:.0%} of the floor" if row["share_of_floor"] else ""
@@ -306,7 +420,12 @@ def main() -> int:
             )
             if options.json:
                 with open(options.json, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"device": device_name(device), "torch": torch.__version__, **row}) + "\n")
+                    file.write(
+                        json.dumps(
+                            {"device": device_name(device), "torch": torch.__version__, **row}
+                        )
+                        + "\n"
+                    )
     return 0
 
 

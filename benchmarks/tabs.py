@@ -46,7 +46,9 @@ async def open_tabs(sessions: list[str], seconds: float) -> list[float]:
     """Seconds that each of their questions took."""
     async with httpx.AsyncClient(base_url=ADDRESS, timeout=60) as client:
         dependencies = (await client.get("/config")).json()["dependencies"]
-    tick = next(d["id"] for d in dependencies if any(target[1] == "tick" for target in d["targets"]))
+    tick = next(
+        d["id"] for d in dependencies if any(target[1] == "tick" for target in d["targets"])
+    )
     answered: list[float] = []
     until = time.monotonic() + seconds
     await asyncio.gather(*(tab(session, tick, until, answered) for session in sessions))
@@ -67,9 +69,13 @@ def speed(folder: Path, work) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tabs", type=int, default=50)
-    parser.add_argument("--seconds", type=float, default=300, help="with tabs, in three parts; half as long without")
+    parser.add_argument(
+        "--seconds", type=float, default=300, help="with tabs, in three parts; half as long without"
+    )
     options = parser.parse_args()
     part, sessions = options.seconds / PARTS, [secrets.token_hex(6) for _ in range(options.tabs)]
     with tempfile.TemporaryDirectory(prefix="tabs-") as place:
@@ -81,7 +87,10 @@ def main() -> int:
             "sampling.prompts": ["a"], "sampling.inference_steps": 1,
         }  # fmt: skip
         folder = run_folder.create(config.replace(config.RunConfig(), settings))
-        page = subprocess.Popen([sys.executable, "-m", "app", "--no-browser", "--port", str(PORT)], stdout=subprocess.DEVNULL)
+        page = subprocess.Popen(
+            [sys.executable, "-m", "app", "--no-browser", "--port", str(PORT)],
+            stdout=subprocess.DEVNULL,
+        )
         run_folder.request(folder, "queued")
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -91,7 +100,9 @@ def main() -> int:
             alone, beside, waits, held = [], [], [], [memory(page)]
             for _ in range(PARTS):
                 alone.append(speed(folder, lambda: time.sleep(part / 2)))
-                beside.append(speed(folder, lambda: waits.extend(asyncio.run(open_tabs(sessions, part)))))
+                beside.append(
+                    speed(folder, lambda: waits.extend(asyncio.run(open_tabs(sessions, part))))
+                )
                 held.append(memory(page))
         finally:
             run_folder.request(folder, "stop")
@@ -99,9 +110,15 @@ def main() -> int:
                 time.sleep(0.2)
             page.terminate()
             page.wait()
-    print(f"steps a second: {alone} without, {beside} with {options.tabs} tabs: {sum(beside) / sum(alone):.1%}")
-    print(f"{len(waits)} answers, median {statistics.median(waits):.2f} s, slowest {max(waits):.2f} s")
-    print(f"memory of the page: {', '.join(f'{megabytes:.0f} MB' for megabytes in held)} (before, after each part)")
+    print(
+        f"steps a second: {alone} without, {beside} with {options.tabs} tabs: {sum(beside) / sum(alone):.1%}"
+    )
+    print(
+        f"{len(waits)} answers, median {statistics.median(waits):.2f} s, slowest {max(waits):.2f} s"
+    )
+    print(
+        f"memory of the page: {', '.join(f'{megabytes:.0f} MB' for megabytes in held)} (before, after each part)"
+    )
     return 0
 
 

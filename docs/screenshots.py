@@ -27,7 +27,9 @@ TABS = ("dataset", "train", "preview", "library")
 PATIENCE = 900_000  # milliseconds
 STEPS = 400
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of a trainer that shares its cores wait for each other more than they work
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # threads of a trainer that shares its cores wait for each other more than they work
 
 
 def main() -> None:
@@ -50,14 +52,20 @@ def take_all(browser: Browser, server: Server) -> None:
     show(page, "dataset")
     page.get_by_role("button", name="A subject").click()
     page.wait_for_function("document.querySelectorAll('.at-card').length === 12")
-    page.wait_for_function("[...document.querySelectorAll('.at-card img')].slice(0, 8).every((image) => image.complete)")
+    page.wait_for_function(
+        "[...document.querySelectorAll('.at-card img')].slice(0, 8).every((image) => image.complete)"
+    )
     every_look(browser, server, page, "dataset", "dataset")
 
     start_training(page)
-    page.wait_for_function("document.querySelectorAll('#samples figure').length >= 6", timeout=PATIENCE)
+    page.wait_for_function(
+        "document.querySelectorAll('#samples figure').length >= 6", timeout=PATIENCE
+    )
     page.wait_for_function("document.querySelector('#progress .at-pill').innerText === 'Training'")
     every_look(browser, server, page, "train", "train", "#progress")
-    page.wait_for_function("document.querySelector('#progress .at-pill').innerText === 'Finished'", timeout=PATIENCE)
+    page.wait_for_function(
+        "document.querySelector('#progress .at-pill').innerText === 'Finished'", timeout=PATIENCE
+    )
     page.wait_for_timeout(1500)
     save(page, "train-finished")
     take_advanced(page)
@@ -99,10 +107,16 @@ def fail_a_run(server: Server) -> None:
     """A base that goes away after the start, as a disk that is unplugged does."""
     os.environ["ATELIER_OUTPUTS"] = str(server.outputs)
     dataset = config.Dataset(folder=str(server.outputs / "datasets" / "example-subject"))
-    runs.start(config.RunConfig(name="went wrong", base=config.Base(model="/media/models/gone"), dataset=dataset))
+    runs.start(
+        config.RunConfig(
+            name="went wrong", base=config.Base(model="/media/models/gone"), dataset=dataset
+        )
+    )
 
 
-def every_look(browser: Browser, server: Server, page: Page, tab: str, name: str, phone_at: str = "") -> None:
+def every_look(
+    browser: Browser, server: Server, page: Page, tab: str, name: str, phone_at: str = ""
+) -> None:
     """Light, dark, and on a phone in the dark."""
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
@@ -134,11 +148,15 @@ def open_page(browser: Browser, server: Server, tab: str = "dataset", **look) ->
 def start_training(page: Page) -> None:
     page.get_by_role("button", name="Go to training").first.click()
     page.wait_for_selector("#start-training", state="visible")
-    page.locator("#field-sampling-prompts textarea").fill("a zorbit on a white background\na zorbit on a green background")
+    page.locator("#field-sampling-prompts textarea").fill(
+        "a zorbit on a white background\na zorbit on a green background"
+    )
     page.locator("#advanced > button").click()
     page.locator("#section-training > button").click()
     page.locator("#field-training-steps input").fill(str(STEPS))
-    page.wait_for_function(f"document.querySelector('#estimate').innerText.includes('= {STEPS} steps')")
+    page.wait_for_function(
+        f"document.querySelector('#estimate').innerText.includes('= {STEPS} steps')"
+    )
     page.locator("#advanced > button").click()
     page.locator("#start-training").click()
 

@@ -32,7 +32,9 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import make_dataset
 
-    return make_dataset(tmp_path_factory.mktemp("tiny") / "dataset", count=4, sizes=((16, 16), (24, 16)))
+    return make_dataset(
+        tmp_path_factory.mktemp("tiny") / "dataset", count=4, sizes=((16, 16), (24, 16))
+    )
 
 
 @pytest.fixture

@@ -40,7 +40,11 @@ def photo(width: int = 96, height: int = 64, mode: str = "RGB", seed: int = 0) -
     """A smooth picture with some noise, so that every encoder has something to write; seeds give pictures of different looks."""
     y, x = np.mgrid[0:height, 0:width]
     noise = np.random.default_rng(seed).integers(0, 40, (height, width))
-    channels = [(x * 2 + 67 * seed + noise) % 256, (y * 3 + 113 * seed + noise) % 256, (x + y + noise) % 256]
+    channels = [
+        (x * 2 + 67 * seed + noise) % 256,
+        (y * 3 + 113 * seed + noise) % 256,
+        (x + y + noise) % 256,
+    ]
     return Image.fromarray(np.stack(channels, -1).astype(np.uint8)).convert(mode)
 
 
@@ -54,7 +58,9 @@ JPG, PNG = encoded(photo(), "JPEG", quality=90), encoded(photo(), "PNG")
 WEBP = encoded(photo(), "WEBP")
 
 
-def add(table: str, row_id: str, verdict: str, make: Callable[[Path], Path], caption: str | None = None) -> None:
+def add(
+    table: str, row_id: str, verdict: str, make: Callable[[Path], Path], caption: str | None = None
+) -> None:
     ROWS.append(Row(row_id, table, verdict, make, caption))
 
 
@@ -77,7 +83,14 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(width: int, height: int, *chunks: bytes, depth: int = 8, colour: int = 2, pixels: bytes | None = None) -> bytes:
+def png(
+    width: int,
+    height: int,
+    *chunks: bytes,
+    depth: int = 8,
+    colour: int = 2,
+    pixels: bytes | None = None,
+) -> bytes:
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     idat = zlib.compress(b"\0" * (3 * width + 1) * height) if pixels is None else pixels
     end = png_chunk(b"IDAT", idat) + png_chunk(b"IEND", b"")
@@ -87,12 +100,19 @@ def png(width: int, height: int, *chunks: bytes, depth: int = 8, colour: int = 2
 def zeros(size: int) -> bytes:
     """`size` zero bytes, deflated, without ever holding them."""
     packer, block = zlib.compressobj(1), bytes(2**20)
-    return b"".join(packer.compress(block[: min(2**20, size - at)]) for at in range(0, size, 2**20)) + packer.flush()
+    return (
+        b"".join(packer.compress(block[: min(2**20, size - at)]) for at in range(0, size, 2**20))
+        + packer.flush()
+    )
 
 
 def flipped(data: bytes, count: int = 16) -> bytes:
     middle = len(data) // 2
-    return data[:middle] + bytes(byte ^ 0xFF for byte in data[middle : middle + count]) + data[middle + count :]
+    return (
+        data[:middle]
+        + bytes(byte ^ 0xFF for byte in data[middle : middle + count])
+        + data[middle + count :]
+    )
 
 
 def png16(colour: int) -> bytes:
@@ -103,7 +123,11 @@ def png16(colour: int) -> bytes:
 
 def palette(transparency: int | bytes | None) -> bytes:
     image = photo(mode="P")
-    return encoded(image, "PNG") if transparency is None else encoded(image, "PNG", transparency=transparency)
+    return (
+        encoded(image, "PNG")
+        if transparency is None
+        else encoded(image, "PNG", transparency=transparency)
+    )
 
 
 def hidden_magenta(kind: str = "PNG") -> bytes:
@@ -177,9 +201,21 @@ picture("zero_bytes", SKIPPED, "x.png", b"")
 picture("spaces", SKIPPED, "x.png", b" " * 300)
 picture("jpg_named_png", ACCEPT, "x.png", JPG)
 picture("jpg_noext", SKIPPED, "x", JPG)
-picture("html_named_png", SKIPPED, "x.png", b"<!DOCTYPE html><html><script>alert(1)</script></html>")
-picture("svg_named_png", SKIPPED, "x.png", b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>")
-picture("eps_named_png", SKIPPED, "x.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n")
+picture(
+    "html_named_png", SKIPPED, "x.png", b"<!DOCTYPE html><html><script>alert(1)</script></html>"
+)
+picture(
+    "svg_named_png",
+    SKIPPED,
+    "x.png",
+    b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>",
+)
+picture(
+    "eps_named_png",
+    SKIPPED,
+    "x.png",
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n",
+)
 picture("anim_gif", SAID, "x.gif", lambda: frames("GIF"))
 picture("anim_webp", SAID, "x.webp", lambda: frames("WEBP"))
 picture("anim_png", SAID, "x.png", lambda: frames("PNG"))
@@ -201,7 +237,9 @@ picture("one_bit_png", ACCEPT, "x.png", lambda: encoded(photo(mode="1"), "PNG"))
 picture("one_bit_bmp", ACCEPT, "x.bmp", lambda: encoded(photo(mode="1"), "BMP"))
 picture("rgba_webp", ACCEPT, "x.webp", lambda: hidden_magenta("WEBP"))
 for orientation in (0, 3, 4, 5, 8):
-    picture(f"exif{orientation}_jpg", ACCEPT, "x.jpg", lambda value=orientation: oriented("JPEG", value))
+    picture(
+        f"exif{orientation}_jpg", ACCEPT, "x.jpg", lambda value=orientation: oriented("JPEG", value)
+    )
 picture("exif6_png", ACCEPT, "x.png", lambda: oriented("PNG", 6))
 picture("exif6_webp", ACCEPT, "x.webp", lambda: oriented("WEBP", 6))
 picture("exif6_tiff", ACCEPT, "x.tif", lambda: oriented("TIFF", 6))
@@ -213,10 +251,27 @@ picture(
 )
 picture("exif_gps", ACCEPT, "x.jpg", with_gps)
 picture("icc_srgb", ACCEPT, "x.jpg", lambda: encoded(photo(), "JPEG", icc_profile=profile("sRGB")))
-picture("icc_lab_in_rgb", SAID, "x.jpg", lambda: encoded(photo(), "JPEG", icc_profile=profile("LAB")))
-picture("icc_garbage", SAID, "x.jpg", lambda: encoded(photo(), "JPEG", icc_profile=b"not a profile" * 20))
-picture("ztxt_bomb", SKIPPED, "x.png", lambda: png(64, 64, png_chunk(b"zTXt", b"Comment\0\0" + zeros(64 * 2**20))))
-picture("bomb_1bit", SKIPPED, "x.png", lambda: png(50000, 50000, depth=1, colour=0, pixels=zeros(6251 * 50000)))
+picture(
+    "icc_lab_in_rgb", SAID, "x.jpg", lambda: encoded(photo(), "JPEG", icc_profile=profile("LAB"))
+)
+picture(
+    "icc_garbage",
+    SAID,
+    "x.jpg",
+    lambda: encoded(photo(), "JPEG", icc_profile=b"not a profile" * 20),
+)
+picture(
+    "ztxt_bomb",
+    SKIPPED,
+    "x.png",
+    lambda: png(64, 64, png_chunk(b"zTXt", b"Comment\0\0" + zeros(64 * 2**20))),
+)
+picture(
+    "bomb_1bit",
+    SKIPPED,
+    "x.png",
+    lambda: png(50000, 50000, depth=1, colour=0, pixels=zeros(6251 * 50000)),
+)
 picture("bomb_header", SKIPPED, "x.png", lambda: png(13300, 13300, pixels=b""))
 picture("bomb_idat_extra", SKIPPED, "x.png", lambda: png(8, 8, pixels=zeros(64 * 2**20)))
 picture("tiny_1x1", SKIPPED, "x.png", lambda: encoded(photo(1, 1), "PNG"))
@@ -238,7 +293,12 @@ picture("jpg_trailing_zip", ACCEPT, "x.jpg", lambda: JPG + zipped("evil.py"))
 picture("jpg_progressive", ACCEPT, "x.jpg", lambda: encoded(photo(), "JPEG", progressive=True))
 picture("jpg_scan_bomb", SKIPPED, "x.jpg", scan_bomb)
 picture("gif_many_frames", SAID, "x.gif", long_gif)
-picture("gif_frame_bigger", SKIPPED, "x.gif", lambda: (d := encoded(photo(mode="P"), "GIF"))[:6] + b"\xff" * 4 + d[10:])
+picture(
+    "gif_frame_bigger",
+    SKIPPED,
+    "x.gif",
+    lambda: (d := encoded(photo(mode="P"), "GIF"))[:6] + b"\xff" * 4 + d[10:],
+)
 picture(
     "bmp_lying",
     SKIPPED,
@@ -397,7 +457,12 @@ junk("nm_appledouble", "._x.png")
 # Archives
 
 
-def archive(row_id: str, verdict: str, entries: list[tuple[str, bytes]], change: Callable[[bytes], bytes] = bytes) -> None:
+def archive(
+    row_id: str,
+    verdict: str,
+    entries: list[tuple[str, bytes]],
+    change: Callable[[bytes], bytes] = bytes,
+) -> None:
     """A zip of good pictures, captions and `entries`; `change` damages its bytes."""
 
     def make(folder: Path) -> Path:
@@ -406,7 +471,9 @@ def archive(row_id: str, verdict: str, entries: list[tuple[str, bytes]], change:
             for name, data in [("good.png", PNG), ("good.txt", b"a cat"), *entries]:
                 info = zipfile.ZipInfo(name)
                 info.compress_type = zipfile.ZIP_DEFLATED
-                info.external_attr = (stat.S_IFLNK | 0o777 if row_id == "zip_symlink" else stat.S_IFREG | 0o6755) << 16
+                info.external_attr = (
+                    stat.S_IFLNK | 0o777 if row_id == "zip_symlink" else stat.S_IFREG | 0o6755
+                ) << 16
                 packed.writestr(info, data)
         (folder / "x.zip").write_bytes(change(file.getvalue()))
         return folder / "x.zip"
@@ -447,21 +514,36 @@ archive("zip_backslash", REFUSED, [("..\\evil.png", PNG)])
 archive("zip_drive", REFUSED, [("C:/evil.png", PNG)])
 archive("zip_setuid", ACCEPT, [("setuid.png", PNG)])
 archive("zip_nested", SKIPPED, [("inner.zip", zipped("evil.py"))])
-archive("zip_macosx", ACCEPT, [("__MACOSX/._good.png", b"\0"), ("._good.png", b"\0"), (".DS_Store", b"\0")])
+archive(
+    "zip_macosx",
+    ACCEPT,
+    [("__MACOSX/._good.png", b"\0"), ("._good.png", b"\0"), (".DS_Store", b"\0")],
+)
 archive("zip_folders", ACCEPT, [("a/good.png", PNG), ("b/good.png", PNG), ("b/good.txt", b"a dog")])
 archive("zip_dup", SAID, [("good.png", JPG2), ("good.txt", b"a dog")])
 archive("zip_case", SAID, [("GOOD.png", JPG2), ("GOOD.txt", b"a dog")])
 archive("zip_file_and_dir", REFUSED, [("a.png", PNG), ("a.png/b.png", PNG)])
 archive("zip_longname", SAID, [("ż" * 150 + ".png", PNG), ("ż" * 150 + ".txt", b"a dog")])
 archive("zip_deep", SKIPPED, [("d/" * 2000 + "deep.png", PNG)])
-archive("zip_pth", SKIPPED, [("evil.pth", b"\x80\4."), ("evil.py", b"raise SystemExit"), ("evil.so", b"\x7fELF")])
+archive(
+    "zip_pth",
+    SKIPPED,
+    [("evil.pth", b"\x80\4."), ("evil.py", b"raise SystemExit"), ("evil.so", b"\x7fELF")],
+)
 archive("zip_trunc", REFUSED, [], lambda data: data[:-30])
 archive("zip_encrypted", REFUSED, [], encrypted)
 archive("zip_size_lie", REFUSED, [("lie.txt", bytes(2**26))], lie_about_size)
-archive("zip_name_mismatch", REFUSED, [], lambda data: patched(data, data.index(b"good.png"), b"evil.png"))
+archive(
+    "zip_name_mismatch",
+    REFUSED,
+    [],
+    lambda data: patched(data, data.index(b"good.png"), b"evil.png"),
+)
 archive("zip_symlink", REFUSED, [("link.png", b"/etc/passwd")])
 archive("zip_overlap", REFUSED, [], overlap)
-archive("zip_crc", REFUSED, [], lambda data: patched(data, data.index(b"good.png") + 20, b"\0\0\0\0"))
+archive(
+    "zip_crc", REFUSED, [], lambda data: patched(data, data.index(b"good.png") + 20, b"\0\0\0\0")
+)
 archive("zip_garbage", REFUSED, [], lambda data: b"PK\3\4" + bytes(500))
 archive("zip_empty", REFUSED, [], lambda data: b"")
 archive("zip_crowded", REFUSED, [], lambda data: data + b"PK\1\2" * 20_001)
@@ -481,7 +563,11 @@ def build(root: Path) -> dict[str, Path | OSError]:
         folder.mkdir(parents=True)
         try:
             made[row.id] = row.make(folder)
-        except (OSError, ImportError, AttributeError) as error:  # AttributeError: no os.mkfifo on Windows
+        except (
+            OSError,
+            ImportError,
+            AttributeError,
+        ) as error:  # AttributeError: no os.mkfifo on Windows
             made[row.id] = OSError(f"{row.id} cannot be made here: {error}")
     return made
 

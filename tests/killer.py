@@ -64,7 +64,9 @@ def main(job: Path) -> None:
     for run in json.loads(job.read_text())["runs"]:
         for kill in run["kills"]:
             status = live(Path(run["folder"]), kill)
-            assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"not killed at {kill}: {status}"
+            assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (
+                f"not killed at {kill}: {status}"
+            )
         assert live(Path(run["folder"]), None) == 0, run
 
 

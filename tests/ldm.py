@@ -18,7 +18,9 @@ def conv(name: str, out: int, into: int, side: int = 3) -> Iterator[tuple[str, t
     yield f"{name}.bias", (out,)
 
 
-def linear(name: str, out: int, into: int, bias: bool = True) -> Iterator[tuple[str, tuple[int, ...]]]:
+def linear(
+    name: str, out: int, into: int, bias: bool = True
+) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{name}.weight", (out, into)
     if bias:
         yield f"{name}.bias", (out,)
@@ -29,13 +31,26 @@ def norm(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{name}.bias", (width,)
 
 
-def unet(width=32, multiples=(1, 2), res_blocks=1, depths=(1, 0), context=32, linear_proj=False, label=0, channels=4) -> Shapes:
+def unet(
+    width=32,
+    multiples=(1, 2),
+    res_blocks=1,
+    depths=(1, 0),
+    context=32,
+    linear_proj=False,
+    label=0,
+    channels=4,
+) -> Shapes:
     shapes: Shapes = {}
     time = 4 * width
 
     def resnet(name, into, out):
         shapes.update(
-            [*norm(f"{name}.in_layers.0", into), *conv(f"{name}.in_layers.2", out, into), *linear(f"{name}.emb_layers.1", out, time)]
+            [
+                *norm(f"{name}.in_layers.0", into),
+                *conv(f"{name}.in_layers.2", out, into),
+                *linear(f"{name}.emb_layers.1", out, time),
+            ]
         )
         shapes.update([*norm(f"{name}.out_layers.0", out), *conv(f"{name}.out_layers.3", out, out)])
         if into != out:
@@ -43,7 +58,13 @@ def unet(width=32, multiples=(1, 2), res_blocks=1, depths=(1, 0), context=32, li
 
     def transformer(name, c, depth):
         project = linear if linear_proj else lambda n, o, i: conv(n, o, i, 1)
-        shapes.update([*norm(f"{name}.norm", c), *project(f"{name}.proj_in", c, c), *project(f"{name}.proj_out", c, c)])
+        shapes.update(
+            [
+                *norm(f"{name}.norm", c),
+                *project(f"{name}.proj_in", c, c),
+                *project(f"{name}.proj_out", c, c),
+            ]
+        )
         for d in range(depth):
             block = f"{name}.transformer_blocks.{d}"
             for attention, source in (("attn1", c), ("attn2", context)):
@@ -51,7 +72,12 @@ def unet(width=32, multiples=(1, 2), res_blocks=1, depths=(1, 0), context=32, li
                 shapes.update(linear(f"{block}.{attention}.to_k", c, source, bias=False))
                 shapes.update(linear(f"{block}.{attention}.to_v", c, source, bias=False))
                 shapes.update(linear(f"{block}.{attention}.to_out.0", c, c))
-            shapes.update([*linear(f"{block}.ff.net.0.proj", 8 * c, c), *linear(f"{block}.ff.net.2", c, 4 * c)])
+            shapes.update(
+                [
+                    *linear(f"{block}.ff.net.0.proj", 8 * c, c),
+                    *linear(f"{block}.ff.net.2", c, 4 * c),
+                ]
+            )
             for n in (1, 2, 3):
                 shapes.update(norm(f"{block}.norm{n}", c))
 
@@ -83,7 +109,9 @@ def unet(width=32, multiples=(1, 2), res_blocks=1, depths=(1, 0), context=32, li
             if depths[level]:
                 transformer(f"output_blocks.{number}.1", now, depths[level])
             if level and i == res_blocks:
-                shapes.update(conv(f"output_blocks.{number}.{2 if depths[level] else 1}.conv", now, now))
+                shapes.update(
+                    conv(f"output_blocks.{number}.{2 if depths[level] else 1}.conv", now, now)
+                )
             number += 1
     shapes.update([*norm("out.0", width), *conv("out.2", 4, width)])
     return shapes
@@ -116,7 +144,12 @@ def vae(width=32, multiples=(1, 2), res_blocks=1, latents=4) -> Shapes:
             shapes.update(conv(f"encoder.down.{level}.downsample.conv", now, now))
     middle("encoder.mid", top)
     shapes.update([*norm("encoder.norm_out", top), *conv("encoder.conv_out", 2 * latents, top)])
-    shapes.update([*conv("quant_conv", 2 * latents, 2 * latents, 1), *conv("post_quant_conv", latents, latents, 1)])
+    shapes.update(
+        [
+            *conv("quant_conv", 2 * latents, 2 * latents, 1),
+            *conv("post_quant_conv", latents, latents, 1),
+        ]
+    )
     shapes.update(conv("decoder.conv_in", top, latents))
     middle("decoder.mid", top)
     now = top
@@ -141,7 +174,9 @@ def clip(width=32, layers=2, inner=48) -> Shapes:
         for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
             shapes.update(linear(f"{layer}.self_attn.{projection}", width, width))
         shapes.update([*norm(f"{layer}.layer_norm1", width), *norm(f"{layer}.layer_norm2", width)])
-        shapes.update([*linear(f"{layer}.mlp.fc1", inner, width), *linear(f"{layer}.mlp.fc2", width, inner)])
+        shapes.update(
+            [*linear(f"{layer}.mlp.fc1", inner, width), *linear(f"{layer}.mlp.fc2", width, inner)]
+        )
     shapes.update(norm("text_model.final_layer_norm", width))
     return shapes
 
@@ -155,9 +190,25 @@ def open_clip(width=48, layers=2, inner=64) -> Shapes:
     }
     for n in range(layers):
         block = f"transformer.resblocks.{n}"
-        shapes.update({f"{block}.attn.in_proj_weight": (3 * width, width), f"{block}.attn.in_proj_bias": (3 * width,)})
-        shapes.update([*linear(f"{block}.attn.out_proj", width, width), *norm(f"{block}.ln_1", width), *norm(f"{block}.ln_2", width)])
-        shapes.update([*linear(f"{block}.mlp.c_fc", inner, width), *linear(f"{block}.mlp.c_proj", width, inner)])
+        shapes.update(
+            {
+                f"{block}.attn.in_proj_weight": (3 * width, width),
+                f"{block}.attn.in_proj_bias": (3 * width,),
+            }
+        )
+        shapes.update(
+            [
+                *linear(f"{block}.attn.out_proj", width, width),
+                *norm(f"{block}.ln_1", width),
+                *norm(f"{block}.ln_2", width),
+            ]
+        )
+        shapes.update(
+            [
+                *linear(f"{block}.mlp.c_fc", inner, width),
+                *linear(f"{block}.mlp.c_proj", width, inner),
+            ]
+        )
     shapes.update(norm("ln_final", width))
     return shapes
 
@@ -165,12 +216,21 @@ def open_clip(width=48, layers=2, inner=64) -> Shapes:
 def mmdit(width=64, layers=2, context=80, pooled=96, side=8, qk_norm=False, second=()) -> Shapes:
     """Of Stable Diffusion 3 (mmdit.py of its reference code): the last block does nothing more for the text."""
     shapes: Shapes = {"pos_embed": (1, side * side, width)}
-    shapes.update([*conv("x_embedder.proj", width, 16, 2), *linear("context_embedder", width, context)])
-    shapes.update([*linear("t_embedder.mlp.0", width, 256), *linear("t_embedder.mlp.2", width, width)])
-    shapes.update([*linear("y_embedder.mlp.0", width, pooled), *linear("y_embedder.mlp.2", width, width)])
+    shapes.update(
+        [*conv("x_embedder.proj", width, 16, 2), *linear("context_embedder", width, context)]
+    )
+    shapes.update(
+        [*linear("t_embedder.mlp.0", width, 256), *linear("t_embedder.mlp.2", width, width)]
+    )
+    shapes.update(
+        [*linear("y_embedder.mlp.0", width, pooled), *linear("y_embedder.mlp.2", width, width)]
+    )
     for n in range(layers):
         for stream in ("x_block", "context_block"):
-            block, last = f"joint_blocks.{n}.{stream}", stream == "context_block" and n == layers - 1
+            block, last = (
+                f"joint_blocks.{n}.{stream}",
+                stream == "context_block" and n == layers - 1,
+            )
             attentions = ["attn", *(["attn2"] if stream == "x_block" and n in second else [])]
             for attention in attentions:
                 shapes.update(linear(f"{block}.{attention}.qkv", 3 * width, width))
@@ -178,15 +238,33 @@ def mmdit(width=64, layers=2, context=80, pooled=96, side=8, qk_norm=False, seco
                     shapes.update({f"{block}.{attention}.ln_{x}.weight": (64,) for x in "qk"})
                 if not last:
                     shapes.update(linear(f"{block}.{attention}.proj", width, width))
-            shapes.update(linear(f"{block}.adaLN_modulation.1", (2 if last else 3 + 3 * len(attentions)) * width, width))
+            shapes.update(
+                linear(
+                    f"{block}.adaLN_modulation.1",
+                    (2 if last else 3 + 3 * len(attentions)) * width,
+                    width,
+                )
+            )
             if not last:
-                shapes.update([*linear(f"{block}.mlp.fc1", 4 * width, width), *linear(f"{block}.mlp.fc2", width, 4 * width)])
-    shapes.update([*linear("final_layer.linear", 64, width), *linear("final_layer.adaLN_modulation.1", 2 * width, width)])
+                shapes.update(
+                    [
+                        *linear(f"{block}.mlp.fc1", 4 * width, width),
+                        *linear(f"{block}.mlp.fc2", width, 4 * width),
+                    ]
+                )
+    shapes.update(
+        [
+            *linear("final_layer.linear", 64, width),
+            *linear("final_layer.adaLN_modulation.1", 2 * width, width),
+        ]
+    )
     return shapes
 
 
 def whole(parts: dict[str, Shapes]) -> Shapes:
-    return {prefix + name: shape for prefix, shapes in parts.items() for name, shape in shapes.items()}
+    return {
+        prefix + name: shape for prefix, shapes in parts.items() for name, shape in shapes.items()
+    }
 
 
 CLIP_L, CLIP_G = "text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer."
@@ -196,7 +274,12 @@ def sd3(**denoiser: Any) -> dict[str, Shapes]:
     """Of the edition with both CLIP encoders; its VAE has no convolutions around the latents."""
     plain_vae = {name: shape for name, shape in vae(latents=16).items() if "quant_conv" not in name}
     first = clip(32) | {"text_projection.weight": (32, 32)}
-    return {UNET: mmdit(**denoiser), VAE: plain_vae, CLIP_L: first, CLIP_G: clip(64) | {"text_projection.weight": (64, 64)}}
+    return {
+        UNET: mmdit(**denoiser),
+        VAE: plain_vae,
+        CLIP_L: first,
+        CLIP_G: clip(64) | {"text_projection.weight": (64, 64)},
+    }
 
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -217,8 +300,16 @@ TINY = {
 }
 FULL_VAE = vae(128, (1, 2, 4, 4), 2)
 FULL = {
-    "sd15": {UNET: unet(320, (1, 2, 4, 4), 2, (1, 1, 1, 0), 768), VAE: FULL_VAE, SD1: clip(768, 12, 3072)},
-    "sd21": {UNET: unet(320, (1, 2, 4, 4), 2, (1, 1, 1, 0), 1024, linear_proj=True), VAE: FULL_VAE, SD2: open_clip(1024, 24, 4096)},
+    "sd15": {
+        UNET: unet(320, (1, 2, 4, 4), 2, (1, 1, 1, 0), 768),
+        VAE: FULL_VAE,
+        SD1: clip(768, 12, 3072),
+    },
+    "sd21": {
+        UNET: unet(320, (1, 2, 4, 4), 2, (1, 1, 1, 0), 1024, linear_proj=True),
+        VAE: FULL_VAE,
+        SD2: open_clip(1024, 24, 4096),
+    },
     "sdxl": {
         UNET: unet(320, (1, 2, 4), 2, (0, 2, 10), 2048, linear_proj=True, label=2816),
         VAE: FULL_VAE,
@@ -228,7 +319,9 @@ FULL = {
 }
 
 
-def filled(shapes: Shapes, seed: int = 0, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
+def filled(
+    shapes: Shapes, seed: int = 0, dtype: torch.dtype = torch.float16
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in shapes.items():
@@ -237,8 +330,19 @@ def filled(shapes: Shapes, seed: int = 0, dtype: torch.dtype = torch.float16) ->
     return tensors
 
 
-def write_checkpoint(path: Path, kind: str, *, without: str = "none", metadata: dict[str, str] | None = None, **more: torch.Tensor) -> Path:
+def write_checkpoint(
+    path: Path,
+    kind: str,
+    *,
+    without: str = "none",
+    metadata: dict[str, str] | None = None,
+    **more: torch.Tensor,
+) -> Path:
     """A tiny checkpoint; `more` are tensors beside it, such as the marker v_pred."""
-    tensors = {name: tensor for name, tensor in filled(whole(TINY[kind])).items() if not name.startswith(without)}
+    tensors = {
+        name: tensor
+        for name, tensor in filled(whole(TINY[kind])).items()
+        if not name.startswith(without)
+    }
     save_file(tensors | more, path, metadata)
     return path

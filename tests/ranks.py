@@ -51,7 +51,13 @@ def process(rank: int, run: dict, port: int) -> int:
     child = os.fork()
     if child == 0:
         if run["processes"] > 1:
-            told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": run["processes"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            told = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": run["processes"],
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
             os.environ |= {name: str(value) for name, value in told.items()}
         if run["kill"] and run["kill"][0] == rank:
             arm(*run["kill"][1:])
@@ -63,7 +69,10 @@ def main(job: Path) -> None:
     for run in json.loads(job.read_text()):
         port = free_port()
         children = [process(rank, run, port) for rank in range(run["processes"])]
-        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
+        print(
+            json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

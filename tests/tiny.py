@@ -90,7 +90,12 @@ def tiny_text_config(**changes: Any) -> CLIPTextConfig:
     )
 
 
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
 
 
 def tiny_sd1(work: Path) -> StableDiffusionPipeline:
@@ -110,7 +115,9 @@ def tiny_sd1(work: Path) -> StableDiffusionPipeline:
 
 def tiny_sd2(work: Path, prediction_type: str = "epsilon") -> StableDiffusionPipeline:
     """A Stable Diffusion 2.x: linear projections, heads by block, OpenCLIP's activation."""
-    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, prediction_type=prediction_type, **SCHEDULE)
+    scheduler = DDIMScheduler(
+        clip_sample=False, set_alpha_to_one=False, prediction_type=prediction_type, **SCHEDULE
+    )
     text_encoder = CLIPTextModel(tiny_text_config(hidden_act="gelu", projection_dim=16))
     return StableDiffusionPipeline(
         unet=tiny_unet(use_linear_projection=True, attention_head_dim=(2, 4)),
@@ -143,7 +150,9 @@ def tiny_sdxl(work: Path, **schedule: Any) -> StableDiffusionXLPipeline:
         vae=tiny_vae(force_upcast=True, scaling_factor=0.13025),
         scheduler=EulerDiscreteScheduler(**SCHEDULE, **schedule),
         text_encoder=CLIPTextModel(tiny_text_config()),
-        text_encoder_2=CLIPTextModelWithProjection(tiny_text_config(hidden_act="gelu", projection_dim=24)),
+        text_encoder_2=CLIPTextModelWithProjection(
+            tiny_text_config(hidden_act="gelu", projection_dim=24)
+        ),
         tokenizer=tiny_tokenizer(work / "words"),
         tokenizer_2=tiny_tokenizer(work / "words_2"),
     )
@@ -153,12 +162,23 @@ def tiny_t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
     """T5 with one piece for each printable letter of the first 600."""
     letters = sorted({chr(code) for code in range(33, 600) if chr(code).isprintable()})
     pieces = ["<pad>", "</s>", "<unk>", "\u2581", *letters]
-    tokenizer = T5TokenizerFast(vocab=[(piece, 0.0 if piece.startswith("<") else -2.0) for piece in pieces])
-    shape = {"d_model": 2 * TEXT_WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
+    tokenizer = T5TokenizerFast(
+        vocab=[(piece, 0.0 if piece.startswith("<") else -2.0) for piece in pieces]
+    )
+    shape = {
+        "d_model": 2 * TEXT_WIDTH,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 1,
+        "num_heads": 2,
+        "feed_forward_proj": "gated-gelu",
+    }
     return T5EncoderModel(T5Config(vocab_size=len(tokenizer), **shape)), tokenizer
 
 
-def tiny_sd3(work: Path, t5: bool = True, shift: float = 3.0, **changes: Any) -> StableDiffusion3Pipeline:
+def tiny_sd3(
+    work: Path, t5: bool = True, shift: float = 3.0, **changes: Any
+) -> StableDiffusion3Pipeline:
     """A Stable Diffusion 3: two blocks, 16 latent channels, patches of two by two; T5 as wide as both CLIP encoders together."""
     settings = {
         "sample_size": 8,
@@ -177,7 +197,9 @@ def tiny_sd3(work: Path, t5: bool = True, shift: float = 3.0, **changes: Any) ->
         vae=tiny_vae(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, **plain),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         text_encoder=CLIPTextModelWithProjection(tiny_text_config(projection_dim=16)),
-        text_encoder_2=CLIPTextModelWithProjection(tiny_text_config(hidden_act="gelu", projection_dim=24)),
+        text_encoder_2=CLIPTextModelWithProjection(
+            tiny_text_config(hidden_act="gelu", projection_dim=24)
+        ),
         text_encoder_3=text_encoder_3,
         tokenizer=tiny_tokenizer(work / "words"),
         tokenizer_2=tiny_tokenizer(work / "words_2"),
@@ -190,9 +212,16 @@ TINY: dict[str, Callable[[Path], Any]] = {
     "sd2": tiny_sd2,
     "sd2-v": lambda work: tiny_sd2(work, "v_prediction"),
     "sdxl": tiny_sdxl,
-    "sdxl-v": lambda work: tiny_sdxl(work, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"),
+    "sdxl-v": lambda work: tiny_sdxl(
+        work,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    ),
     "sd3": tiny_sd3,
-    "sd35-medium": lambda work: tiny_sd3(work, t5=False, qk_norm="rms_norm", dual_attention_layers=(0,)),
+    "sd35-medium": lambda work: tiny_sd3(
+        work, t5=False, qk_norm="rms_norm", dual_attention_layers=(0,)
+    ),
     "sd35-large": lambda work: tiny_sd3(work, qk_norm="rms_norm"),
 }
 
@@ -204,7 +233,9 @@ def save_tiny_base(folder: Path, seed: int = 0, kind: str = "sd1") -> Path:
     return folder
 
 
-def make_dataset(folder: Path, count: int = 4, sizes: tuple[tuple[int, int], ...] = ((16, 16),)) -> Path:
+def make_dataset(
+    folder: Path, count: int = 4, sizes: tuple[tuple[int, int], ...] = ((16, 16),)
+) -> Path:
     """Pictures of random colours with captions; the sizes take turns."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)

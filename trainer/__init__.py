@@ -10,7 +10,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Result", "RunConfig", "TrainerError", "run"]
-_PLACES = {"Result": "training.runner", "RunConfig": "config", "TrainerError": "errors", "run": "training.runner"}
+_PLACES = {
+    "Result": "training.runner",
+    "RunConfig": "config",
+    "TrainerError": "errors",
+    "run": "training.runner",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -44,18 +44,32 @@ def make(run_id: object, wishes: dict[str, Any]) -> str:
     """Starts making a file: in another format, of another rank, or together with the adapter of another run. Returns the job's id."""
     folder = runs.resolve(run_id)
     source = adapter_of(folder)
-    dialect, precision, rank = _one_of(wishes, "dialect", DIALECTS), _one_of(wishes, "precision", PRECISIONS), _rank(wishes.get("rank"))
+    dialect, precision, rank = (
+        _one_of(wishes, "dialect", DIALECTS),
+        _one_of(wishes, "precision", PRECISIONS),
+        _rank(wishes.get("rank")),
+    )
     size = ["--rank", str(rank)] if rank else []
     if wishes.get("other"):
         other = adapter_of(runs.resolve(wishes["other"]))
-        adapters = [f"{source}:{_strength(wishes.get('own_strength'))}", f"{other}:{_strength(wishes.get('other_strength'))}"]
-        command, name = ["compose", "--adapter", adapters[0], "--adapter", adapters[1], *size], f"{source.stem}+{other.stem}"
+        adapters = [
+            f"{source}:{_strength(wishes.get('own_strength'))}",
+            f"{other}:{_strength(wishes.get('other_strength'))}",
+        ]
+        command, name = (
+            ["compose", "--adapter", adapters[0], "--adapter", adapters[1], *size],
+            f"{source.stem}+{other.stem}",
+        )
     elif rank:
         command, name = ["resize", str(source), *size], f"{source.stem}-rank{rank}"
     else:
         command, name = ["convert", str(source)], f"{source.stem}-{dialect}-{precision}"
     target = _free(folder, run_folder.slug(name))
-    return _start(folder, [*command, "--to", dialect, "--precision", precision, "--output", str(target), "--json"], target)
+    return _start(
+        folder,
+        [*command, "--to", dialect, "--precision", precision, "--output", str(target), "--json"],
+        target,
+    )
 
 
 def shrink(run_id: object, rank: object) -> str:
@@ -64,8 +78,12 @@ def shrink(run_id: object, rank: object) -> str:
     try:
         facts = json.loads((folder / "learned.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise StateError("It is not known how large this adapter has to be; choose a rank under Tools in the Library.") from None
-    return make(run_id, {"dialect": facts.get("dialect"), "precision": facts.get("precision"), "rank": rank})
+        raise StateError(
+            "It is not known how large this adapter has to be; choose a rank under Tools in the Library."
+        ) from None
+    return make(
+        run_id, {"dialect": facts.get("dialect"), "precision": facts.get("precision"), "rank": rank}
+    )
 
 
 def state(job_id: object) -> dict:
@@ -73,19 +91,34 @@ def state(job_id: object) -> dict:
     job = _jobs.get(str(job_id))
     if job is None:
         raise StateError("That is not known any more; do it again.")
-    lines = job.output.read_text(encoding="utf-8", errors="replace").splitlines() if job.output.exists() else []
+    lines = (
+        job.output.read_text(encoding="utf-8", errors="replace").splitlines()
+        if job.output.exists()
+        else []
+    )
     said = [data for line in lines if isinstance(data := _parsed(line), dict)]
     if job.process.poll() is None:
         return {"progress": said[-1].get("progress", [0, 0]) if said else [0, 0]}
     del _jobs[str(job_id)]
     job.output.unlink(missing_ok=True)
     if job.process.returncode or not said:
-        reason = next((line for line in reversed(lines) if line.strip() and _parsed(line) is None), "it ended without a word")
+        reason = next(
+            (line for line in reversed(lines) if line.strip() and _parsed(line) is None),
+            "it ended without a word",
+        )
         raise StateError(reason)
     if job.made is None:
         return {"facts": said[-1]}
-    made = {"name": job.made.name, "href": f"/runfile/{job.run.name}/{job.made.name}", "size": run_view.size(job.made.stat().st_size)}
-    return {"file": made, "kept": said[-1].get("kept_energy", ""), "worst": said[-1].get("worst_module", "")}
+    made = {
+        "name": job.made.name,
+        "href": f"/runfile/{job.run.name}/{job.made.name}",
+        "size": run_view.size(job.made.stat().st_size),
+    }
+    return {
+        "file": made,
+        "kept": said[-1].get("kept_energy", ""),
+        "worst": said[-1].get("worst_module", ""),
+    }
 
 
 def adapter_of(folder: Path) -> Path:
@@ -102,7 +135,9 @@ def _start(folder: Path, arguments: list[str], made: Path | None) -> str:
     job_id = secrets.token_hex(16)
     output = folder / f".tool-{job_id}"
     with open(output, "wb") as lines:
-        process = runs.trainer_process(arguments, folder, stdin=subprocess.DEVNULL, stdout=lines, stderr=lines)
+        process = runs.trainer_process(
+            arguments, folder, stdin=subprocess.DEVNULL, stdout=lines, stderr=lines
+        )
     _jobs[job_id] = Job(folder, process, output, made)
     return job_id
 
@@ -115,7 +150,9 @@ def _parsed(line: str) -> Any:
 
 
 def _free(folder: Path, stem: str) -> Path:
-    names = (f"{stem}{'' if number == 1 else f'-{number}'}.safetensors" for number in range(1, 1000))
+    names = (
+        f"{stem}{'' if number == 1 else f'-{number}'}.safetensors" for number in range(1, 1000)
+    )
     return next(folder / name for name in names if not (folder / name).exists())
 
 

@@ -25,13 +25,19 @@ def start(data: dict) -> dict:
     for option in ("model", "tagger", "prefix", "blacklist"):
         arguments += [f"--{option}={text}"] if (text := str(data.get(option) or "").strip()) else []
     for option in ("threshold", "character_threshold"):
-        arguments += [f"--{option.replace('_', '-')}={_share(data[option])}"] if data.get(option) not in (None, "") else []
+        arguments += (
+            [f"--{option.replace('_', '-')}={_share(data[option])}"]
+            if data.get(option) not in (None, "")
+            else []
+        )
     arguments += ["--overwrite"] if data.get("overwrite") else []
     place.mkdir(exist_ok=True)
     (place / "events.jsonl").unlink(missing_ok=True)
     with open(place / "log.txt", "wb") as log:
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-        _processes[folder] = runs.trainer_process(arguments, place, run_folder.outputs_folder(), **streams)
+        _processes[folder] = runs.trainer_process(
+            arguments, place, run_folder.outputs_folder(), **streams
+        )
     return status(data)
 
 
@@ -69,19 +75,29 @@ def status(data: dict) -> dict:
         return result
     result["state"] = "running" if alive else "failed"
     written = [event for event in events if isinstance(event, Captioned)]
-    result["latest"] = [{"file": event.file, "caption": event.caption} for event in written[-LATEST:]]
+    result["latest"] = [
+        {"file": event.file, "caption": event.caption} for event in written[-LATEST:]
+    ]
     result["warnings"] = [event.message for event in events if isinstance(event, Warned)][-LATEST:]
     for event in events:
         match event:
             case Progress():
-                result |= {"done": event.done, "total": event.total, "loading": event.phase == "loading"}
+                result |= {
+                    "done": event.done,
+                    "total": event.total,
+                    "loading": event.phase == "loading",
+                }
             case Failed():
                 result |= {"state": "failed", "message": event.message}
             case CaptionsDone():
                 word = "Stopped" if event.stopped else "Done"
                 kept = f", {event.kept} kept theirs" if event.kept else ""
                 captions = "1 caption" if event.written == 1 else f"{event.written} captions"
-                result |= {"state": "done", "done": result["total"], "message": f"{word}: {captions} written{kept}."}
+                result |= {
+                    "state": "done",
+                    "done": result["total"],
+                    "message": f"{word}: {captions} written{kept}.",
+                }
     if result["state"] == "failed" and not result["message"]:
         result["message"] = _last_words(place) or "The job ended without a word."
     return result
@@ -89,7 +105,9 @@ def status(data: dict) -> dict:
 
 def _last_words(place: Path) -> str:
     try:
-        lines = (place / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        lines = (
+            (place / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        )
     except OSError:
         return ""
     return lines[-1][:300] if lines else ""
@@ -97,6 +115,13 @@ def _last_words(place: Path) -> str:
 
 def download_size(data: dict) -> dict:
     """What would have to be downloaded for the chosen models, in words."""
-    wanted = [name for option in ("model", "tagger") if (name := str(data.get(option) or "").strip())]
+    wanted = [
+        name for option in ("model", "tagger") if (name := str(data.get(option) or "").strip())
+    ]
     size = sum(autocaption.download_bytes(name) for name in wanted)
-    return {"bytes": size, "text": f"{size / 1e6:.0f} MB are downloaded first." if size else "Nothing has to be downloaded."}
+    return {
+        "bytes": size,
+        "text": f"{size / 1e6:.0f} MB are downloaded first."
+        if size
+        else "Nothing has to be downloaded.",
+    }

@@ -79,9 +79,19 @@ def settings_of(data: dict) -> tuple[config.Dataset, str]:
     """The settings of the Train tab as the browser hands them back, and the base; where they are none, the defaults."""
     given = data.get("settings")
     given = given if isinstance(given, dict) else {}
-    names = ("resolution", "bucket_step", "max_aspect", "allow_upscale", "crop", "trigger", "caption_tokens")
+    names = (
+        "resolution",
+        "bucket_step",
+        "max_aspect",
+        "allow_upscale",
+        "crop",
+        "trigger",
+        "caption_tokens",
+    )
     try:
-        return config.from_dict({"dataset": {name: given[name] for name in names if name in given}}).dataset, str(given.get("base") or "")
+        return config.from_dict(
+            {"dataset": {name: given[name] for name in names if name in given}}
+        ).dataset, str(given.get("base") or "")
     except ConfigError:
         return config.Dataset(), ""
 
@@ -101,12 +111,22 @@ def look(data: dict, again: bool = True) -> Look:
     with _starting:
         known = _looks.get(folder)
         fits = known is not None and (known.settings, known.base) == (settings, base)
-        if known and fits and (not again or not known.ended.is_set() or known.signature == datasets.signature(folder)):
+        if (
+            known
+            and fits
+            and (
+                not again
+                or not known.ended.is_set()
+                or known.signature == datasets.signature(folder)
+            )
+        ):
             current = known
         else:
             current = _looks[folder] = Look(settings, base, datasets.signature(folder))
             # In this request's context: whose outputs folder it is, is known there.
-            threading.Thread(target=contextvars.copy_context().run, args=(_read, folder, current), daemon=True).start()
+            threading.Thread(
+                target=contextvars.copy_context().run, args=(_read, folder, current), daemon=True
+            ).start()
     current.ended.wait(PATIENCE)
     return current
 
@@ -127,7 +147,11 @@ def _read(folder: Path, current: Look) -> None:
         )
         current.captions = _captions(folder, (item.path for item in current.items))
     except (TrainerError, OSError) as error:
-        is_empty = not any(path.is_file() for path in reading.files_of(folder)) if folder.is_dir() else True
+        is_empty = (
+            not any(path.is_file() for path in reading.files_of(folder))
+            if folder.is_dir()
+            else True
+        )
         current.error = "" if is_empty else str(error)
     finally:
         current.ended.set()
@@ -136,7 +160,12 @@ def _read(folder: Path, current: Look) -> None:
 def _captions(folder: Path, chosen: Iterable[Path]) -> dict[str, str]:
     """As they are on the disk now, by the names that the browser has for the pictures and gives back."""
     metadata = captions.Metadata(folder, [])
-    return {captions.relative(path, folder): captions.caption_of(path, folder, metadata, separate_lines=True)[0] for path in chosen}
+    return {
+        captions.relative(path, folder): captions.caption_of(
+            path, folder, metadata, separate_lines=True
+        )[0]
+        for path in chosen
+    }
 
 
 # What is shown
@@ -186,13 +215,18 @@ def _passes(folder: Path, current: Look, item: reading.DatasetItem, wanted: obje
         return str(tag).casefold() in (other.casefold() for other in checks.tags_of(caption))
     if kind := wanted.get("kind"):
         stem = captions.stem_of(Path(file)).as_posix()
-        return any(f.kind == kind and (f.file == file or captions.stem_of(Path(f.file)).as_posix() == stem) for f in current.findings)
+        return any(
+            f.kind == kind and (f.file == file or captions.stem_of(Path(f.file)).as_posix() == stem)
+            for f in current.findings
+        )
     text = str(wanted.get("text") or "").casefold()
     return text in file.casefold() or text in caption.casefold()
 
 
 def _cards(name: str, folder: Path, current: Look, items: list[reading.DatasetItem]) -> list[dict]:
-    lengths = token_count.counter(_tokenizer(current.base))([current.captions.get(captions.relative(item.path, folder), "") for item in items])
+    lengths = token_count.counter(_tokenizer(current.base))(
+        [current.captions.get(captions.relative(item.path, folder), "") for item in items]
+    )
     cards = []
     for item, length in zip(items, lengths, strict=True):
         file = captions.relative(item.path, folder)
@@ -234,8 +268,13 @@ def groups(findings: list[Finding]) -> list[dict]:
             "title": TITLES.get(kind, found[0].message if len(found) == 1 else "Good to know"),
             "level": min((finding.level for finding in found), key=ORDER.__getitem__),
             "count": len(found),
-            "files": [{"file": finding.file, "text": finding.message} for finding in found[:SHOWN_FILES]],
-            "cures": [{"name": name, "label": fixes.CURES[name].label} for name in fixes.FOR_KIND.get(kind, ())],
+            "files": [
+                {"file": finding.file, "text": finding.message} for finding in found[:SHOWN_FILES]
+            ],
+            "cures": [
+                {"name": name, "label": fixes.CURES[name].label}
+                for name in fixes.FOR_KIND.get(kind, ())
+            ],
         }
         for kind, found in by_kind.items()
     ]
@@ -245,9 +284,20 @@ def groups(findings: list[Finding]) -> list[dict]:
 def crops_overview(data: dict) -> dict:
     """How many pictures are trained at each size."""
     current = look(data, again=False)
-    counts = Counter(reading.crop_of(item, current.settings).bucket for item in current.items for _ in range(item.repeats))
-    rows = [{"size": f"{width} × {height}", "count": count, "ratio": width / height} for (width, height), count in sorted(counts.items())]
-    return {"buckets": rows, "crop": current.settings.crop, "resolution": current.settings.resolution}
+    counts = Counter(
+        reading.crop_of(item, current.settings).bucket
+        for item in current.items
+        for _ in range(item.repeats)
+    )
+    rows = [
+        {"size": f"{width} × {height}", "count": count, "ratio": width / height}
+        for (width, height), count in sorted(counts.items())
+    ]
+    return {
+        "buckets": rows,
+        "crop": current.settings.crop,
+        "resolution": current.settings.resolution,
+    }
 
 
 # What is done
@@ -258,13 +308,24 @@ def save_caption(data: dict) -> dict:
     folder, file = datasets.resolve(data.get("dataset")), str(data.get("file"))
     text = str(data.get("caption", ""))
     if len(text.encode("utf-8", "replace")) > captions.MAX_CAPTION_BYTES:
-        raise DatasetError(f"A caption may have {captions.MAX_CAPTION_BYTES >> 20} MB at most; shorten it.")
-    history.apply(folder, f"The caption of {file}", [caption_edits.caption_edit(picture, text)], merge=f"caption {file}")
+        raise DatasetError(
+            f"A caption may have {captions.MAX_CAPTION_BYTES >> 20} MB at most; shorten it."
+        )
+    history.apply(
+        folder,
+        f"The caption of {file}",
+        [caption_edits.caption_edit(picture, text)],
+        merge=f"caption {file}",
+    )
     caption = captions.read_caption(picture, separate_lines=True)[0]
     current = _looks.get(folder)
     if current is not None:
         current.captions[file] = caption
-    return {"caption": caption, "tokens": token_count.counter(_tokenizer(settings_of(data)[1]))([caption])[0], "undo": _undo(folder)}
+    return {
+        "caption": caption,
+        "tokens": token_count.counter(_tokenizer(settings_of(data)[1]))([caption])[0],
+        "undo": _undo(folder),
+    }
 
 
 def _operation(data: dict) -> caption_edits.Operation:
@@ -291,23 +352,37 @@ def _planned(data: dict) -> tuple[Path, list[caption_edits.Change]]:
     folder = datasets.resolve(data.get("dataset"))
     current = look(data, again=False)
     current.ended.wait()
-    known = ((item.path, current.captions.get(captions.relative(item.path, folder), "")) for item in current.items)
+    known = (
+        (item.path, current.captions.get(captions.relative(item.path, folder), ""))
+        for item in current.items
+    )
     return folder, caption_edits.plan(known, _operation(data), str(data.get("only") or ""))
 
 
 def preview_edit(data: dict) -> dict:
     """What a change of all captions would do, without doing it."""
     folder, changes = _planned(data)
-    rows = [{"file": captions.relative(c.picture, folder), "before": c.before, "after": c.after} for c in changes[:SHOWN_CHANGES]]
+    rows = [
+        {"file": captions.relative(c.picture, folder), "before": c.before, "after": c.after}
+        for c in changes[:SHOWN_CHANGES]
+    ]
     return {"count": len(changes), "changes": rows}
 
 
 def apply_edit(data: dict) -> dict:
     folder, changes = _planned(data)
-    if list(_captions(folder, (c.picture for c in changes)).values()) != [c.before for c in changes]:
-        look(data)  # another program wrote captions meanwhile: what it wrote is changed, not replaced
+    if list(_captions(folder, (c.picture for c in changes)).values()) != [
+        c.before for c in changes
+    ]:
+        look(
+            data
+        )  # another program wrote captions meanwhile: what it wrote is changed, not replaced
         folder, changes = _planned(data)
-    return {"changed": history.apply(folder, f"Changed {len(changes)} captions", caption_edits.edits(changes))}
+    return {
+        "changed": history.apply(
+            folder, f"Changed {len(changes)} captions", caption_edits.edits(changes)
+        )
+    }
 
 
 def cure(data: dict) -> dict:
@@ -316,8 +391,20 @@ def cure(data: dict) -> dict:
     current = look(data)
     current.ended.wait()
     kind, file = data.get("kind"), data.get("file")
-    found = [finding for finding in current.findings if finding.kind == kind and (file is None or finding.file == file)]
-    return {"changed": fixes.apply(folder, found, str(data.get("cure")), _tokenizer(current.base), current.settings.caption_tokens)}
+    found = [
+        finding
+        for finding in current.findings
+        if finding.kind == kind and (file is None or finding.file == file)
+    ]
+    return {
+        "changed": fixes.apply(
+            folder,
+            found,
+            str(data.get("cure")),
+            _tokenizer(current.base),
+            current.settings.caption_tokens,
+        )
+    }
 
 
 def undo(data: dict) -> dict:
@@ -335,7 +422,10 @@ def remove_picture(data: dict) -> dict:
 
 def move_crop(data: dict) -> dict:
     """Moves the crop of a picture to a `centre` [x, y], or with none back to where the crop mode puts it."""
-    picture, folder = datasets.resolve_picture(data.get("dataset"), data.get("file")), datasets.resolve(data.get("dataset"))
+    picture, folder = (
+        datasets.resolve_picture(data.get("dataset"), data.get("file")),
+        datasets.resolve(data.get("dataset")),
+    )
     edit = crop_edits.move(folder, picture, data.get("centre"))
     history.apply(folder, f"Moved the crop of {picture.name}", [edit], merge=f"crop {picture.name}")
     current = look(data)
@@ -346,9 +436,18 @@ def move_crop(data: dict) -> dict:
 
 def save_mask(data: dict) -> dict:
     """A painted mask as base64 of a PNG is put beside its picture; without one the mask is taken away."""
-    picture, folder = datasets.resolve_picture(data.get("dataset"), data.get("file")), datasets.resolve(data.get("dataset"))
+    picture, folder = (
+        datasets.resolve_picture(data.get("dataset"), data.get("file")),
+        datasets.resolve(data.get("dataset")),
+    )
     if not data.get("mask"):
-        _, masks = reading.pair_masks([path for path in reading.files_of(folder) if path.suffix.lower() in images.PICTURE_SUFFIXES])
+        _, masks = reading.pair_masks(
+            [
+                path
+                for path in reading.files_of(folder)
+                if path.suffix.lower() in images.PICTURE_SUFFIXES
+            ]
+        )
         gone = [Edit(masks[picture], None)] if picture in masks else []
         history.apply(folder, f"Removed the mask of {picture.name}", gone)
     else:
@@ -357,19 +456,31 @@ def save_mask(data: dict) -> dict:
         except (ValueError, binascii.Error):
             raise DatasetError("The mask did not arrive whole; save it again.") from None
         if len(content) > MOST_MASK_BYTES:
-            raise DatasetError("The mask is too large; paint it with fewer details, or upload it as a file.")
+            raise DatasetError(
+                "The mask is too large; paint it with fewer details, or upload it as a file."
+            )
         return put_mask(data, content, Path("mask.png"))
     return {"mask": "", "undo": _undo(folder)}
 
 
 def put_mask(data: dict, content: bytes, name: Path) -> dict:
     """Any picture becomes the mask of `file`; it must have the same shape."""
-    picture, folder = datasets.resolve_picture(data.get("dataset"), data.get("file")), datasets.resolve(data.get("dataset"))
-    target = captions.stem_of(picture).with_name(captions.stem_of(picture).name + reading.MASK_ENDINGS[0])
+    picture, folder = (
+        datasets.resolve_picture(data.get("dataset"), data.get("file")),
+        datasets.resolve(data.get("dataset")),
+    )
+    target = captions.stem_of(picture).with_name(
+        captions.stem_of(picture).name + reading.MASK_ENDINGS[0]
+    )
     mask = images.grey_png(content, name)
-    (width, height), (mask_width, mask_height) = images.picture_size(picture), images.decode_picture(mask, name)[0].size
+    (width, height), (mask_width, mask_height) = (
+        images.picture_size(picture),
+        images.decode_picture(mask, name)[0].size,
+    )
     if abs(width / height - mask_width / mask_height) > 0.02 * width / height:
-        raise DatasetError(f"The mask ({mask_width} x {mask_height}) has not the shape of the picture ({width} x {height}).")
+        raise DatasetError(
+            f"The mask ({mask_width} x {mask_height}) has not the shape of the picture ({width} x {height})."
+        )
     history.apply(folder, f"The mask of {picture.name}", [Edit(target, mask)])
     key = datasets.key_of(picture.relative_to(folder).as_posix())
     return {"mask": _mask_address(data.get("dataset"), key, target), "undo": _undo(folder)}

@@ -65,14 +65,26 @@ def names() -> list[str]:
     """All datasets, the one changed last first."""
     if not root().is_dir():
         return []
-    folders = [folder for folder in root().iterdir() if folder.is_dir() and folder.name == run_folder.slug(folder.name)]
-    return [folder.name for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True)]
+    folders = [
+        folder
+        for folder in root().iterdir()
+        if folder.is_dir() and folder.name == run_folder.slug(folder.name)
+    ]
+    return [
+        folder.name
+        for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True)
+    ]
 
 
 def resolve(name: object) -> Path:
     """The folder of a dataset. Raises DatasetError for what is none."""
     folder = root() / str(name)
-    if not isinstance(name, str) or run_folder.slug(name) != name or not folder.is_dir() or folder.is_symlink():
+    if (
+        not isinstance(name, str)
+        or run_folder.slug(name) != name
+        or not folder.is_dir()
+        or folder.is_symlink()
+    ):
         raise DatasetError("There is no such dataset; choose one from the list.")
     return folder
 
@@ -81,10 +93,23 @@ def resolve_picture(name: object, file: object) -> Path:
     """A picture of a dataset by its path below the dataset's folder."""
     folder = resolve(name)
     path = folder / str(file)
-    if isinstance(file, str) and not os.path.isfile(path):  # a name that is no UTF-8 comes from the browser as it was shown there
-        path = next((other for other in reading.files_of(folder) if captions.relative(other, folder) == file), path)
+    if isinstance(file, str) and not os.path.isfile(
+        path
+    ):  # a name that is no UTF-8 comes from the browser as it was shown there
+        path = next(
+            (
+                other
+                for other in reading.files_of(folder)
+                if captions.relative(other, folder) == file
+            ),
+            path,
+        )
     is_picture = isinstance(file, str) and path.suffix.lower() in images.PICTURE_SUFFIXES
-    if not is_picture or not os.path.isfile(path) or not path.resolve().is_relative_to(folder.resolve()):
+    if (
+        not is_picture
+        or not os.path.isfile(path)
+        or not path.resolve().is_relative_to(folder.resolve())
+    ):
         raise DatasetError("There is no such picture in this dataset.")
     return path
 
@@ -104,15 +129,28 @@ def add_example(which: object) -> str:
     if which not in EXAMPLE_TITLES or not (EXAMPLES / str(which)).is_dir():
         raise DatasetError("There is no such example.")
     slug = f"example-{which}"
-    if (root() / slug).is_dir() and any(path.suffix.lower() in images.PICTURE_SUFFIXES for path in (root() / slug).iterdir()):
+    if (root() / slug).is_dir() and any(
+        path.suffix.lower() in images.PICTURE_SUFFIXES for path in (root() / slug).iterdir()
+    ):
         os.utime(root() / slug)
         return slug
     kept = (".txt", *images.PICTURE_SUFFIXES)
-    return add(slug, sorted(path for path in (EXAMPLES / str(which)).iterdir() if path.suffix in kept and path.stem != "LICENSE"))[0]
+    return add(
+        slug,
+        sorted(
+            path
+            for path in (EXAMPLES / str(which)).iterdir()
+            if path.suffix in kept and path.stem != "LICENSE"
+        ),
+    )[0]
 
 
 def examples() -> list[dict[str, str]]:
-    return [{"id": which, "title": title} for which, title in EXAMPLE_TITLES.items() if (EXAMPLES / which).is_dir()]
+    return [
+        {"id": which, "title": title}
+        for which, title in EXAMPLE_TITLES.items()
+        if (EXAMPLES / which).is_dir()
+    ]
 
 
 def trash() -> Path:
@@ -162,7 +200,12 @@ def duplicate(name: object) -> str:
     target = _free(f"{folder.name}-copy")
     work = Path(tempfile.mkdtemp(prefix=".copying-", dir=root()))
     try:
-        shutil.copytree(folder, work / "set", symlinks=True, ignore=shutil.ignore_patterns("journal", "captioning", "lock"))
+        shutil.copytree(
+            folder,
+            work / "set",
+            symlinks=True,
+            ignore=shutil.ignore_patterns("journal", "captioning", "lock"),
+        )
         os.replace(work / "set", target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -172,7 +215,11 @@ def duplicate(name: object) -> str:
 def _free(name: str) -> Path:
     """A folder that is not there yet."""
     slug = run_folder.slug(name)
-    return next(path for path in (root() / (slug if n == 1 else f"{slug}-{n}") for n in range(1, 10_000)) if not path.exists())
+    return next(
+        path
+        for path in (root() / (slug if n == 1 else f"{slug}-{n}") for n in range(1, 10_000))
+        if not path.exists()
+    )
 
 
 def _refuse_in_use(folder: Path) -> None:
@@ -183,7 +230,9 @@ def _refuse_in_use(folder: Path) -> None:
         except TrainerError:
             continue
         if used == folder:
-            raise DatasetError(f"The run {run.name} trains on this dataset or waits to: let it end, or stop it first.")
+            raise DatasetError(
+                f"The run {run.name} trains on this dataset or waits to: let it end, or stop it first."
+            )
 
 
 def export(name: object) -> Iterator[bytes]:
@@ -195,11 +244,16 @@ def export(name: object) -> Iterator[bytes]:
 
 def _zipped(folder: Path, files: list[Path]) -> Iterator[bytes]:
     pieces = _Pieces()
-    with zipfile.ZipFile(pieces, "w", zipfile.ZIP_STORED) as archive:  # pictures do not become smaller
+    with zipfile.ZipFile(
+        pieces, "w", zipfile.ZIP_STORED
+    ) as archive:  # pictures do not become smaller
         for path in files:
             name = f"{folder.name}/{captions.relative(path, folder)}"
             info = zipfile.ZipInfo.from_file(path, name, strict_timestamps=False)
-            with open(path, "rb") as source, archive.open(info, "w", force_zip64=path.stat().st_size > 2**30) as target:
+            with (
+                open(path, "rb") as source,
+                archive.open(info, "w", force_zip64=path.stat().st_size > 2**30) as target,
+            ):
                 while piece := source.read(2**20):
                     target.write(piece)
                     yield pieces.take()
@@ -226,7 +280,9 @@ class _Pieces(io.RawIOBase):
         return taken
 
 
-def scan(name: str, resolution: int = 64, trigger: str = "", caption_tokens: int = 75) -> tuple[list[reading.DatasetItem], list[Finding]]:
+def scan(
+    name: str, resolution: int = 64, trigger: str = "", caption_tokens: int = 75
+) -> tuple[list[reading.DatasetItem], list[Finding]]:
     """Pictures and findings of a dataset; read again only when a file in it changed. Raises DatasetError where no picture is usable."""
     folder = resolve(name)
     return _scan(folder, signature(folder), resolution, trigger, caption_tokens)
@@ -251,13 +307,19 @@ def signature(folder: Path) -> int:
 def _scan(
     folder: Path, signature: int, resolution: int, trigger: str, caption_tokens: int
 ) -> tuple[list[reading.DatasetItem], list[Finding]]:
-    return reading.scan_dataset(folder, resolution=resolution, trigger=trigger, caption_tokens=caption_tokens)
+    return reading.scan_dataset(
+        folder, resolution=resolution, trigger=trigger, caption_tokens=caption_tokens
+    )
 
 
 def crop_shown(item: reading.DatasetItem, settings: config.Dataset) -> dict:
     """The overlay of a picture: the part that is trained on, from 0 to 1, and its size in pixels."""
     crop = reading.crop_of(item, settings)
-    return {"box": [round(side, 5) for side in buckets.box_of(crop)], "bucket": list(crop.bucket), "moved": item.crop_centre is not None}
+    return {
+        "box": [round(side, 5) for side in buckets.box_of(crop)],
+        "bucket": list(crop.bucket),
+        "moved": item.crop_centre is not None,
+    }
 
 
 def thumbnail(name: object, key: str, side: int = THUMBNAIL) -> Path:
@@ -269,7 +331,9 @@ def thumbnail(name: object, key: str, side: int = THUMBNAIL) -> Path:
         _files_by_key.cache_clear()
         file = _files_by_key(folder, changed).get(key)
     picture = resolve_picture(name, file)
-    version = hashlib.sha256(f"{picture}{picture.stat().st_mtime_ns}{side}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    version = hashlib.sha256(
+        f"{picture}{picture.stat().st_mtime_ns}{side}".encode("utf-8", "surrogateescape")
+    ).hexdigest()[:32]
     target = run_folder.outputs_folder() / "cache" / "thumbs" / f"{version}.webp"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -280,13 +344,28 @@ def thumbnail(name: object, key: str, side: int = THUMBNAIL) -> Path:
 def mask_shown(name: object, key: str) -> Path:
     """The mask of the picture with that key as a grey PNG of at most `LARGE` pixels. Raises DatasetError where there is none."""
     folder = resolve(name)
-    file = next((file for file in _files_by_key(folder, folder.stat().st_mtime_ns).values() if key_of(file) == key), None)
+    file = next(
+        (
+            file
+            for file in _files_by_key(folder, folder.stat().st_mtime_ns).values()
+            if key_of(file) == key
+        ),
+        None,
+    )
     picture = resolve_picture(name, file)
-    _, masks = reading.pair_masks([picture, *picture.parent.glob("*.png"), *(picture.parent / reading.MASK_FOLDER).glob("*.png")])
+    _, masks = reading.pair_masks(
+        [
+            picture,
+            *picture.parent.glob("*.png"),
+            *(picture.parent / reading.MASK_FOLDER).glob("*.png"),
+        ]
+    )
     if picture not in masks:
         raise DatasetError("The picture has no mask.")
     mask = resolve_picture(name, masks[picture].relative_to(folder).as_posix())
-    version = hashlib.sha256(f"{mask}{mask.stat().st_mtime_ns}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    version = hashlib.sha256(
+        f"{mask}{mask.stat().st_mtime_ns}".encode("utf-8", "surrogateescape")
+    ).hexdigest()[:32]
     target = run_folder.outputs_folder() / "cache" / "thumbs" / f"{version}.png"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -305,7 +384,11 @@ def key_of(file: str) -> str:
 
 @lru_cache(maxsize=8)
 def _files_by_key(folder: Path, changed: int) -> dict[str, str]:
-    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in images.PICTURE_SUFFIXES]
+    files = [
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.suffix.lower() in images.PICTURE_SUFFIXES
+    ]
     return {key_of(file): file for file in files}
 
 

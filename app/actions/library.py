@@ -43,7 +43,10 @@ def describe(run_id: object, name: object, tags: object) -> None:
     folder = runs.resolve(run_id)
     words = [" ".join(str(tag).split())[:30] for tag in (tags if isinstance(tags, list) else [])]
     given = " ".join(str(name or "").split())[:80]
-    kept = {"name": "" if given == run_view.title(folder) else given, "tags": list(dict.fromkeys(filter(None, words)))[:MOST_TAGS]}
+    kept = {
+        "name": "" if given == run_view.title(folder) else given,
+        "tags": list(dict.fromkeys(filter(None, words)))[:MOST_TAGS],
+    }
     atomic_write(folder / NOTES, json.dumps(kept, ensure_ascii=False))
 
 
@@ -69,7 +72,12 @@ def delete(run_id: object) -> None:
 
 def restore(run_id: object) -> None:
     kept = removed_folder() / str(run_id)
-    if not isinstance(run_id, str) or Path(run_id).name != run_id or not (kept / "run.toml").is_file() or kept.is_symlink():
+    if (
+        not isinstance(run_id, str)
+        or Path(run_id).name != run_id
+        or not (kept / "run.toml").is_file()
+        or kept.is_symlink()
+    ):
         raise StateError("That run cannot be brought back any more.")
     if (run_folder.runs_folder() / run_id).exists():
         raise StateError("There is a run of that name again; rename its folder first.")
@@ -83,11 +91,18 @@ def compare(first: object, second: object) -> dict:
     paths = [path for path in form.all_fields() if path not in ("name",)]
     different = form.changed(other, one, paths)
     statuses = [runs.status(folder) for folder in folders]
-    samples, longer = [run_view.samples_of_file(each) for each in statuses], max(len(each.losses) for each in statuses)
-    shared = next(
-        (pair for pair in itertools.product(*samples) if pair[0].prompt == pair[1].prompt), [next(iter(each), None) for each in samples]
+    samples, longer = (
+        [run_view.samples_of_file(each) for each in statuses],
+        max(len(each.losses) for each in statuses),
     )
-    return {"settings": different, "runs": [_side(*each, longer) for each in zip(folders, statuses, shared, strict=True)]}
+    shared = next(
+        (pair for pair in itertools.product(*samples) if pair[0].prompt == pair[1].prompt),
+        [next(iter(each), None) for each in samples],
+    )
+    return {
+        "settings": different,
+        "runs": [_side(*each, longer) for each in zip(folders, statuses, shared, strict=True)],
+    }
 
 
 def _side(folder: Path, current: RunStatus, sample: SampleSaved | None, longer: int) -> dict:
@@ -118,7 +133,11 @@ def model_card(run_id: object) -> str:
         *([f"base_model: {base}"] if on_hub else []),
     ]
     shown = [f"![{sample.prompt}]({sample.file})" for sample in run_view.samples_of_file(current)]
-    trigger = f"Trigger word: `{run.dataset.trigger}`.\n" if run.dataset.trigger else "It has no trigger word.\n"
+    trigger = (
+        f"Trigger word: `{run.dataset.trigger}`.\n"
+        if run.dataset.trigger
+        else "It has no trigger word.\n"
+    )
     body = f"""
 # {name_of(folder)}
 
@@ -156,16 +175,28 @@ def push(run_id: object, repository: object, is_private: bool, api: HfApi | None
         samples = [sample.file for sample in run_view.samples_of_file(runs.status(folder))]
         embedding = [file["embedding"]["name"]] if file["embedding"] else []
         for path in [file["name"], *embedding, *samples]:
-            api.upload_file(path_or_fileobj=folder / path, path_in_repo=path, repo_id=address.repo_id)
-        api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=address.repo_id)
+            api.upload_file(
+                path_or_fileobj=folder / path, path_in_repo=path, repo_id=address.repo_id
+            )
+        api.upload_file(
+            path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=address.repo_id
+        )
     except LocalTokenNotFoundError:
-        raise TrainerError("Sign in first: run `hf auth login` in a terminal, then push again.") from None
+        raise TrainerError(
+            "Sign in first: run `hf auth login` in a terminal, then push again."
+        ) from None
     except HFValidationError as error:
-        raise TrainerError(f"The repository is named like user/name: {str(error).splitlines()[0]}") from None
+        raise TrainerError(
+            f"The repository is named like user/name: {str(error).splitlines()[0]}"
+        ) from None
     except (HfHubHTTPError, OSError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         hint = (
-            "Sign in with `hf auth login`, with a token that may write." if status in (401, 403) else "Check the connection, and try again."
+            "Sign in with `hf auth login`, with a token that may write."
+            if status in (401, 403)
+            else "Check the connection, and try again."
         )
-        raise TrainerError(f"The Hub did not take it ({str(error).splitlines()[0][:200]}). {hint}") from None
+        raise TrainerError(
+            f"The Hub did not take it ({str(error).splitlines()[0][:200]}). {hint}"
+        ) from None
     return str(address)

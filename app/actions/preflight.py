@@ -41,10 +41,18 @@ def view(run: RunConfig, folder_name: str, recipe: Preset | None) -> dict:
     if not run.dataset.folder:
         first = next(iter(datasets.examples()), None)
         cure = {"cure": "Take an example", "example": first["id"]} if first else {}
-        cures = [check("quiet", "Add pictures on the Dataset tab first, or try everything out with an example.", **cure)]
+        cures = [
+            check(
+                "quiet",
+                "Add pictures on the Dataset tab first, or try everything out with an example.",
+                **cure,
+            )
+        ]
         return {"checks": cures}
     try:
-        items, findings = datasets.scan(folder_name, run.dataset.resolution, caption_tokens=run.dataset.caption_tokens)
+        items, findings = datasets.scan(
+            folder_name, run.dataset.resolution, caption_tokens=run.dataset.caption_tokens
+        )
         seconds, is_measured = _seconds_per_step(run)
         line = _line(run, items, seconds, is_measured)
         needs = estimate.memory(run, device.kind())
@@ -62,7 +70,11 @@ def view(run: RunConfig, folder_name: str, recipe: Preset | None) -> dict:
 
 def _seconds_per_step(run: RunConfig) -> tuple[float, bool]:
     seconds = estimate.measured_seconds_per_step(run, runs.all_runs()[:20])
-    return (seconds, True) if seconds else (estimate.expected_seconds_per_step(run, device.kind(), device.cores()), False)
+    return (
+        (seconds, True)
+        if seconds
+        else (estimate.expected_seconds_per_step(run, device.kind(), device.cores()), False)
+    )
 
 
 def _line(run: RunConfig, items: list, seconds: float, is_measured: bool) -> dict:
@@ -79,13 +91,17 @@ def _line(run: RunConfig, items: list, seconds: float, is_measured: bool) -> dic
     facts = [f"learning rate {training.learning_rate or training.text_encoder_learning_rate:g}"]
     parameters = estimate.trainable_parameters(run)
     if parameters is not None:
-        facts.append(f"{run_view.count(parameters)} parameters, {run_view.size(estimate.file_bytes(run))} file")
+        facts.append(
+            f"{run_view.count(parameters)} parameters, {run_view.size(estimate.file_bytes(run))} file"
+        )
     if held_out:
         facts.append(f"{held_out} more held out for measuring")
     return {
         "sum": f"{len(items) - held_out} pictures{views_text}{batch_text} = ",
         "steps": f"{steps:,} steps",
-        "time": f"in {took} on this device" if is_measured else f"in roughly {took}; the first steps will tell",
+        "time": f"in {took} on this device"
+        if is_measured
+        else f"in roughly {took}; the first steps will tell",
         "facts": facts,
     }
 
@@ -95,7 +111,11 @@ def _memory_view(needs: estimate.Memory) -> dict:
     scale = max(usage.total, needs.peak) or 1
     return {
         "phases": [
-            {"name": title, "text": f"{getattr(needs, phase) / 1e9:.1f}", "share": getattr(needs, phase) / scale}
+            {
+                "name": title,
+                "text": f"{getattr(needs, phase) / 1e9:.1f}",
+                "share": getattr(needs, phase) / scale,
+            }
             for phase, title in PHASES.items()
         ],
         "total": f"{usage.total / 1e9:.0f} GB" if usage.total else "",
@@ -125,7 +145,14 @@ def _memory_checks(run: RunConfig, needs: estimate.Memory) -> list[dict]:
     if not changes:
         return [check("warn", f"{text} Choose a smaller base or resolution.")]
     fits = estimate.memory(config.replace(run, changes), device.kind()).peak <= usage.total * ROOM
-    return [check("warn", text if fits else f"{text} Even so it may be too little.", "Fit to my device", changes=form.to_widgets(changes))]
+    return [
+        check(
+            "warn",
+            text if fits else f"{text} Even so it may be too little.",
+            "Fit to my device",
+            changes=form.to_widgets(changes),
+        )
+    ]
 
 
 def _tracking_checks(run: RunConfig) -> list[dict]:
@@ -145,12 +172,20 @@ def _count_checks(run: RunConfig) -> list[dict]:
     if run.training.devices <= device.count() or not device.has_cuda():
         return []
     text = f"The settings ask for {run.training.devices} GPUs; this machine has {device.count()}."
-    return [check("bad", text, f"Use {device.count()}", changes={"training.devices": device.count()})]
+    return [
+        check("bad", text, f"Use {device.count()}", changes={"training.devices": device.count()})
+    ]
 
 
 def _quantization_checks(run: RunConfig) -> list[dict]:
     how = run.base.quantization
-    lacks = "an NVIDIA GPU" if not device.has_cuda() else "" if find_spec("bitsandbytes") else "a package: pip install bitsandbytes"
+    lacks = (
+        "an NVIDIA GPU"
+        if not device.has_cuda()
+        else ""
+        if find_spec("bitsandbytes")
+        else "a package: pip install bitsandbytes"
+    )
     if how == "none" or not lacks:
         return []
     text = f"Holding the base in {how.replace('bit', ' bits')} needs {lacks}."
@@ -162,12 +197,26 @@ def _base_checks(run: RunConfig) -> list[dict]:
         return []
     small = {"cure": "Take the built-in base", "base": EMBEDDED}
     if os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "TRUE", "yes"):
-        return [check("bad", f"{run.base.model} is not on this machine, and downloads are switched off (HF_HUB_OFFLINE).", **small)]
+        return [
+            check(
+                "bad",
+                f"{run.base.model} is not on this machine, and downloads are switched off (HF_HUB_OFFLINE).",
+                **small,
+            )
+        ]
     count = sum(estimate.size_of(run).parameters.values())
     need = count * 2
     if shutil.disk_usage(run_folder.outputs_folder()).free < need + SPARE_DISK:
-        return [check("bad", f"{run.base.model} has about {run_view.size(int(need))}, more than the disk has room for.", **small)]
-    return [check("quiet", f"{run.base.model} is downloaded first, about {run_view.size(int(need))}.")]
+        return [
+            check(
+                "bad",
+                f"{run.base.model} has about {run_view.size(int(need))}, more than the disk has room for.",
+                **small,
+            )
+        ]
+    return [
+        check("quiet", f"{run.base.model} is downloaded first, about {run_view.size(int(need))}.")
+    ]
 
 
 def _disk_checks(run: RunConfig) -> list[dict]:
@@ -178,11 +227,21 @@ def _disk_checks(run: RunConfig) -> list[dict]:
     free = shutil.disk_usage(run_folder.outputs_folder()).free
     if free > need + SPARE_DISK / 2:
         return []
-    fewer: dict[str, Any] = {"cure": "Keep one save", "changes": {"saving.saves": 1}} if run.saving.saves > 1 else {}
-    return [check("bad", f"The run writes about {run_view.size(int(need))}, and the disk has {run_view.size(free)} left.", **fewer)]
+    fewer: dict[str, Any] = (
+        {"cure": "Keep one save", "changes": {"saving.saves": 1}} if run.saving.saves > 1 else {}
+    )
+    return [
+        check(
+            "bad",
+            f"The run writes about {run_view.size(int(need))}, and the disk has {run_view.size(free)} left.",
+            **fewer,
+        )
+    ]
 
 
-def _picture_checks(run: RunConfig, items: list[scan.DatasetItem], findings: list, recipe: Preset | None) -> list[dict]:
+def _picture_checks(
+    run: RunConfig, items: list[scan.DatasetItem], findings: list, recipe: Preset | None
+) -> list[dict]:
     found = []
     go = {"cure": "Go to Dataset", "go": "dataset"}
     if len(items) < FEW_PICTURES:
@@ -193,13 +252,27 @@ def _picture_checks(run: RunConfig, items: list[scan.DatasetItem], findings: lis
         found.append(check("warn", f"{bare} of {len(items)} pictures have no caption.", **go))
     left_out = sum(finding.level == "error" for finding in findings)
     if left_out:
-        found.append(check("warn", f"{left_out} files cannot be used and are left out; the Dataset tab says why.", **go))
-    small = [item for item in items if (item.width * item.height) ** 0.5 < run.dataset.resolution * SMALL]
+        found.append(
+            check(
+                "warn",
+                f"{left_out} files cannot be used and are left out; the Dataset tab says why.",
+                **go,
+            )
+        )
+    small = [
+        item for item in items if (item.width * item.height) ** 0.5 < run.dataset.resolution * SMALL
+    ]
     if len(small) > len(items) / 2 and not run.dataset.allow_upscale:
-        side = sorted(int((item.width * item.height) ** 0.5) for item in items)[len(items) // 2] // 64 * 64
+        side = (
+            sorted(int((item.width * item.height) ** 0.5) for item in items)[len(items) // 2]
+            // 64
+            * 64
+        )
         if side >= max(64, run.dataset.bucket_step):
             text = f"{len(small)} of {len(items)} pictures are smaller than {run.dataset.resolution} pixels and are trained as they are."
-            found.append(check("quiet", text, f"Train at {side}", changes={"dataset.resolution": side}))
+            found.append(
+                check("quiet", text, f"Train at {side}", changes={"dataset.resolution": side})
+            )
     return found + _length_checks(run, items, recipe)
 
 
@@ -217,4 +290,6 @@ def _length_checks(run: RunConfig, items: list, recipe: Preset | None) -> list[d
         return []
     enough = max(5, round(training.views_per_picture * most[0] / len(items)))
     text = f"{len(items)} pictures are many for this recipe: each may be seen less often."
-    return [check("quiet", text, f"{enough} views each", changes={"training.views_per_picture": enough})]
+    return [
+        check("quiet", text, f"{enough} views each", changes={"training.views_per_picture": enough})
+    ]

@@ -34,7 +34,11 @@ def _gpu() -> object | None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
         if visible in ("", "-1"):
             return None
-        return pynvml.nvmlDeviceGetHandleByIndex(int(visible)) if visible.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(visible)
+        return (
+            pynvml.nvmlDeviceGetHandleByIndex(int(visible))
+            if visible.isdigit()
+            else pynvml.nvmlDeviceGetHandleByUUID(visible)
+        )
     except pynvml.NVMLError:
         return None
 
@@ -62,7 +66,11 @@ def usage() -> Usage:
     if (gpu := _gpu()) is not None:
         try:
             memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
-            return Usage(int(memory.total), int(memory.used), pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100)
+            return Usage(
+                int(memory.total),
+                int(memory.used),
+                pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100,
+            )
         except pynvml.NVMLError:  # such as a card that tells no utilisation
             return Usage(0, 0, 0.0)
     return host()

@@ -48,14 +48,21 @@ class PreviewRequest:
     caption_tokens: int = 75
 
     def key(self) -> str:
-        files = [(Path(adapter.file).stat().st_size, Path(adapter.file).stat().st_mtime_ns) for adapter in self.adapters]
-        return hashlib.sha256(json.dumps([asdict(self), files], sort_keys=True).encode()).hexdigest()[:32]
+        files = [
+            (Path(adapter.file).stat().st_size, Path(adapter.file).stat().st_mtime_ns)
+            for adapter in self.adapters
+        ]
+        return hashlib.sha256(
+            json.dumps([asdict(self), files], sort_keys=True).encode()
+        ).hexdigest()[:32]
 
 
 def check_free() -> None:
     """Raises PreviewError while a training has the GPU: two models would not fit."""
     if device.has_cuda() and runs.anyone_trains():
-        raise PreviewError("The GPU is busy with a training. Pause does not free its memory: wait for the end, or stop and save first.")
+        raise PreviewError(
+            "The GPU is busy with a training. Pause does not free its memory: wait for the end, or stop and save first."
+        )
 
 
 PROMPTS_KEPT = 30
@@ -75,7 +82,10 @@ def keep_prompt(text: str) -> None:
     kept = prompts()
     if text and kept[:1] != [text]:
         folder().mkdir(parents=True, exist_ok=True)
-        atomic_write(folder() / "prompts.json", json.dumps([text, *(other for other in kept if other != text)][:PROMPTS_KEPT]))
+        atomic_write(
+            folder() / "prompts.json",
+            json.dumps([text, *(other for other in kept if other != text)][:PROMPTS_KEPT]),
+        )
 
 
 def folder() -> Path:
@@ -106,9 +116,13 @@ class PreviewEngine:
             if reply is None and endings == self._endings:
                 reply = self._ask(line)  # it died; a second death is no accident
         if reply is None and endings != self._endings:
-            raise PreviewError("The preview was ended, since a training starts on the device or the page closes.")
+            raise PreviewError(
+                "The preview was ended, since a training starts on the device or the page closes."
+            )
         if reply is None:
-            raise PreviewError(f"The preview engine ended unexpectedly, often for want of memory. {self._last_words()}".strip())
+            raise PreviewError(
+                f"The preview engine ended unexpectedly, often for want of memory. {self._last_words()}".strip()
+            )
         if "error" in reply:
             raise PreviewError(str(reply["error"]))
         return target
@@ -136,7 +150,9 @@ class PreviewEngine:
             reply = _read_reply(process.stdout)
         except BrokenPipeError:
             reply = None
-        if reply is None:  # it said its last; make sure that it is gone before another takes its place
+        if (
+            reply is None
+        ):  # it said its last; make sure that it is gone before another takes its place
             process.kill()
             process.wait()
             self._process = None
@@ -144,7 +160,11 @@ class PreviewEngine:
 
     def _last_words(self) -> str:
         log = folder() / "engine.log"
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
+        lines = (
+            log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            if log.is_file()
+            else []
+        )
         return lines[-1][:300] if lines else ""
 
 
@@ -162,4 +182,6 @@ def _read_reply(lines: IO[bytes]) -> dict | None:
 
 def _launch(arguments: list[str], where: Path) -> subprocess.Popen:
     with open(where / "engine.log", "wb") as log:
-        return runs.trainer_process(arguments, where, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+        return runs.trainer_process(
+            arguments, where, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+        )

@@ -51,8 +51,14 @@ class RayJobs:
         if not self.given:
             return []
         self._look()
-        jobs = {name: self._jobs.get(name, {"status": "FAILED"}) for name in self.given}  # a cluster that was started anew knows none
-        return [(self.given.pop(name), exit_code(job)) for name, job in jobs.items() if job["status"] in ENDED]
+        jobs = {
+            name: self._jobs.get(name, {"status": "FAILED"}) for name in self.given
+        }  # a cluster that was started anew knows none
+        return [
+            (self.given.pop(name), exit_code(job))
+            for name, job in jobs.items()
+            if job["status"] in ENDED
+        ]
 
     def stop(self, folder: Path) -> None:
         for name in [name for name, given in self.given.items() if given == folder]:
@@ -61,7 +67,11 @@ class RayJobs:
 
     def _look(self, fresh: bool = False) -> None:
         if fresh or time.monotonic() - self._asked_at > ASKED_EVERY:
-            self._jobs = {each["submission_id"]: each for each in self._ask("GET", "/api/jobs/") if each.get("submission_id")}
+            self._jobs = {
+                each["submission_id"]: each
+                for each in self._ask("GET", "/api/jobs/")
+                if each.get("submission_id")
+            }
             self._asked_at = time.monotonic()
 
     def _ask(self, method: str, path: str, content: dict[str, Any] | None = None) -> Any:
@@ -70,7 +80,9 @@ class RayJobs:
             reply.raise_for_status()
             return reply.json()
         except (httpx.HTTPError, ValueError) as error:
-            raise ClusterError(f"The Ray cluster at {self.client.base_url} does not answer ({str(error)[:200]}).") from error
+            raise ClusterError(
+                f"The Ray cluster at {self.client.base_url} does not answer ({str(error)[:200]})."
+            ) from error
 
 
 def job_name(folder: Path) -> str:

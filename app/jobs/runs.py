@@ -56,7 +56,12 @@ class briefly(Generic[T]):
 def resolve(run_id: object) -> Path:
     """The folder of a run by its name. Raises StateError for what is none."""
     folder = run_folder.runs_folder() / str(run_id)
-    is_plain = isinstance(run_id, str) and run_id == Path(run_id).name and run_id not in ("", ".", "..") and "\\" not in run_id
+    is_plain = (
+        isinstance(run_id, str)
+        and run_id == Path(run_id).name
+        and run_id not in ("", ".", "..")
+        and "\\" not in run_id
+    )
     # os.path says no where Path raises: a NUL, a name that is too long.
     if not is_plain or os.path.islink(folder) or not os.path.isfile(folder / "run.toml"):
         raise StateError("There is no such run; it may have been deleted.")
@@ -113,7 +118,9 @@ def all_runs() -> list[Path]:
 def active() -> Path | None:
     """The run that has the device now."""
     with _probing:
-        return next((folder for folder in run_folder.list_runs() if run_folder.is_alive(folder)), None)
+        return next(
+            (folder for folder in run_folder.list_runs() if run_folder.is_alive(folder)), None
+        )
 
 
 def follow_dataset(old: Path, new: Path) -> None:
@@ -123,7 +130,11 @@ def follow_dataset(old: Path, new: Path) -> None:
             run = settings(folder)
         except TrainerError:
             continue
-        moved = {place: str(new) for place in ("dataset.folder", "dataset.regularisation_folder") if config.get(run, place) == str(old)}
+        moved = {
+            place: str(new)
+            for place in ("dataset.folder", "dataset.regularisation_folder")
+            if config.get(run, place) == str(old)
+        }
         if moved:
             atomic_write(folder / "run.toml", config.to_toml(config.replace(run, moved)))
 
@@ -131,7 +142,11 @@ def follow_dataset(old: Path, new: Path) -> None:
 def anyone_trains() -> bool:
     """Whether a run of any person has the device."""
     with _probing:
-        return any(run_folder.is_alive(folder) for place in accounts.all_runs_folders() for folder in run_folder.any_order(place))
+        return any(
+            run_folder.is_alive(folder)
+            for place in accounts.all_runs_folders()
+            for folder in run_folder.any_order(place)
+        )
 
 
 def waiting() -> list[Path]:
@@ -158,21 +173,28 @@ def act(run_id: object, action: object) -> None:
     folder = resolve(run_id)
     allowed = actions(status(folder))
     if action not in allowed:
-        raise StateError("That is not possible in the run's present state; the page has been brought up to date.")
+        raise StateError(
+            "That is not possible in the run's present state; the page has been brought up to date."
+        )
     allowed[str(action)](folder)
 
 
 def actions(current: RunStatus) -> dict[str, Callable[[Path], None]]:
     """What can be done with a run in this state."""
     if current.state == "queued":
-        return {"unqueue": lambda folder: run_folder.withdraw(folder, "queued"), "earlier": _earlier}
+        return {
+            "unqueue": lambda folder: run_folder.withdraw(folder, "queued"),
+            "earlier": _earlier,
+        }
     if current.state == "paused":
         return {"continue": lambda folder: run_folder.withdraw(folder, "pause"), "stop": _stop}
     if current.state == "stopping":
         return {}
     if current.is_active:
         wishes = ("pause", "save", "sample") if current.step else ("pause",)
-        asked: dict[str, Callable[[Path], None]] = {what: partial(run_folder.request, what=what) for what in wishes}
+        asked: dict[str, Callable[[Path], None]] = {
+            what: partial(run_folder.request, what=what) for what in wishes
+        }
         return {"stop": _stop} | asked
     if current.can_resume or current.state == "new":
         return {"resume": _resume, "delete": _delete, "repeat": repeat}
@@ -187,7 +209,9 @@ def _stop(folder: Path) -> None:
 def _resume(folder: Path) -> None:
     dataset = Path(settings(folder).dataset.folder)
     if not dataset.is_dir():
-        raise StateError(f"Its dataset {dataset} is not there any more: bring it back under that name, then press Resume.")
+        raise StateError(
+            f"Its dataset {dataset} is not there any more: bring it back under that name, then press Resume."
+        )
     run_folder.withdraw(folder, "stop")
     run_folder.withdraw(folder, "pause")
     run_folder.request(folder, "queued")
@@ -228,7 +252,9 @@ def _log_end(folder: Path) -> str:
     return "\n".join(lines[-LOG_LINES:])
 
 
-def trainer_process(arguments: list[str], folder: Path, outputs: Path | None = None, **streams) -> subprocess.Popen:
+def trainer_process(
+    arguments: list[str], folder: Path, outputs: Path | None = None, **streams
+) -> subprocess.Popen:
     """Starts `python -m trainer ...` in a session of its own, away from the page's signals, in `folder`.
 
     Its outputs folder is that of the person whose run `folder` is, unless given.
@@ -241,9 +267,17 @@ def trainer_process(arguments: list[str], folder: Path, outputs: Path | None = N
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
     }
     windows = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
-    detached: dict[str, Any] = {"creationflags": windows} if windows else {"start_new_session": True}
+    detached: dict[str, Any] = (
+        {"creationflags": windows} if windows else {"start_new_session": True}
+    )
     # -P keeps the working directory, a data folder, out of the places that Python imports from.
-    return subprocess.Popen([sys.executable, "-P", "-m", TRAINER, *arguments], cwd=folder, env=environment, **streams, **detached)
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", TRAINER, *arguments],
+        cwd=folder,
+        env=environment,
+        **streams,
+        **detached,
+    )
 
 
 class Executor(Protocol):
@@ -276,7 +310,13 @@ class Local:
     def start(self, folder: Path) -> None:
         self.before_start()
         with open(folder / "log.txt", "ab") as log:
-            self.process = trainer_process(["resume", str(folder)], folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+            self.process = trainer_process(
+                ["resume", str(folder)],
+                folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
         self.folder = folder
 
     def poll(self) -> list[tuple[Path, int]]:
@@ -307,9 +347,14 @@ class Launcher(threading.Thread):
             try:
                 self.look()
                 said = ""
-            except (OSError, TrainerError) as error:  # a folder deleted under our eyes, a full disk: the next look may succeed
+            except (
+                OSError,
+                TrainerError,
+            ) as error:  # a folder deleted under our eyes, a full disk: the next look may succeed
                 if str(error) != said:
-                    logging.getLogger(__name__).warning("The queue could not be looked at: %s", error)
+                    logging.getLogger(__name__).warning(
+                        "The queue could not be looked at: %s", error
+                    )
                 said = str(error)
 
     def end(self) -> None:
@@ -323,7 +368,12 @@ class Launcher(threading.Thread):
         for folder in [folder for folder in self.given if self._is_withdrawn(folder)]:
             self.executor.stop(folder)
             del self.given[folder]
-        queue = [folder for place in accounts.all_runs_folders() for folder in run_folder.queue(place) if folder not in self.given]
+        queue = [
+            folder
+            for place in accounts.all_runs_folders()
+            for folder in run_folder.queue(place)
+            if folder not in self.given
+        ]
         if queue and self.executor.has_room():
             self._launch(min(queue, key=lambda folder: (folder / "queued").read_text()))
 
@@ -351,7 +401,11 @@ def _bury(folder: Path, code: int, has_begun: bool) -> None:
         run_folder.withdraw(folder, "queued")
         lines = _log_end(folder).strip().splitlines()
         reason = lines[-1] if lines else f"exit code {code}"
-        log.append(events.Failed(error_messages.without_secrets(f"The trainer ended before it began: {reason}")))
+        log.append(
+            events.Failed(
+                error_messages.without_secrets(f"The trainer ended before it began: {reason}")
+            )
+        )
     elif run_folder.status(folder).state == "interrupted":
         log.append(events.TrainerDied(code))
     else:

@@ -21,7 +21,12 @@ def read_static(name: str) -> str:
 
 
 def drawn(
-    script: str, *more: str, data: Any = None, elem_id: str, server_functions: list[Callable] | None = None, constant: Any = None
+    script: str,
+    *more: str,
+    data: Any = None,
+    elem_id: str,
+    server_functions: list[Callable] | None = None,
+    constant: Any = None,
 ) -> gr.HTML:
     """A view drawn by `static/<script>.js` and the scripts it uses from JSON-like data; `constant` never changes, there as CONSTANT."""
     parts = "".join(read_static(f"{name}.js") for name in ("common", *more, script))

@@ -44,7 +44,10 @@ class Page:
     loads: list[tuple[Callable[[], list], list, dict]] = field(default_factory=list)
 
     def follow(
-        self, component: gr.components.Component, data: Callable[[], Any], to_update: Callable[[Any], Any] = lambda data: data
+        self,
+        component: gr.components.Component,
+        data: Callable[[], Any],
+        to_update: Callable[[Any], Any] = lambda data: data,
     ) -> None:
         self.live.append(Live(component, data, to_update))
 
@@ -58,7 +61,9 @@ class Page:
         updates = []
         for number, live in enumerate(self.live):
             data = live.data()
-            text = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()  # each open window keeps one of each view
+            text = hashlib.sha256(
+                json.dumps(data, sort_keys=True).encode()
+            ).hexdigest()  # each open window keeps one of each view
             updates.append(gr.skip() if sent.get(number) == text else live.to_update(data))
             now[number] = text
         return [gr.skip() if now == sent else now, *updates]

@@ -10,7 +10,12 @@ MONO = ["ui-monospace", "SFMono-Regular", "Consolas", "monospace"]
 def make_theme() -> gr.themes.Base:
     # The defaults of the subdued texts fail the contrast of WCAG AA (2.56:1); these pass in light and dark.
     return gr.themes.Default(
-        primary_hue=colors.teal, neutral_hue=colors.stone, radius_size=sizes.radius_lg, text_size=sizes.text_md, font=FONT, font_mono=MONO
+        primary_hue=colors.teal,
+        neutral_hue=colors.stone,
+        radius_size=sizes.radius_lg,
+        text_size=sizes.text_md,
+        font=FONT,
+        font_mono=MONO,
     ).set(
         body_background_fill="#faf8f5",
         body_background_fill_dark="#161412",

@@ -35,11 +35,22 @@ def help_text(path: str) -> str:
 
 def _bounds(field: FieldInfo) -> str:
     """ "(From 1 to 512.)"; nothing where there is no upper bound that anybody would reach."""
-    limits = {name: getattr(bound, name) for bound in field.metadata for name in ("ge", "gt", "le", "lt") if hasattr(bound, name)}
+    limits = {
+        name: getattr(bound, name)
+        for bound in field.metadata
+        for name in ("ge", "gt", "le", "lt")
+        if hasattr(bound, name)
+    }
     high = limits.get("le", limits.get("lt"))
     if high is None or high > LARGEST_BOUND_SHOWN:
         return ""
-    low = f"From {limits['ge']:g}" if "ge" in limits else f"Above {limits['gt']:g}," if "gt" in limits else "Up"
+    low = (
+        f"From {limits['ge']:g}"
+        if "ge" in limits
+        else f"Above {limits['gt']:g},"
+        if "gt" in limits
+        else "Up"
+    )
     return f"({low} {'to' if 'le' in limits else 'to below'} {high:g}.)"
 
 
@@ -58,12 +69,18 @@ def widget(path: str, **look: Any) -> gr.components.Component:
     if choices := config.choices(field):
         return gr.Dropdown(list(choices), filterable=False, **common)
     if choices := config.several_choices(field):
-        return gr.CheckboxGroup(list(choices), **{**common, "value": list(config.get(RunConfig(), path))})
+        return gr.CheckboxGroup(
+            list(choices), **{**common, "value": list(config.get(RunConfig(), path))}
+        )
     if field.annotation is bool:
         return gr.Checkbox(**common)
     if field.annotation in (int, float):
         # Bounds are checked by `faults`, which names the field: the component's own check answers with a toast that does not.
-        return gr.Number(precision=0 if field.annotation is int else None, step=1 if field.annotation is int else 0.01, **common)
+        return gr.Number(
+            precision=0 if field.annotation is int else None,
+            step=1 if field.annotation is int else 0.01,
+            **common,
+        )
     if field.annotation is str:
         return gr.Textbox(**common)
     return gr.Textbox(**{"lines": 2, **common})  # several texts, one a line
@@ -80,7 +97,11 @@ def to_widgets(changes: Mapping[str, Any]) -> dict[str, Any]:
 def changed(run: RunConfig, recipe: RunConfig, paths: Sequence[str]) -> list[dict[str, str]]:
     """The fields that differ from the recipe, with both values as texts."""
     pairs = [(path, config.get(recipe, path), config.get(run, path)) for path in paths]
-    return [{"path": path, "label": label(path), "was": shown(old), "now": shown(new)} for path, old, new in pairs if old != new]
+    return [
+        {"path": path, "label": label(path), "was": shown(old), "now": shown(new)}
+        for path, old, new in pairs
+        if old != new
+    ]
 
 
 def shown(value: Any) -> str:
@@ -108,17 +129,26 @@ def from_widget(path: str, value: Any) -> Any:
 def write(paths: Sequence[str], run: RunConfig) -> list[Any]:
     """The values of widgets that show this config."""
     values = {path: config.get(run, path) for path in paths}
-    return [list(value) if config.several_choices(all_fields()[path]) else to_widget(value) for path, value in values.items()]
+    return [
+        list(value) if config.several_choices(all_fields()[path]) else to_widget(value)
+        for path, value in values.items()
+    ]
 
 
 def read(values: Mapping[str, Any]) -> RunConfig:
     """Widget values by path as a config. Raises ConfigError naming every fault."""
-    return config.replace(RunConfig(), {path: from_widget(path, value) for path, value in values.items()})
+    return config.replace(
+        RunConfig(), {path: from_widget(path, value) for path, value in values.items()}
+    )
 
 
 def faults(values: Mapping[str, Any]) -> dict[str, str]:
     """What is wrong with each field by itself, by path; contradictions between fields under ""."""
-    found = {path: text for path, value in values.items() if (text := _fault(path, from_widget(path, value)))}
+    found = {
+        path: text
+        for path, value in values.items()
+        if (text := _fault(path, from_widget(path, value)))
+    }
     if not found:
         try:
             read(values)

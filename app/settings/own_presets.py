@@ -12,7 +12,12 @@ from trainer.errors import ConfigError
 from trainer.runs import run_folder
 from trainer.runs.atomic_files import atomic_write
 
-OF_ONE_RUN = ("name", "dataset.folder", "dataset.trigger", "sampling.prompts")  # what belongs to the pictures, not to the recipe
+OF_ONE_RUN = (
+    "name",
+    "dataset.folder",
+    "dataset.trigger",
+    "sampling.prompts",
+)  # what belongs to the pictures, not to the recipe
 
 
 def folder() -> Path:
@@ -29,7 +34,13 @@ def own() -> dict[str, Preset]:
     for path in sorted(folder().glob("own-*.toml")) if folder().is_dir() else []:
         try:
             found[path.stem] = presets.read(path)
-        except (ConfigError, KeyError, TypeError, ValueError, OSError):  # changed by hand; it is looked at again when it is mended
+        except (
+            ConfigError,
+            KeyError,
+            TypeError,
+            ValueError,
+            OSError,
+        ):  # changed by hand; it is looked at again when it is mended
             continue
     return found
 
@@ -40,9 +51,17 @@ def save(title: str, run: RunConfig) -> str:
     if not title:
         raise ConfigError("Give the recipe a name.")
     slug, known = f"own-{run_folder.slug(title)}", own()
-    names = (slug if n == 1 else f"{slug}-{n}" for n in itertools.count(1))  # two titles may have one slug
-    name = next(n for n in names if (known[n].title == title if n in known else not (folder() / f"{n}.toml").exists()))
-    bare = config.replace(run, {path: config.get(RunConfig(), path) for path in OF_ONE_RUN} | {"preset": ""})
+    names = (
+        slug if n == 1 else f"{slug}-{n}" for n in itertools.count(1)
+    )  # two titles may have one slug
+    name = next(
+        n
+        for n in names
+        if (known[n].title == title if n in known else not (folder() / f"{n}.toml").exists())
+    )
+    bare = config.replace(
+        run, {path: config.get(RunConfig(), path) for path in OF_ONE_RUN} | {"preset": ""}
+    )
     about = tomlkit.document()
     about["about"] = {
         "title": title,

@@ -35,9 +35,29 @@ def build(page: Page) -> dict[str, Any]:
             scale=0,
             min_width=340,
         )
-    served = [add_files, add_example, add_mask, rename_dataset, copy_dataset, remove_dataset, restore_dataset]
-    served += [dataset_editor.view, dataset_editor.save_caption, dataset_editor.preview_edit, dataset_editor.apply_edit, dataset_editor.cure, dataset_editor.undo]
-    served += [dataset_editor.remove_picture, dataset_editor.move_crop, dataset_editor.save_mask, dataset_editor.crops_overview]
+    served = [
+        add_files,
+        add_example,
+        add_mask,
+        rename_dataset,
+        copy_dataset,
+        remove_dataset,
+        restore_dataset,
+    ]
+    served += [
+        dataset_editor.view,
+        dataset_editor.save_caption,
+        dataset_editor.preview_edit,
+        dataset_editor.apply_edit,
+        dataset_editor.cure,
+        dataset_editor.undo,
+    ]
+    served += [
+        dataset_editor.remove_picture,
+        dataset_editor.move_crop,
+        dataset_editor.save_mask,
+        dataset_editor.crops_overview,
+    ]
     served += [caption_start, caption_stop, caption_status, caption_size]
     grid = drawn(
         "dataset",
@@ -53,11 +73,17 @@ def build(page: Page) -> dict[str, Any]:
 def connect(page: Page, own: dict, others: dict[str, dict]) -> None:
     """A changed dataset is shown here and chosen in the Train tab; the settings there decide what is seen of each picture."""
     train, chosen = others["train"], own["chosen"]
-    fields = [train["fields"][name] for name in ("base", "own_base", *(f"dataset.{name}" for name in SETTINGS))]
+    fields = [
+        train["fields"][name]
+        for name in ("base", "own_base", *(f"dataset.{name}" for name in SETTINGS))
+    ]
 
     def settings(values: tuple) -> dict:
         base, own_base, *rest = values
-        return {"base": own_base if base == "own" else base, **dict(zip(SETTINGS, rest, strict=True))}
+        return {
+            "base": own_base if base == "own" else base,
+            **dict(zip(SETTINGS, rest, strict=True)),
+        }
 
     def changed(event: gr.EventData, *values) -> list:
         return [*show(event.name, settings(values)), *train["choose_dataset"](event.name)]
@@ -73,9 +99,19 @@ def connect(page: Page, own: dict, others: dict[str, dict]) -> None:
     both = [chosen, own["grid"], *train["dataset_outputs"]]
     own["grid"].change_dataset(changed, fields, both, **LATEST)
     chosen.input(shown, [chosen, *fields], [chosen, own["grid"]], **LATEST)
-    chosen.input(lambda name: train["choose_dataset"](_known(name)), chosen, train["dataset_outputs"], **LATEST)
+    chosen.input(
+        lambda name: train["choose_dataset"](_known(name)),
+        chosen,
+        train["dataset_outputs"],
+        **LATEST,
+    )
     # Without a name: a dataset that is just being chosen must not be put back by the trigger word that it brings along.
-    settled = {"fn": lambda *values: {"settings": settings(values)}, "inputs": fields, "outputs": own["grid"], **LATEST}
+    settled = {
+        "fn": lambda *values: {"settings": settings(values)},
+        "inputs": fields,
+        "outputs": own["grid"],
+        **LATEST,
+    }
     gr.on([field.change for field in fields], **settled)
     own["grid"].go_train(lambda: gr.Tabs(selected="train"), None, page.tabs, **QUIET)
 
@@ -93,7 +129,13 @@ def show(name: object, settings: dict) -> list:
     """Updates of the list and the view for a dataset, which need not exist yet."""
     slug = run_folder.slug(str(name)) if name else "my-dataset"
     choices = datasets.names()
-    view = {"name": slug, "settings": settings, "examples": datasets.examples(), "exists": slug in choices, "stamp": os.urandom(4).hex()}
+    view = {
+        "name": slug,
+        "settings": settings,
+        "examples": datasets.examples(),
+        "exists": slug in choices,
+        "stamp": os.urandom(4).hex(),
+    }
     return [gr.Dropdown(choices if slug in choices else [slug, *choices], value=slug), view]
 
 
@@ -122,19 +164,32 @@ def add_files(data: dict) -> dict:
     dropped = []
     for file in data.get("files", []):
         upload = _upload(file.get("path"))
-        dropped.append((upload, str(file.get("name") or upload.name).replace("\\", "/").replace("\0", "")))
+        dropped.append(
+            (upload, str(file.get("name") or upload.name).replace("\\", "/").replace("\0", ""))
+        )
     if not dropped:
         raise DatasetError("Nothing was dropped.")
     slug, findings = datasets.add(str(data.get("dataset") or ""), dropped)
     for upload, _ in dropped:
         upload.unlink(missing_ok=True)
-    return {"name": slug, "messages": [{"file": finding.file, "level": finding.level, "text": finding.message} for finding in findings]}
+    return {
+        "name": slug,
+        "messages": [
+            {"file": finding.file, "level": finding.level, "text": finding.message}
+            for finding in findings
+        ],
+    }
 
 
 def _upload(path: object) -> Path:
     """A file that came through Gradio's upload route, and no other."""
     upload, uploads = Path(str(path)), Path(os.environ["GRADIO_TEMP_DIR"])
-    if not isinstance(path, str) or "\0" in path or not upload.is_file() or not upload.resolve().is_relative_to(uploads.resolve()):
+    if (
+        not isinstance(path, str)
+        or "\0" in path
+        or not upload.is_file()
+        or not upload.resolve().is_relative_to(uploads.resolve())
+    ):
         raise DatasetError("A dropped file did not arrive; drop it again.")
     return upload
 

@@ -19,7 +19,20 @@ ID, TITLE = "library", "Library"
 
 
 def build(page: Page) -> dict[str, Any]:
-    handlers = [answered(handle) for handle in (describe, delete, restore, compare, model_card, push, look_into, make_file, tool_state)]
+    handlers = [
+        answered(handle)
+        for handle in (
+            describe,
+            delete,
+            restore,
+            compare,
+            model_card,
+            push,
+            look_into,
+            make_file,
+            tool_state,
+        )
+    ]
     cards = drawn("library", elem_id="library-view", server_functions=[act, clear_cache, *handlers])
     page.follow(cards, cards_with_notes)
     return {"cards": cards}
@@ -70,7 +83,11 @@ def model_card(data: dict) -> dict:
 
 
 def push(data: dict) -> dict:
-    return {"address": library.push(data.get("run"), data.get("repository"), data.get("private") is True)}
+    return {
+        "address": library.push(
+            data.get("run"), data.get("repository"), data.get("private") is True
+        )
+    }
 
 
 def look_into(data: dict) -> dict:
@@ -99,8 +116,13 @@ def connect(page: Page, own: dict, others: dict[str, dict]) -> None:
         return [gr.Tabs(selected="preview"), *preview["choose_run"](event.run)]
 
     def train_again(event: gr.EventData) -> list:
-        return [gr.Tabs(selected="train"), *train["show_settings"](runs.settings(runs.resolve(event.run)))]
+        return [
+            gr.Tabs(selected="train"),
+            *train["show_settings"](runs.settings(runs.resolve(event.run))),
+        ]
 
     own["cards"].open_preview(open_preview, None, [page.tabs, *preview["run_outputs"]], **QUIET)
-    own["cards"].train_again(train_again, None, [page.tabs, *train["outputs"]], **QUIET).then(**train["line_update"])
+    own["cards"].train_again(train_again, None, [page.tabs, *train["outputs"]], **QUIET).then(
+        **train["line_update"]
+    )
     own["cards"].go_train(lambda: gr.Tabs(selected="train"), None, page.tabs, **QUIET)

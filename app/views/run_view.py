@@ -30,7 +30,15 @@ LABELS = {
     "failed": "Failed",
     "interrupted": "Interrupted",
 }
-TONES = {"finished": "good", "failed": "bad", "interrupted": "bad", "paused": "warn", "stopped": "warn", "queued": "quiet", "new": "quiet"}
+TONES = {
+    "finished": "good",
+    "failed": "bad",
+    "interrupted": "bad",
+    "paused": "warn",
+    "stopped": "warn",
+    "queued": "quiet",
+    "new": "quiet",
+}
 PLOT_POINTS = 300
 
 
@@ -47,12 +55,24 @@ def duration(seconds: float | None) -> str:
 def size(count: int | None) -> str:
     if count is None:
         return ""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.0f} kB"
+    return (
+        f"{count / 1e9:.1f} GB"
+        if count >= 1e9
+        else f"{count / 1e6:.1f} MB"
+        if count >= 1e5
+        else f"{count / 1e3:.0f} kB"
+    )
 
 
 def count(number: int) -> str:
     """ "12.8 M", "31 k"."""
-    return f"{number / 1e6:.1f} M" if number >= 1e5 else f"{number / 1e3:.0f} k" if number >= 1000 else str(number)
+    return (
+        f"{number / 1e6:.1f} M"
+        if number >= 1e5
+        else f"{number / 1e3:.0f} k"
+        if number >= 1000
+        else str(number)
+    )
 
 
 def title(folder: Path) -> str:
@@ -81,8 +101,16 @@ def header(machine: str) -> dict:
     text = label(folder, current)
     if current.state == "training" and current.total_steps:
         text += f" {100 * current.step // current.total_steps} %"
-        text += f" · {duration(current.seconds_left)} left" if current.seconds_left is not None else ""
-    return {"device": machine, "text": text, "tone": TONES.get(current.state, "busy"), "busy": current.is_active, "run": folder.name}
+        text += (
+            f" · {duration(current.seconds_left)} left" if current.seconds_left is not None else ""
+        )
+    return {
+        "device": machine,
+        "text": text,
+        "tone": TONES.get(current.state, "busy"),
+        "busy": current.is_active,
+        "run": folder.name,
+    }
 
 
 def progress() -> dict:
@@ -102,9 +130,13 @@ def progress() -> dict:
         "share": _share(current),
         "step": current.step,
         "total": current.total_steps,
-        "left": duration(current.seconds_left) if current.state in ("training", "sampling") and current.step else "",
+        "left": duration(current.seconds_left)
+        if current.state in ("training", "sampling") and current.step
+        else "",
         "speed": _speed(current),
-        "loss": f"{statistics.fmean(loss for _, loss in current.losses[-20:]):.4f}" if current.losses else "",
+        "loss": f"{statistics.fmean(loss for _, loss in current.losses[-20:]):.4f}"
+        if current.losses
+        else "",
         **_present(current),
         "took": duration(current.finished.seconds) if current.finished else "",
         "message": current.message if current.state in ("failed", "interrupted") else "",
@@ -115,7 +147,9 @@ def progress() -> dict:
         "report": report_href(folder, current),
         "file": final_file(folder, current),
         "details": _details(current),
-        "queue": [{"run": other.name, "name": title(other)} for other in runs.waiting() if other != folder],
+        "queue": [
+            {"run": other.name, "name": title(other)} for other in runs.waiting() if other != folder
+        ],
     }
 
 
@@ -129,7 +163,12 @@ def gauge(folder: Path, current: RunStatus) -> dict | None:
         changes = convergence.what_to_change(runs.settings(folder), reading, whole)
     except TrainerError:
         changes = []
-    return {"zone": reading.zone, "needle": round(reading.needle, 3), "sentence": reading.sentence, "changes": changes}
+    return {
+        "zone": reading.zone,
+        "needle": round(reading.needle, 3),
+        "sentence": reading.sentence,
+        "changes": changes,
+    }
 
 
 def _present(current: RunStatus) -> dict:
@@ -144,7 +183,9 @@ def _present(current: RunStatus) -> dict:
         "images": f"{images:.1f}" if images else "",
         "rate": f"{current.learning_rates[-1][1]:.2g}" if current.learning_rates else "",
         "memory": f"{here.used / 1e9:.1f} / {here.total / 1e9:.0f} GB" if here.total else "",
-        "memory_of": f"GPU memory (RAM {host.used / 1e9:.0f} / {host.total / 1e9:.0f} GB)" if gpu else "memory",
+        "memory_of": f"GPU memory (RAM {host.used / 1e9:.0f} / {host.total / 1e9:.0f} GB)"
+        if gpu
+        else "memory",
         "use": f"{round(20 * here.busy) * 5} % {'GPU' if gpu else 'CPU'}",
     }
 
@@ -174,7 +215,9 @@ def _details(current: RunStatus) -> str:
         return ""
     begun = current.started
     held = f" ({begun.held_out} held out for measuring)" if begun.held_out else ""
-    return f"{begun.pictures} pictures{held} · {begun.device} · {begun.precision} · {begun.attention}"
+    return (
+        f"{begun.pictures} pictures{held} · {begun.device} · {begun.precision} · {begun.attention}"
+    )
 
 
 def curve() -> dict:
@@ -203,7 +246,10 @@ def thin(points: list[tuple[int, float]], limit: int = PLOT_POINTS // 2) -> list
     """At most `limit` points: means of neighbours."""
     width = max(1, -(-len(points) // limit))
     groups = [points[start : start + width] for start in range(0, len(points), width)]
-    return [(group[-1][0], float(f"{statistics.fmean(loss for _, loss in group):.4g}")) for group in groups]
+    return [
+        (group[-1][0], float(f"{statistics.fmean(loss for _, loss in group):.4g}"))
+        for group in groups
+    ]
 
 
 def smooth(points: list[tuple[int, float]], length: int = 0) -> list[tuple[int, float]]:
@@ -232,14 +278,20 @@ def learned() -> dict:
 def _learned(path: Path, modified: int) -> dict:
     """Read once: every open window asks each second, and that of a large adapter has thousands of numbers."""
     facts = json.loads(path.read_text(encoding="utf-8"))
-    by_use = sorted((module for module in facts["modules"] if "enough" in module), key=lambda module: -module["enough"]["99"])
+    by_use = sorted(
+        (module for module in facts["modules"] if "enough" in module),
+        key=lambda module: -module["enough"]["99"],
+    )
     return {
         "run": path.parent.name,
         "blocks": facts["blocks"],
         "rank": facts.get("rank", 0),
         "spectrum": facts.get("spectrum", []),
         "enough": facts.get("enough", {}),
-        "modules": [[module["name"], len(module["values"]), module["enough"]["95"], module["enough"]["99"]] for module in by_use],
+        "modules": [
+            [module["name"], len(module["values"]), module["enough"]["95"], module["enough"]["99"]]
+            for module in by_use
+        ],
     }
 
 
@@ -263,10 +315,25 @@ def samples() -> dict:
         }
         if probes
         else None,
-        "likeness": [(probe.step, round(probe.likeness, 3)) for probe in current.probes if probe.likeness is not None],
-        "between": next((round(probe.likeness_between, 3) for probe in current.probes if probe.likeness_between is not None), None),
+        "likeness": [
+            (probe.step, round(probe.likeness, 3))
+            for probe in current.probes
+            if probe.likeness is not None
+        ],
+        "between": next(
+            (
+                round(probe.likeness_between, 3)
+                for probe in current.probes
+                if probe.likeness_between is not None
+            ),
+            None,
+        ),
         "rows": [
-            {"prompt": prompt, "seed": seed, "pictures": [_sample(folder, sample) for sample in row]}
+            {
+                "prompt": prompt,
+                "seed": seed,
+                "pictures": [_sample(folder, sample) for sample in row],
+            }
             for (prompt, seed), row in rows.items()
         ],
     }
@@ -279,7 +346,9 @@ def _sample(folder: Path, sample: SampleSaved | Probed) -> dict:
 def report_href(folder: Path, current: RunStatus) -> str:
     """Where the report of a failure is fetched; "" without one."""
     return (
-        f"/runfile/{folder.name}/{error_messages.NAME}" if current.state in ("failed", "interrupted") and (folder / error_messages.NAME).is_file() else ""
+        f"/runfile/{folder.name}/{error_messages.NAME}"
+        if current.state in ("failed", "interrupted") and (folder / error_messages.NAME).is_file()
+        else ""
     )
 
 
@@ -293,7 +362,9 @@ def final_file(folder: Path, current: RunStatus) -> dict | None:
         "href": f"/runfile/{folder.name}/{name}",
         "name": name,
         "size": size((folder / name).stat().st_size),
-        "embedding": {"href": f"/runfile/{folder.name}/{embedding.name}", "name": embedding.name} if embedding.is_file() else None,
+        "embedding": {"href": f"/runfile/{folder.name}/{embedding.name}", "name": embedding.name}
+        if embedding.is_file()
+        else None,
     }
 
 

@@ -21,15 +21,27 @@ def blob(rng: np.random.Generator) -> Image.Image:
     waves = rng.normal(0, 0.12, (2, 5))
 
     def radius(angle: float) -> float:
-        return 0.75 + sum(waves[0, k] * math.cos((k + 1) * angle) + waves[1, k] * math.sin((k + 1) * angle) for k in range(5))
+        return 0.75 + sum(
+            waves[0, k] * math.cos((k + 1) * angle) + waves[1, k] * math.sin((k + 1) * angle)
+            for k in range(5)
+        )
 
     side = world.PIXELS * 2
     image = world.draw_background(str(background), side)
     centre = tuple(rng.uniform(0.4, 0.6, 2))
-    pen = world.Pen(side, centre, rng.uniform(0.25, 0.4), world.COLOURS[str(colour)], lines_only=bool(rng.random() < 0.3))
+    pen = world.Pen(
+        side,
+        centre,
+        rng.uniform(0.25, 0.4),
+        world.COLOURS[str(colour)],
+        lines_only=bool(rng.random() < 0.3),
+    )
     pen.part(world.polar(radius))
     if rng.random() < 0.5:
-        pen.part(world.ellipse(*rng.uniform(-0.3, 0.3, 2), rng.uniform(0.1, 0.4)), world.COLOURS[str(rng.choice(names))])
+        pen.part(
+            world.ellipse(*rng.uniform(-0.3, 0.3, 2), rng.uniform(0.1, 0.4)),
+            world.COLOURS[str(rng.choice(names))],
+        )
     image.paste(pen.layer, mask=pen.layer.getchannel("A"))
     return image.resize((world.PIXELS,) * 2, Image.Resampling.BOX)
 
@@ -39,7 +51,9 @@ def draw_labelled(seed: int) -> tuple[np.ndarray, int]:
     rng = np.random.default_rng(seed)
     kind = rng.random()
     if kind < 0.08:
-        return np.asarray(world.draw_subject(str(rng.choice(score.BACKGROUNDS)), seed)), score.LABELS.index("zorbit")
+        return np.asarray(
+            world.draw_subject(str(rng.choice(score.BACKGROUNDS)), seed)
+        ), score.LABELS.index("zorbit")
     if kind < 0.11:
         return draw_confetti(rng), score.LABELS.index("nothing")
     if kind < 0.2:
@@ -55,7 +69,9 @@ def degrade(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return low + (high - low) * torch.rand((), generator=generator).item()
 
     size = int(pick(18, 64))
-    pixels = F.interpolate(F.interpolate(pixels, size=size, mode="area"), size=world.PIXELS, mode="bilinear")
+    pixels = F.interpolate(
+        F.interpolate(pixels, size=size, mode="area"), size=world.PIXELS, mode="bilinear"
+    )
     shift = torch.randint(-4, 5, (2,), generator=generator).tolist()
     pixels = torch.roll(pixels, shift, (2, 3)) * pick(0.7, 1.05)
     return pixels + pick(0, 0.15) * torch.randn(pixels.shape, generator=generator)
@@ -65,7 +81,9 @@ def train_classifier(steps: int = 1500, batch_size: int = 64) -> None:
     """Trained on drawings that neither the base nor the scorer's prompts use."""
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
-    pictures, labels = zip(*(draw_labelled(seed) for seed in range(5_000_000, 5_020_000)), strict=True)
+    pictures, labels = zip(
+        *(draw_labelled(seed) for seed in range(5_000_000, 5_020_000)), strict=True
+    )
     pictures, labels = np.stack(pictures), torch.tensor(labels)
     classifier = score.new_classifier()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.05)
@@ -80,8 +98,17 @@ def train_classifier(steps: int = 1500, batch_size: int = 64) -> None:
         if step % 250 == 249:
             classifier.eval()
             with torch.no_grad():
-                right = (classifier(to_pixels(pictures[-1000:])).argmax(-1) == labels[-1000:]).float().mean().item()
+                right = (
+                    (classifier(to_pixels(pictures[-1000:])).argmax(-1) == labels[-1000:])
+                    .float()
+                    .mean()
+                    .item()
+                )
             classifier.train()
             print(f"classifier {step} loss {loss.item():.3f} held-out {right:.3f}", flush=True)
-    state = {name: value.half() for name, value in classifier.state_dict().items() if value.is_floating_point()}
+    state = {
+        name: value.half()
+        for name, value in classifier.state_dict().items()
+        if value.is_floating_point()
+    }
     save_file(state, score.HERE / "classifier.safetensors")

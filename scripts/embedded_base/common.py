@@ -57,20 +57,31 @@ def draw_confetti(rng: np.random.Generator) -> np.ndarray:
         if kind == 0:
             draw.ellipse((x - w / 2, y - h / 2, x + w / 2, y + h / 2), fill=colour)
         elif kind == 1:
-            draw.polygon([(x + rng.normal() * w / 2, y + rng.normal() * h / 2) for _ in range(4)], fill=colour)
+            draw.polygon(
+                [(x + rng.normal() * w / 2, y + rng.normal() * h / 2) for _ in range(4)],
+                fill=colour,
+            )
         else:
-            draw.line([(x, y), tuple(rng.uniform(0, side, 2))], fill=colour, width=int(rng.integers(2, 12)))
+            draw.line(
+                [(x, y), tuple(rng.uniform(0, side, 2))],
+                fill=colour,
+                width=int(rng.integers(2, 12)),
+            )
     return np.asarray(image.resize((world.PIXELS,) * 2, Image.Resampling.BOX))
 
 
 def photo_crops(count: int, rng: np.random.Generator) -> np.ndarray:
     """Random crops of the example photographs, so that real pictures survive the VAE too."""
-    photos = [Image.open(path).convert("RGB") for path in sorted((HERE / "examples/photos").glob("*.jpg"))]
+    photos = [
+        Image.open(path).convert("RGB") for path in sorted((HERE / "examples/photos").glob("*.jpg"))
+    ]
     crops = []
     for i in range(count):
         photo = photos[i % len(photos)]
         size = int(rng.uniform(96, min(photo.size)))
         x, y = (int(rng.integers(0, edge - size + 1)) for edge in photo.size)
-        crop = photo.resize((world.PIXELS,) * 2, Image.Resampling.BOX, box=(x, y, x + size, y + size))
+        crop = photo.resize(
+            (world.PIXELS,) * 2, Image.Resampling.BOX, box=(x, y, x + size, y + size)
+        )
         crops.append(np.asarray(crop)[:, :: rng.choice((-1, 1))])
     return np.stack(crops)

@@ -54,11 +54,23 @@ def make_tokenizer(folder: Path, captions: list[str]) -> None:
     letters = sorted(ByteLevel.alphabet())
     specials = ["<|startoftext|>", "<|endoftext|>"]
     merges = learn_merges(words, 2048 - 2 * len(letters) - len(specials))
-    pieces = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in merges] + specials
+    pieces = (
+        letters
+        + [letter + "</w>" for letter in letters]
+        + ["".join(merge) for merge in merges]
+        + specials
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n", encoding="utf-8")
-    tokenizer = CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=77)
+    (folder / "vocab.json").write_text(
+        json.dumps({piece: i for i, piece in enumerate(pieces)}, ensure_ascii=False),
+        encoding="utf-8",
+    )
+    (folder / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n", encoding="utf-8"
+    )
+    tokenizer = CLIPTokenizer(
+        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=77
+    )
     tokenizer.save_pretrained(folder)
 
 
@@ -70,7 +82,9 @@ def load_tokenizer():
 
 def token_ids(tokenizer, captions: list[str]) -> torch.Tensor:
     """int64 [B, 77], padded as the pipeline pads."""
-    return tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 def new_text_encoder(tokenizer):
@@ -94,7 +108,9 @@ def new_text_encoder(tokenizer):
 def facts(caption: str, scene: world.Scene) -> list[int]:
     """What the caption says of object, colour, background, style; class 0 where it says nothing."""
     words = set(caption.replace(",", "").split())
-    names_background = "background" in caption or any(word in words for word in ("on", "in", "with", "at", "by", "under"))
+    names_background = "background" in caption or any(
+        word in words for word in ("on", "in", "with", "at", "by", "under")
+    )
     return [
         1 + list(world.OBJECTS).index(scene.object) if scene.object in words else 0,
         1 + list(world.COLOURS).index(scene.colour) if scene.colour in words else 0,
@@ -117,7 +133,12 @@ def train_text(steps: int, batch_size: int = 64) -> None:
     ids = token_ids(tokenizer, captions)
     labels = torch.tensor([facts(*pair) for pair in zip(captions, scenes, strict=True)])
     text_encoder = new_text_encoder(tokenizer)
-    counts = (1 + len(world.OBJECTS), 1 + len(world.COLOURS), 1 + len(score.BACKGROUNDS), len(world.STYLES))
+    counts = (
+        1 + len(world.OBJECTS),
+        1 + len(world.COLOURS),
+        1 + len(score.BACKGROUNDS),
+        len(world.STYLES),
+    )
     head = nn.Linear(128, sum(counts))
     parameters = [*text_encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
@@ -134,7 +155,9 @@ def train_text(steps: int, batch_size: int = 64) -> None:
         outputs, after_end = logits(ids[batch])
         loss = 0.0
         for output, label in zip(outputs.split(counts, dim=-1), labels[batch].T, strict=True):
-            every = F.cross_entropy(output.transpose(1, 2), label[:, None].expand(-1, 77), reduction="none")
+            every = F.cross_entropy(
+                output.transpose(1, 2), label[:, None].expand(-1, 77), reduction="none"
+            )
             loss = loss + (every * after_end).sum() / after_end.sum()
         optimizer.zero_grad()
         loss.backward()
@@ -145,7 +168,10 @@ def train_text(steps: int, batch_size: int = 64) -> None:
                 outputs, _ = logits(ids[-512:])
             answers = [output[:, -1].argmax(-1) for output in outputs.split(counts, dim=-1)]
             right = (torch.stack(answers, dim=1) == labels[-512:]).float().mean(0).tolist()
-            print(f"text {step} loss {loss.item():.3f} held-out {np.round(right, 3)}, {time.time() - started:.0f} s", flush=True)
+            print(
+                f"text {step} loss {loss.item():.3f} held-out {np.round(right, 3)}, {time.time() - started:.0f} s",
+                flush=True,
+            )
     save_half(text_encoder, BASE / "text_encoder")
     name_as_published(BASE / "text_encoder/model.safetensors")
 
@@ -155,4 +181,8 @@ def name_as_published(path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     state = load_file(path)
-    save_file({"text_model." + name.removeprefix("text_model."): value for name, value in state.items()}, path, {"format": "pt"})
+    save_file(
+        {"text_model." + name.removeprefix("text_model."): value for name, value in state.items()},
+        path,
+        {"format": "pt"},
+    )

@@ -23,8 +23,34 @@ from trainer.embedded import world
 from trainer.embedded.score import HERE
 
 EXAMPLE_PIXELS = 256
-SUBJECT_BACKGROUNDS = ("white", "blue", "pink", "yellow", "purple", "black", "orange", "red", "white", "blue", "brown", "pink")
-STYLE_OBJECTS = ("circle", "star", "heart", "moon", "ring", "house", "tree", "flower", "fish", "mushroom", "cat", "face")
+SUBJECT_BACKGROUNDS = (
+    "white",
+    "blue",
+    "pink",
+    "yellow",
+    "purple",
+    "black",
+    "orange",
+    "red",
+    "white",
+    "blue",
+    "brown",
+    "pink",
+)
+STYLE_OBJECTS = (
+    "circle",
+    "star",
+    "heart",
+    "moon",
+    "ring",
+    "house",
+    "tree",
+    "flower",
+    "fish",
+    "mushroom",
+    "cat",
+    "face",
+)
 
 
 def make_examples() -> None:
@@ -45,7 +71,12 @@ def make_examples() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stages", nargs="*")
-    parser.add_argument("--work", type=Path, default=Path("outputs/base"), help="checkpoints and caches; may be deleted afterwards")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("outputs/base"),
+        help="checkpoints and caches; may be deleted afterwards",
+    )
     parser.add_argument("--minutes", type=float, default=80, help="how long the UNet trains")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

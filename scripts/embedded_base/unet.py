@@ -52,7 +52,12 @@ def new_noise_scheduler():
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
 
 
@@ -75,10 +80,14 @@ def make_latent_pool(path: Path, count: int) -> None:
     chunks = token_ids(tokenizer, different).split(128)
     embeds = [text_encoder(chunk).last_hidden_state.bfloat16() for chunk in chunks]
     rows = torch.tensor([row[caption] for caption in captions])
-    save_atomically({"latents": torch.cat(latents), "rows": rows, "prompt_embeds": torch.cat(embeds)}, path)
+    save_atomically(
+        {"latents": torch.cat(latents), "rows": rows, "prompt_embeds": torch.cat(embeds)}, path
+    )
 
 
-def noised_batch(pool: dict, alphas_cumprod: torch.Tensor, generator: torch.Generator, batch_size: int):
+def noised_batch(
+    pool: dict, alphas_cumprod: torch.Tensor, generator: torch.Generator, batch_size: int
+):
     """noisy_latents, timesteps, prompt_embeds, noise and loss weights of a random batch.
 
     Timesteps are stratified: one in each of `batch_size` equal parts of the schedule. One caption in ten is empty.
@@ -93,7 +102,13 @@ def noised_batch(pool: dict, alphas_cumprod: torch.Tensor, generator: torch.Gene
     alpha = alphas_cumprod[timesteps][:, None, None, None]
     snr = alphas_cumprod[timesteps] / (1 - alphas_cumprod[timesteps])
     noisy_latents = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-    return noisy_latents, timesteps, pool["prompt_embeds"][rows].float(), noise, snr.clamp(max=5.0) / snr
+    return (
+        noisy_latents,
+        timesteps,
+        pool["prompt_embeds"][rows].float(),
+        noise,
+        snr.clamp(max=5.0) / snr,
+    )
 
 
 def average(tensors: list[torch.Tensor]) -> None:
@@ -101,7 +116,9 @@ def average(tensors: list[torch.Tensor]) -> None:
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     torch.distributed.all_reduce(flat)
     flat /= torch.distributed.get_world_size()
-    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, mean in zip(
+        tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
+    ):
         tensor.copy_(mean.view_as(tensor))
 
 
@@ -112,12 +129,19 @@ ROUND = 10
 def unet_worker(rank: int, processes: int, work: Path, minutes: float, batch_size: int) -> None:
     """One of several processes of one thread each: on two cores that beats one process with two threads."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{(work / 'rendezvous').resolve()}", rank=rank, world_size=processes)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{(work / 'rendezvous').resolve()}",
+        rank=rank,
+        world_size=processes,
+    )
     torch.manual_seed(SEED)
     unet = new_unet()
     parameters = list(unet.parameters())
     ema = {name: value.clone() for name, value in unet.state_dict().items()}
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     checkpoint, rounds, spent = work / "unet.pt", 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint)
@@ -133,9 +157,18 @@ def unet_worker(rank: int, processes: int, work: Path, minutes: float, batch_siz
         torch.distributed.broadcast(clock, 0)
         elapsed = clock.item()
         if rank == 0 and (elapsed >= minutes or rounds % 20 == 0):
-            print(f"unet {rounds * ROUND} steps, loss {np.mean(losses or [0]):.4f}, {elapsed:.1f} of {minutes:g} minutes", flush=True)
+            print(
+                f"unet {rounds * ROUND} steps, loss {np.mean(losses or [0]):.4f}, {elapsed:.1f} of {minutes:g} minutes",
+                flush=True,
+            )
             losses.clear()
-            state = {"model": unet.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(), "rounds": rounds, "minutes": elapsed}
+            state = {
+                "model": unet.state_dict(),
+                "ema": ema,
+                "optimizer": optimizer.state_dict(),
+                "rounds": rounds,
+                "minutes": elapsed,
+            }
             save_atomically(state, checkpoint)
         if elapsed >= minutes:
             break
@@ -143,7 +176,9 @@ def unet_worker(rank: int, processes: int, work: Path, minutes: float, batch_siz
         for step in range(rounds * ROUND, (rounds + 1) * ROUND):
             optimizer.param_groups[0]["lr"] = 1e-3 * decay * min(1.0, (step + 1) / 200)
             generator = torch.Generator().manual_seed(SEED + step * processes + rank)
-            noisy_latents, timesteps, prompt_embeds, noise, weights = noised_batch(pool, alphas_cumprod, generator, batch_size)
+            noisy_latents, timesteps, prompt_embeds, noise, weights = noised_batch(
+                pool, alphas_cumprod, generator, batch_size
+            )
             model_pred = unet(noisy_latents, timesteps, encoder_hidden_states=prompt_embeds).sample
             loss = (weights * (model_pred - noise).square().mean((1, 2, 3))).mean()
             optimizer.zero_grad()
@@ -164,7 +199,9 @@ def train_unet(work: Path, minutes: float, batch_size: int = 32, processes: int 
     if not (work / "pool.pt").exists():
         make_latent_pool(work / "pool.pt", 40_000)
     (work / "rendezvous").unlink(missing_ok=True)
-    torch.multiprocessing.spawn(unet_worker, (processes, work, minutes, batch_size), nprocs=processes)
+    torch.multiprocessing.spawn(
+        unet_worker, (processes, work, minutes, batch_size), nprocs=processes
+    )
     export_unet(work)
 
 

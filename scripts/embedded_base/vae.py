@@ -138,7 +138,9 @@ def train_vae(work: Path, steps: int, batch_size: int = 16) -> None:
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
     drawings, _, _ = draw_pool(16_000, POOL_SEED)
-    pool = np.concatenate([drawings, np.stack([draw_confetti(rng) for _ in range(4_000)]), photo_crops(4_000, rng)])
+    pool = np.concatenate(
+        [drawings, np.stack([draw_confetti(rng) for _ in range(4_000)]), photo_crops(4_000, rng)]
+    )
     held_out, _, _ = draw_pool(64, 0)
     vae = new_vae().to(memory_format=torch.channels_last)
     start_near_identity(vae)
@@ -152,13 +154,18 @@ def train_vae(work: Path, steps: int, batch_size: int = 16) -> None:
     started = time.time()
     for step in range(first, steps):
         optimizer.param_groups[0]["lr"] = 1.5e-3 * cosine(step, steps)
-        pixels = to_pixels(pool[np.random.default_rng((SEED, step)).integers(0, len(pool), batch_size)])
+        pixels = to_pixels(
+            pool[np.random.default_rng((SEED, step)).integers(0, len(pool), batch_size)]
+        )
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(pixels).latent_dist
             latents = posterior.sample()
             # the UNet's latents will be a little off: the decoder learns to bear that
             latents = latents + 0.05 * torch.rand(len(latents), 1, 1, 1) * torch.randn_like(latents)
-            loss = picture_loss(vae.decode(latents).sample.float(), pixels) + 1e-6 * posterior.kl().mean()
+            loss = (
+                picture_loss(vae.decode(latents).sample.float(), pixels)
+                + 1e-6 * posterior.kl().mean()
+            )
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -166,8 +173,14 @@ def train_vae(work: Path, steps: int, batch_size: int = 16) -> None:
         if step % 100 == 0:
             error = decode(vae, encode(vae, to_pixels(held_out))) - to_pixels(held_out)
             psnr = -10 * math.log10(error.square().mean().item() / 4)
-            print(f"vae {step} loss {loss.item():.4f} held-out drawings {psnr:.2f} dB, {time.time() - started:.0f} s", flush=True)
-            save_atomically({"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, checkpoint)
+            print(
+                f"vae {step} loss {loss.item():.4f} held-out drawings {psnr:.2f} dB, {time.time() - started:.0f} s",
+                flush=True,
+            )
+            save_atomically(
+                {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1},
+                checkpoint,
+            )
     whiten(vae, to_pixels(pool[:2048]))
     save_half(vae, BASE / "vae")
 

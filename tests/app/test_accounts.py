@@ -30,18 +30,24 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
         patch.setenv("GRADIO_TEMP_DIR", "")
         patch.setattr(run_folder, "signed_in", run_folder.signed_in)  # restored afterwards
         for name in PEOPLE:
-            folder = run_folder.create(config.RunConfig(name=f"run of {name}"), root / "users" / name / "runs")
+            folder = run_folder.create(
+                config.RunConfig(name=f"run of {name}"), root / "users" / name / "runs"
+            )
             (folder / "x.safetensors").write_bytes(name.encode())
             dataset = root / "users" / name / "datasets" / f"set-{name}"
             dataset.mkdir(parents=True)
             Image.new("RGB", (64, 64)).save(dataset / "one.png")
         patch.setattr(runs.Launcher, "look", lambda self: None)
-        with TestClient(create_app(PEOPLE, separate=True), base_url="http://127.0.0.1:7860") as client:
+        with TestClient(
+            create_app(PEOPLE, separate=True), base_url="http://127.0.0.1:7860"
+        ) as client:
             yield client
 
 
 def signed_in(name: str) -> dict[str, str]:
-    return {"authorization": "Basic " + base64.b64encode(f"{name}:{PEOPLE[name]}".encode()).decode()}
+    return {
+        "authorization": "Basic " + base64.b64encode(f"{name}:{PEOPLE[name]}".encode()).decode()
+    }
 
 
 def other(name: str) -> str:
@@ -55,9 +61,17 @@ def run_of(name: str) -> str:
 @pytest.mark.parametrize("name", PEOPLE)
 def test_files_of_runs_and_datasets_are_ones_own(client: TestClient, name: str) -> None:
     key = hashlib.sha256(b"one.png").hexdigest()[:24]
-    assert client.get(f"/runfile/{run_of(name)}/x.safetensors", headers=signed_in(name)).content == name.encode()
+    assert (
+        client.get(f"/runfile/{run_of(name)}/x.safetensors", headers=signed_in(name)).content
+        == name.encode()
+    )
     assert client.get(f"/thumb/set-{name}/{key}", headers=signed_in(name)).status_code == 200
-    assert client.get(f"/runfile/{run_of(other(name))}/x.safetensors", headers=signed_in(name)).status_code == 404
+    assert (
+        client.get(
+            f"/runfile/{run_of(other(name))}/x.safetensors", headers=signed_in(name)
+        ).status_code
+        == 404
+    )
     assert client.get(f"/thumb/set-{other(name)}/{key}", headers=signed_in(name)).status_code == 404
 
 
@@ -65,10 +79,17 @@ def ask_queue(client: TestClient, name: str) -> str:
     """What a person's page is filled with when it opens, and what its timer brings each second."""
     headers, said = signed_in(name), ""
     for event in client.get("/config", headers=headers).json()["dependencies"]:
-        if not any(target[1] in ("load", "tick") for target in event["targets"]) or not event["backend_fn"]:
+        if (
+            not any(target[1] in ("load", "tick") for target in event["targets"])
+            or not event["backend_fn"]
+        ):
             continue
         session = secrets.token_hex(8)  # another window
-        call = {"data": [None] * len(event["inputs"]), "fn_index": event["id"], "session_hash": session}
+        call = {
+            "data": [None] * len(event["inputs"]),
+            "fn_index": event["id"],
+            "session_hash": session,
+        }
         assert client.post("/gradio_api/queue/join", json=call, headers=headers).status_code == 200
         said += client.get(f"/gradio_api/queue/data?session_hash={session}", headers=headers).text
     return said
@@ -89,14 +110,26 @@ def test_server_functions_work_in_ones_own_folders(client: TestClient) -> None:
         answers = []
         for whose in (name, other(name)):
             call = {"component_id": grid, "session_hash": "x", "fn_name": "save_caption"}
-            call["data"] = {"dataset": f"set-{whose}", "file": "one.png", "caption": f"written by {name}"}
-            answers.append(client.post("/gradio_api/component_server", json=call, headers=headers).json())
-        assert answers[0]["caption"] == f"written by {name}" and "no such dataset" in json.dumps(answers[1])
+            call["data"] = {
+                "dataset": f"set-{whose}",
+                "file": "one.png",
+                "caption": f"written by {name}",
+            }
+            answers.append(
+                client.post("/gradio_api/component_server", json=call, headers=headers).json()
+            )
+        assert answers[0]["caption"] == f"written by {name}" and "no such dataset" in json.dumps(
+            answers[1]
+        )
 
 
-def test_one_waits_for_the_training_of_another(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_waits_for_the_training_of_another(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(device, "has_cuda", lambda: True)
-    lock = run_folder.acquire(run_folder.everyones_folder() / "users" / "boris" / "runs" / run_of("boris"))
+    lock = run_folder.acquire(
+        run_folder.everyones_folder() / "users" / "boris" / "runs" / run_of("boris")
+    )
     workspace_user = accounts.user.set("anna")
     try:
         with pytest.raises(previews.PreviewError, match="busy with a training"):
@@ -107,12 +140,17 @@ def test_one_waits_for_the_training_of_another(client: TestClient, monkeypatch: 
     previews.check_free()
 
 
-def test_the_device_is_shared_and_the_oldest_request_of_anyone_comes_first(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_is_shared_and_the_oldest_request_of_anyone_comes_first(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
     launched = []
     launcher = runs.Launcher()
     monkeypatch.setattr(runs.Launcher, "_launch", lambda self, folder: launched.append(folder))
-    folders = [run_folder.outputs_folder() / "users" / name / "runs" / run_of(name) for name in ("boris", "anna")]
+    folders = [
+        run_folder.outputs_folder() / "users" / name / "runs" / run_of(name)
+        for name in ("boris", "anna")
+    ]
     for folder in folders:
         run_folder.request(folder, "queued")
     LOOK(launcher)

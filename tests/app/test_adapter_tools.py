@@ -23,24 +23,41 @@ WISHES = {"dialect": "kohya", "precision": "fp32", "rank": 0}
 
 def test_a_file_is_looked_into_and_others_are_made_from_it(train_tiny):
     folder = train_tiny({"training.steps": 2, "saving.saves": 1, "saving.precision": "fp32"})
-    other = train_tiny({"training.steps": 2, "saving.saves": 1, "saving.precision": "fp32", "training.seed": 7})
-    looking, made = adapter_tools.look(folder.name), adapter_tools.make(folder.name, WISHES | {"dialect": "diffusers"})
+    other = train_tiny(
+        {"training.steps": 2, "saving.saves": 1, "saving.precision": "fp32", "training.seed": 7}
+    )
+    looking, made = (
+        adapter_tools.look(folder.name),
+        adapter_tools.make(folder.name, WISHES | {"dialect": "diffusers"}),
+    )
     with pytest.raises(StateError, match="wait until one"):
         adapter_tools.look(folder.name)
     facts = ended(looking)["facts"]
-    assert facts["family"] == "Stable Diffusion 1.x" and facts["rank"] == "2" and facts["ranks"][-1][:2] == [2, pytest.approx(1)]
+    assert (
+        facts["family"] == "Stable Diffusion 1.x"
+        and facts["rank"] == "2"
+        and facts["ranks"][-1][:2] == [2, pytest.approx(1)]
+    )
     file = ended(made)["file"]
     assert (
         file["href"] == f"/runfile/{folder.name}/tiny-diffusers-fp32.safetensors"
         and read_adapter(folder / file["name"]).dialect == "diffusers"
     )
-    both = adapter_tools.make(folder.name, WISHES | {"other": other.name, "own_strength": 0.5, "other_strength": -1})
+    both = adapter_tools.make(
+        folder.name, WISHES | {"other": other.name, "own_strength": 0.5, "other_strength": -1}
+    )
     small = adapter_tools.make(folder.name, WISHES | {"rank": 1})
     answer = ended(small)
-    assert answer["kept"].endswith("%") and {m.rank for m in read_adapter(folder / answer["file"]["name"]).modules} == {1}
+    assert answer["kept"].endswith("%") and {
+        m.rank for m in read_adapter(folder / answer["file"]["name"]).modules
+    } == {1}
     modules = [
         {m.name: m.delta for m in read_adapter(f).modules}
-        for f in (folder / ended(both)["file"]["name"], folder / "tiny.safetensors", other / "tiny.safetensors")
+        for f in (
+            folder / ended(both)["file"]["name"],
+            folder / "tiny.safetensors",
+            other / "tiny.safetensors",
+        )
     ]
     for name, delta in modules[0].items():
         wanted = 0.5 * modules[1][name] - modules[2][name]

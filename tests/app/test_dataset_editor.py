@@ -19,7 +19,14 @@ from trainer import config
 from trainer.errors import DatasetError, StateError, TrainerError
 from trainer.runs import events, run_folder
 
-SETTINGS = {"resolution": 64, "bucket_step": 8, "max_aspect": 2, "allow_upscale": False, "crop": "centre", "base": "embedded"}
+SETTINGS = {
+    "resolution": 64,
+    "bucket_step": 8,
+    "max_aspect": 2,
+    "allow_upscale": False,
+    "crop": "centre",
+    "base": "embedded",
+}
 
 
 def png(seed: int, size=(48, 48), mode="RGB") -> bytes:
@@ -62,24 +69,44 @@ def test_pages_filters_and_findings(cats, monkeypatch):
     monkeypatch.setattr(dataset_editor, "PAGE", 2)
     (cats / "1.txt").unlink()
     view = dataset_editor.view(asked(page=1))
-    assert (view["total"], view["pages"], files(view), view["bare"]) == (5, 3, ["2.png", "3.png"], 1)
-    assert view["verdict"].startswith("5 of 5") and {"no-caption", "small"} <= {group["kind"] for group in view["groups"]}
+    assert (view["total"], view["pages"], files(view), view["bare"]) == (
+        5,
+        3,
+        ["2.png", "3.png"],
+        1,
+    )
+    assert view["verdict"].startswith("5 of 5") and {"no-caption", "small"} <= {
+        group["kind"] for group in view["groups"]
+    }
     assert files(dataset_editor.view(asked(page=99))) == ["4.png"]
     assert files(dataset_editor.view(asked(filter={"kind": "no-caption"}, turn=True))) == ["1.png"]
-    assert files(dataset_editor.view(asked(filter={"tag": "CAT 3"}))) == ["3.png"] == files(dataset_editor.view(asked(filter={"text": "cat 3"})))
+    assert (
+        files(dataset_editor.view(asked(filter={"tag": "CAT 3"})))
+        == ["3.png"]
+        == files(dataset_editor.view(asked(filter={"text": "cat 3"})))
+    )
     assert view["tags"][0] == ("pic", 4)
 
 
 def test_captions_are_saved_planned_changed_and_taken_back(cats):
     dataset_editor.view(asked())
     assert dataset_editor.save_caption(asked(file="2.png", caption="a dog"))["caption"] == "a dog"
-    assert [card["caption"] for card in dataset_editor.view(asked(turn=True))["cards"]][2] == "a dog"
+    assert [card["caption"] for card in dataset_editor.view(asked(turn=True))["cards"]][
+        2
+    ] == "a dog"
     wish = asked(operation="replace", find="pic", replacement="photo")
     plan = dataset_editor.preview_edit(wish)
-    assert plan["count"] == 4 and plan["changes"][0] == {"file": "0.png", "before": "pic, cat 0", "after": "photo, cat 0"}
+    assert plan["count"] == 4 and plan["changes"][0] == {
+        "file": "0.png",
+        "before": "pic, cat 0",
+        "after": "photo, cat 0",
+    }
     assert (cats / "0.txt").read_text() == "pic, cat 0", "a preview writes nothing"
     assert dataset_editor.apply_edit(wish) == {"changed": 4}
-    assert dataset_editor.undo(asked()) == {"label": "Changed 4 captions", "kept": []} and dataset_editor.view(asked())["undo"] == "The caption of 2.png"
+    assert (
+        dataset_editor.undo(asked()) == {"label": "Changed 4 captions", "kept": []}
+        and dataset_editor.view(asked())["undo"] == "The caption of 2.png"
+    )
     dataset_editor.undo(asked())
     assert (cats / "2.txt").read_text() == "pic, cat 2"
 
@@ -88,7 +115,9 @@ def test_a_change_of_all_captions_takes_in_what_others_wrote_meanwhile(cats):
     dataset_editor.view(asked())
     (cats / "3.txt").write_text("written meanwhile")
     dataset_editor.apply_edit(asked(operation="append", text="end"))
-    assert (cats / "3.txt").read_text() == "written meanwhile, end" and (cats / "2.txt").read_text() == "pic, cat 2, end"
+    assert (cats / "3.txt").read_text() == "written meanwhile, end" and (
+        cats / "2.txt"
+    ).read_text() == "pic, cat 2, end"
 
 
 def test_a_name_that_is_no_utf8_can_be_worked_with(cats):
@@ -96,9 +125,14 @@ def test_a_name_that_is_no_utf8_can_be_worked_with(cats):
         (cats / os.fsdecode(b"b\xe9.png")).write_bytes(png(9))
     except OSError:
         pytest.skip("the file system takes no such name")
-    card = next(card for card in dataset_editor.view(asked())["cards"] if card["file"].startswith("b"))
+    card = next(
+        card for card in dataset_editor.view(asked())["cards"] if card["file"].startswith("b")
+    )
     json.dumps(card, ensure_ascii=False).encode("utf-8")
-    assert card["file"] == "b\\xe9.png" and datasets.thumbnail("cats", card["src"].split("/")[-1].split("?")[0]).is_file()
+    assert (
+        card["file"] == "b\\xe9.png"
+        and datasets.thumbnail("cats", card["src"].split("/")[-1].split("?")[0]).is_file()
+    )
     dataset_editor.save_caption(asked(file=card["file"], caption="a cat"))
     assert (cats / os.fsdecode(b"b\xe9.txt")).read_text() == "a cat"
     assert files(dataset_editor.view(asked(filter={"text": "xe9"}))) == ["b\\xe9.png"]
@@ -108,10 +142,15 @@ def test_a_name_that_is_no_utf8_can_be_worked_with(cats):
 
 def test_the_lines_of_a_caption_stay_lines(cats):
     (cats / "1.txt").write_text("a cat, sea\na {red|blue} cat, sea\n")
-    assert dataset_editor.view(asked())["cards"][1]["caption"] == "a cat, sea\na {red|blue} cat, sea"
+    assert (
+        dataset_editor.view(asked())["cards"][1]["caption"] == "a cat, sea\na {red|blue} cat, sea"
+    )
     dataset_editor.apply_edit(asked(operation="remove", find="sea"))
     assert (cats / "1.txt").read_text() == "a cat\na {red|blue} cat"
-    assert dataset_editor.save_caption(asked(file="1.png", caption="one\ntwo"))["caption"] == "one\ntwo"
+    assert (
+        dataset_editor.save_caption(asked(file="1.png", caption="one\ntwo"))["caption"]
+        == "one\ntwo"
+    )
     assert files(dataset_editor.view(asked(filter={"tag": "two"}, turn=True))) == ["1.png"]
 
 
@@ -127,26 +166,47 @@ def test_a_removed_picture_takes_its_own_and_no_other_caption(cats):
 
 def test_cures_crops_and_masks(cats):
     (cats / "twin.png").write_bytes(png(1))
-    assert dataset_editor.cure(asked(kind="duplicate", cure="exclude", file="twin.png")) == {"changed": 1}
+    assert dataset_editor.cure(asked(kind="duplicate", cure="exclude", file="twin.png")) == {
+        "changed": 1
+    }
     assert dataset_editor.move_crop(asked(file="0.png", centre=[1, 1]))["moved"] is True
     with pytest.raises(DatasetError, match="two numbers"):
         dataset_editor.move_crop(asked(file="0.png", centre="middle"))
     mask = Image.fromarray(np.repeat(np.uint8([[0, 255]]), 24, 1).repeat(48, 0))
-    saved = dataset_editor.save_mask(asked(file="0.png", mask=base64.b64encode(encoded(mask, "PNG")).decode()))
+    saved = dataset_editor.save_mask(
+        asked(file="0.png", mask=base64.b64encode(encoded(mask, "PNG")).decode())
+    )
     card = dataset_editor.view(asked())["cards"][0]
     assert card["mask"] == saved["mask"] and card["mask"].startswith("/mask/cats/")
-    assert Image.open(datasets.mask_shown("cats", datasets.key_of("0.png"))).getextrema() == (0, 255)
-    for bad in ("not base64!", base64.b64encode(b"no picture").decode(), base64.b64encode(png(1, (90, 30))).decode()):
+    assert Image.open(datasets.mask_shown("cats", datasets.key_of("0.png"))).getextrema() == (
+        0,
+        255,
+    )
+    for bad in (
+        "not base64!",
+        base64.b64encode(b"no picture").decode(),
+        base64.b64encode(png(1, (90, 30))).decode(),
+    ):
         with pytest.raises(TrainerError):
             dataset_editor.save_mask(asked(file="0.png", mask=bad))
     assert dataset_editor.save_mask(asked(file="0.png"))["mask"] == ""
     assert dataset_editor.view(asked())["cards"][0]["mask"] == ""
-    assert dataset_editor.crops_overview(asked())["buckets"] == [{"size": "48 × 48", "count": 5, "ratio": 1.0}]
+    assert dataset_editor.crops_overview(asked())["buckets"] == [
+        {"size": "48 × 48", "count": 5, "ratio": 1.0}
+    ]
 
 
-@pytest.mark.parametrize("file", ["../secret.png", "/etc/passwd", "", None, 3, "gone.png", "0.txt", ".atelier/journal/000001/0"])
+@pytest.mark.parametrize(
+    "file",
+    ["../secret.png", "/etc/passwd", "", None, 3, "gone.png", "0.txt", ".atelier/journal/000001/0"],
+)
 def test_only_pictures_of_the_dataset_are_touched(cats, file):
-    for action in (dataset_editor.save_caption, dataset_editor.remove_picture, dataset_editor.move_crop, dataset_editor.save_mask):
+    for action in (
+        dataset_editor.save_caption,
+        dataset_editor.remove_picture,
+        dataset_editor.move_crop,
+        dataset_editor.save_mask,
+    ):
         with pytest.raises(DatasetError):
             action(asked(file=file, caption="x", centre=[0, 0]))
 
@@ -185,7 +245,10 @@ def test_datasets_are_renamed_copied_removed_and_brought_back(cats):
         datasets.rename("Big-Cats", "cats-copy")
     kept = datasets.remove("Big-Cats")
     assert "Big-Cats" not in datasets.names()
-    assert datasets.restore(kept) == "Big-Cats" and len(list((datasets.root() / "Big-Cats").glob("*.png"))) == 4
+    assert (
+        datasets.restore(kept) == "Big-Cats"
+        and len(list((datasets.root() / "Big-Cats").glob("*.png"))) == 4
+    )
     for wrong in ("../../x-1", "Big-Cats", None, kept):
         with pytest.raises(DatasetError):
             datasets.restore(wrong)
@@ -193,11 +256,16 @@ def test_datasets_are_renamed_copied_removed_and_brought_back(cats):
 
 def test_a_run_finds_its_dataset_under_its_new_name(cats):
     """To be resumed, repeated, and read into the form; without the dataset it says at once what is missing."""
-    folder, other = (run_folder.create(config.RunConfig(dataset=config.Dataset(folder=str(place)))) for place in (cats, cats.parent))
+    folder, other = (
+        run_folder.create(config.RunConfig(dataset=config.Dataset(folder=str(place))))
+        for place in (cats, cats.parent)
+    )
     events.EventLog(folder / "events.jsonl").append(events.Stopped(3, "x.safetensors"))
     runs.all_runs.forget()
     datasets.rename("cats", "dogs")
-    assert runs.settings(folder).dataset.folder == str(cats.with_name("dogs")) and runs.settings(other).dataset.folder == str(cats.parent)
+    assert runs.settings(folder).dataset.folder == str(cats.with_name("dogs")) and runs.settings(
+        other
+    ).dataset.folder == str(cats.parent)
     datasets.remove("dogs")
     with pytest.raises(StateError, match="dogs is not there any more"):
         runs.act(folder.name, "resume")
@@ -232,16 +300,27 @@ def test_a_captioning_job_that_cannot_start_is_a_sentence(cats):
     assert captioning.start(asked(model="--overwrite"))["state"] == "running"
     from tests.browser.conftest import wait_for
 
-    status = wait_for(lambda: (now := captioning.status(asked()))["state"] != "running" and now, "the job")
-    assert not (cats / "cache").exists(), "the job keeps what it learns of pictures where everything else is kept"
-    assert status["state"] == "failed" and "--overwrite is neither a folder nor" in status["message"]
+    status = wait_for(
+        lambda: (now := captioning.status(asked()))["state"] != "running" and now, "the job"
+    )
+    assert not (cats / "cache").exists(), (
+        "the job keeps what it learns of pictures where everything else is kept"
+    )
+    assert (
+        status["state"] == "failed" and "--overwrite is neither a folder nor" in status["message"]
+    )
 
 
 def test_all_of_a_dropped_folder_arrives(outputs, upload, tmp_path):
     """Folders that are alike to an address, deep ones, long names, and captions that say the same."""
-    deep, prompt = "set/1/2/3/4/5/6/7/8/9", "a woman in a red dress, standing in a field of flowers, highly detailed, best quality, 4k, "
+    deep, prompt = (
+        "set/1/2/3/4/5/6/7/8/9",
+        "a woman in a red dress, standing in a field of flowers, highly detailed, best quality, 4k, ",
+    )
     folders = ["set/a b", "set/a+b", "set/10_cat", "set/20_dog", f"{deep}/x", f"{deep}/y"]
-    stems = [f"{folder}/1" for folder in folders] + [f"set/{prompt * 2}{number:03}" for number in range(5)]
+    stems = [f"{folder}/1" for folder in folders] + [
+        f"set/{prompt * 2}{number:03}" for number in range(5)
+    ]
     pictures = [upload(png(seed), f"{stem}.png") for seed, stem in enumerate(stems)]
     captions = [upload(b"a photo", f"{stem}.txt") for stem in stems[:6]]
     answer = add_files({"dataset": "all", "files": captions + pictures})
@@ -257,7 +336,13 @@ def test_all_of_a_dropped_folder_arrives(outputs, upload, tmp_path):
 def test_what_was_not_uploaded_is_no_picture_of_a_dataset(outputs, upload, tmp_path):
     (tmp_path / "secret.png").write_bytes(png(1))
     sent = upload(png(2), "a.png")
-    for path in (str(tmp_path / "secret.png"), str(tmp_path / "uploads"), f"{tmp_path}/uploads/../secret.png", "", None):
+    for path in (
+        str(tmp_path / "secret.png"),
+        str(tmp_path / "uploads"),
+        f"{tmp_path}/uploads/../secret.png",
+        "",
+        None,
+    ):
         with pytest.raises(DatasetError, match="did not arrive"):
             add_files({"dataset": "all", "files": [sent, {"path": path, "name": "b.png"}]})
     assert datasets.names() == []

@@ -29,10 +29,16 @@ def test_every_field_has_a_widget(fields: dict) -> None:
 
 def test_label_help_bounds_and_choices_come_from_the_field() -> None:
     rate = form.widget("training.learning_rate")
-    assert rate.label == "Learning rate" and rate.info.startswith(form.all_fields()["training.learning_rate"].description)
+    assert rate.label == "Learning rate" and rate.info.startswith(
+        form.all_fields()["training.learning_rate"].description
+    )
     assert form.widget("adapter.rank").info.endswith("(From 1 to 512.)")
     assert form.widget("training.lr_schedule").label == "LR schedule"
-    assert [value for _, value in form.widget("training.lr_schedule").choices][:3] == ["constant", "linear", "cosine"]
+    assert [value for _, value in form.widget("training.lr_schedule").choices][:3] == [
+        "constant",
+        "linear",
+        "cosine",
+    ]
     assert isinstance(form.widget("training.gradient_checkpointing"), gr.Checkbox)
     assert all(form.help_text(path) for path in form.all_fields())
 
@@ -40,7 +46,8 @@ def test_label_help_bounds_and_choices_come_from_the_field() -> None:
 @pytest.mark.parametrize("name", presets.load_presets())
 def test_a_config_survives_the_form(name: str) -> None:
     run = config.replace(
-        presets.load_preset(name).config, {"sampling.prompts": ["one", "two ${x}"], "dataset.trigger": "zorbit", "base.model": "a/b"}
+        presets.load_preset(name).config,
+        {"sampling.prompts": ["one", "two ${x}"], "dataset.trigger": "zorbit", "base.model": "a/b"},
     )
     paths = list(form.all_fields())
     assert form.read(dict(zip(paths, form.write(paths, run), strict=True))) == run
@@ -48,19 +55,49 @@ def test_a_config_survives_the_form(name: str) -> None:
 
 def test_faults_name_their_fields() -> None:
     wrong = form.faults(
-        {"adapter.rank": 0, "training.steps": None, "training.learning_rate": 2, "name": "", "training.seed": 1.5, "dataset.trigger": "x"}
+        {
+            "adapter.rank": 0,
+            "training.steps": None,
+            "training.learning_rate": 2,
+            "name": "",
+            "training.seed": 1.5,
+            "dataset.trigger": "x",
+        }
     )
-    assert set(wrong) == {"adapter.rank", "training.steps", "training.learning_rate", "name", "training.seed"}
-    assert form.faults({"training.learning_rate": 0, "training.text_encoder_learning_rate": 0}).keys() == {""}
-    assert form.faults({"training.learning_rate": 1, "dataset.resolution": 64, "dataset.bucket_step": 8}) == {}
+    assert set(wrong) == {
+        "adapter.rank",
+        "training.steps",
+        "training.learning_rate",
+        "name",
+        "training.seed",
+    }
+    assert form.faults(
+        {"training.learning_rate": 0, "training.text_encoder_learning_rate": 0}
+    ).keys() == {""}
+    assert (
+        form.faults(
+            {"training.learning_rate": 1, "dataset.resolution": 64, "dataset.bucket_step": 8}
+        )
+        == {}
+    )
 
 
-def test_the_settings_of_a_run_come_back(fields: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_settings_of_a_run_come_back(
+    fields: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ATELIER_OUTPUTS", str(tmp_path))
-    run = config.replace(presets.load_preset("embedded-style").config, {"name": "x", "training.steps": 7})
+    run = config.replace(
+        presets.load_preset("embedded-style").config, {"name": "x", "training.steps": 7}
+    )
     shown = dict(zip(train._field_names(), train.show_settings(run), strict=True))
     assert shown["name"] == "x" and shown["training.steps"] == 7 and shown["base"] == "embedded"
-    other = dict(zip(train._field_names(), train.show_settings(config.replace(run, {"base.model": "someone/model"})), strict=True))
+    other = dict(
+        zip(
+            train._field_names(),
+            train.show_settings(config.replace(run, {"base.model": "someone/model"})),
+            strict=True,
+        )
+    )
     assert other["base"] == train.OWN
 
 
@@ -88,10 +125,20 @@ def test_recipes_suit_the_base_and_a_model_of_ones_own(tmp_path):
     from tests.tiny import save_tiny_base
 
     assert {preset.config.base.model for preset in train.recipes_for("embedded")} == {"embedded"}
-    named = {"": train.SD15, "someone/realistic": train.SD15, "someone/juggernautXL": train.SDXL, "/nowhere": train.SD15}
-    named |= {"stabilityai/stable-diffusion-3.5-large": train.SD35M, "someone/stable-diffusion-2-1-base": train.SD21}
+    named = {
+        "": train.SD15,
+        "someone/realistic": train.SD15,
+        "someone/juggernautXL": train.SDXL,
+        "/nowhere": train.SD15,
+    }
+    named |= {
+        "stabilityai/stable-diffusion-3.5-large": train.SD35M,
+        "someone/stable-diffusion-2-1-base": train.SD21,
+    }
     for own, base in named.items():
-        assert {preset.config.base.model for preset in train.recipes_for(train.OWN, own)} == {base}, own
+        assert {preset.config.base.model for preset in train.recipes_for(train.OWN, own)} == {
+            base
+        }, own
     for kind, base in {"sd1": train.SD15, "sd2": train.SD21, "sd35-medium": train.SD35M}.items():
         folder = save_tiny_base(tmp_path / f"xl-in-name-only-{kind}", kind=kind)
         assert train.recipes_for(train.OWN, str(folder))[0].config.base.model == base

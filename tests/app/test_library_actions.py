@@ -24,9 +24,16 @@ def finished(outputs):
 
 def test_names_and_tags(finished) -> None:
     shelf.describe(finished.name, "  Maya,  the cat ", ["cat", " cat ", "", "x" * 99])
-    assert shelf.notes(finished) == {"name": "Maya, the cat", "tags": ["cat", "x" * 30]} and shelf.name_of(finished) == "Maya, the cat"
+    assert (
+        shelf.notes(finished) == {"name": "Maya, the cat", "tags": ["cat", "x" * 30]}
+        and shelf.name_of(finished) == "Maya, the cat"
+    )
     card = library.cards_with_notes()["cards"][0]
-    assert card["given"] == "Maya, the cat" and card["trigger"] == "zorbit" and card["base"] == "someone/model"
+    assert (
+        card["given"] == "Maya, the cat"
+        and card["trigger"] == "zorbit"
+        and card["base"] == "someone/model"
+    )
     (finished / shelf.NOTES).write_text("[]")
     assert shelf.name_of(finished) == "maya"
 
@@ -34,7 +41,9 @@ def test_names_and_tags(finished) -> None:
 def test_delete_is_undone(finished) -> None:
     before = {path.name for path in finished.iterdir()}
     shelf.delete(finished.name)
-    assert not finished.exists() and "error" in library.answered(library.compare)({"first": finished.name, "second": finished.name})
+    assert not finished.exists() and "error" in library.answered(library.compare)(
+        {"first": finished.name, "second": finished.name}
+    )
     shelf.restore(finished.name)
     assert {path.name for path in finished.iterdir()} == before
     for wrong in ("../maya", "", None, "nothing"):
@@ -42,7 +51,9 @@ def test_delete_is_undone(finished) -> None:
             shelf.restore(wrong)
     with staged.at_work(finished), pytest.raises(TrainerError, match="stop it first"):
         run_folder.request(finished, "pause")
-        (finished / "events.jsonl").write_text("\n".join((finished / "events.jsonl").read_text().splitlines()[:-1]) + "\n")
+        (finished / "events.jsonl").write_text(
+            "\n".join((finished / "events.jsonl").read_text().splitlines()[:-1]) + "\n"
+        )
         shelf.delete(finished.name)
 
 
@@ -53,7 +64,9 @@ def test_of_two_deleted_runs_of_one_name_none_is_lost(finished) -> None:
         (finished / "run.toml").write_bytes(content)
         (finished / mark).touch()
         shelf.delete(name)
-    assert {path.name for path in shelf.removed_folder().glob("*/*") if path.name in ("first", "second")} == {"first", "second"}
+    assert {
+        path.name for path in shelf.removed_folder().glob("*/*") if path.name in ("first", "second")
+    } == {"first", "second"}
     shelf.restore(name)
     assert (finished / "second").exists()
 
@@ -86,36 +99,64 @@ def test_the_same_losses_are_the_same_curve_however_long_a_run_was(outputs) -> N
 def test_two_runs_side_by_side(finished) -> None:
     other = staged.stage("other", 40, **{"adapter.rank": 4, "base.model": "someone/model"})
     found = shelf.compare(finished.name, other.name)
-    assert [(each["label"], each["was"], each["now"]) for each in found["settings"]] == [("Rank", "16", "4")]
-    for folder, step in ((finished, 100), (other, 41)):  # of one the second prompt, of the other the only one
+    assert [(each["label"], each["was"], each["now"]) for each in found["settings"]] == [
+        ("Rank", "16", "4")
+    ]
+    for folder, step in (
+        (finished, 100),
+        (other, 41),
+    ):  # of one the second prompt, of the other the only one
         log = events.EventLog(folder / "events.jsonl")
         log.append(events.StepDone(step, 0.1, 1e-4, 0.25))
         log.append(events.SampleSaved(step, "a moon", 3, f"samples/{step:06d}-1.png"))
-    assert [side["prompt"] for side in shelf.compare(finished.name, other.name)["runs"]] == ["a moon"] * 2
+    assert [side["prompt"] for side in shelf.compare(finished.name, other.name)["runs"]] == [
+        "a moon"
+    ] * 2
     fresh = run_folder.create(runs.settings(other))
-    assert shelf.compare(finished.name, fresh.name)["runs"][1]["loss"] == [], "a run that has not begun has no curve"
-    assert [side["steps"] for side in found["runs"]] == [100, 40] and all(side["loss"] and side["sample"] for side in found["runs"])
+    assert shelf.compare(finished.name, fresh.name)["runs"][1]["loss"] == [], (
+        "a run that has not begun has no curve"
+    )
+    assert [side["steps"] for side in found["runs"]] == [100, 40] and all(
+        side["loss"] and side["sample"] for side in found["runs"]
+    )
 
 
 def test_the_model_card(finished) -> None:
     card = shelf.model_card(finished.name)
-    assert "base_model: someone/model" in card and "`zorbit`" in card and "maya.safetensors" in card and "<lora:maya:0.8>" in card
+    assert (
+        "base_model: someone/model" in card
+        and "`zorbit`" in card
+        and "maya.safetensors" in card
+        and "<lora:maya:0.8>" in card
+    )
     assert "trained for 100 steps" in card and "(samples/000100-0.png)" in card
 
 
 def test_a_card_and_the_preview_tell_of_the_save_that_is_handed_out(finished) -> None:
     """Of a run that began to memorise, and of one that was stopped: the file is an earlier save than the last."""
-    for end in (events.Finished(100, "maya.safetensors", 60, 31.0, 60), events.Stopped(100, "maya.safetensors", 60)):
+    for end in (
+        events.Finished(100, "maya.safetensors", 60, 31.0, 60),
+        events.Stopped(100, "maya.safetensors", 60),
+    ):
         events.EventLog(finished / "events.jsonl").append(end)
         card, hub = shelf.model_card(finished.name), Hub()
-        assert "trained for 60 steps" in card and "(samples/000060-0.png)" in card and "000100" not in card
+        assert (
+            "trained for 60 steps" in card
+            and "(samples/000060-0.png)" in card
+            and "000100" not in card
+        )
         shelf.push(finished.name, "me/maya", True, api=hub)
         assert hub.files == ["maya.safetensors", "samples/000060-0.png", "README.md"]
-        assert preview._save_choices(finished)[0] == ("The finished file (step 60)", "maya.safetensors")
+        assert preview._save_choices(finished)[0] == (
+            "The finished file (step 60)",
+            "maya.safetensors",
+        )
         assert run_view.final_file(finished, runs.status(finished))["name"] == "maya.safetensors"
         assert "000060-0" in library.cards_with_notes()["cards"][0]["sample"]
     events.EventLog(finished / "events.jsonl").append(events.Launched(1, "0"))
-    assert run_view.final_file(finished, runs.status(finished))["name"] == "maya-000100.safetensors", "a resumed run goes on"
+    assert (
+        run_view.final_file(finished, runs.status(finished))["name"] == "maya-000100.safetensors"
+    ), "a resumed run goes on"
 
 
 class Hub:
@@ -137,7 +178,12 @@ class Hub:
 def test_pushing(finished) -> None:
     hub = Hub()
     shelf.push(finished.name, "me/maya", True, api=hub)
-    assert hub.made == ("me/maya", True) and hub.files[0] == "maya.safetensors" and hub.files[-1] == "README.md" and len(hub.files) == 3
+    assert (
+        hub.made == ("me/maya", True)
+        and hub.files[0] == "maya.safetensors"
+        and hub.files[-1] == "README.md"
+        and len(hub.files) == 3
+    )
     with pytest.raises(TrainerError, match="like user/name"):
         shelf.push(finished.name, "maya", True, api=hub)
 
@@ -146,4 +192,8 @@ def test_a_run_with_the_name_of_a_deleted_one_has_its_own_settings(finished) -> 
     assert runs.settings(finished).training.steps == 100
     shelf.delete(finished.name)
     again = staged.stage("maya", 10, total=50)
-    assert again == finished and runs.settings(again).training.steps == 50 and runs.status(again).total_steps == 50
+    assert (
+        again == finished
+        and runs.settings(again).training.steps == 50
+        and runs.status(again).total_steps == 50
+    )

@@ -27,7 +27,9 @@ def values(outputs) -> dict:
         "strength": 1.0,
         "second_strength": 0.6,
         "third_strength": 1.0,
-        **dict.fromkeys(("text_strength", "second_text_strength", "third_text_strength"), ""),  # what an empty field sends
+        **dict.fromkeys(
+            ("text_strength", "second_text_strength", "third_text_strength"), ""
+        ),  # what an empty field sends
         "width": 0,
         "height": 0,
         "ink": f"{second.name}/ink.safetensors",
@@ -40,12 +42,18 @@ def test_only_the_first_adapter_differs_from_the_base(values) -> None:
     )
     assert [(a.strength, a.text_strength) for a in base.adapters] == [(0.6, 0.2)]
     assert [(a.strength, a.text_strength) for a in adapted.adapters] == [(1.0, 0.5), (0.6, 0.2)]
-    assert adapted.adapters[0].file.endswith("maya.safetensors") and adapted.sampler == "Euler a" and base.key() != adapted.key()
+    assert (
+        adapted.adapters[0].file.endswith("maya.safetensors")
+        and adapted.sampler == "Euler a"
+        and base.key() != adapted.key()
+    )
     alike = preview.plan_compare(values | {"third": values["ink"]})[1][1]
     assert [(a.strength, a.text_strength) for a in alike.adapters] == [(1.0, None), (1.0, None)]
     with pytest.raises(TrainerError, match="is no number"):
         preview.plan_compare(values | {"text_strength": "much"})
-    with pytest.raises(TrainerError, match="Second adapter, in the text encoder: much is no number"):
+    with pytest.raises(
+        TrainerError, match="Second adapter, in the text encoder: much is no number"
+    ):
         preview.plan_compare(values | {"second": values["ink"], "second_text_strength": "much"})
     with pytest.raises(TrainerError, match="not there any more"):
         preview.plan_compare(values | {"third": "../../x/y.safetensors"})
@@ -56,14 +64,22 @@ def test_only_the_first_adapter_differs_from_the_base(values) -> None:
 
 def test_a_sheet_is_save_by_strength_by_prompt(values) -> None:
     sheet = preview.plan_sheet(values | {"sheet_prompts": "a cat\n\n a dog "})
-    assert len(sheet) == 2 * 3 * 5 and {request.prompt for _, request in sheet} == {"a cat", "a dog"}
-    assert {request.seed for _, request in sheet} == {3} and len({request.key() for _, request in sheet}) == 30
+    assert len(sheet) == 2 * 3 * 5 and {request.prompt for _, request in sheet} == {
+        "a cat",
+        "a dog",
+    }
+    assert {request.seed for _, request in sheet} == {3} and len(
+        {request.key() for _, request in sheet}
+    ) == 30
     with pytest.raises(TrainerError, match="at most"):
         preview.plan_sheet(values | {"sheet_prompts": "\n".join("abcdefgh")})
 
 
 def test_another_base_is_asked_for(values) -> None:
-    assert preview.plan_compare(values | {"base": " someone/else "})[0][1].base["model"] == "someone/else"
+    assert (
+        preview.plan_compare(values | {"base": " someone/else "})[0][1].base["model"]
+        == "someone/else"
+    )
 
 
 def test_how_to_get_it_elsewhere(values) -> None:
@@ -75,7 +91,9 @@ def test_how_to_get_it_elsewhere(values) -> None:
 def test_prompts_are_kept_once_and_the_latest_first(outputs) -> None:
     for text in ("a", "b", "a", " ", *map(str, range(40))):
         previews.keep_prompt(text)
-    assert previews.prompts()[:2] == ["39", "38"] and len(previews.prompts()) == previews.PROMPTS_KEPT
+    assert (
+        previews.prompts()[:2] == ["39", "38"] and len(previews.prompts()) == previews.PROMPTS_KEPT
+    )
     (previews.folder() / "prompts.json").write_text("{broken")
     assert previews.prompts() == []
 
@@ -85,9 +103,14 @@ def test_whoever_looks_at_the_newest_save_goes_on_to_the_next(values) -> None:
     newest = [("maya", f"{run}/maya.safetensors")]
 
     def shown(save: str, before: str) -> str:
-        return preview.show_saves(run, save, newest, [("maya", f"{run}/{before}"), ("ink", other)])[0].value
+        return preview.show_saves(run, save, newest, [("maya", f"{run}/{before}"), ("ink", other)])[
+            0
+        ].value
 
     assert shown("maya-000080.safetensors", before="maya-000080.safetensors") == "maya.safetensors"
-    assert shown("maya-000040.safetensors", before="maya-000080.safetensors") == "maya-000040.safetensors", "chosen by hand"
+    assert (
+        shown("maya-000040.safetensors", before="maya-000080.safetensors")
+        == "maya-000040.safetensors"
+    ), "chosen by hand"
     assert shown("gone.safetensors", before="maya-000080.safetensors") == "maya.safetensors"
     assert preview.show_saves("gone", "x", newest, [])[1] == newest

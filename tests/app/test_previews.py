@@ -37,7 +37,9 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def engine(seen: Path) -> PreviewEngine:
     def launch(arguments: list[str], where: Path) -> subprocess.Popen:
         assert arguments == ["sample", "--serve"]
-        return subprocess.Popen([sys.executable, "-c", FAKE, str(seen)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        return subprocess.Popen(
+            [sys.executable, "-c", FAKE, str(seen)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
 
     engine = PreviewEngine(launch)
     yield engine
@@ -55,7 +57,9 @@ def test_a_picture_is_drawn_once(engine: PreviewEngine, seen: Path) -> None:
     assert seen.read_text().splitlines() == ["a cat", "a cat"]
 
 
-def test_another_save_under_the_same_name_is_another_picture(engine: PreviewEngine, tmp_path: Path) -> None:
+def test_another_save_under_the_same_name_is_another_picture(
+    engine: PreviewEngine, tmp_path: Path
+) -> None:
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"1")
     with_adapter = request("a cat", adapters=[Adapter(str(file), 0.8)])
@@ -82,7 +86,9 @@ def test_a_dead_engine_is_started_once_more(engine: PreviewEngine) -> None:
     assert engine.draw(request("a cat")).is_file()
 
 
-def test_an_ended_engine_stays_ended(engine: PreviewEngine, seen: Path, wait_until: Callable) -> None:
+def test_an_ended_engine_stays_ended(
+    engine: PreviewEngine, seen: Path, wait_until: Callable
+) -> None:
     said = []
 
     def draw() -> None:

@@ -25,14 +25,19 @@ class FakeCluster:
             raise httpx.ConnectError("refused")
         path = unquote(request.url.path)
         if request.method == "GET":
-            return httpx.Response(200, json=[{"type": "SUBMISSION", **each} for each in self.jobs.values()])
+            return httpx.Response(
+                200, json=[{"type": "SUBMISSION", **each} for each in self.jobs.values()]
+            )
         if path.endswith("/stop"):
             self.stopped.append(path.split("/")[-2])
             return httpx.Response(200, json={"stopped": True})
         wanted = json.loads(request.content)
         if wanted["submission_id"] in self.jobs:
             return httpx.Response(500, text="already exists")
-        self.jobs[wanted["submission_id"]] = wanted | {"status": "PENDING", "driver_exit_code": None}
+        self.jobs[wanted["submission_id"]] = wanted | {
+            "status": "PENDING",
+            "driver_exit_code": None,
+        }
         return httpx.Response(200, json={"submission_id": wanted["submission_id"]})
 
 
@@ -48,7 +53,9 @@ def connected(cluster):
 
 
 def queued(name, changes=None):
-    return run_folder.runs_folder() / runs.start(config.replace(config.RunConfig(), {"name": name} | (changes or {})))
+    return run_folder.runs_folder() / runs.start(
+        config.replace(config.RunConfig(), {"name": name} | (changes or {}))
+    )
 
 
 def given(cluster, name):
@@ -64,17 +71,26 @@ def test_a_run_becomes_a_job_with_as_many_gpus_as_it_asks_for(outputs, cluster):
     launcher.look()
     launcher.look()
     ((name, job),) = cluster.jobs.items()
-    assert job["entrypoint_num_gpus"] == 2 and name.isascii() and job["metadata"]["run"] == folder.name
+    assert (
+        job["entrypoint_num_gpus"] == 2 and name.isascii() and job["metadata"]["run"] == folder.name
+    )
     assert f"resume {folder}" in job["entrypoint"] or f"resume '{folder}'" in job["entrypoint"]
-    assert job["runtime_env"]["env_vars"]["ATELIER_OUTPUTS"] == str(outputs) and job["runtime_env"]["env_vars"]["ATELIER_SLOT"] == name
+    assert (
+        job["runtime_env"]["env_vars"]["ATELIER_OUTPUTS"] == str(outputs)
+        and job["runtime_env"]["env_vars"]["ATELIER_SLOT"] == name
+    )
 
 
-def test_all_that_wait_are_given_to_the_cluster_and_a_restarted_page_gives_none_twice(outputs, cluster):
+def test_all_that_wait_are_given_to_the_cluster_and_a_restarted_page_gives_none_twice(
+    outputs, cluster
+):
     folders = [queued(f"number {i}") for i in range(3)]
     launcher = runs.Launcher(connected(cluster))
     for _ in range(4):
         launcher.look()
-    assert [job["metadata"]["run"] for job in cluster.jobs.values()] == [folder.name for folder in folders]
+    assert [job["metadata"]["run"] for job in cluster.jobs.values()] == [
+        folder.name for folder in folders
+    ]
     after = runs.Launcher(connected(cluster))
     for _ in range(4):
         after.look()
@@ -114,7 +130,11 @@ def test_a_run_that_is_resumed_before_its_end_was_noticed_stays_in_the_queue(out
     run_folder.request(folder, "queued")
     launcher.executor._asked_at = float("-inf")
     launcher.look()
-    assert run_folder.requested(folder, "queued") and len(cluster.jobs) == 2 and runs.status(folder).state == "queued"
+    assert (
+        run_folder.requested(folder, "queued")
+        and len(cluster.jobs) == 2
+        and runs.status(folder).state == "queued"
+    )
 
 
 def test_a_cluster_that_does_not_answer_is_a_sentence_and_nothing_is_lost(outputs, cluster):
@@ -145,21 +165,36 @@ def test_a_local_run_that_is_taken_out_of_the_queue_at_the_last_moment_does_not_
     assert run_folder.status(folder).state == "new"
 
 
-@pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` (240 MB) is not installed: pip install -c constraints.txt -e .[ray]")
+@pytest.mark.skipif(
+    find_spec("ray") is None,
+    reason="the extra `ray` (240 MB) is not installed: pip install -c constraints.txt -e .[ray]",
+)
 def test_two_nodes_train_the_queue(tiny_run, outputs):
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1, "include_dashboard": True, "dashboard_port": 8299}
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 1,
+            "num_gpus": 1,
+            "include_dashboard": True,
+            "dashboard_port": 8299,
+        },
     )
     try:
         cluster.add_node(num_cpus=1, num_gpus=1)
-        folders = [run_folder.runs_folder() / runs.start(tiny_run({"name": f"on ray {i}"})) for i in range(4)]
+        folders = [
+            run_folder.runs_folder() / runs.start(tiny_run({"name": f"on ray {i}"}))
+            for i in range(4)
+        ]
         launcher = runs.Launcher(RayJobs(f"http://{cluster.head_node.webui_url}"))
         launcher.look()
         run_folder.withdraw(folders[3], "queued")  # the fourth changes its mind
         until = time.monotonic() + 300
-        while any(run_folder.status(folder).state != "finished" for folder in folders[:3]) and time.monotonic() < until:
+        while (
+            any(run_folder.status(folder).state != "finished" for folder in folders[:3])
+            and time.monotonic() < until
+        ):
             launcher.look()
             time.sleep(0.5)
         jobs = launcher.executor._ask("GET", "/api/jobs/")
@@ -167,7 +202,11 @@ def test_two_nodes_train_the_queue(tiny_run, outputs):
         for folder in folders[:3]:
             status = run_folder.status(folder)
             assert status.state == "finished", (folder / "log.txt").read_text()
-            assert (folder / status.finished.file).is_file() and (folder / "log.txt").read_text() and len(status.losses) == 6
+            assert (
+                (folder / status.finished.file).is_file()
+                and (folder / "log.txt").read_text()
+                and len(status.losses) == 6
+            )
         assert run_folder.status(folders[3]).state == "new"
         while launcher.given and time.monotonic() < until:
             launcher.look()

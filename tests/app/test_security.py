@@ -35,7 +35,14 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / "samples").mkdir()
         Image.new("RGB", (8, 8)).save(folder / "samples" / "000000-0.webp")
         (folder / "cat.safetensors").write_bytes(b"weights")
-        for name in ("x.html", "x.svg", ".secret", "log.txt", "samples/x.svg", "samples/.hidden.txt"):
+        for name in (
+            "x.html",
+            "x.svg",
+            ".secret",
+            "log.txt",
+            "samples/x.svg",
+            "samples/.hidden.txt",
+        ):
             (folder / name).write_text("<script>secret</script>")
         (root.parent / "secret.safetensors").write_bytes(b"secret")
         (folder / "link.safetensors").symlink_to(root.parent / "secret.safetensors")
@@ -62,7 +69,9 @@ def run_id(outputs: Path) -> str:
 
 
 def upload(client: TestClient, **headers: str) -> int:
-    return client.post("/gradio_api/upload", files={"files": ("x.png", b"x")}, headers=headers).status_code
+    return client.post(
+        "/gradio_api/upload", files={"files": ("x.png", b"x")}, headers=headers
+    ).status_code
 
 
 def test_the_page_itself_answers(client: TestClient) -> None:
@@ -73,7 +82,9 @@ def test_the_page_itself_answers(client: TestClient) -> None:
     assert "frame-ancestors 'self'" in answer.headers["content-security-policy"]
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:7860", "127.0.0.1.evil.example", "192.168.1.7:7860", ""])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:7860", "127.0.0.1.evil.example", "192.168.1.7:7860", ""]
+)
 def test_unknown_hosts_are_refused(client: TestClient, host: str) -> None:
     assert client.get("/", headers={"host": host}).status_code == 421
     assert upload(client, host=host, origin=f"http://{host}") == 421
@@ -98,25 +109,46 @@ def test_own_hosts_are_known(client: TestClient, host: str) -> None:
         ({}, 200),  # curl, a script of one's own
     ],
 )
-def test_only_the_page_itself_may_change_things(client: TestClient, headers: dict[str, str], status: int) -> None:
+def test_only_the_page_itself_may_change_things(
+    client: TestClient, headers: dict[str, str], status: int
+) -> None:
     assert upload(client, **headers) == status
     if status == 403:
         assert client.post("/gradio_api/queue/join", json={}, headers=headers).status_code == 403
-        assert client.post("/gradio_api/component_server", json={}, headers=headers).status_code == 403
+        assert (
+            client.post("/gradio_api/component_server", json={}, headers=headers).status_code == 403
+        )
 
 
 def test_other_sites_may_link_but_not_read(client: TestClient) -> None:
     foreign = {"sec-fetch-site": "cross-site"}
-    assert client.get("/", headers=foreign | {"sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}).status_code == 200
-    assert client.get("/", headers=foreign | {"sec-fetch-mode": "navigate", "sec-fetch-dest": "iframe"}).status_code == 403
+    assert (
+        client.get(
+            "/", headers=foreign | {"sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+        ).status_code
+        == 200
+    )
+    assert (
+        client.get(
+            "/", headers=foreign | {"sec-fetch-mode": "navigate", "sec-fetch-dest": "iframe"}
+        ).status_code
+        == 403
+    )
     assert client.get("/config", headers=foreign | {"sec-fetch-mode": "cors"}).status_code == 403
 
 
 def test_large_bodies_are_refused(client: TestClient) -> None:
     large = b"x" * (BODY_LIMIT + 1)
     assert client.post("/gradio_api/queue/join", content=large).status_code == 413
-    assert client.post("/gradio_api/queue/join", content=(part for part in (large[:1000], large))).status_code in (400, 413)
-    assert client.post("/gradio_api/component_server", content=b"x" * (security.VIEW_LIMIT + 1)).status_code == 413
+    assert client.post(
+        "/gradio_api/queue/join", content=(part for part in (large[:1000], large))
+    ).status_code in (400, 413)
+    assert (
+        client.post(
+            "/gradio_api/component_server", content=b"x" * (security.VIEW_LIMIT + 1)
+        ).status_code
+        == 413
+    )
 
 
 def test_a_folder_of_20000_files_is_one_request(client: TestClient, outputs: Path) -> None:
@@ -124,19 +156,28 @@ def test_a_folder_of_20000_files_is_one_request(client: TestClient, outputs: Pat
     sent = client.post("/gradio_api/upload", files={"files": ("0", b"no picture")}).json()[0]
     name = "one of the photographs of a long holiday at the sea, " * 5
     files = [{"path": sent, "name": f"holiday/{name}{number:05}.md"} for number in range(20_000)]
-    view = next(part for part in client.get("/config").json()["components"] if part["props"].get("elem_id") == "dataset-view")
+    view = next(
+        part
+        for part in client.get("/config").json()["components"]
+        if part["props"].get("elem_id") == "dataset-view"
+    )
     data = {"dataset": "holiday", "files": files}
     call = {"data": data, "component_id": view["id"], "fn_name": "add_files", "session_hash": "a"}
     answer = client.post("/gradio_api/component_server", json=call)
     assert answer.status_code == 200 and len(answer.json()["messages"]) == 20_000
 
 
-@pytest.mark.parametrize("path", ["/monitoring", "/gradio_api/monitoring", "/openapi.json", "/gradio_api/openapi.json", "/docs"])
+@pytest.mark.parametrize(
+    "path",
+    ["/monitoring", "/gradio_api/monitoring", "/openapi.json", "/gradio_api/openapi.json", "/docs"],
+)
 def test_what_gradio_opens_by_itself_is_closed(client: TestClient, path: str) -> None:
     assert client.get(path).status_code == 404
 
 
-def test_samples_adapters_and_thumbnails_are_served_inert(client: TestClient, outputs: Path) -> None:
+def test_samples_adapters_and_thumbnails_are_served_inert(
+    client: TestClient, outputs: Path
+) -> None:
     run = run_id(outputs)
     adapter = client.get(f"/runfile/{run}/cat.safetensors")
     assert adapter.content == b"weights" and "attachment" in adapter.headers["content-disposition"]
@@ -146,10 +187,28 @@ def test_samples_adapters_and_thumbnails_are_served_inert(client: TestClient, ou
     assert thumb.headers["content-type"] == "image/webp"
     for answer in (adapter, sample, thumb):
         assert answer.status_code == 200
-        assert answer.headers["content-security-policy"].startswith("sandbox") and answer.headers["x-content-type-options"] == "nosniff"
+        assert (
+            answer.headers["content-security-policy"].startswith("sandbox")
+            and answer.headers["x-content-type-options"] == "nosniff"
+        )
 
 
-ESCAPES = ["..", "../..", "%2e%2e", "..%2f..", "..\\..", "C:\\", "/etc", "%00", ".", "-", "", "linked", "x" * 300, "ｒｕｎ"]
+ESCAPES = [
+    "..",
+    "../..",
+    "%2e%2e",
+    "..%2f..",
+    "..\\..",
+    "C:\\",
+    "/etc",
+    "%00",
+    ".",
+    "-",
+    "",
+    "linked",
+    "x" * 300,
+    "ｒｕｎ",
+]
 
 
 @pytest.mark.parametrize("name", ESCAPES)
@@ -162,23 +221,46 @@ def test_nothing_outside_the_roots_is_served(client: TestClient, outputs: Path, 
         f"/thumb/cats/{name}",
     ):
         answer = client.get(path)
-        leaves_route = not answer.request.url.path.startswith(("/runfile/", "/thumb/"))  # the client itself resolves `..`
+        leaves_route = not answer.request.url.path.startswith(
+            ("/runfile/", "/thumb/")
+        )  # the client itself resolves `..`
         assert (answer.status_code == 404 or leaves_route) and b"secret" not in answer.content, path
 
 
 @pytest.mark.parametrize(
-    "name", ["x.html", "x.svg", ".secret", "log.txt", "run.toml", "samples/x.svg", "samples/.hidden.txt", "link.safetensors", "samples"]
+    "name",
+    [
+        "x.html",
+        "x.svg",
+        ".secret",
+        "log.txt",
+        "run.toml",
+        "samples/x.svg",
+        "samples/.hidden.txt",
+        "link.safetensors",
+        "samples",
+    ],
 )
 def test_other_files_of_a_run_stay_private(client: TestClient, outputs: Path, name: str) -> None:
     assert client.get(f"/runfile/{run_id(outputs)}/{name}").status_code == 404
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "pyproject.toml", "app/__init__.py", "outputs/.gitkeep"])
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "pyproject.toml", "app/__init__.py", "outputs/.gitkeep"]
+)
 def test_gradio_gives_out_no_file_of_ours(client: TestClient, path: str) -> None:
     assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
 
 
-GRADIO_ROUTES = ["/", "/config", "/theme.css", "/gradio_api/info", "/gradio_api/app_id", "/gradio_api/startup-events", "/anything"]
+GRADIO_ROUTES = [
+    "/",
+    "/config",
+    "/theme.css",
+    "/gradio_api/info",
+    "/gradio_api/app_id",
+    "/gradio_api/startup-events",
+    "/anything",
+]
 ROUTES = [*GRADIO_ROUTES, "/thumb/cats/0", "/runfile/a/b", "/previewfile/0.png", "/favicon.ico"]
 
 
@@ -191,17 +273,25 @@ def test_a_password_guards_every_route(closed_client: TestClient, path: str) -> 
 def test_a_password_opens(closed_client: TestClient) -> None:
     def status(credentials: str, host: str = "127.0.0.1:7860") -> int:
         token = base64.b64encode(credentials.encode()).decode()
-        return closed_client.get("/config", headers={"authorization": f"Basic {token}", "host": host}).status_code
+        return closed_client.get(
+            "/config", headers={"authorization": f"Basic {token}", "host": host}
+        ).status_code
 
     assert status("anna:secret") == 200
-    assert status("anna:secret", "192.168.1.7:7860") == 200  # with a password, other machines may call by address
+    assert (
+        status("anna:secret", "192.168.1.7:7860") == 200
+    )  # with a password, other machines may call by address
     assert status("anna:secret", "evil.example") == 421
-    assert [status(wrong) for wrong in ("anna:secre", "anna:", ":secret", "anna", "Anna:secret")] == [401] * 5
+    assert [
+        status(wrong) for wrong in ("anna:secre", "anna:", ":secret", "anna", "Anna:secret")
+    ] == [401] * 5
     assert closed_client.get("/config", headers={"authorization": "Basic ???"}).status_code == 401
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org"])
-def test_other_machines_need_a_password(host: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_machines_need_a_password(
+    host: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("ATELIER_AUTH", raising=False)
     assert main(["--host", host, "--no-browser"]) == 1
     assert "--auth" in capsys.readouterr().err
@@ -224,7 +314,9 @@ def test_the_temporary_folder_lies_in_outputs(client: TestClient, outputs: Path)
 def test_an_upload_must_say_its_size_and_may_not_be_endless(client: TestClient) -> None:
     def send(**headers: str) -> int:
         return client.post(
-            "/gradio_api/upload", content=(part for part in [b"x"]), headers={"content-type": "text/plain"} | headers
+            "/gradio_api/upload",
+            content=(part for part in [b"x"]),
+            headers={"content-type": "text/plain"} | headers,
         ).status_code
 
     assert send() == 411
@@ -235,7 +327,9 @@ def test_the_report_of_a_failure_is_fetched_as_a_text(client: TestClient, output
     folder = outputs / "runs" / run_id(outputs)
     (folder / "report.txt").write_text("what happened")
     answer = client.get(f"/runfile/{folder.name}/report.txt")
-    assert answer.text == "what happened" and answer.headers["content-type"].startswith("text/plain")
+    assert answer.text == "what happened" and answer.headers["content-type"].startswith(
+        "text/plain"
+    )
     assert "attachment" in answer.headers["content-disposition"]
 
 
@@ -249,10 +343,18 @@ def test_the_report_of_a_failure_is_fetched_as_a_text(client: TestClient, output
         ("anna:x\nAnna:y", "become folders"),
     ],
 )
-def test_a_wrong_file_of_accounts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: str) -> None:
+def test_a_wrong_file_of_accounts_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: str
+) -> None:
     file = tmp_path / "accounts"
     file.write_text(content)
-    assert main(["--auth-file", str(file), "--no-browser"]) == 1 and "chmod 600" in capsys.readouterr().err
+    assert (
+        main(["--auth-file", str(file), "--no-browser"]) == 1
+        and "chmod 600" in capsys.readouterr().err
+    )
     file.chmod(0o600)
     assert main(["--auth-file", str(file), "--no-browser"]) == 1 and said in capsys.readouterr().err
-    assert main(["--auth-file", str(tmp_path / "none"), "--no-browser"]) == 1 and "cannot be read" in capsys.readouterr().err
+    assert (
+        main(["--auth-file", str(tmp_path / "none"), "--no-browser"]) == 1
+        and "cannot be read" in capsys.readouterr().err
+    )

@@ -15,7 +15,9 @@ import pytest
 from tests.browser import staged
 
 ROOT = Path(__file__).resolve().parents[2]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -24,7 +26,9 @@ ARGUMENTS = [
     "--disable-sync",
     "--no-first-run",
 ]
-PATIENCE = float(os.environ.get("TEST_PATIENCE", "240"))  # seconds; the machine may be training meanwhile
+PATIENCE = float(
+    os.environ.get("TEST_PATIENCE", "240")
+)  # seconds; the machine may be training meanwhile
 
 
 def wait_for(condition: Callable[[], object], what: str, patience: float = PATIENCE) -> object:
@@ -49,10 +53,23 @@ class Server:
         self.log = outputs.parent / f"server-{self.port}.log"
 
     def start(self) -> "Server":
-        environment = {**os.environ, "ATELIER_OUTPUTS": str(self.outputs), "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
+        environment = {
+            **os.environ,
+            "ATELIER_OUTPUTS": str(self.outputs),
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONUTF8": "1",
+        }
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "app", "--no-browser", "--port", str(self.port), *self.options],
+                [
+                    sys.executable,
+                    "-m",
+                    "app",
+                    "--no-browser",
+                    "--port",
+                    str(self.port),
+                    *self.options,
+                ],
                 cwd=ROOT,
                 env=environment,
                 stdout=log,
@@ -65,7 +82,10 @@ class Server:
         assert self.process.poll() is None, self.log.read_text()
         with socket.socket() as probe:
             probe.settimeout(1)
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0 and b" is at " in self.log.read_bytes()
+            return (
+                probe.connect_ex(("127.0.0.1", self.port)) == 0
+                and b" is at " in self.log.read_bytes()
+            )
 
     def stop(self, how: int = signal.SIGTERM) -> None:
         self.process.send_signal(how)
@@ -83,7 +103,9 @@ def open_dataset(page, name: str) -> None:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[object]:
     if CHROMIUM is None:
-        pytest.skip("no chromium on this machine: the page is not tried in a browser (Debian: apt-get install chromium)")
+        pytest.skip(
+            "no chromium on this machine: the page is not tried in a browser (Debian: apt-get install chromium)"
+        )
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -113,19 +135,33 @@ def open_page(browser, server: Server) -> Iterator[Callable[..., object]]:
     contexts, troubles = [], []
 
     def open_one(tab: str = "", **look) -> object:
-        context = browser.new_context(**{"viewport": {"width": 1440, "height": 900}, "accept_downloads": True, **look})
+        context = browser.new_context(
+            **{"viewport": {"width": 1440, "height": 900}, "accept_downloads": True, **look}
+        )
         context.set_default_timeout(PATIENCE * 1000)
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: troubles.append(f"error: {error}"))
-        page.on("console", lambda message: troubles.append(f"console: {message.text}") if message.type == "error" else None)
         page.on(
-            "dialog", lambda dialog: (troubles.append(f"dialog: {dialog.message}"), dialog.dismiss()) if dialog.type == "alert" else None
+            "console",
+            lambda message: (
+                troubles.append(f"console: {message.text}") if message.type == "error" else None
+            ),
+        )
+        page.on(
+            "dialog",
+            lambda dialog: (
+                (troubles.append(f"dialog: {dialog.message}"), dialog.dismiss())
+                if dialog.type == "alert"
+                else None
+            ),
         )
         page.on(
             "request",
             lambda request: (
-                troubles.append(f"outside: {request.url}") if not request.url.startswith((server.url, "data:", "blob:")) else None
+                troubles.append(f"outside: {request.url}")
+                if not request.url.startswith((server.url, "data:", "blob:"))
+                else None
             ),
         )
         page.goto(server.url + (f"/?tab={tab}" if tab else ""))
@@ -136,4 +172,8 @@ def open_page(browser, server: Server) -> Iterator[Callable[..., object]]:
     for context in contexts:
         context.close()
     # A server that was killed on purpose, or a stream that a reloaded page leaves, is no trouble of the page.
-    assert not [trouble for trouble in troubles if not any(word in trouble for word in ("ERR_", "Connection", "AbortError"))]
+    assert not [
+        trouble
+        for trouble in troubles
+        if not any(word in trouble for word in ("ERR_", "Connection", "AbortError"))
+    ]

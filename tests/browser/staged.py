@@ -29,16 +29,40 @@ made: list[Path] = []
 
 def stage(name: str, steps: int, total: int = 100, **changes) -> Path:
     """A run of `total` steps and 5 saves that has come as far as `steps`, with samples and adapters of the saves so far."""
-    settings = {"name": name, "dataset.trigger": "zorbit", "sampling.prompts": [PROMPT], "training.steps": total, **changes}
+    settings = {
+        "name": name,
+        "dataset.trigger": "zorbit",
+        "sampling.prompts": [PROMPT],
+        "training.steps": total,
+        **changes,
+    }
     folder = run_folder.create(config.replace(config.RunConfig(), settings))
     made.append(folder)
     (folder / "samples").mkdir()
     log = EventLog(folder / "events.jsonl")
     log.append(Launched(1, "0"))
-    log.append(Started(0, total, 11, 1, 374528, "CPU (2 threads)", "fp32", "torch's attention", "sd1", saves=5, images_per_step=4))
+    log.append(
+        Started(
+            0,
+            total,
+            11,
+            1,
+            374528,
+            "CPU (2 threads)",
+            "fp32",
+            "torch's attention",
+            "sd1",
+            saves=5,
+            images_per_step=4,
+        )
+    )
     _station(log, folder, 0, total)
     for step in range(1, steps + 1):
-        log.append(StepDone(step, 0.2 / (1 + step / 30) + 0.02 * (step % 3), 1e-4 * (1 - step / total), 0.25))
+        log.append(
+            StepDone(
+                step, 0.2 / (1 + step / 30) + 0.02 * (step % 3), 1e-4 * (1 - step / total), 0.25
+            )
+        )
         if step % (total // 5) == 0:
             _station(log, folder, step, total)
     return folder
@@ -52,7 +76,9 @@ def _station(log: EventLog, folder: Path, step: int, total: int) -> None:
         log.append(AdapterSaved(step, name, 0.2 / (1 + step / 40)))
     file = f"samples/{step:06d}-0.png"
     image = Image.new("RGB", (64, 64), (90, 150 - step, 90))
-    ImageDraw.Draw(image).ellipse((12, 12, 12 + 40 * max(step, 8) // total, 52), fill=(230, 150, 40))
+    ImageDraw.Draw(image).ellipse(
+        (12, 12, 12 + 40 * max(step, 8) // total, 52), fill=(230, 150, 40)
+    )
     image.save(folder / file)
     log.append(SampleSaved(step, PROMPT, 1, file))
 
@@ -78,4 +104,8 @@ def at_work(folder: Path) -> Iterator[EventLog]:
 
 
 def requests(folder: Path) -> set[str]:
-    return {what for what in ("stop", "pause", "save", "sample", "queued") if run_folder.requested(folder, what)}
+    return {
+        what
+        for what in ("stop", "pause", "save", "sample", "queued")
+        if run_folder.requested(folder, what)
+    }

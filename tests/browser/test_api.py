@@ -37,11 +37,17 @@ def test_the_code_of_the_page_runs(server, client: Client, tmp_path: Path, monke
     assert '"training.steps": 300' in code
     names: dict = {}
     exec(compile(code.replace('"training.steps": 300', short), "docs/api.md", "exec"), names)
-    assert names["added"]["pictures"] == 12 and names["status"]["step"] == 4 and len(names["status"]["losses"]) == 4
+    assert (
+        names["added"]["pictures"] == 12
+        and names["status"]["step"] == 4
+        and len(names["status"]["losses"]) == 4
+    )
     with Image.open(tmp_path / "zorbit.png") as picture:
         assert "Lora: zorbit: 0.8" in picture.text["parameters"]
     run = server.outputs / "runs" / names["run"]
-    assert (tmp_path / "zorbit.safetensors").read_bytes() == (run / "zorbit.safetensors").read_bytes()
+    assert (tmp_path / "zorbit.safetensors").read_bytes() == (
+        run / "zorbit.safetensors"
+    ).read_bytes()
     shutil.rmtree(run)
     shutil.rmtree(server.outputs / "datasets" / "zorbit")
 

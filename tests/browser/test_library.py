@@ -29,7 +29,8 @@ def here(server, monkeypatch) -> None:
 
 def test_find_compare_rename_delete_and_undo(open_page) -> None:
     folders = [
-        staged.stage(f"shelf {name}", 100, **{"adapter.rank": rank}) for name, rank in (("one", 4), ("two", 8), ("three", 16), ("four", 4))
+        staged.stage(f"shelf {name}", 100, **{"adapter.rank": rank})
+        for name, rank in (("one", 4), ("two", 8), ("three", 16), ("four", 4))
     ]
     for folder in folders:
         staged.finish(folder)
@@ -46,7 +47,10 @@ def test_find_compare_rename_delete_and_undo(open_page) -> None:
     assert 0 <= page.locator(".at-side h3").bounding_box()["y"] < 300
     page.set_viewport_size({"width": 1440, "height": 900})
     assert page.locator(".at-side tbody").inner_text().split() == ["Rank", "8", "16"]
-    assert page.locator(".at-side polyline").count() == 2 and page.locator(".at-side figure img").count() == 2
+    assert (
+        page.locator(".at-side polyline").count() == 2
+        and page.locator(".at-side figure img").count() == 2
+    )
     page.get_by_role("button", name="Close").click()
     page.get_by_label("Search the library").fill("nothing of it")
     page.get_by_text("No run has “nothing of it” in its name").wait_for()
@@ -57,7 +61,10 @@ def test_find_compare_rename_delete_and_undo(open_page) -> None:
     card.get_by_label("Name of").fill("Renamed")
     card.get_by_label("Tags of").fill("best, cat")
     card.get_by_role("button", name="Keep").click()
-    wait_for(lambda: library.notes(folders[1]) == {"name": "Renamed", "tags": ["best", "cat"]}, "the notes")
+    wait_for(
+        lambda: library.notes(folders[1]) == {"name": "Renamed", "tags": ["best", "cat"]},
+        "the notes",
+    )
     page.get_by_label("Search the library").fill("cat")
     page.wait_for_selector("article[aria-label='Renamed'] .at-tag:text-is('best')")
     with page.expect_download() as waiting:
@@ -73,27 +80,46 @@ def test_find_compare_rename_delete_and_undo(open_page) -> None:
 
 def drop(page, *files: tuple[str, bytes]) -> None:
     """Drops files on the header."""
-    assert page.evaluate(DROP, [[name, list(data)] for name, data in files]), "the browser would open the file in place of the page"
+    assert page.evaluate(DROP, [[name, list(data)] for name, data in files]), (
+        "the browser would open the file in place of the page"
+    )
 
 
 def test_what_is_dropped_on_the_header_finds_its_place(open_page, server, tmp_path: Path) -> None:
     import numpy
 
-    run = config.replace(config.RunConfig(), {"name": "from a file", "adapter.rank": 24, "dataset.trigger": "zorbit"})
+    run = config.replace(
+        config.RunConfig(), {"name": "from a file", "adapter.rank": 24, "dataset.trigger": "zorbit"}
+    )
     file = tmp_path / "x.safetensors"
-    save_file({"a": numpy.zeros(3, numpy.float32)}, file, metadata={"atelier_config": json.dumps(run.model_dump(mode="json"))})
+    save_file(
+        {"a": numpy.zeros(3, numpy.float32)},
+        file,
+        metadata={"atelier_config": json.dumps(run.model_dump(mode="json"))},
+    )
     page = open_page("library")
     page.wait_for_function(READY)
     drop(page, ("x.safetensors", file.read_bytes()))
     page.wait_for_selector("#said :text('trained with')")
-    assert page.locator("#field-name textarea, #field-name input").first.input_value() == "from a file"
-    assert page.locator("#field-dataset-trigger textarea, #field-dataset-trigger input").first.input_value() == "zorbit"
+    assert (
+        page.locator("#field-name textarea, #field-name input").first.input_value() == "from a file"
+    )
+    assert (
+        page.locator(
+            "#field-dataset-trigger textarea, #field-dataset-trigger input"
+        ).first.input_value()
+        == "zorbit"
+    )
     page.get_by_role("tab", name="Library").click()
     drop(page, ("y.json", b'{"a": 1}'))
     page.get_by_text("settings of no trainer").wait_for()
-    assert page.get_by_role("tab", name="Library").get_attribute("aria-selected") == "true", "there is nothing to see on the Train tab"
+    assert page.get_by_role("tab", name="Library").get_attribute("aria-selected") == "true", (
+        "there is nothing to see on the Train tab"
+    )
 
-    first, second, third = ((f"{seed}.jpg", encoded(photo(64, 64, seed=seed), "JPEG")) for seed in range(3))
+    first, second, third = (
+        (f"{seed}.jpg", encoded(photo(64, 64, seed=seed), "JPEG")) for seed in range(3)
+    )
     page.get_by_role("tab", name="Dataset").click()
     open_dataset(page, "dropped-beside")
     drop(page, first, second)
@@ -110,14 +136,21 @@ def test_another_file_is_made_from_an_adapter(open_page) -> None:
 
     folder = staged.stage("toolbox", 100)
     staged.finish(folder)
-    draw, key = numpy.random.default_rng(0), "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    draw, key = (
+        numpy.random.default_rng(0),
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q",
+    )
     pair = {
         f"{key}.lora_down.weight": draw.normal(size=(4, 16)),
         f"{key}.lora_up.weight": draw.normal(size=(16, 4)),
         f"{key}.alpha": numpy.array(4.0),
     }
     about = {"ss_base_model_version": "sd_v1", "modelspec.trigger_phrase": "zorbit <img src=x>"}
-    save_file({name: value.astype(numpy.float32) for name, value in pair.items()}, folder / "toolbox.safetensors", metadata=about)
+    save_file(
+        {name: value.astype(numpy.float32) for name, value in pair.items()},
+        folder / "toolbox.safetensors",
+        metadata=about,
+    )
     page = open_page("library")
     card = page.locator("article", has_text="toolbox")
     card.get_by_text("Tools", exact=True).click()

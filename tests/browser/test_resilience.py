@@ -19,7 +19,9 @@ STATE = "document.querySelector('#progress .at-pill')?.innerText"
 
 
 @pytest.fixture
-def long_run(server, tiny_base: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def long_run(
+    server, tiny_base: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
     """Puts a run of many short steps into the server's queue."""
     monkeypatch.setenv("ATELIER_OUTPUTS", str(server.outputs))
     started = []
@@ -38,7 +40,11 @@ def long_run(server, tiny_base: Path, tiny_dataset: Path, monkeypatch: pytest.Mo
             "sampling.inference_steps": 1,
             "sampling.prompts": ["picture number 0"],
         }
-        folder = server.outputs / "runs" / runs.start(config.replace(config.RunConfig(), settings | changes))
+        folder = (
+            server.outputs
+            / "runs"
+            / runs.start(config.replace(config.RunConfig(), settings | changes))
+        )
         started.append(folder)
         return folder
 
@@ -51,7 +57,11 @@ def long_run(server, tiny_base: Path, tiny_dataset: Path, monkeypatch: pytest.Mo
 
 
 def trainer_of(folder: Path) -> int:
-    return [event.pid for event in events.read_events(folder / "events.jsonl") if isinstance(event, events.Launched)][-1]
+    return [
+        event.pid
+        for event in events.read_events(folder / "events.jsonl")
+        if isinstance(event, events.Launched)
+    ][-1]
 
 
 def wait_for_state(page, state: str) -> None:
@@ -73,10 +83,17 @@ def test_reload_second_window_kill_and_resume(open_page, server, long_run) -> No
     second = open_page("train")
     wait_for_state(second, "Training")
     assert page.get_by_role("tab", name="Train").get_attribute("aria-selected") == "true"
-    assert page.locator("#progress .at-name").inner_text() == second.locator("#progress .at-name").inner_text() == "survivor"
+    assert (
+        page.locator("#progress .at-name").inner_text()
+        == second.locator("#progress .at-name").inner_text()
+        == "survivor"
+    )
 
     waiting = long_run("second in line")
-    for window in (page, second):  # a window that does not show the queue yet would seem to have lost it
+    for window in (
+        page,
+        second,
+    ):  # a window that does not show the queue yet would seem to have lost it
         window.wait_for_selector("#progress .at-queue >> text=second in line")
     page.get_by_role("button", name="Take out").click()
     second.wait_for_selector(".at-queue", state="detached")
@@ -127,11 +144,21 @@ def test_a_failure_is_said_and_nothing_is_lost(open_page, server, long_run) -> N
     page.locator("#field-dataset-trigger input, #field-dataset-trigger textarea").first.fill("kept")
     wait_for_state(page, "Failed")
     assert "no-such-model" in page.locator("#progress .at-notice.at-bad").first.inner_text()
-    assert page.locator("#field-dataset-trigger input, #field-dataset-trigger textarea").first.input_value() == "kept"
-    assert page.get_by_role("button", name="Resume").is_visible() and page.locator("#start-training").is_enabled()
+    assert (
+        page.locator(
+            "#field-dataset-trigger input, #field-dataset-trigger textarea"
+        ).first.input_value()
+        == "kept"
+    )
+    assert (
+        page.get_by_role("button", name="Resume").is_visible()
+        and page.locator("#start-training").is_enabled()
+    )
 
 
-def test_a_trainer_that_cannot_begin_is_not_started_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trainer_that_cannot_begin_is_not_started_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ATELIER_OUTPUTS", str(tmp_path))
     folder = tmp_path / "runs" / runs.start(config.RunConfig(name="never"))
     monkeypatch.setattr(runs, "TRAINER", "no_such_module")
@@ -171,10 +198,16 @@ def test_a_caption_is_typed_on_while_the_tab_is_drawn_anew(open_page, server) ->
     box = page.locator(f".at-card[data-file='{first.name}'] textarea")
     assert box.input_value() == words
     caption = server.outputs / "datasets" / "slowly-typed" / first.with_suffix(".txt").name
-    wait_for(lambda: caption.exists() and caption.read_text().strip() == words, "the caption on the disk")
-    page.wait_for_function("document.activeElement.closest('.at-card').querySelector('.at-saved').innerText === 'saved'")
+    wait_for(
+        lambda: caption.exists() and caption.read_text().strip() == words, "the caption on the disk"
+    )
+    page.wait_for_function(
+        "document.activeElement.closest('.at-card').querySelector('.at-saved').innerText === 'saved'"
+    )
     page.wait_for_timeout(1500)  # twice as long as a box waits before it saves itself
-    caption.write_text("by a model")  # while the cursor stands in the box, and nothing is being typed
+    caption.write_text(
+        "by a model"
+    )  # while the cursor stands in the box, and nothing is being typed
     page.set_input_files("#dataset-files", [third])
     page.wait_for_function("document.querySelectorAll('.at-card').length === 3")
     page.wait_for_function("document.activeElement.value === 'by a model'")
@@ -182,23 +215,33 @@ def test_a_caption_is_typed_on_while_the_tab_is_drawn_anew(open_page, server) ->
     assert caption.read_text().strip() == "by a model"
 
 
-def test_the_preview_goes_on_to_the_newest_save(open_page, server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_preview_goes_on_to_the_newest_save(
+    open_page, server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It chose the first save when that came; what is downloaded later is what is shown then."""
     monkeypatch.setenv("ATELIER_OUTPUTS", str(server.outputs))
     folder = staged.stage("followed", 20)
     with staged.at_work(folder):
         page = open_page("preview")
-        page.wait_for_function("document.querySelector('#preview-save input')?.value.startsWith('Step 20')")
+        page.wait_for_function(
+            "document.querySelector('#preview-save input')?.value.startsWith('Step 20')"
+        )
         staged.finish(folder)
-        page.wait_for_function("document.querySelector('#preview-save input').value.startsWith('The finished file')")
+        page.wait_for_function(
+            "document.querySelector('#preview-save input').value.startsWith('The finished file')"
+        )
 
 
-def test_a_finished_run_with_a_gauge_is_drawn_when_its_tab_is_first_opened(open_page, server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_with_a_gauge_is_drawn_when_its_tab_is_first_opened(
+    open_page, server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The view is there before its tab is: it is drawn at once, with all that its script declares."""
     monkeypatch.setenv("ATELIER_OUTPUTS", str(server.outputs))
     folder = staged.stage("gauged", 100)
     for step, loss in ((90, 0.2), (100, 0.1)):
-        events.EventLog(folder / "events.jsonl").append(events.Validated(step, loss, [loss, loss], loss / 2))
+        events.EventLog(folder / "events.jsonl").append(
+            events.Validated(step, loss, [loss, loss], loss / 2)
+        )
     staged.finish(folder)
     page = open_page()
     page.wait_for_function("document.querySelector('.at-dataset')")

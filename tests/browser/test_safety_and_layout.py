@@ -68,7 +68,9 @@ def test_hostile_text_stays_text(open_page, server, hostile_run: str, tmp_path: 
     text = page.locator("#progress").inner_text()
     assert text.count(HOSTILE) >= 2 and HOSTILE[:80] in text
     page.locator("#progress .at-log summary").click()
-    page.wait_for_function("document.querySelector('#progress .at-log pre').textContent.includes('onerror')")
+    page.wait_for_function(
+        "document.querySelector('#progress .at-log pre').textContent.includes('onerror')"
+    )
     assert page.locator("#samples .at-prompt").inner_text().startswith(HOSTILE)
     assert page.locator("img[src='x']").count() == 0
     assert not list(Path.cwd().rglob("PWNED")) and not list(server.outputs.rglob("PWNED"))
@@ -79,14 +81,18 @@ def test_nothing_runs_out_of_a_phone(open_page, hostile_run: str) -> None:
     page = open_page(viewport={"width": 390, "height": 844}, color_scheme="dark", has_touch=True)
     for tab in TABS:
         show(page, tab)
-        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), tab
+        assert page.evaluate(
+            "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+        ), tab
 
 
 def test_little_to_choose_at_first_sight(open_page) -> None:
     page = open_page()
     for tab, most in MOST_CONTROLS.items():
         show(page, tab)
-        page.evaluate("document.querySelectorAll('#progress, #samples').forEach((node) => { node.hidden = true })")  # of an earlier run
+        page.evaluate(
+            "document.querySelectorAll('#progress, #samples').forEach((node) => { node.hidden = true })"
+        )  # of an earlier run
         controls = page.evaluate(COUNT_CONTROLS)
         assert 1 <= len(controls) <= most, "\n".join(controls)
 
@@ -97,7 +103,9 @@ def show(page, tab: str) -> None:
     page.wait_for_timeout(1200)  # a tick of the page
 
 
-def test_the_keyboard_is_enough_and_the_address_follows(open_page, server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_keyboard_is_enough_and_the_address_follows(
+    open_page, server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ATELIER_OUTPUTS", str(server.outputs))
     staged.finish(staged.stage("to be previewed", 100))
     page = open_page("library")
@@ -115,7 +123,9 @@ def test_the_keyboard_is_enough_and_the_address_follows(open_page, server, monke
     for _ in range(2):  # what is behind it is a list too
         page.keyboard.press("Tab")
     page.wait_for_function("document.activeElement.closest('#preview-prompt')")
-    assert page.locator("[aria-expanded=true]").count() == 0, "a list that was left lies over what comes next"
+    assert page.locator("[aria-expanded=true]").count() == 0, (
+        "a list that was left lies over what comes next"
+    )
     seen = "getComputedStyle(document.activeElement.closest('label') || document.activeElement).outlineStyle"
     page.locator("#preview-strength input[type=range]").focus()
     assert page.evaluate(seen) == "solid"

@@ -28,8 +28,15 @@ def drop(tmp_path: Path) -> list[Path]:
     """Pictures of several kinds with captions, and a zip."""
     folder = tmp_path / "drop"
     folder.mkdir()
-    files = {"turned.jpg": oriented("JPEG", 6), "clear.png": hidden_magenta(), "moving.gif": frames("GIF"), "broken.jpg": b"\xff\xd8 no"}
-    files |= {f"p{seed:03}.png": encoded(photo(96, 64, seed=seed), "PNG") for seed in range(PICTURES - 10)}
+    files = {
+        "turned.jpg": oriented("JPEG", 6),
+        "clear.png": hidden_magenta(),
+        "moving.gif": frames("GIF"),
+        "broken.jpg": b"\xff\xd8 no",
+    }
+    files |= {
+        f"p{seed:03}.png": encoded(photo(96, 64, seed=seed), "PNG") for seed in range(PICTURES - 10)
+    }
     files["twin.png"] = files["p001.png"]
     files["wide.png"] = encoded(photo(200, 64, seed=99), "PNG")
     for name, data in files.items():
@@ -48,7 +55,11 @@ def captions_on_disk(folder: Path) -> dict[str, str]:
 
 
 def pictures_on_disk(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.suffix in (".png", ".jpg", ".gif") and ".mask" not in path.name}
+    return {
+        path.name
+        for path in folder.iterdir()
+        if path.suffix in (".png", ".jpg", ".gif") and ".mask" not in path.name
+    }
 
 
 def test_the_studio_from_drop_to_mask(open_page, server, drop: list[Path], blip: Path) -> None:  # noqa: F811
@@ -75,14 +86,24 @@ def see_the_findings_and_cure_two(page, folder: Path) -> None:
     page.locator(".at-fold-doctor > summary").click()
     for kind in ("duplicate", "rotated", "transparent", "animated", "no-caption"):
         assert page.locator(f".at-group[data-kind={kind}]").count() == 1, kind
-    assert "twin.png" not in pictures_on_disk(folder) or page.locator(".at-group[data-kind=duplicate]").inner_text().count(".png") >= 2
+    assert (
+        "twin.png" not in pictures_on_disk(folder)
+        or page.locator(".at-group[data-kind=duplicate]").inner_text().count(".png") >= 2
+    )
     before = pictures_on_disk(folder)
-    page.locator(".at-group[data-kind=duplicate]").get_by_role("button", name="Leave out").first.click()
+    page.locator(".at-group[data-kind=duplicate]").get_by_role(
+        "button", name="Leave out"
+    ).first.click()
     page.locator(".at-group[data-kind=duplicate]").wait_for(state="detached")
     assert len(before - pictures_on_disk(folder)) == 1
-    page.locator(".at-group[data-kind=animated]").get_by_role("button", name="Save as a plain PNG").first.click()
+    page.locator(".at-group[data-kind=animated]").get_by_role(
+        "button", name="Save as a plain PNG"
+    ).first.click()
     page.locator(".at-group[data-kind=animated]").wait_for(state="detached")
-    assert "moving.png" in pictures_on_disk(folder) and captions_on_disk(folder)["moving"] == "pic, moving, a red hat"
+    assert (
+        "moving.png" in pictures_on_disk(folder)
+        and captions_on_disk(folder)["moving"] == "pic, moving, a red hat"
+    )
 
 
 def change_all_captions_and_take_it_back(page, folder: Path) -> None:
@@ -97,11 +118,17 @@ def change_all_captions_and_take_it_back(page, folder: Path) -> None:
     assert page.locator(".at-changes dt").first.inner_text().endswith((".png", ".jpg"))
     assert page.locator(".at-changes ins").first.inner_text().endswith("red cap")
     page.locator(".at-changes").get_by_role("button", name=re.compile("Change .* captions")).click()
-    page.wait_for_function("[...document.querySelectorAll('.at-card textarea')].some((box) => box.value.endsWith('red cap'))")
+    page.wait_for_function(
+        "[...document.querySelectorAll('.at-card textarea')].some((box) => box.value.endsWith('red cap'))"
+    )
     after = captions_on_disk(folder)
-    assert after != before and all(after[stem] == text.replace("a red hat", "red cap") for stem, text in before.items())
+    assert after != before and all(
+        after[stem] == text.replace("a red hat", "red cap") for stem, text in before.items()
+    )
     page.get_by_role("button", name=re.compile("^Undo: Changed")).click()
-    page.wait_for_function("[...document.querySelectorAll('.at-card textarea')].some((box) => box.value.endsWith('a red hat'))")
+    page.wait_for_function(
+        "[...document.querySelectorAll('.at-card textarea')].some((box) => box.value.endsWith('a red hat'))"
+    )
     assert captions_on_disk(folder) == before
 
 
@@ -109,8 +136,13 @@ def delete_one_picture(page, folder: Path) -> None:
     before = captions_on_disk(folder)
     page.locator(".at-card[data-file='p003.png'] .at-remove").click(force=True)
     page.locator(".at-card[data-file='p003.png']").wait_for(state="detached")
-    assert captions_on_disk(folder) == {stem: text for stem, text in before.items() if stem != "p003"}
-    assert page.locator(".at-card[data-file='p004.png'] textarea").input_value() == "pic, p004, a red hat"
+    assert captions_on_disk(folder) == {
+        stem: text for stem, text in before.items() if stem != "p003"
+    }
+    assert (
+        page.locator(".at-card[data-file='p004.png'] textarea").input_value()
+        == "pic, p004, a red hat"
+    )
 
 
 def describe_by_a_model(page, folder: Path, model: Path) -> None:
@@ -120,16 +152,24 @@ def describe_by_a_model(page, folder: Path, model: Path) -> None:
     page.get_by_role("button", name="Start", exact=True).click()
     page.wait_for_selector(".at-job[data-state=done]")
     assert "Done: 1 caption written" in page.locator(".at-job").inner_text()
-    page.wait_for_function("document.querySelector(\".at-card[data-file='p000.png'] textarea\").value !== ''")
+    page.wait_for_function(
+        "document.querySelector(\".at-card[data-file='p000.png'] textarea\").value !== ''"
+    )
     written = captions_on_disk(folder)
-    assert page.locator(".at-card[data-file='p000.png'] textarea").input_value() == written["p000"] != ""
+    assert (
+        page.locator(".at-card[data-file='p000.png'] textarea").input_value()
+        == written["p000"]
+        != ""
+    )
     assert written["p001"] == "pic, p001, a red hat" or "p001" not in written
 
 
 def find_picture(page, name: str) -> None:
     search = page.get_by_role("searchbox", name="Search names and captions")
     search.fill(name)
-    page.wait_for_function(f"[...document.querySelectorAll('.at-card')].map((card) => card.dataset.file).join() === '{name}'")
+    page.wait_for_function(
+        f"[...document.querySelectorAll('.at-card')].map((card) => card.dataset.file).join() === '{name}'"
+    )
     page.locator(".at-open").click()
     page.wait_for_selector(".at-editor img")
 
@@ -140,22 +180,43 @@ def move_a_crop(page, folder: Path) -> None:
     place = frame.bounding_box()
     page.mouse.move(place["x"] + place["width"] / 2, place["y"] + place["height"] / 2)
     page.mouse.down()
-    page.mouse.move(place["x"] + place["width"] / 2 + 2000, place["y"] + place["height"] / 2, steps=4)
+    page.mouse.move(
+        place["x"] + place["width"] / 2 + 2000, place["y"] + place["height"] / 2, steps=4
+    )
     page.mouse.up()
     page.wait_for_function("/Moved the crop/.test(document.querySelector('.at-undo').innerText)")
-    shown = frame.evaluate("(node) => ['left', 'top', 'width', 'height'].map((side) => parseFloat(node.style[side]) / 100)")
-    item = next(item for item in scan_dataset(folder, resolution=64)[0] if item.path.name == "wide.png")
-    settings = config.Dataset(resolution=64, bucket_step=8)  # as the built-in base's recipes have it
-    assert item.crop_centre is not None and shown[0] + shown[2] == pytest.approx(1, abs=0.01), "dragged to the right edge"
+    shown = frame.evaluate(
+        "(node) => ['left', 'top', 'width', 'height'].map((side) => parseFloat(node.style[side]) / 100)"
+    )
+    item = next(
+        item for item in scan_dataset(folder, resolution=64)[0] if item.path.name == "wide.png"
+    )
+    settings = config.Dataset(
+        resolution=64, bucket_step=8
+    )  # as the built-in base's recipes have it
+    assert item.crop_centre is not None and shown[0] + shown[2] == pytest.approx(1, abs=0.01), (
+        "dragged to the right edge"
+    )
     overlay = datasets.crop_shown(item, settings)
     left, top, right, bottom = overlay["box"]
     assert [left, top, right - left, bottom - top] == pytest.approx(shown, abs=0.002)
     image = Image.open(item.path)
-    box = (shown[0] * image.width, shown[1] * image.height, (shown[0] + shown[2]) * image.width, (shown[1] + shown[3]) * image.height)
+    box = (
+        shown[0] * image.width,
+        shown[1] * image.height,
+        (shown[0] + shown[2]) * image.width,
+        (shown[1] + shown[3]) * image.height,
+    )
     box = tuple(min(max(side, 0), image.size[i % 2]) for i, side in enumerate(box))
     crop = crop_of(item, settings)
-    seen = np.asarray(image.resize(crop.bucket, Image.Resampling.LANCZOS, box=box), dtype=np.float32) / 127.5 - 1
-    assert np.abs(to_pixels(item.path, Look(crop))[0].permute(1, 2, 0).numpy() - seen).max() < 0.05, "the overlay is the tensor"
+    seen = (
+        np.asarray(image.resize(crop.bucket, Image.Resampling.LANCZOS, box=box), dtype=np.float32)
+        / 127.5
+        - 1
+    )
+    assert (
+        np.abs(to_pixels(item.path, Look(crop))[0].permute(1, 2, 0).numpy() - seen).max() < 0.05
+    ), "the overlay is the tensor"
     page.locator(".at-editor").get_by_role("button", name="Close", exact=True).click()
 
 
@@ -169,9 +230,13 @@ def paint_a_mask(page, folder: Path) -> None:
     page.wait_for_function("/The mask of p010/.test(document.querySelector('.at-undo').innerText)")
     mask = np.asarray(Image.open(folder / "p010.mask.png"))
     height, width = mask.shape
-    assert mask[height // 2, width // 6] < 30 and mask[height // 2, -5] > 225, "painted is black: not learned"
+    assert mask[height // 2, width // 6] < 30 and mask[height // 2, -5] > 225, (
+        "painted is black: not learned"
+    )
 
-    page.locator(".at-editor").get_by_role("button", name="→").click()  # round to the same picture, the only one that is found
+    page.locator(".at-editor").get_by_role(
+        "button", name="→"
+    ).click()  # round to the same picture, the only one that is found
     page.locator(".at-frame").wait_for()
     page.locator(".at-editor").get_by_role("button", name="Mask", exact=True).click()
     paper.wait_for()
@@ -180,7 +245,12 @@ def paint_a_mask(page, folder: Path) -> None:
     page.locator(".at-editor").wait_for(state="detached")
     page.wait_for_selector(".at-card .at-badge:text-is('mask')")
     mask = np.asarray(Image.open(folder / "p010.mask.png"))
-    assert [int(mask[height // 2, int(width * x)] > 128) for x in (1 / 6, 0.5, 0.7, 0.95)] == [0, 1, 0, 1], "both strokes are kept"
+    assert [int(mask[height // 2, int(width * x)] > 128) for x in (1 / 6, 0.5, 0.7, 0.95)] == [
+        0,
+        1,
+        0,
+        1,
+    ], "both strokes are kept"
 
 
 def stroke(page, start: float, end: float) -> None:
@@ -197,24 +267,38 @@ def nothing_is_lost_by_a_reload(page, folder: Path) -> None:
 
     def leave(dialog) -> None:
         asked.append(dialog.type)
-        wait_for(lambda: captions_on_disk(folder)["p010"].endswith(" typed last"), "the caption, while the browser asks")
+        wait_for(
+            lambda: captions_on_disk(folder)["p010"].endswith(" typed last"),
+            "the caption, while the browser asks",
+        )
         dialog.accept()
 
     page.once("dialog", leave)
     page.locator(".at-card[data-file='p010.png'] textarea").press_sequentially(" typed last")
     page.reload()
-    assert asked == ["beforeunload"] and captions_on_disk(folder)["p010"] == "pic, p010, a red hat typed last"
+    assert (
+        asked == ["beforeunload"]
+        and captions_on_disk(folder)["p010"] == "pic, p010, a red hat typed last"
+    )
     page.wait_for_selector(".at-dataset[data-name=studio] .at-card")
     on_disk = captions_on_disk(folder)
-    read = "(cards) => cards.map((card) => [card.dataset.file, card.querySelector('textarea').value])"
+    read = (
+        "(cards) => cards.map((card) => [card.dataset.file, card.querySelector('textarea').value])"
+    )
     shown = page.locator(".at-card").evaluate_all(read)
     assert len(shown) == 60
     for file, caption in shown:
         assert caption == on_disk.get(Path(file).stem, ""), file
     assert page.locator(".at-card[data-file='p010.png'] .at-badge").inner_text() == "mask"
-    assert "p003.png" not in [file for file, _ in shown] and "Undo" in page.locator(".at-undo").inner_text()
+    assert (
+        "p003.png" not in [file for file, _ in shown]
+        and "Undo" in page.locator(".at-undo").inner_text()
+    )
     items = {item.path.name: item for item in scan_dataset(folder, resolution=64)[0]}
-    assert items["wide.png"].crop_centre is not None and items["p010.png"].mask == folder / "p010.mask.png"
+    assert (
+        items["wide.png"].crop_centre is not None
+        and items["p010.png"].mask == folder / "p010.mask.png"
+    )
 
 
 def download_it_all(page, server, folder: Path) -> None:
@@ -240,7 +324,9 @@ def delete_it_and_bring_it_back(page, folder: Path) -> None:
             assert captions_on_disk(folder) == before
 
 
-def test_what_is_being_typed_outlives_a_drawing_of_the_tab(open_page, server, tmp_path: Path) -> None:
+def test_what_is_being_typed_outlives_a_drawing_of_the_tab(
+    open_page, server, tmp_path: Path
+) -> None:
     for seed in range(14):
         (tmp_path / f"p{seed:02}.png").write_bytes(encoded(photo(64, 64, seed=seed), "PNG"))
     page = open_page()
@@ -253,12 +339,18 @@ def test_what_is_being_typed_outlives_a_drawing_of_the_tab(open_page, server, tm
 
     page.locator(".at-card .at-open").first.click()
     page.route("**/component_server/", lambda route: (time.sleep(0.4), route.continue_()))
-    page.locator(".at-editor").get_by_role("button", name="Close", exact=True).click()  # the tab is drawn anew while a person goes on
+    page.locator(".at-editor").get_by_role(
+        "button", name="Close", exact=True
+    ).click()  # the tab is drawn anew while a person goes on
     search = page.get_by_role("searchbox", name="Search names and captions")
     search.evaluate("(box) => { box.isTheFirst = true; }")
     search.press_sequentially("p07.png", delay=150)
-    page.wait_for_function("[...document.querySelectorAll('.at-card')].map((card) => card.dataset.file).join() === 'p07.png'")
-    assert search.input_value() == "p07.png" and search.evaluate("(box) => box === document.activeElement && !box.isTheFirst")
+    page.wait_for_function(
+        "[...document.querySelectorAll('.at-card')].map((card) => card.dataset.file).join() === 'p07.png'"
+    )
+    assert search.input_value() == "p07.png" and search.evaluate(
+        "(box) => box === document.activeElement && !box.isTheFirst"
+    )
     assert page.locator("#edit-find").input_value() == "a cat"
 
 
@@ -271,7 +363,9 @@ def test_a_folder_arrives_whole_in_two_windows_at_once(open_page, server, tmp_pa
     for name, page in pages.items():
         open_dataset(page, name)
     first, second = pages.values()
-    second.route("**/component_server/", lambda route: route.continue_() if held else held.append(route))
+    second.route(
+        "**/component_server/", lambda route: route.continue_() if held else held.append(route)
+    )
     with second.expect_request("**/component_server/"):
         second.set_input_files("#dataset-folder", tmp_path / "set")
     first.set_input_files("#dataset-folder", tmp_path / "set")
@@ -279,4 +373,7 @@ def test_a_folder_arrives_whole_in_two_windows_at_once(open_page, server, tmp_pa
     held[0].continue_()  # of files that the first window has imported meanwhile
     second.locator(".at-card").nth(1).wait_for()
     for name in pages:
-        assert [item.caption for item in scan_dataset(server.outputs / "datasets" / name, resolution=64)[0]] == ["a photo"] * 2
+        assert [
+            item.caption
+            for item in scan_dataset(server.outputs / "datasets" / name, resolution=64)[0]
+        ] == ["a photo"] * 2

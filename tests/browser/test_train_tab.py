@@ -33,9 +33,16 @@ def test_three_clicks_from_pictures_to_training(open_page, server) -> None:
         for text in clicks:
             page.get_by_role("button", name=text, exact=True).first.click()
             if text == "Go to training":
-                page.wait_for_function("document.querySelector('#estimate')?.innerText.includes(' steps in ')")
-        folder = wait_for(lambda: next((f for f in run_folder.queue() if "example-style" in f.name), None), "the run in the queue")
-        assert len(clicks) == 3 and config.load(folder / "run.toml").dataset.folder.endswith("example-style")
+                page.wait_for_function(
+                    "document.querySelector('#estimate')?.innerText.includes(' steps in ')"
+                )
+        folder = wait_for(
+            lambda: next((f for f in run_folder.queue() if "example-style" in f.name), None),
+            "the run in the queue",
+        )
+        assert len(clicks) == 3 and config.load(folder / "run.toml").dataset.folder.endswith(
+            "example-style"
+        )
         page.wait_for_selector("#estimate :text('waits in the queue')")
         run_folder.withdraw(folder, "queued")
 
@@ -47,10 +54,15 @@ def test_advanced_is_searched_marked_and_reset(open_page, server, tmp_path: Path
     page.locator("#advanced > button").click()
     page.fill("#advanced-search", "rank")
     page.wait_for_selector("#field-adapter-rank input")
-    assert page.locator("#section-saving").is_hidden() and page.locator("#section-adapter").is_visible()
+    assert (
+        page.locator("#section-saving").is_hidden()
+        and page.locator("#section-adapter").is_visible()
+    )
     page.locator("#field-adapter-rank input").first.fill("32")
     page.wait_for_selector(".at-chip:has-text('Rank 32')")
-    assert "inset" in page.locator("#field-adapter-rank").evaluate("node => getComputedStyle(node).boxShadow")
+    assert "inset" in page.locator("#field-adapter-rank").evaluate(
+        "node => getComputedStyle(node).boxShadow"
+    )
     page.locator(".at-chip").click()
     page.wait_for_selector(".at-chip", state="detached")
     assert page.locator("#field-adapter-rank input").first.input_value() == "8"
@@ -81,7 +93,10 @@ def test_of_two_recipes_chosen_quickly_the_second_fills_the_form(open_page) -> N
     page.wait_for_function(f"{text}.includes(' 100 views ')")
     network = page.context.new_cdp_session(page)
     network.send("Network.enable")
-    network.send("Network.emulateNetworkConditions", {"offline": False, "latency": 500, "downloadThroughput": -1, "uploadThroughput": -1})
+    network.send(
+        "Network.emulateNetworkConditions",
+        {"offline": False, "latency": 500, "downloadThroughput": -1, "uploadThroughput": -1},
+    )
     page.locator("#field-preset input[value=embedded-object]").check()
     page.wait_for_timeout(100)  # of the 500 or more that the first choice takes
     page.locator("#field-preset input[value=embedded-style]").check()
@@ -92,7 +107,9 @@ def test_a_dataset_that_gets_another_name_is_not_chosen_any_more(open_page) -> N
     name = datasets.duplicate(datasets.add_example("subject"))
     os.utime(datasets.resolve(name))  # the one worked on last is chosen at first
     page = open_page("train")
-    page.wait_for_function(f"document.querySelector('#field-dataset-folder input')?.value == '{name}'")
+    page.wait_for_function(
+        f"document.querySelector('#field-dataset-folder input')?.value == '{name}'"
+    )
     page.wait_for_function("document.querySelector('#estimate')?.innerText.includes(' steps in ')")
     datasets.remove(datasets.rename(name, "vanished"))
     page.wait_for_function("document.querySelector('#field-dataset-folder input').value == ''")
@@ -105,13 +122,28 @@ def test_a_dataset_that_gets_another_name_is_not_chosen_any_more(open_page) -> N
 def test_while_it_runs(open_page, server) -> None:
     folder = staged.stage("at work", 40)
     with staged.at_work(folder) as log:
-        waiting = [server.outputs / "runs" / runs.start(config.RunConfig(name=name)) for name in ("one", "two")]
+        waiting = [
+            server.outputs / "runs" / runs.start(config.RunConfig(name=name))
+            for name in ("one", "two")
+        ]
         page = open_page("train")
         page.wait_for_function("document.title.startsWith('Training 40 %')")
         text = page.locator("#progress .at-figures").inner_text()
-        for words in ("40 / 100", "steps", "left", "pictures/s", "validation", "learning rate", "memory", "in use"):
+        for words in (
+            "40 / 100",
+            "steps",
+            "left",
+            "pictures/s",
+            "validation",
+            "learning rate",
+            "memory",
+            "in use",
+        ):
             assert words in text, words
-        assert page.locator("#curve .at-rate").count() == 1 and page.locator("#curve .at-valid-dot").count() == 3
+        assert (
+            page.locator("#curve .at-rate").count() == 1
+            and page.locator("#curve .at-valid-dot").count() == 3
+        )
         for button, what in (("Save now", "save"), ("Sample now", "sample"), ("Pause", "pause")):
             page.get_by_role("button", name=button).click()
             wait_for(lambda what=what: what in staged.requests(folder), button)
@@ -121,17 +153,29 @@ def test_while_it_runs(open_page, server) -> None:
         log.append(StepDone(41, 0.1, 1e-4, 0.25))
         page.wait_for_function("document.title.startsWith('Training 41 %')")
         page.mouse.up()
-        wait_for(lambda: "pause" in staged.requests(folder), "a press during which another step came")
+        wait_for(
+            lambda: "pause" in staged.requests(folder), "a press during which another step came"
+        )
         run_folder.withdraw(folder, "pause")
-        page.wait_for_function("document.querySelector('#progress .at-figures').innerText.includes('41 / 100')")
+        page.wait_for_function(
+            "document.querySelector('#progress .at-figures').innerText.includes('41 / 100')"
+        )
 
         divider = page.get_by_label("Divider between Base and ★ Step 40")
         divider.focus()
         page.keyboard.press("Home")
-        assert page.locator(".at-compare").evaluate("node => node.style.getPropertyValue('--at-at')") == "0%"
+        assert (
+            page.locator(".at-compare").evaluate("node => node.style.getPropertyValue('--at-at')")
+            == "0%"
+        )
         log.append(StepDone(42, 0.1, 1e-4, 0.25))
-        page.wait_for_function("document.querySelector('#progress .at-figures').innerText.includes('42 / 100')")
-        assert page.locator(".at-compare").evaluate("node => node.style.getPropertyValue('--at-at')") == "0%", "it stays where it was left"
+        page.wait_for_function(
+            "document.querySelector('#progress .at-figures').innerText.includes('42 / 100')"
+        )
+        assert (
+            page.locator(".at-compare").evaluate("node => node.style.getPropertyValue('--at-at')")
+            == "0%"
+        ), "it stays where it was left"
         page.get_by_label("Show Step 20").click()
         page.wait_for_selector(".at-compare .at-right:text-is('Step 20')")
 
@@ -153,6 +197,8 @@ def test_run_again_takes_the_same_settings(server) -> None:
     with staged.at_work(staged.stage("keeps the device", 1)):
         runs.act(folder.name, "repeat")
         again = run_folder.queue()[-1]
-        assert again != folder and config.load(again / "run.toml") == config.load(folder / "run.toml")
+        assert again != folder and config.load(again / "run.toml") == config.load(
+            folder / "run.toml"
+        )
         runs.act(again.name, "unqueue")
         runs.act(again.name, "delete")

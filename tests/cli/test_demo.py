@@ -15,7 +15,9 @@ from trainer.runs import run_folder
 def folder(tmp_path_factory):
     outputs = tmp_path_factory.mktemp("demo") / "outputs"
     environment = os.environ | {"ATELIER_OUTPUTS": str(outputs)}
-    ended = subprocess.run([sys.executable, "-m", "trainer", "demo"], env=environment, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-m", "trainer", "demo"], env=environment, capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
     (only,) = run_folder.list_runs(outputs / "runs")
     return only

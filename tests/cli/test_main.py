@@ -16,7 +16,9 @@ def run(*arguments):
     return main([str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["resume"], ["sample"], ["check"], ["info"], ["demo"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["resume"], ["sample"], ["check"], ["info"], ["demo"]]
+)
 def test_help_everywhere(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*command, "--help"])
@@ -40,7 +42,10 @@ def test_wrong_usage_is_exit_code_2(arguments, capsys):
         (["train", "no-such-preset", "--dataset", "."], "no preset named"),
         (["train", "embedded-subject"], "Which pictures?"),
         (["train", "embedded-subject", "--set", "training.steps"], "key=value"),
-        (["train", "embedded-subject", "--set", "training.speed=3"], "no setting named training.speed"),
+        (
+            ["train", "embedded-subject", "--set", "training.speed=3"],
+            "no setting named training.speed",
+        ),
         (["train", "missing.toml"], "missing.toml"),
         (["resume", "nowhere"], "no run folder"),
         (["info", "nowhere.safetensors"], "no adapter file nowhere"),
@@ -52,7 +57,9 @@ def test_wrong_usage_is_exit_code_2(arguments, capsys):
         (["sample", "--adapter", "a.safetensors:strong"], "FILE:STRENGTH"),
     ],
 )
-def test_what_cannot_work_is_a_sentence_and_exit_code_1(arguments, words, outputs, capsys, monkeypatch, tmp_path):
+def test_what_cannot_work_is_a_sentence_and_exit_code_1(
+    arguments, words, outputs, capsys, monkeypatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     assert run(*arguments) == 1
     told = capsys.readouterr()
@@ -79,7 +86,11 @@ def test_train_sample_info_and_check(tiny_run, tiny_base, tiny_dataset, tmp_path
     )
     (folder,) = run_folder.list_runs()
     trained = config.load(folder / "run.toml")
-    assert (trained.name, trained.training.steps, trained.dataset.trigger) == ("żółć; touch x", 2, "zorbit")
+    assert (trained.name, trained.training.steps, trained.dataset.trigger) == (
+        "żółć; touch x",
+        2,
+        "zorbit",
+    )
     adapter = folder / run_folder.status(folder).finished.file
     pictures = {}
     for strength in ("0", "1", "1.7"):
@@ -126,5 +137,9 @@ def test_the_module_starts_and_a_term_signal_saves(tiny_run):
     finally:
         process.kill()
     status = run_folder.status(folder)
-    assert process.returncode == 3 and status.state == "stopped" and (folder / "tiny.safetensors").is_file()
+    assert (
+        process.returncode == 3
+        and status.state == "stopped"
+        and (folder / "tiny.safetensors").is_file()
+    )
     assert "xFormers" not in output and "torchvision" not in output

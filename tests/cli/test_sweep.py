@@ -32,11 +32,26 @@ def test_every_combination_is_trained_and_told_apart(recipe, outputs, capsys):
     folder, runs = the_sweep(outputs), run_folder.list_runs()
     found = sweep.rows(folder)
     assert len(runs) == len(found) == 4 and {row["state"] for row in found} == {"finished"}
-    assert {tuple(row["settings"].values()) for row in found} == {(2, 1e-2), (2, 1e-3), (4, 1e-2), (4, 1e-3)}
-    assert all(config.load(outputs / "runs" / row["run"] / "run.toml").adapter.rank == row["settings"]["adapter.rank"] for row in found)
-    assert config.load(outputs / "runs" / found[0]["run"] / "run.toml").name.startswith("trial rank=")
+    assert {tuple(row["settings"].values()) for row in found} == {
+        (2, 1e-2),
+        (2, 1e-3),
+        (4, 1e-2),
+        (4, 1e-3),
+    }
+    assert all(
+        config.load(outputs / "runs" / row["run"] / "run.toml").adapter.rank
+        == row["settings"]["adapter.rank"]
+        for row in found
+    )
+    assert config.load(outputs / "runs" / found[0]["run"] / "run.toml").name.startswith(
+        "trial rank="
+    )
     losses = [row["validation_loss"] for row in found]
-    assert losses == sorted(losses) and len(set(losses)) == 4 and all(row["seconds"] > 0 for row in found)
+    assert (
+        losses == sorted(losses)
+        and len(set(losses)) == 4
+        and all(row["seconds"] > 0 for row in found)
+    )
     table = (folder / "results.md").read_text(encoding="utf-8")
     assert (
         table.split("## ")[0].count("\n| ") == 5
@@ -45,17 +60,23 @@ def test_every_combination_is_trained_and_told_apart(recipe, outputs, capsys):
     )
     drawing = ElementTree.parse(folder / "results.svg")
     assert len(drawing.findall("{http://www.w3.org/2000/svg}polyline")) == 4
-    compared = library.compare(*(row["run"] for row in found if row["settings"]["adapter.rank"] == 2))
+    compared = library.compare(
+        *(row["run"] for row in found if row["settings"]["adapter.rank"] == 2)
+    )
     assert [each["path"] for each in compared["settings"]] == ["training.learning_rate"]
     events = [(outputs / "runs" / row["run"] / "events.jsonl").read_bytes() for row in found]
     assert main(["sweep", str(folder)]) == 0  # nothing is left to train
-    assert events == [(outputs / "runs" / row["run"] / "events.jsonl").read_bytes() for row in found]
+    assert events == [
+        (outputs / "runs" / row["run"] / "events.jsonl").read_bytes() for row in found
+    ]
 
 
 def test_a_sweep_for_the_page_waits_in_its_order(recipe, outputs):
     assert main(["sweep", recipe, "--queue", *GRID]) == 0
     queue = run_folder.queue()
-    assert [folder.name for folder in queue] == json.loads((the_sweep(outputs) / "sweep.json").read_text())["runs"] and len(queue) == 4
+    assert [folder.name for folder in queue] == json.loads(
+        (the_sweep(outputs) / "sweep.json").read_text()
+    )["runs"] and len(queue) == 4
     assert {row["validation_loss"] for row in sweep.rows(the_sweep(outputs))} == {None}
     sweep.write_results(the_sweep(outputs))
 
@@ -65,9 +86,17 @@ def test_a_failure_does_not_end_a_sweep_and_a_stop_does(tiny_run, outputs, failu
     """Also that of a launcher of several processes which was killed."""
     folder = sweep.create(tiny_run(), [sweep.parse_grid("adapter.rank=2,4,8")])
     answers, asked = [failure, 0, 0], []
-    assert sweep.train(folder, lambda run: asked.append(run) or answers[len(asked) - 1], STOPPED) == failure and len(asked) == 3
+    assert (
+        sweep.train(folder, lambda run: asked.append(run) or answers[len(asked) - 1], STOPPED)
+        == failure
+        and len(asked) == 3
+    )
     answers, asked = [0, STOPPED, 0], []
-    assert sweep.train(folder, lambda run: asked.append(run) or answers[len(asked) - 1], STOPPED) == STOPPED and len(asked) == 2
+    assert (
+        sweep.train(folder, lambda run: asked.append(run) or answers[len(asked) - 1], STOPPED)
+        == STOPPED
+        and len(asked) == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,7 +120,13 @@ def test_grids_from_the_command_line(text, expected):
         (["adapter.rank=8,0"], "With adapter.rank = 0"),
         (["adapter.rang=8"], "no setting named adapter.rang"),
         (["adapter.rank=8", "adapter.rank=16"], "adapter.rank twice"),
-        ([f"training.seed={','.join(map(str, range(30)))}", f"adapter.rank={','.join(map(str, range(1, 20)))}"], "more than 500"),
+        (
+            [
+                f"training.seed={','.join(map(str, range(30)))}",
+                f"adapter.rank={','.join(map(str, range(1, 20)))}",
+            ],
+            "more than 500",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_made(grid, words, tiny_run, outputs):

@@ -111,11 +111,33 @@ def test_kohya_gui() -> None:
     run, left_out = carried(json.dumps(KOHYA_GUI))
     assert (run.name, run.adapter.rank, run.adapter.alpha) == ("maya", 32, 16)
     training = run.training
-    assert (training.learning_rate, training.text_encoder_learning_rate, training.warmup) == (2e-4, 5e-5, 0.1)
-    assert (training.steps, training.views_per_picture, training.lr_schedule, training.lr_cycles) == (1600, 80, "cosine_with_restarts", 2)
-    assert (training.optimizer, training.weight_decay, training.optimizer_args) == ("adamw8bit", 0.1, ("betas=(0.9,0.99)",))
-    assert run.dataset.resolution == 624 and run.base.precision == "bf16" and run.sampling.prompts == ("a cat", "a dog")
-    assert run.objective.loss == "huber" and run.dataset.flip and run.adapter.text_encoder_targets == "all" and left_out == []
+    assert (training.learning_rate, training.text_encoder_learning_rate, training.warmup) == (
+        2e-4,
+        5e-5,
+        0.1,
+    )
+    assert (
+        training.steps,
+        training.views_per_picture,
+        training.lr_schedule,
+        training.lr_cycles,
+    ) == (1600, 80, "cosine_with_restarts", 2)
+    assert (training.optimizer, training.weight_decay, training.optimizer_args) == (
+        "adamw8bit",
+        0.1,
+        ("betas=(0.9,0.99)",),
+    )
+    assert (
+        run.dataset.resolution == 624
+        and run.base.precision == "bf16"
+        and run.sampling.prompts == ("a cat", "a dog")
+    )
+    assert (
+        run.objective.loss == "huber"
+        and run.dataset.flip
+        and run.adapter.text_encoder_targets == "all"
+        and left_out == []
+    )
 
 
 def test_how_a_model_is_read_is_carried_over() -> None:
@@ -134,10 +156,16 @@ def test_how_a_model_is_read_is_carried_over() -> None:
 
 def test_sd_scripts() -> None:
     run, left_out = carried(SD_SCRIPTS.replace('"Prodigy"', '"AdamW"'))
-    assert run.base.model == "/models/xl.safetensors" and run.adapter.rank == 8 and run.adapter.alpha == 1, (
-        "its alpha is 1 where none is named"
+    assert (
+        run.base.model == "/models/xl.safetensors"
+        and run.adapter.rank == 8
+        and run.adapter.alpha == 1
+    ), "its alpha is 1 where none is named"
+    assert (
+        run.training.text_encoder_learning_rate == 0
+        and run.training.views_per_picture == 12
+        and run.training.steps == 0
     )
-    assert run.training.text_encoder_learning_rate == 0 and run.training.views_per_picture == 12 and run.training.steps == 0
     assert left_out == ["weird_new_thing = on"]
 
 
@@ -149,30 +177,64 @@ def test_what_does_not_fit_together_is_said() -> None:
 def test_one_trainer() -> None:
     run, left_out = carried(json.dumps(ONE_TRAINER))
     assert (run.adapter.rank, run.adapter.alpha, run.training.learning_rate) == (16, 1, 3e-4)
-    assert run.training.text_encoder_learning_rate == 0 and run.training.views_per_picture == 100 and run.training.batch_size == 4
-    assert (run.base.precision, run.saving.precision, run.training.optimizer) == ("fp16", "fp32", "adafactor")
-    assert run.objective.noise_offset == 0.02 and run.training.gradient_checkpointing and run.training.lr_schedule == "constant"
-    assert (run.dataset.masked_loss, run.adapter.targets, left_out) == ("mask", "linear+conv", [foreign_configs.OUTER_LAYERS])
+    assert (
+        run.training.text_encoder_learning_rate == 0
+        and run.training.views_per_picture == 100
+        and run.training.batch_size == 4
+    )
+    assert (run.base.precision, run.saving.precision, run.training.optimizer) == (
+        "fp16",
+        "fp32",
+        "adafactor",
+    )
+    assert (
+        run.objective.noise_offset == 0.02
+        and run.training.gradient_checkpointing
+        and run.training.lr_schedule == "constant"
+    )
+    assert (run.dataset.masked_loss, run.adapter.targets, left_out) == (
+        "mask",
+        "linear+conv",
+        [foreign_configs.OUTER_LAYERS],
+    )
 
 
 def test_ai_toolkit() -> None:
     run, left_out = carried(AI_TOOLKIT)
-    assert (run.name, run.dataset.trigger, run.dataset.resolution) == ("my_first_lora_v1", "p3r5on", 1024)
-    assert run.dataset.resolutions == (768, 512) and run.dataset.shuffle_tags and run.adapter.targets == "linear"
+    assert (run.name, run.dataset.trigger, run.dataset.resolution) == (
+        "my_first_lora_v1",
+        "p3r5on",
+        1024,
+    )
+    assert (
+        run.dataset.resolutions == (768, 512)
+        and run.dataset.shuffle_tags
+        and run.adapter.targets == "linear"
+    )
     assert (run.adapter.rank, run.training.steps, run.training.ema_decay) == (32, 2000, 0.99)
-    assert run.sampling.prompts == ("a cat", "a dog") and run.sampling.negative_prompt == "blurry" and run.sampling.guidance_scale == 4
+    assert (
+        run.sampling.prompts == ("a cat", "a dog")
+        and run.sampling.negative_prompt == "blurry"
+        and run.sampling.guidance_scale == 4
+    )
     assert run.training.learning_rate == 1e-4 and run.training.text_encoder_learning_rate == 0
     assert left_out == ["model.quantize = True", "1 more datasets", foreign_configs.OUTER_LAYERS]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "just text", '{"a": 1}', "a: [", "\x00", "{" * 2000, "x" * 1_000_001])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "just text", '{"a": 1}', "a: [", "\x00", "{" * 2000, "x" * 1_000_001]
+)
 def test_what_is_no_settings_file_is_refused_in_a_sentence(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^The file|^These are settings of no trainer"):
         foreign_configs.read(text)
 
 
 def test_a_value_out_of_bounds_is_left_out_and_the_rest_arrives() -> None:
-    run, left_out = carried(json.dumps(KOHYA_GUI | {"network_dim": 100_000, "optimizer": "SomethingNew", "lr_scheduler": None}))
+    run, left_out = carried(
+        json.dumps(
+            KOHYA_GUI | {"network_dim": 100_000, "optimizer": "SomethingNew", "lr_scheduler": None}
+        )
+    )
     assert run.adapter.rank == 16 and run.training.optimizer == "adamw" and run.name == "maya"
     assert "adapter.rank = 100000" in left_out and "optimizer = SomethingNew" in left_out
 
@@ -193,22 +255,36 @@ def test_the_metadata_of_a_finished_adapter() -> None:
         "ss_session_id": "1",
     }
     run, left_out = carried(json.dumps(text))
-    assert (run.adapter.rank, run.adapter.alpha, run.dataset.resolution, run.training.steps) == (12, 6, 768, 900)
+    assert (run.adapter.rank, run.adapter.alpha, run.dataset.resolution, run.training.steps) == (
+        12,
+        6,
+        768,
+        900,
+    )
     assert (
-        run.training.optimizer == "adamw8bit" and run.training.gradient_checkpointing and run.dataset.trigger == "p3r5on" and not left_out
+        run.training.optimizer == "adamw8bit"
+        and run.training.gradient_checkpointing
+        and run.dataset.trigger == "p3r5on"
+        and not left_out
     )
 
 
 def test_the_text_of_a_picture() -> None:
     text = "a cat, sitting\nNegative prompt: fog, rain\nSteps: 12, Sampler: Euler a, CFG scale: 4.5, Seed: 9, Size: 512x512"
     sampling = carried(json.dumps({"parameters": text}))[0].sampling
-    assert (sampling.prompts, sampling.negative_prompt, sampling.inference_steps) == (("a cat, sitting",), "fog, rain", 12)
+    assert (sampling.prompts, sampling.negative_prompt, sampling.inference_steps) == (
+        ("a cat, sitting",),
+        "fog, rain",
+        12,
+    )
     assert (sampling.sampler, sampling.guidance_scale, sampling.seed) == ("Euler a", 4.5, 9)
 
 
 def changed(data: dict, form: dict | None = None) -> dict:
     """What a file sets, by the path of ours, on a form that has other values than a fresh one."""
-    run = foreign_configs.apply(foreign_configs.read(json.dumps(data)), config.replace(config.RunConfig(), form or {}))[0]
+    run = foreign_configs.apply(
+        foreign_configs.read(json.dumps(data)), config.replace(config.RunConfig(), form or {})
+    )[0]
     return {path: config.get(run, path) for path, _ in config.fields()}
 
 
@@ -229,25 +305,70 @@ FULL_ONE_TRAINER = ONE_TRAINER | {
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, {"training.ema_decay": 0.0, "objective.min_snr_gamma": 0.0, "adapter.rank": 16, "dataset.mask_outside": 0.0}),
-        ({"ema": "GPU"}, {"training.ema_decay": 0.999}),
-        ({"loss_weight_fn": "MIN_SNR_GAMMA"}, {"objective.weighting": "min_snr", "objective.min_snr_gamma": 5.0}),
-        ({"loss_weight_fn": "P2", "loss_weight_strength": 2}, {"objective.weighting": "p2", "objective.p2_gamma": 2.0}),
-        ({}, {"training.learning_rate": 3e-4, "training.text_encoder_learning_rate": 0, "training.text_encoder_2_learning_rate": 3e-4}),
         (
-            {"unet": {"train": False}, "text_encoder": {"train": True, "learning_rate": None, "stop_training_after": None}},
-            {"training.learning_rate": 0.0, "training.text_encoder_learning_rate": 3e-4, "training.text_encoder_until": 1.0},
+            {},
+            {
+                "training.ema_decay": 0.0,
+                "objective.min_snr_gamma": 0.0,
+                "adapter.rank": 16,
+                "dataset.mask_outside": 0.0,
+            },
         ),
-        ({"text_encoder": {"train": True, "stop_training_after": 30}}, {"training.text_encoder_until": 0.3}),
-        ({"resolution": "512,768,1024"}, {"dataset.resolution": 1024, "dataset.resolutions": (768, 512)}),
-        ({"layer_filter": "attentions,x"}, {"adapter.target_pattern": "attentions|x", "adapter.targets": "attention"}),
-        ({"peft_type": "LOKR", "lokr_decompose_factor": -1}, {"adapter.kind": "lokr", "adapter.rank": 4, "adapter.lokr_factor": 0}),
-        ({"min_noising_strength": 0.1, "max_noising_strength": 0.9}, {"objective.min_timestep": 100, "objective.max_timestep": 900}),
+        ({"ema": "GPU"}, {"training.ema_decay": 0.999}),
+        (
+            {"loss_weight_fn": "MIN_SNR_GAMMA"},
+            {"objective.weighting": "min_snr", "objective.min_snr_gamma": 5.0},
+        ),
+        (
+            {"loss_weight_fn": "P2", "loss_weight_strength": 2},
+            {"objective.weighting": "p2", "objective.p2_gamma": 2.0},
+        ),
+        (
+            {},
+            {
+                "training.learning_rate": 3e-4,
+                "training.text_encoder_learning_rate": 0,
+                "training.text_encoder_2_learning_rate": 3e-4,
+            },
+        ),
+        (
+            {
+                "unet": {"train": False},
+                "text_encoder": {"train": True, "learning_rate": None, "stop_training_after": None},
+            },
+            {
+                "training.learning_rate": 0.0,
+                "training.text_encoder_learning_rate": 3e-4,
+                "training.text_encoder_until": 1.0,
+            },
+        ),
+        (
+            {"text_encoder": {"train": True, "stop_training_after": 30}},
+            {"training.text_encoder_until": 0.3},
+        ),
+        (
+            {"resolution": "512,768,1024"},
+            {"dataset.resolution": 1024, "dataset.resolutions": (768, 512)},
+        ),
+        (
+            {"layer_filter": "attentions,x"},
+            {"adapter.target_pattern": "attentions|x", "adapter.targets": "attention"},
+        ),
+        (
+            {"peft_type": "LOKR", "lokr_decompose_factor": -1},
+            {"adapter.kind": "lokr", "adapter.rank": 4, "adapter.lokr_factor": 0},
+        ),
+        (
+            {"min_noising_strength": 0.1, "max_noising_strength": 0.9},
+            {"objective.min_timestep": 100, "objective.max_timestep": 900},
+        ),
     ],
 )
 def test_one_trainers_fields_count_with_their_switches(changes: dict, expected: dict) -> None:
     run = changed(FULL_ONE_TRAINER | changes, {"training.ema_decay": 0.9, "training.steps": 50})
-    assert expected | {"training.steps": 0} == {path: run[path] for path in (*expected, "training.steps")}
+    assert expected | {"training.steps": 0} == {
+        path: run[path] for path in (*expected, "training.steps")
+    }
 
 
 NETWORK = {"network_module": "networks.lora", "network_dim": 8, "learning_rate": 1e-4}
@@ -256,40 +377,126 @@ NETWORK = {"network_module": "networks.lora", "network_dim": 8, "learning_rate":
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"max_train_epochs": 10, "max_train_steps": 1600}, {"training.steps": 0, "training.views_per_picture": 10}),
-        ({"max_train_epochs": 0, "max_train_steps": 0, "epoch": 10}, {"training.steps": 0, "training.views_per_picture": 10}),
-        ({"max_train_epochs": 0, "max_train_steps": 99, "epoch": 10}, {"training.steps": 99, "training.views_per_picture": 80}),
-        ({"unet_lr": 0, "text_encoder_lr": 0}, {"training.learning_rate": 1e-4, "training.text_encoder_learning_rate": 1e-4}),
-        ({"unet_lr": 0, "text_encoder_lr": 1e-5}, {"training.learning_rate": 0.0, "training.text_encoder_learning_rate": 1e-5}),
+        (
+            {"max_train_epochs": 10, "max_train_steps": 1600},
+            {"training.steps": 0, "training.views_per_picture": 10},
+        ),
+        (
+            {"max_train_epochs": 0, "max_train_steps": 0, "epoch": 10},
+            {"training.steps": 0, "training.views_per_picture": 10},
+        ),
+        (
+            {"max_train_epochs": 0, "max_train_steps": 99, "epoch": 10},
+            {"training.steps": 99, "training.views_per_picture": 80},
+        ),
+        (
+            {"unet_lr": 0, "text_encoder_lr": 0},
+            {"training.learning_rate": 1e-4, "training.text_encoder_learning_rate": 1e-4},
+        ),
+        (
+            {"unet_lr": 0, "text_encoder_lr": 1e-5},
+            {"training.learning_rate": 0.0, "training.text_encoder_learning_rate": 1e-5},
+        ),
         ({"text_encoder_lr": [1e-5, 2e-5]}, {"training.text_encoder_2_learning_rate": 2e-5}),
-        ({}, {"objective.min_snr_gamma": 0.0, "training.lr_schedule": "constant", "training.warmup": 0.0, "adapter.max_norm": 0.0}),
+        (
+            {},
+            {
+                "objective.min_snr_gamma": 0.0,
+                "training.lr_schedule": "constant",
+                "training.warmup": 0.0,
+                "adapter.max_norm": 0.0,
+            },
+        ),
         ({"lr_warmup": 10, "lr_scheduler": "constant"}, {"training.warmup": 0.0}),
         ({"lr_warmup": 10, "lr_scheduler": "constant_with_warmup"}, {"training.warmup": 0.1}),
-        ({"lr_warmup_steps": 200, "lr_scheduler": "cosine", "max_train_steps": 900}, {"training.warmup": 200}),
-        ({"debiased_estimation_loss": True}, {"objective.weighting": "debiased"}),
-        ({"noise_offset_type": "Original", "noise_offset": 0.1, "multires_noise_iterations": 6}, {"objective.pyramid_noise": 0.0}),
         (
-            {"noise_offset_type": "Multires", "noise_offset": 0.1, "multires_noise_iterations": 6, "multires_noise_discount": 0.3},
+            {"lr_warmup_steps": 200, "lr_scheduler": "cosine", "max_train_steps": 900},
+            {"training.warmup": 200},
+        ),
+        ({"debiased_estimation_loss": True}, {"objective.weighting": "debiased"}),
+        (
+            {"noise_offset_type": "Original", "noise_offset": 0.1, "multires_noise_iterations": 6},
+            {"objective.pyramid_noise": 0.0},
+        ),
+        (
+            {
+                "noise_offset_type": "Multires",
+                "noise_offset": 0.1,
+                "multires_noise_iterations": 6,
+                "multires_noise_discount": 0.3,
+            },
             {"objective.pyramid_noise": 0.3, "objective.noise_offset": 0.0},
         ),
-        ({}, {"adapter.target_pattern": foreign_configs.TRANSFORMERS, "adapter.targets": "attention", "adapter.kind": "lora"}),
-        ({"network_args": ["conv_dim=8"]}, {"adapter.targets": "linear+conv", "adapter.conv_rank": 8, "adapter.conv_alpha": 1.0}),
-        ({"LoRA_type": "Standard", "conv_dim": 8}, {"adapter.target_pattern": foreign_configs.TRANSFORMERS, "adapter.conv_rank": 0}),
-        ({"LoRA_type": "Kohya LoCon", "conv_dim": 8, "conv_alpha": 4}, {"adapter.targets": "linear+conv", "adapter.conv_alpha": 4.0}),
-        ({"LoRA_type": "LyCORIS/LoHa", "LyCORIS_preset": "attn-mlp"}, {"adapter.kind": "loha", "adapter.targets": "attention"}),
         (
-            {"network_module": "lycoris.kohya", "network_args": ["algo=lokr", "factor=8", "use_tucker=False"]},
-            {"adapter.kind": "lokr", "adapter.lokr_factor": 8, "adapter.targets": "linear+conv", "adapter.target_pattern": ""},
+            {},
+            {
+                "adapter.target_pattern": foreign_configs.TRANSFORMERS,
+                "adapter.targets": "attention",
+                "adapter.kind": "lora",
+            },
         ),
-        ({"network_module": "lycoris.kohya", "network_args": ["algo=locon", "dora_wd=True"]}, {"adapter.kind": "dora"}),
         (
-            {"flip_aug": True, "shuffle_caption": True, "caption_tag_dropout_rate": 0.1, "masked_loss": True, "prior_loss_weight": 0.5},
-            {"dataset.flip": True, "dataset.shuffle_tags": True, "dataset.keep_tags": 0, "dataset.tag_dropout": 0.1}
+            {"network_args": ["conv_dim=8"]},
+            {"adapter.targets": "linear+conv", "adapter.conv_rank": 8, "adapter.conv_alpha": 1.0},
+        ),
+        (
+            {"LoRA_type": "Standard", "conv_dim": 8},
+            {"adapter.target_pattern": foreign_configs.TRANSFORMERS, "adapter.conv_rank": 0},
+        ),
+        (
+            {"LoRA_type": "Kohya LoCon", "conv_dim": 8, "conv_alpha": 4},
+            {"adapter.targets": "linear+conv", "adapter.conv_alpha": 4.0},
+        ),
+        (
+            {"LoRA_type": "LyCORIS/LoHa", "LyCORIS_preset": "attn-mlp"},
+            {"adapter.kind": "loha", "adapter.targets": "attention"},
+        ),
+        (
+            {
+                "network_module": "lycoris.kohya",
+                "network_args": ["algo=lokr", "factor=8", "use_tucker=False"],
+            },
+            {
+                "adapter.kind": "lokr",
+                "adapter.lokr_factor": 8,
+                "adapter.targets": "linear+conv",
+                "adapter.target_pattern": "",
+            },
+        ),
+        (
+            {"network_module": "lycoris.kohya", "network_args": ["algo=locon", "dora_wd=True"]},
+            {"adapter.kind": "dora"},
+        ),
+        (
+            {
+                "flip_aug": True,
+                "shuffle_caption": True,
+                "caption_tag_dropout_rate": 0.1,
+                "masked_loss": True,
+                "prior_loss_weight": 0.5,
+            },
+            {
+                "dataset.flip": True,
+                "dataset.shuffle_tags": True,
+                "dataset.keep_tags": 0,
+                "dataset.tag_dropout": 0.1,
+            }
             | {"dataset.masked_loss": "mask", "dataset.prior_loss_weight": 0.5},
         ),
         (
-            {"loss_type": "huber", "min_timestep": 100, "max_timestep": 900, "scale_weight_norms": 1, "ip_noise_gamma": 0.1},
-            {"objective.loss": "huber", "objective.min_timestep": 100, "objective.max_timestep": 900, "adapter.max_norm": 1.0}
+            {
+                "loss_type": "huber",
+                "min_timestep": 100,
+                "max_timestep": 900,
+                "scale_weight_norms": 1,
+                "ip_noise_gamma": 0.1,
+            },
+            {
+                "objective.loss": "huber",
+                "objective.min_timestep": 100,
+                "objective.max_timestep": 900,
+                "adapter.max_norm": 1.0,
+            }
             | {"objective.input_perturbation": 0.1},
         ),
     ],
@@ -297,21 +504,30 @@ NETWORK = {"network_module": "networks.lora", "network_dim": 8, "learning_rate":
 def test_kohyas_settings_mean_what_they_mean_there(changes: dict, expected: dict) -> None:
     data = NETWORK | changes
     assert foreign_configs.read(json.dumps(data)).left_out == []
-    assert expected == {path: value for path, value in changed(data, {"adapter.max_norm": 2.0}).items() if path in expected}
+    assert expected == {
+        path: value
+        for path, value in changed(data, {"adapter.max_norm": 2.0}).items()
+        if path in expected
+    }
 
 
 def test_kohyas_layers_are_those_of_its_transformers() -> None:
     adapter = carried(json.dumps(NETWORK))[0].adapter
     shapes = targets.projections(model_files.inspect(model_files.EMBEDDED_FOLDER).tensors["unet"])
     chosen = {target.name for target in targets.choose_targets(adapter, "unet", shapes)}
-    assert chosen == {name for name in shapes if "attentions" in name} and any(name.endswith("proj_in") for name in chosen)
+    assert chosen == {name for name in shapes if "attentions" in name} and any(
+        name.endswith("proj_in") for name in chosen
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "left_out"),
     [
         ({"dataset_config": "d.toml"}, "dataset_config = d.toml"),
-        ({"network_module": "lycoris.kohya", "network_args": ["algo=boft"]}, "network_module = lycoris.kohya (boft)"),
+        (
+            {"network_module": "lycoris.kohya", "network_args": ["algo=boft"]},
+            "network_module = lycoris.kohya (boft)",
+        ),
         ({"network_args": ["loraplus_lr_ratio=4"]}, "network_args.loraplus_lr_ratio = 4"),
         ({"seed": float("inf")}, "seed = inf"),
         ({"max_train_steps": float("inf")}, "max_train_steps = inf"),

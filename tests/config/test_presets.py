@@ -8,14 +8,23 @@ from trainer.errors import ConfigError
 from trainer.runs import run_folder
 from trainer.training.runner import run_in
 
-KINDS = {"embedded": "sd1", "sd15": "sd1", "sd21": "sd2-v", "sdxl": "sdxl", "sd35m": "sd35-medium"}  # of tiny bases, by how a preset begins
+KINDS = {
+    "embedded": "sd1",
+    "sd15": "sd1",
+    "sd21": "sd2-v",
+    "sdxl": "sdxl",
+    "sd35m": "sd35-medium",
+}  # of tiny bases, by how a preset begins
 
 
 @pytest.fixture(scope="module")
 def base_for(tmp_path_factory):
     from tests.tiny import save_tiny_base
 
-    folders = {kind: save_tiny_base(tmp_path_factory.mktemp(kind) / "base", kind=kind) for kind in sorted(set(KINDS.values()))}
+    folders = {
+        kind: save_tiny_base(tmp_path_factory.mktemp(kind) / "base", kind=kind)
+        for kind in sorted(set(KINDS.values()))
+    }
     return lambda preset: folders[KINDS[preset.partition("-")[0]]]
 
 
@@ -45,15 +54,25 @@ def test_every_preset_trains(name, base_for, tiny_dataset, outputs):
 @pytest.mark.parametrize("name", load_presets())
 def test_every_preset_says_what_it_is_for(name):
     preset = load_preset(name)
-    assert preset.purpose.endswith(".") and preset.pictures and preset.memory and preset.time and len(preset.hash) == 12
-    assert preset.config.adapter.alpha == preset.config.adapter.rank, "else learning rates cannot be compared between presets"
+    assert (
+        preset.purpose.endswith(".")
+        and preset.pictures
+        and preset.memory
+        and preset.time
+        and len(preset.hash) == 12
+    )
+    assert preset.config.adapter.alpha == preset.config.adapter.rank, (
+        "else learning rates cannot be compared between presets"
+    )
 
 
 def test_each_base_has_the_four_purposes():
     by_base = {}
     for preset in load_presets().values():
         by_base.setdefault(preset.config.base.model, set()).add(preset.title)
-    assert len(by_base) == len(KINDS) and all(titles >= {"Subject", "Style", "Object", "Character"} for titles in by_base.values())
+    assert len(by_base) == len(KINDS) and all(
+        titles >= {"Subject", "Style", "Object", "Character"} for titles in by_base.values()
+    )
 
 
 NATIVE = {"embedded": 64, "sd15": 512, "sd21": 768, "sdxl": 1024, "sd35m": 1024}

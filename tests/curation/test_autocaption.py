@@ -15,7 +15,20 @@ from trainer.errors import ModelError, StateError
 from trainer.runs import run_folder
 from trainer.runs.events import Captioned, CaptionsDone, Failed, Progress, Warned, read_events
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "on", "red", "mat", "sits"]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "a",
+    "cat",
+    "dog",
+    "on",
+    "red",
+    "mat",
+    "sits",
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +40,12 @@ def blip(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("blip")
     (folder / "vocab.txt").write_text("\n".join(WORDS))
-    thin = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    thin = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     text = thin | {
         "vocab_size": len(WORDS),
         "encoder_hidden_size": 16,
@@ -39,7 +57,10 @@ def blip(tmp_path_factory):
     config = BlipConfig(text_config=text, vision_config=thin | {"image_size": 32, "patch_size": 16})
     torch.manual_seed(0)
     BlipForConditionalGeneration(config).save_pretrained(folder)
-    BlipProcessor(BlipImageProcessorPil(size={"height": 32, "width": 32}), BertTokenizer(str(folder / "vocab.txt"))).save_pretrained(folder)
+    BlipProcessor(
+        BlipImageProcessorPil(size={"height": 32, "width": 32}),
+        BertTokenizer(str(folder / "vocab.txt")),
+    ).save_pretrained(folder)
     return folder
 
 
@@ -59,19 +80,47 @@ def florence(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("florence")
     words = ["<s>", "<pad>", "</s>", "<unk>", "<image>", *WORDS[5:]]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens={"image_token": "<image>"}, **special)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, extra_special_tokens={"image_token": "<image>"}, **special
+    )
     images = CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False)
     images.image_seq_length = 17  # 4 x 4 places and their mean
     sizes = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
-    layers = {f"{part}_{what}": size for part in ("encoder", "decoder") for what, size in sizes.items()}
-    text = BartConfig(vocab_size=len(words), d_model=16, bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2, **layers)
-    vision = {"embed_dim": [8, 16], "depths": [1, 1], "num_heads": [1, 2], "num_groups": [1, 2], "window_size": 4, "projection_dim": 16}
-    vision |= {"patch_size": [7, 3], "patch_stride": [4, 2], "patch_padding": [3, 1], "patch_prenorm": [False, True]}
+    layers = {
+        f"{part}_{what}": size for part in ("encoder", "decoder") for what, size in sizes.items()
+    }
+    text = BartConfig(
+        vocab_size=len(words),
+        d_model=16,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        **layers,
+    )
+    vision = {
+        "embed_dim": [8, 16],
+        "depths": [1, 1],
+        "num_heads": [1, 2],
+        "num_groups": [1, 2],
+        "window_size": 4,
+        "projection_dim": 16,
+    }
+    vision |= {
+        "patch_size": [7, 3],
+        "patch_stride": [4, 2],
+        "patch_padding": [3, 1],
+        "patch_prenorm": [False, True],
+    }
     torch.manual_seed(0)
-    model = Florence2ForConditionalGeneration(Florence2Config(text_config=text.to_dict(), vision_config=vision, image_token_id=4))
+    model = Florence2ForConditionalGeneration(
+        Florence2Config(text_config=text.to_dict(), vision_config=vision, image_token_id=4)
+    )
     with torch.no_grad():  # it should say words rather than end at once
         model.get_input_embeddings().weight[5:] *= 50
     model.save_pretrained(folder)
@@ -79,7 +128,15 @@ def florence(tmp_path_factory):
     return folder
 
 
-TAGS = [("general", 9), ("sensitive", 9), ("red_hat", 0), ("blue_sky", 0), ("^_^", 0), ("maya", 4), ("sea", 0)]
+TAGS = [
+    ("general", 9),
+    ("sensitive", 9),
+    ("red_hat", 0),
+    ("blue_sky", 0),
+    ("^_^", 0),
+    ("maya", 4),
+    ("sea", 0),
+]
 SCORES = [0.99, 0.5, 0.6, 0.9, 0.4, 0.8, 0.1]
 
 
@@ -104,7 +161,10 @@ def tagger(tmp_path_factory):
         helper.make_tensor("scores", TensorProto.FLOAT, [len(TAGS)], SCORES),
     ]
     graph = helper.make_graph(nodes, "tagger", [picture], [out], weights)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), folder / "model.onnx")
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8),
+        folder / "model.onnx",
+    )
     with open(folder / "selected_tags.csv", "w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["tag_id", "name", "category", "count"])
@@ -167,7 +227,20 @@ def test_both_make_one_caption(blip, tagger, dataset):
 
 
 def test_the_command_is_the_job_and_stops_when_asked(tagger, dataset, monkeypatch, capsys):
-    assert main(["caption", str(dataset), "--tagger", str(tagger), "--overwrite", "--blacklist", "sea, ^_^"]) == 0
+    assert (
+        main(
+            [
+                "caption",
+                str(dataset),
+                "--tagger",
+                str(tagger),
+                "--overwrite",
+                "--blacklist",
+                "sea, ^_^",
+            ]
+        )
+        == 0
+    )
     assert "3 captions written" in capsys.readouterr().out
     assert captions(dataset)["2"] == "blue sky, red hat"
     real = autocaption.describe
@@ -191,7 +264,10 @@ def test_only_one_job_at_a_time(tagger, dataset):
 def test_a_model_that_says_nothing_takes_no_caption_away(blip, dataset, monkeypatch):
     monkeypatch.setattr(autocaption, "load_describer", lambda folder: lambda image: "")
     assert caption_dataset(dataset, Wish(model=str(blip), overwrite=True)) == 0
-    assert captions(dataset) == {"1": "mine"} and sum(isinstance(event, Warned) for event in events(dataset)) == 3
+    assert (
+        captions(dataset) == {"1": "mine"}
+        and sum(isinstance(event, Warned) for event in events(dataset)) == 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,7 +282,12 @@ def test_a_model_that_says_nothing_takes_no_caption_away(blip, dataset, monkeypa
 )
 def test_no_model_is_a_sentence(dataset, tmp_path, wish, says):
     (tmp_path / "EMPTY").mkdir()
-    wish = Wish(**{name: str(tmp_path / "EMPTY") if value == "EMPTY" else value for name, value in vars(wish).items()})
+    wish = Wish(
+        **{
+            name: str(tmp_path / "EMPTY") if value == "EMPTY" else value
+            for name, value in vars(wish).items()
+        }
+    )
     with pytest.raises(ModelError, match=says):
         caption_dataset(dataset, wish)
     assert isinstance(events(dataset)[-1], Failed) and captions(dataset) == {"1": "mine"}

@@ -41,7 +41,11 @@ def write(folder, name, data=PNG, caption: str | bytes | None = "a cat, on a mat
 
 
 def cure(folder, kind: str, name: str, **options) -> int:
-    findings = [finding for finding in scan_dataset(folder, resolution=64, **options)[1] if finding.kind == kind]
+    findings = [
+        finding
+        for finding in scan_dataset(folder, resolution=64, **options)[1]
+        if finding.kind == kind
+    ]
     assert findings, kind
     return fixes.apply(folder, findings, name)
 
@@ -75,7 +79,10 @@ def test_a_cure_cures_and_is_taken_back(folder, kind):
     before = snapshot(folder)
     assert cure(folder, kind, name) > 0
     assert snapshot(folder).keys() == expected
-    assert kind not in {finding.kind for finding in scan_dataset(folder, resolution=64)[1]} or kind == "transparent"
+    assert (
+        kind not in {finding.kind for finding in scan_dataset(folder, resolution=64)[1]}
+        or kind == "transparent"
+    )
     if kind == "animated":
         assert read_caption(folder / "x.png")[0] == "a cat"
     if kind == "rotated":
@@ -124,7 +131,9 @@ def test_check_command_cures_and_takes_back(folder, capsys):
     before = snapshot(folder)
     assert main(["check", str(folder), "--resolution", "64", "--fix", "duplicate", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["pictures"] == 1 and "duplicate" not in {finding["kind"] for finding in report["findings"]}
+    assert report["pictures"] == 1 and "duplicate" not in {
+        finding["kind"] for finding in report["findings"]
+    }
     assert main(["check", str(folder), "--resolution", "64", "--undo"]) == 0
     assert "[duplicate]" in capsys.readouterr().out and snapshot(folder) == before
     assert main(["check", str(folder), "--fix", "everything"]) == 1
@@ -138,7 +147,9 @@ def test_undo_goes_back_step_by_step_and_typing_is_one_step(folder):
     picture = write(folder, "a.png")
     first = snapshot(folder)
     for text in ("a", "a d", "a dog"):
-        history.apply(folder, "Caption of a.png", [caption_edits.caption_edit(picture, text)], merge="caption")
+        history.apply(
+            folder, "Caption of a.png", [caption_edits.caption_edit(picture, text)], merge="caption"
+        )
     second = snapshot(folder)
     history.apply(folder, "Removed a.png", [Edit(picture, None), Edit(folder / "a.txt", None)])
     assert snapshot(folder) == {} and history.last(folder).files == 2
@@ -153,20 +164,37 @@ def test_undo_goes_back_step_by_step_and_typing_is_one_step(folder):
 def test_a_change_that_joins_another_and_finds_the_disk_full_is_taken_back_too(folder, monkeypatch):
     picture = write(folder, "a.png")
     first = snapshot(folder)
-    history.apply(folder, "Caption of a.png", [caption_edits.caption_edit(picture, "a")], merge="caption")
+    history.apply(
+        folder, "Caption of a.png", [caption_edits.caption_edit(picture, "a")], merge="caption"
+    )
     with monkeypatch.context() as full:
-        full.setattr(history, "_place", lambda path, content: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        full.setattr(
+            history,
+            "_place",
+            lambda path, content: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+        )
         with pytest.raises(OSError):
-            history.apply(folder, "Caption of a.png", [caption_edits.caption_edit(picture, "a dog")], merge="caption")
+            history.apply(
+                folder,
+                "Caption of a.png",
+                [caption_edits.caption_edit(picture, "a dog")],
+                merge="caption",
+            )
     assert history.undo(folder) == ("Caption of a.png", []) and snapshot(folder) == first
 
 
 def test_undo_leaves_alone_what_others_changed(folder):
     one, two = write(folder, "a.png", seven(1)), write(folder, "b.png", seven(2))
-    history.apply(folder, "Both", [caption_edits.caption_edit(one, "new"), caption_edits.caption_edit(two, "new")])
+    history.apply(
+        folder,
+        "Both",
+        [caption_edits.caption_edit(one, "new"), caption_edits.caption_edit(two, "new")],
+    )
     (folder / "a.txt").write_text("by hand")
     assert history.undo(folder) == ("Both", ["a.txt"])
-    assert (folder / "a.txt").read_text() == "by hand" and (folder / "b.txt").read_text() == "a cat, on a mat"
+    assert (folder / "a.txt").read_text() == "by hand" and (
+        folder / "b.txt"
+    ).read_text() == "a cat, on a mat"
 
 
 @pytest.mark.parametrize("after", range(3))
@@ -182,7 +210,9 @@ def test_a_change_that_is_cut_off_can_be_taken_back(folder, monkeypatch, after):
 
     monkeypatch.setattr(history, "_place", cut)
     with pytest.raises(KeyboardInterrupt):
-        history.apply(folder, "Cut", [caption_edits.caption_edit(picture, "new") for picture in pictures])
+        history.apply(
+            folder, "Cut", [caption_edits.caption_edit(picture, "new") for picture in pictures]
+        )
     monkeypatch.undo()
     assert history.undo(folder) == ("Cut", []) and snapshot(folder) == before
 
@@ -234,7 +264,9 @@ def test_bad_patterns_are_sentences_and_change_nothing(monkeypatch):
     monkeypatch.setattr(caption_edits, "PATTERN_SECONDS", 0.2)
     for find, replacement in (("(", "x"), ("a", r"\1"), ("x" * 2000, ""), ("(a|aa)+$", "")):
         with pytest.raises(DatasetError):
-            caption_edits.plan([("x.png", "a" * 60 + "b")], caption_edits.replace(find, replacement, True))
+            caption_edits.plan(
+                [("x.png", "a" * 60 + "b")], caption_edits.replace(find, replacement, True)
+            )
     with pytest.raises(DatasetError, match="larger than"):
         caption_edits.plan([(Path("x.png"), "a" * 2000)], caption_edits.replace("a", "b" * 1000))
 
@@ -242,5 +274,9 @@ def test_bad_patterns_are_sentences_and_change_nothing(monkeypatch):
 def test_tags_are_counted_and_filtered():
     captions = ["Maya, sea", "maya, SEA, sea", "tree"]
     assert caption_edits.tag_counts(captions) == [("Maya", 2), ("sea", 2), ("tree", 1)]
-    changes = caption_edits.plan([(str(i), caption) for i, caption in enumerate(captions)], caption_edits.append("x"), tag="tree")
+    changes = caption_edits.plan(
+        [(str(i), caption) for i, caption in enumerate(captions)],
+        caption_edits.append("x"),
+        tag="tree",
+    )
     assert [(change.picture, change.after) for change in changes] == [("2", "tree, x")]

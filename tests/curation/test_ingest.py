@@ -31,7 +31,9 @@ def put(folder, name, data):
 
 
 def names(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
 
 
 def test_files_folders_and_zips_are_copied(source, tmp_path):
@@ -41,9 +43,17 @@ def test_files_folders_and_zips_are_copied(source, tmp_path):
     with zipfile.ZipFile(source / "more.zip", "w") as archive:
         archive.writestr("sub/b.png", PNG)
         archive.writestr("sub/b.caption", "a dog")
-    findings = import_files([source / "10_cat", source / "single.jpg", source / "more.zip"], tmp_path / "set")
+    findings = import_files(
+        [source / "10_cat", source / "single.jpg", source / "more.zip"], tmp_path / "set"
+    )
     assert findings == []
-    assert names(tmp_path / "set") == ["10_cat/a.png", "10_cat/a.txt", "single.jpg", "sub/b.caption", "sub/b.png"]
+    assert names(tmp_path / "set") == [
+        "10_cat/a.png",
+        "10_cat/a.txt",
+        "single.jpg",
+        "sub/b.caption",
+        "sub/b.png",
+    ]
     assert (tmp_path / "set" / "single.jpg").read_bytes() == JPG
     assert (source / "single.jpg").read_bytes() == JPG
 
@@ -57,7 +67,16 @@ def test_uploads_get_the_names_people_know_and_stay_paired(source, tmp_path):
 
 def test_names_from_a_browser_lead_nowhere(source, tmp_path):
     upload = put(source, "0001", PNG)
-    for name in ("../../evil.png", "/etc/evil.png", "..\\..\\evil.png", "C:\\evil.png", "..", "/", "", "a\0b.png"):
+    for name in (
+        "../../evil.png",
+        "/etc/evil.png",
+        "..\\..\\evil.png",
+        "C:\\evil.png",
+        "..",
+        "/",
+        "",
+        "a\0b.png",
+    ):
         import_files([(upload, name)], tmp_path / "in" / "set")
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["set"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "source"]
@@ -65,8 +84,17 @@ def test_names_from_a_browser_lead_nowhere(source, tmp_path):
 
 def test_one_upload_may_have_several_names(source, tmp_path):
     """An upload is kept by its content: two captions that say the same may be one file."""
-    words, first, second = put(source, "0001", b"a photo"), put(source, "0002", PNG), put(source, "0003", JPG)
-    dropped = [(first, "10_cat/1.png"), (words, "10_cat/1.txt"), (second, "20_dog/1.png"), (words, "20_dog/1.txt")]
+    words, first, second = (
+        put(source, "0001", b"a photo"),
+        put(source, "0002", PNG),
+        put(source, "0003", JPG),
+    )
+    dropped = [
+        (first, "10_cat/1.png"),
+        (words, "10_cat/1.txt"),
+        (second, "20_dog/1.png"),
+        (words, "20_dog/1.txt"),
+    ]
     assert import_files(dropped, tmp_path / "set") == []
     assert names(tmp_path / "set") == sorted(name for _, name in dropped)
 
@@ -78,19 +106,31 @@ def test_names_that_become_one_lose_nothing(source, tmp_path):
     dropped = []
     for number, name in enumerate(known):
         dropped.append((put(source, f"{number}.txt", name.encode()), f"{name}.txt"))
-        dropped.append((put(source, f"{number}.png", encoded(photo(seed=number), "PNG")), f"{name}.png"))
+        dropped.append(
+            (put(source, f"{number}.png", encoded(photo(seed=number), "PNG")), f"{name}.png")
+        )
     import_files(dropped, tmp_path / "set")
-    captions = {item.path.read_bytes(): item.caption for item in scan_dataset(tmp_path / "set", resolution=64)[0]}
-    assert captions == {path.with_suffix(".png").read_bytes(): name[:-4].strip() for path, name in dropped[::2]}
+    captions = {
+        item.path.read_bytes(): item.caption
+        for item in scan_dataset(tmp_path / "set", resolution=64)[0]
+    }
+    assert captions == {
+        path.with_suffix(".png").read_bytes(): name[:-4].strip() for path, name in dropped[::2]
+    }
 
 
 def test_captions_of_long_names_may_come_later(source, tmp_path):
     prompt = "a portrait of a woman in a red dress, standing in a field of flowers, " * 2
-    pictures = [put(source, f"{number}.png", encoded(photo(seed=number), "PNG")) for number in range(3)]
+    pictures = [
+        put(source, f"{number}.png", encoded(photo(seed=number), "PNG")) for number in range(3)
+    ]
     words = [put(source, f"{number}.txt", f"caption {number}".encode()) for number in range(3)]
     import_files([(path, f"{prompt}{path.name}") for path in pictures], tmp_path / "set")
     import_files([(path, f"{prompt}{path.name}") for path in reversed(words)], tmp_path / "set")
-    captions = {item.path.read_bytes(): item.caption for item in scan_dataset(tmp_path / "set", resolution=64)[0]}
+    captions = {
+        item.path.read_bytes(): item.caption
+        for item in scan_dataset(tmp_path / "set", resolution=64)[0]
+    }
     assert captions == {path.read_bytes(): f"caption {path.stem}" for path in pictures}
 
 
@@ -98,7 +138,9 @@ def test_a_folder_that_came_file_by_file_is_treated_as_one(source, tmp_path):
     deep = "/".join("abcdefghijklmnopq")
     left_out = ["set/.hidden/1.png", f"{deep}/1.png", "set/more.zip", "set/notes.md"]
     upload = put(source, "0001", PNG)
-    findings = import_files([(upload, name) for name in ("set/__MACOSX/1.png", "set/1.png", *left_out)], tmp_path / "in")
+    findings = import_files(
+        [(upload, name) for name in ("set/__MACOSX/1.png", "set/1.png", *left_out)], tmp_path / "in"
+    )
     assert names(tmp_path / "in") == ["set/1.png"]
     assert sorted(finding.file for finding in findings) == sorted(left_out)
 
@@ -110,7 +152,10 @@ def test_nothing_is_overwritten_and_pairs_keep_together(source, tmp_path):
     findings = import_files([put(source, "A.png", PNG), put(source, "A.txt", b"new")], target)
     assert names(target) == ["A-2.png", "A-2.txt", "a.png", "a.txt"]
     assert (target / "a.txt").read_bytes() == b"old" and (target / "A-2.txt").read_bytes() == b"new"
-    assert [finding.message for finding in findings] == ["Was saved as A-2.png.", "Was saved as A-2.txt."]
+    assert [finding.message for finding in findings] == [
+        "Was saved as A-2.png.",
+        "Was saved as A-2.txt.",
+    ]
 
 
 def test_importing_twice_adds_nothing(source, tmp_path):
@@ -131,7 +176,9 @@ def test_masks_stay_with_their_pictures_whatever_the_names(source, tmp_path):
     put(source, "d/bad.png", b"no picture")
     put(source, "d/bad.mask.png", mask)
     files = [path for path in sorted((source / "d").rglob("*")) if path.is_file()]
-    findings = import_files([(path, path.relative_to(source / "d").as_posix()) for path in files], target)
+    findings = import_files(
+        [(path, path.relative_to(source / "d").as_posix()) for path in files], target
+    )
     items, _ = scan_dataset(target, resolution=64)
     assert {item.path.name: item.mask and item.mask.name for item in items} == {
         "a.png": None, "a-2.png": "a-2.mask.png", "b_.png": "b_.mask.png",
@@ -142,18 +189,34 @@ def test_masks_stay_with_their_pictures_whatever_the_names(source, tmp_path):
 
 def test_captions_may_come_later_but_replace_none(source, tmp_path):
     target = tmp_path / "set"
-    import_files([put(source, "a.png", PNG), put(source, "b.png", JPG), put(source, "b.txt", b"old")], target)
-    findings = import_files([put(source, "a.txt", b"new a"), put(source, "b.txt", b"new b")], target)
-    assert read_caption(target / "a.png")[0] == "new a" and read_caption(target / "b.png")[0] == "old"
+    import_files(
+        [put(source, "a.png", PNG), put(source, "b.png", JPG), put(source, "b.txt", b"old")], target
+    )
+    findings = import_files(
+        [put(source, "a.txt", b"new a"), put(source, "b.txt", b"new b")], target
+    )
+    assert (
+        read_caption(target / "a.png")[0] == "new a" and read_caption(target / "b.png")[0] == "old"
+    )
     assert [finding.file for finding in findings] == ["b.txt"]
 
 
 def test_captions_that_came_first_get_their_pictures(source, tmp_path):
     target = tmp_path / "set"
-    import_files([put(source, "a.txt", b"cat a"), put(source, "d/b.txt", b"cat b").parent, put(source, "c.txt", b"cat c")], target)
+    import_files(
+        [
+            put(source, "a.txt", b"cat a"),
+            put(source, "d/b.txt", b"cat b").parent,
+            put(source, "c.txt", b"cat c"),
+        ],
+        target,
+    )
     put(source, "d/b.png", JPG)  # comes with its caption once more
     assert import_files([put(source, "a.png", PNG), source / "d"], target) == []
-    import_files([put(source, "c.png", encoded(photo(seed=3), "PNG")), put(source, "c.txt", b"another")], target)
+    import_files(
+        [put(source, "c.png", encoded(photo(seed=3), "PNG")), put(source, "c.txt", b"another")],
+        target,
+    )
     captions = {item.path.name: item.caption for item in scan_dataset(target, resolution=64)[0]}
     assert captions == {"a.png": "cat a", "b.png": "cat b", "c-2.png": "another"}
     assert (target / "c.txt").read_bytes() == b"cat c", "nothing is overwritten"
@@ -165,20 +228,35 @@ def test_a_picture_takes_no_caption_of_another(source, tmp_path):
     import_files([put(source, "b.png", JPG), put(source, "b.caption", b"cat b")], target)
     other = put(source, "0001", encoded(photo(seed=3), "JPEG"))
     import_files([(other, "a.jpg"), (other, "b.jpg")], target)
-    lone = put(source, "0002", b"cat c")  # a file name of Linux, of the same import: no caption that waited
-    import_files([(lone, "c*.txt"), (put(source, "0003", encoded(photo(seed=4), "PNG")), "c?.png")], target)
+    lone = put(
+        source, "0002", b"cat c"
+    )  # a file name of Linux, of the same import: no caption that waited
+    import_files(
+        [(lone, "c*.txt"), (put(source, "0003", encoded(photo(seed=4), "PNG")), "c?.png")], target
+    )
     captions = {item.path.name: item.caption for item in scan_dataset(target, resolution=64)[0]}
-    assert captions == {"a.png": "cat a", "b.png": "cat b", "a-2.jpg": "", "b-2.jpg": "", "c_-2.png": ""}
+    assert captions == {
+        "a.png": "cat a",
+        "b.png": "cat b",
+        "a-2.jpg": "",
+        "b-2.jpg": "",
+        "c_-2.png": "",
+    }
 
 
 @pytest.mark.parametrize("first", [".txt", ".png"])
 def test_accents_are_one_letter_or_two(source, tmp_path, first):
     """A picture from a Mac, and its caption, or its row, written elsewhere."""
-    dropped = [(put(source, "0001", b"a cat"), "\u00e9.txt"), (put(source, "0002", PNG), "e\u0301.png")]
+    dropped = [
+        (put(source, "0001", b"a cat"), "\u00e9.txt"),
+        (put(source, "0002", PNG), "e\u0301.png"),
+    ]
     row = put(source, "0003", b'{"file_name": "\xc3\xa0.jpg", "text": "a dog"}')
     dropped += [(put(source, "0004", JPG), "a\u0300.jpg"), (row, "metadata.jsonl")]
     import_files(sorted(dropped, key=lambda pair: not pair[1].endswith(first)), tmp_path / "set")
-    captions = {item.path.name: item.caption for item in scan_dataset(tmp_path / "set", resolution=64)[0]}
+    captions = {
+        item.path.name: item.caption for item in scan_dataset(tmp_path / "set", resolution=64)[0]
+    }
     assert captions == {"\u00e9.png": "a cat", "\u00e0.jpg": "a dog"}
 
 
@@ -187,8 +265,15 @@ def test_only_pictures_of_the_same_size_are_compared(source, tmp_path, monkeypat
     import_files([put(source, "a.png", PNG), put(source, "b.jpg", JPG)], target)
     sha256 = ingest._sha256
     monkeypatch.setattr(ingest, "_sha256", lambda path: read.append(path.name) or sha256(path))
-    findings = import_files([put(source, "c.png", PNG), put(source, "d.png", PNG), put(source, "e.bmp", b"no picture")], target)
-    assert read == ["a.png"] and [finding.file for finding in findings] == ["c.png", "d.png", "e.bmp"]
+    findings = import_files(
+        [put(source, "c.png", PNG), put(source, "d.png", PNG), put(source, "e.bmp", b"no picture")],
+        target,
+    )
+    assert read == ["a.png"] and [finding.file for finding in findings] == [
+        "c.png",
+        "d.png",
+        "e.bmp",
+    ]
 
 
 def test_known_picture_under_another_name_gets_its_caption(source, tmp_path):
@@ -209,13 +294,25 @@ def test_metadata_follows_renamed_pictures(source, tmp_path):
     rows = [json.dumps({"file_name": name, "text": text}) for name, text in captions.items()]
     put(folder, "metadata.jsonl", "\n".join(rows).encode())
     findings = import_files([folder], tmp_path / "set")
-    captions = {item.path.name: item.caption for item in scan_dataset(tmp_path / "set", resolution=64)[0]}
+    captions = {
+        item.path.name: item.caption for item in scan_dataset(tmp_path / "set", resolution=64)[0]
+    }
     assert captions == {"a.png": "", "a-2.png": "one", "b.png": "two", "c.jpg": "from txt"}
     assert "2 of its 3 captions" in findings[-1].message
 
 
 def test_what_is_not_kept_is_named(source, tmp_path):
-    for name in ("x.py", "x.pth", "x.pt", "x.so", "x.html", "x.svg", "x.zip", "broken.png", "noext"):
+    for name in (
+        "x.py",
+        "x.pth",
+        "x.pt",
+        "x.so",
+        "x.html",
+        "x.svg",
+        "x.zip",
+        "broken.png",
+        "noext",
+    ):
         put(source, f"d/{name}", b"\x80payload")
     put(source, "d/broken.txt", b"a cat")
     put(source, "d/huge.txt", b"x" * (ingest.MAX_CAPTION_BYTES + 1))
@@ -253,7 +350,9 @@ def test_zip_limits_count_real_bytes(source, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(ingest, limit, value)
             findings = import_files([source / "x.zip"], tmp_path / limit)
-        assert [finding.level for finding in findings] == ["error"] and not names(tmp_path / limit), limit
+        assert [finding.level for finding in findings] == ["error"] and not names(
+            tmp_path / limit
+        ), limit
 
 
 def test_zip_names_in_utf8_without_the_flag(source, tmp_path):
@@ -278,7 +377,9 @@ def test_full_disk_is_one_sentence_and_leaves_no_part(source, tmp_path, monkeypa
 
 
 def test_damage_in_one_zip_does_not_stop_the_rest(source, tmp_path):
-    findings = import_files([put(source, "bad.zip", b"PK\3\4"), put(source, "a.png", PNG)], tmp_path / "set")
+    findings = import_files(
+        [put(source, "bad.zip", b"PK\3\4"), put(source, "a.png", PNG)], tmp_path / "set"
+    )
     assert names(tmp_path / "set") == ["a.png"]
     assert [(finding.file, finding.level) for finding in findings] == [("bad.zip", "error")]
 
@@ -295,7 +396,14 @@ def test_safe_names_are_safe(stem, room):
 
 @pytest.mark.parametrize(
     ("stem", "expected"),
-    [("cat 😀", "cat 😀"), ("-rf", "_-rf"), ("CON", "_CON"), ("con.x", "_con.x"), ("...", "picture"), ("a\nb", "ab")],
+    [
+        ("cat 😀", "cat 😀"),
+        ("-rf", "_-rf"),
+        ("CON", "_CON"),
+        ("con.x", "_con.x"),
+        ("...", "picture"),
+        ("a\nb", "ab"),
+    ],
 )
 def test_known_safe_names(stem, expected):
     assert safe_name(stem) == expected

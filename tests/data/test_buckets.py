@@ -36,7 +36,9 @@ def test_every_picture_gets_a_crop(width, height, resolution, step, max_aspect, 
     assert max(crop.bucket) <= max_aspect * min(crop.bucket)
     assert 0 <= crop.left <= crop.scaled[0] - crop.bucket[0]
     assert 0 <= crop.top <= crop.scaled[1] - crop.bucket[1]
-    assert crop.bucket[0] == crop.scaled[0] or crop.bucket[1] == crop.scaled[1], "more is cut off than needed"
+    assert crop.bucket[0] == crop.scaled[0] or crop.bucket[1] == crop.scaled[1], (
+        "more is cut off than needed"
+    )
     if not allow_upscale and min(width, height) >= step * max_aspect:
         assert crop.bucket[0] <= width and crop.bucket[1] <= height
         assert crop.scaled[0] <= width and crop.scaled[1] <= height

@@ -61,7 +61,9 @@ def test_conversions_are_said(tmp_path):
     write(tmp_path, "see-through.png", hidden_magenta())
     write(tmp_path, "turned.jpg", oriented("JPEG", 6))
     found = kinds(tmp_path, resolution=32)
-    assert found["converted"] == ["cmyk.jpg", "deep.png"] + ["lab.jpg"] * ("lab.jpg" in found["converted"])
+    assert found["converted"] == ["cmyk.jpg", "deep.png"] + ["lab.jpg"] * (
+        "lab.jpg" in found["converted"]
+    )
     assert found["transparent"] == ["see-through.png"] and found["rotated"] == ["turned.jpg"]
 
 
@@ -72,35 +74,67 @@ def test_twins_are_found_though_saved_anew(tmp_path):
     write(tmp_path, "c.jpg", encoded(image.resize((240, 160)), "JPEG", quality=60))
     write(tmp_path, "d.png", sharp(2, (300, 200)))
     write(tmp_path, "e.png", image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
-    found = {finding.kind: (finding.file, finding.detail) for finding in scan_dataset(tmp_path, resolution=64)[1]}
-    assert found["duplicate"] == ("b.png", "a.png") and found["near-duplicate"] == ("c.jpg", "a.png")
-    assert sum(finding.kind == "near-duplicate" for finding in scan_dataset(tmp_path, resolution=64)[1]) == 1
+    found = {
+        finding.kind: (finding.file, finding.detail)
+        for finding in scan_dataset(tmp_path, resolution=64)[1]
+    }
+    assert found["duplicate"] == ("b.png", "a.png") and found["near-duplicate"] == (
+        "c.jpg",
+        "a.png",
+    )
+    assert (
+        sum(
+            finding.kind == "near-duplicate" for finding in scan_dataset(tmp_path, resolution=64)[1]
+        )
+        == 1
+    )
 
 
-@pytest.mark.parametrize("captioned, kept", [("cat.png", "cat.png"), ("cat (1).png", "cat (1).png"), ("", "cat.png")])
+@pytest.mark.parametrize(
+    "captioned, kept", [("cat.png", "cat.png"), ("cat (1).png", "cat (1).png"), ("", "cat.png")]
+)
 def test_of_twins_the_captioned_one_stays_else_the_one_that_is_no_copy(tmp_path, captioned, kept):
     image = sharp(1, (300, 200))
     for name in ("cat (1).png", "cat.png"):
         write(tmp_path, name, image, "a cat" if name == captioned else "")
-    found = {finding.kind: (finding.file, finding.detail) for finding in scan_dataset(tmp_path, resolution=64)[1]}
+    found = {
+        finding.kind: (finding.file, finding.detail)
+        for finding in scan_dataset(tmp_path, resolution=64)[1]
+    }
     assert found["duplicate"] == ({"cat.png": "cat (1).png", "cat (1).png": "cat.png"}[kept], kept)
 
 
 def test_captions_are_judged(tmp_path):
-    for seed, caption in enumerate(["maya, 1girl, red hat", "1girl, sea", "1girl, " + "a tree, " * 60, "1girl", "MAYA, 1girl, x"]):
+    for seed, caption in enumerate(
+        [
+            "maya, 1girl, red hat",
+            "1girl, sea",
+            "1girl, " + "a tree, " * 60,
+            "1girl",
+            "MAYA, 1girl, x",
+        ]
+    ):
         write(tmp_path, f"{seed}.png", sharp(seed), caption)
     write(tmp_path, "bare.png", sharp(7), " ")
     findings = scan_dataset(tmp_path, resolution=64, trigger="maya")[1]
-    found = {kind: [f.file for f in findings if f.kind == kind] for kind in {f.kind for f in findings}}
+    found = {
+        kind: [f.file for f in findings if f.kind == kind] for kind in {f.kind for f in findings}
+    }
     assert found == {
         "no-caption": ["bare.png"],
         "long-caption": ["2.png"],
         "no-trigger": ["1.png", "2.png", "3.png"],
         "shared-tag": ["all captions"],
     }
-    assert not [f for f in scan_dataset(tmp_path, resolution=64, caption_tokens=225)[1] if f.kind == "long-caption"]
+    assert not [
+        f
+        for f in scan_dataset(tmp_path, resolution=64, caption_tokens=225)[1]
+        if f.kind == "long-caption"
+    ]
     assert next(f.detail for f in findings if f.kind == "shared-tag") == "1girl"
-    assert checks.verdict(6, findings).startswith("6 of 6 pictures are usable, 5 have captions. Few")
+    assert checks.verdict(6, findings).startswith(
+        "6 of 6 pictures are usable, 5 have captions. Few"
+    )
 
 
 @settings(deadline=None, max_examples=50)
@@ -108,7 +142,9 @@ def test_captions_are_judged(tmp_path):
 def test_a_word_is_found_as_a_regular_expression_would(text):
     import re
 
-    assert checks.has_word(text, "maya") == bool(re.search(r"(?<!\w)maya(?!\w)", text, re.IGNORECASE))
+    assert checks.has_word(text, "maya") == bool(
+        re.search(r"(?<!\w)maya(?!\w)", text, re.IGNORECASE)
+    )
 
 
 def test_tokens_are_those_of_the_base(tmp_path):
@@ -116,7 +152,13 @@ def test_tokens_are_those_of_the_base(tmp_path):
 
     folder = EMBEDDED_FOLDER / "tokenizer"
     real = CLIPTokenizer.from_pretrained(folder)
-    texts = ["a zorbit on a green background", "", "it's 12 o'clock!", "Ünïcode  żółć 😀", "a, b, c. " * 40]
+    texts = [
+        "a zorbit on a green background",
+        "",
+        "it's 12 o'clock!",
+        "Ünïcode  żółć 😀",
+        "a, b, c. " * 40,
+    ]
     expected = [len(real(text, add_special_tokens=False).input_ids) for text in texts]
     assert token_count.counter(folder)(texts) == expected
     for name in ("vocab.json", "merges.txt"):
@@ -134,7 +176,11 @@ def decoded(monkeypatch):
     from trainer.data import image_stats
 
     seen, real = [], image_stats.decode_picture
-    monkeypatch.setattr(image_stats, "decode_picture", lambda data, path: (seen.append(path.name), real(data, path))[1])
+    monkeypatch.setattr(
+        image_stats,
+        "decode_picture",
+        lambda data, path: (seen.append(path.name), real(data, path))[1],
+    )
     return seen
 
 
@@ -158,7 +204,9 @@ def test_a_content_is_decoded_once(tmp_path, outputs, decoded):
     decoded.clear()
     items, findings = scan_dataset(folder, resolution=64)
     assert decoded == []
-    assert [(item.sha256, item.width, item.focus) for item in items][-1] == [(i.sha256, i.width, i.focus) for i in first[0]][0]
+    assert [(item.sha256, item.width, item.focus) for item in items][-1] == [
+        (i.sha256, i.width, i.focus) for i in first[0]
+    ][0]
     assert next(f.message for f in findings if f.level == "error").startswith("worse.png ")
 
 
@@ -170,7 +218,10 @@ def test_a_changed_picture_is_seen_and_a_damaged_memory_is_forgotten(tmp_path, o
     before = scan_dataset(folder, resolution=64)[0][0].sha256
     write(folder, "a.png", sharp(2))
     age(folder)
-    assert scan_dataset(folder, resolution=64)[0][0].sha256 != before and decoded == ["a.png", "a.png"]
+    assert scan_dataset(folder, resolution=64)[0][0].sha256 != before and decoded == [
+        "a.png",
+        "a.png",
+    ]
     (outputs / "cache" / "pictures.sqlite").write_bytes(b"not a database" * 1000)
     assert scan_dataset(folder, resolution=64)[0][0].path == path and len(decoded) == 3
     assert scan_dataset(folder, resolution=64) and len(decoded) == 3

@@ -21,7 +21,10 @@ def spotted(width: int, height: int, x: float, y: float, size: int = 12) -> Imag
     """A bright spot on plain grey."""
     image = Image.new("RGB", (width, height), (90, 90, 90))
     centre = x * width, y * height
-    ImageDraw.Draw(image).rectangle([centre[0] - size, centre[1] - size, centre[0] + size, centre[1] + size], fill=(250, 240, 30))
+    ImageDraw.Draw(image).rectangle(
+        [centre[0] - size, centre[1] - size, centre[0] + size, centre[1] + size],
+        fill=(250, 240, 30),
+    )
     return image
 
 
@@ -46,7 +49,11 @@ def middle_of(item, chosen: config.Dataset) -> float:
 
 def test_each_mode_keeps_what_it_says(folder):
     left, right = scan_dataset(folder, resolution=64)[0]
-    assert middle_of(left, settings_with()) == middle_of(right, settings_with()) == pytest.approx(0.5, abs=0.01)
+    assert (
+        middle_of(left, settings_with())
+        == middle_of(right, settings_with())
+        == pytest.approx(0.5, abs=0.01)
+    )
     salient = settings_with(crop="salient")
     assert middle_of(left, salient) < 0.3 and middle_of(right, salient) > 0.7
     whole = crop_of(left, settings_with(crop="none"))
@@ -61,8 +68,16 @@ def test_what_stands_out_is_found(x, y):
 
 
 @settings(deadline=None)
-@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(64, 1100), st.sampled_from([8, 32, 64]), st.booleans())
-def test_the_whole_picture_keeps_its_shape_and_limits(width, height, resolution, step, allow_upscale):
+@given(
+    st.integers(1, 3000),
+    st.integers(1, 3000),
+    st.integers(64, 1100),
+    st.sampled_from([8, 32, 64]),
+    st.booleans(),
+)
+def test_the_whole_picture_keeps_its_shape_and_limits(
+    width, height, resolution, step, allow_upscale
+):
     crop = buckets.whole_picture(width, height, resolution, step, allow_upscale)
     w, h = crop.bucket
     assert w % step == h % step == 0 < min(w, h) and w * h <= resolution**2
@@ -76,7 +91,10 @@ def test_the_whole_picture_keeps_its_shape_and_limits(width, height, resolution,
 @given(st.integers(1, 3000), st.integers(1, 3000), st.floats(0, 1), st.floats(0, 1))
 def test_a_moved_crop_stays_inside(width, height, x, y):
     crop = buckets.choose_crop(width, height, 512, 64, centre=(x, y))
-    assert 0 <= crop.left <= crop.scaled[0] - crop.bucket[0] and 0 <= crop.top <= crop.scaled[1] - crop.bucket[1]
+    assert (
+        0 <= crop.left <= crop.scaled[0] - crop.bucket[0]
+        and 0 <= crop.top <= crop.scaled[1] - crop.bucket[1]
+    )
     plain = buckets.choose_crop(width, height, 512, 64)
     assert (plain.bucket, plain.scaled) == (crop.bucket, crop.scaled)
     assert plain.left == (plain.scaled[0] - plain.bucket[0]) // 2
@@ -84,10 +102,15 @@ def test_a_moved_crop_stays_inside(width, height, x, y):
 
 def test_a_moved_crop_is_kept_and_taken_back(folder):
     picture = folder / "left.png"
-    history.apply(folder, "Moved the crop of left.png", [crop_edits.move(folder, picture, (0.9, 0.5))])
+    history.apply(
+        folder, "Moved the crop of left.png", [crop_edits.move(folder, picture, (0.9, 0.5))]
+    )
     items, findings = scan_dataset(folder, resolution=64)
     assert [item.crop_centre for item in items] == [(0.9, 0.5), None]
-    assert middle_of(items[0], settings_with()) > 0.7 and middle_of(items[0], settings_with(crop="none")) > 0.7
+    assert (
+        middle_of(items[0], settings_with()) > 0.7
+        and middle_of(items[0], settings_with(crop="none")) > 0.7
+    )
     assert not [finding for finding in findings if ".atelier" in finding.file]
     history.apply(folder, "Put back", [crop_edits.move(folder, picture, None)])
     assert scan_dataset(folder, resolution=64)[0][0].crop_centre is None
@@ -116,7 +139,11 @@ def test_what_is_shown_is_what_the_vae_is_given(folder, tiny_run, monkeypatch):
 
     history.apply(folder, "Moved", [crop_edits.move(folder, folder / "left.png", (0.3, 0.5))])
     given, real = [], latent_cache.encode_picture
-    monkeypatch.setattr(latent_cache, "encode_picture", lambda vae, pixels: (given.append(pixels), real(vae, pixels))[1])
+    monkeypatch.setattr(
+        latent_cache,
+        "encode_picture",
+        lambda vae, pixels: (given.append(pixels), real(vae, pixels))[1],
+    )
     run = tiny_run({"dataset.folder": str(folder), "dataset.crop": "salient"})
     place = run_folder.create(run)
     setup.prepare(run, place, EventLog(place / "events.jsonl"))
@@ -126,6 +153,8 @@ def test_what_is_shown_is_what_the_vae_is_given(folder, tiny_run, monkeypatch):
         overlay = datasets.crop_shown(item, run.dataset)
         image = Image.open(item.path)
         left, top, right, bottom = (overlay["box"][i] * image.size[i % 2] for i in range(4))
-        seen = image.resize(tuple(overlay["bucket"]), Image.Resampling.LANCZOS, box=(left, top, right, bottom))
+        seen = image.resize(
+            tuple(overlay["bucket"]), Image.Resampling.LANCZOS, box=(left, top, right, bottom)
+        )
         expected = np.asarray(seen, dtype=np.float32) / 127.5 - 1
         assert np.abs(pixels[0].permute(1, 2, 0).numpy() - expected).max() < 0.02

@@ -35,14 +35,20 @@ def dataset(tiny_dataset, tmp_path):
 
 
 def losses(session, count=6):
-    return [float(sum(step.microbatch_losses(session, session.buckets, number)).detach()) for number in range(count)]
+    return [
+        float(sum(step.microbatch_losses(session, session.buckets, number)).detach())
+        for number in range(count)
+    ]
 
 
 def test_the_draws_without_options_are_those_of_before(session_of):
     """A changed number here changes every training that was ever measured."""
     session = session_of()
     example = session.examples[0]
-    assert step._seen(session, example, ("", 0, 0)) == (example.views[0], example.caption) and len(example.views) == 1
+    assert (
+        step._seen(session, example, ("", 0, 0)) == (example.views[0], example.caption)
+        and len(example.views) == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,7 +63,9 @@ def test_the_draws_without_options_are_those_of_before(session_of):
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_each_variation_is_seen_by_some_step_and_again_by_the_same_step(session_of, dataset, changes):
+def test_each_variation_is_seen_by_some_step_and_again_by_the_same_step(
+    session_of, dataset, changes
+):
     for path in dataset.glob("*.txt"):
         path.write_text("a cat, {red|blue}, sitting, outside\na second line")
     plain = {name: value for name, value in changes.items() if name == "dataset.max_aspect"}
@@ -69,10 +77,16 @@ def test_each_variation_is_seen_by_some_step_and_again_by_the_same_step(session_
 
 
 def test_views_are_cached_and_measured_plain(session_of):
-    first = session_of(**{"dataset.flip": True, "dataset.colour_jitter": 0.1, "dataset.variants": 3})
-    assert all(len(e.views) == 6 and len({v.mean.shape for v in e.views}) == 1 for e in first.examples)
+    first = session_of(
+        **{"dataset.flip": True, "dataset.colour_jitter": 0.1, "dataset.variants": 3}
+    )
+    assert all(
+        len(e.views) == 6 and len({v.mean.shape for v in e.views}) == 1 for e in first.examples
+    )
     plain = session_of()
-    assert all(torch.equal(a.mean, b.mean) for a, b in zip(first.held_out, plain.held_out, strict=True))
+    assert all(
+        torch.equal(a.mean, b.mean) for a, b in zip(first.held_out, plain.held_out, strict=True)
+    )
     assert step.validation_losses(first) == step.validation_losses(plain)
 
 
@@ -83,15 +97,27 @@ def test_a_mirrored_view_of_sdxl_tells_the_mirrored_crop():
 
     crop = choose_crop(64, 32, 32, 8, max_aspect=1.0, centre=(0.25, 0.5))
     item, look = DatasetItem(None, "", 64, 32), Look(crop)
-    assert examples.size_ids(item, look)[3] + examples.size_ids(item, mirrored(look))[3] == crop.scaled[0] - crop.bucket[0]
+    assert (
+        examples.size_ids(item, look)[3] + examples.size_ids(item, mirrored(look))[3]
+        == crop.scaled[0] - crop.bucket[0]
+    )
     assert examples.size_ids(item, look)[3] != examples.size_ids(item, mirrored(look))[3]
 
 
 def test_each_picture_is_trained_at_each_resolution_and_held_out_at_all(session_of):
     session = session_of(
-        **{"dataset.resolutions": [16, 24], "training.steps": 0, "training.views_per_picture": 2, "training.batch_size": 1}
+        **{
+            "dataset.resolutions": [16, 24],
+            "training.steps": 0,
+            "training.views_per_picture": 2,
+            "training.batch_size": 1,
+        }
     )
-    assert [e.resolution for e in session.examples] == [32, 16, 24] * 4 and session.total_steps == 4 * 3 * 2
+    assert [e.resolution for e in session.examples] == [
+        32,
+        16,
+        24,
+    ] * 4 and session.total_steps == 4 * 3 * 2
     assert [e.resolution for e in session.held_out] == [32] * 4
     with pytest.raises(ConfigError, match="bucket_step"):
         config.replace(config.RunConfig(), {"dataset.resolutions": [32]})
@@ -101,9 +127,16 @@ def test_held_out_pictures_are_held_out_at_every_resolution(session_of, tmp_path
     from tests.tiny import make_dataset
 
     folder = make_dataset(tmp_path / "twelve", count=12)
-    session = session_of(**{"dataset.folder": str(folder), "dataset.resolutions": [16], "dataset.hold_out": 0.25})
+    session = session_of(
+        **{"dataset.folder": str(folder), "dataset.resolutions": [16], "dataset.hold_out": 0.25}
+    )
     trained, measured = ({e.name for e in found} for found in (session.examples, session.held_out))
-    assert len(trained) == 9 and len(measured) == 3 and not trained & measured and len(session.examples) == 18
+    assert (
+        len(trained) == 9
+        and len(measured) == 3
+        and not trained & measured
+        and len(session.examples) == 18
+    )
 
 
 def test_folders_count_as_often_as_the_settings_or_their_names_say(session_of, dataset):
@@ -111,7 +144,12 @@ def test_folders_count_as_often_as_the_settings_or_their_names_say(session_of, d
         (dataset / name).mkdir()
         for file in dataset.glob("00.*"):
             shutil.copy(file, dataset / name)
-    changes = {"dataset.folder": str(dataset), "training.steps": 0, "training.views_per_picture": 1, "training.batch_size": 1}
+    changes = {
+        "dataset.folder": str(dataset),
+        "training.steps": 0,
+        "training.views_per_picture": 1,
+        "training.batch_size": 1,
+    }
     assert session_of(**changes).total_steps == 4 + 2 + 1
     session = session_of(**changes, **{"dataset.repeats": ["2_named = 5", "other=3", ". = 2"]})
     assert session.total_steps == 4 * 2 + 5 + 3
@@ -140,7 +178,12 @@ def test_a_mask_says_which_latents_count(session_of, dataset):
     masks = {e.name: e.views[0].mask for e in session.examples}
     assert masks["01.png"] is None and masks["03.png"] is None
     left, top = masks["00.png"], masks["02.png"]
-    assert left.shape == (1, 8, 8) and left[0, :, :4].min() == 1 and left[0, :, 4:].max() == 0.25 and top[0, 0].min() == 1
+    assert (
+        left.shape == (1, 8, 8)
+        and left[0, :, :4].min() == 1
+        and left[0, :, 4:].max() == 0.25
+        and top[0, 0].min() == 1
+    )
     assert losses(session) != before
     mirrored = session_of(**changes, **{"dataset.flip": True}).examples[0].views[1].mask
     assert mirrored[0, :, 4:].min() == 1 and mirrored[0, :, :4].max() == 0
@@ -152,14 +195,21 @@ def test_transparency_can_be_the_mask(session_of, dataset):
     image.save(dataset / "00.png")
     session = session_of(**{"dataset.folder": str(dataset), "dataset.masked_loss": "alpha"})
     mask = session.examples[0].views[0].mask[0]
-    assert mask[0].max() < 0.2 and mask[-1].min() > 0.8 and session.examples[1].views[0].mask.min() == 1
+    assert (
+        mask[0].max() < 0.2
+        and mask[-1].min() > 0.8
+        and session.examples[1].views[0].mask.min() == 1
+    )
 
 
 def test_a_picture_with_a_black_mask_is_named_and_left_out(session_of, dataset):
     paint(dataset, "00.mask.png", (0, 0, 0, 0))
     session = session_of(**{"dataset.folder": str(dataset), "dataset.masked_loss": "mask"})
     assert [e.name for e in session.examples] == ["01.png", "02.png", "03.png"]
-    assert any("00.png is left out" in warning and "black" in warning for warning in run_folder.status(session.folder).warnings)
+    assert any(
+        "00.png is left out" in warning and "black" in warning
+        for warning in run_folder.status(session.folder).warnings
+    )
 
 
 def test_a_random_cut_that_misses_the_mask_costs_no_picture(session_of, dataset):
@@ -170,9 +220,13 @@ def test_a_random_cut_that_misses_the_mask_costs_no_picture(session_of, dataset)
         mask.paste(255, (26, 0, 38, 16))
         mask.save(dataset / f"{number:02d}.mask.png")
     changes = {"dataset.random_crop": True, "dataset.max_aspect": 1.0, "dataset.variants": 16}
-    session = session_of(**{"dataset.folder": str(dataset), "dataset.masked_loss": "mask"} | changes)
+    session = session_of(
+        **{"dataset.folder": str(dataset), "dataset.masked_loss": "mask"} | changes
+    )
     assert not run_folder.status(session.folder).warnings and len(session.examples) == 4
-    assert all(1 < len(e.views) < 16 and all(view.mask.any() for view in e.views) for e in session.examples)
+    assert all(
+        1 < len(e.views) < 16 and all(view.mask.any() for view in e.views) for e in session.examples
+    )
 
 
 def test_a_picture_that_fails_at_one_resolution_is_left_out_at_all(session_of, dataset):
@@ -181,17 +235,27 @@ def test_a_picture_that_fails_at_one_resolution_is_left_out_at_all(session_of, d
     mask = Image.new("L", (256, 256), 0)
     mask.putpixel((0, 0), 255)
     mask.save(dataset / "00.mask.png")
-    changes = {"dataset.folder": str(dataset), "dataset.masked_loss": "mask", "dataset.resolution": 64}
+    changes = {
+        "dataset.folder": str(dataset),
+        "dataset.masked_loss": "mask",
+        "dataset.resolution": 64,
+    }
     assert "00.png" in {e.name for e in session_of(**changes).examples}
     session = session_of(**changes, **{"dataset.resolutions": [16]})
-    assert [e.name for e in session.examples] == [name for name in ("01.png", "02.png", "03.png") for _ in range(2)]
-    assert ["00.png is left out" in warning for warning in run_folder.status(session.folder).warnings] == [True]
+    assert [e.name for e in session.examples] == [
+        name for name in ("01.png", "02.png", "03.png") for _ in range(2)
+    ]
+    assert [
+        "00.png is left out" in warning for warning in run_folder.status(session.folder).warnings
+    ] == [True]
 
 
 # The prior
 
 
-def test_class_pictures_are_made_where_they_lack_and_trained_beside_the_others(session_of, tmp_path):
+def test_class_pictures_are_made_where_they_lack_and_trained_beside_the_others(
+    session_of, tmp_path
+):
     folder = tmp_path / "class"
     changes = {"dataset.regularisation_folder": str(folder), "dataset.class_words": "a cat"}
     session = session_of(**changes, **{"dataset.class_pictures": 3})
@@ -222,13 +286,31 @@ def test_class_pictures_from_the_command_line(tiny_base, outputs, tmp_path, caps
         "dataset.class_pictures": 2,
         "sampling.inference_steps": 2,
     }
-    assert main(["class-pictures", "sd15-subject", *(f"--set={name}={value}" for name, value in settings.items())]) == 0
-    assert "2 made in" in capsys.readouterr().out and len(list((tmp_path / "class").glob("*.png"))) == 2
-    assert main(["class-pictures", "sd15-subject"]) == 1 and "dataset.class_words" in capsys.readouterr().err
+    assert (
+        main(
+            [
+                "class-pictures",
+                "sd15-subject",
+                *(f"--set={name}={value}" for name, value in settings.items()),
+            ]
+        )
+        == 0
+    )
+    assert (
+        "2 made in" in capsys.readouterr().out
+        and len(list((tmp_path / "class").glob("*.png"))) == 2
+    )
+    assert (
+        main(["class-pictures", "sd15-subject"]) == 1
+        and "dataset.class_words" in capsys.readouterr().err
+    )
 
 
 def test_class_pictures_are_read_plainly():
-    run = config.replace(config.RunConfig(), {"dataset.flip": True, "dataset.trigger": "x", "dataset.masked_loss": "alpha"})
+    run = config.replace(
+        config.RunConfig(),
+        {"dataset.flip": True, "dataset.trigger": "x", "dataset.masked_loss": "alpha"},
+    )
     read = class_images.settings(run).dataset
     assert (read.flip, read.trigger, read.masked_loss) == (False, "", "off")
 
@@ -236,23 +318,40 @@ def test_class_pictures_are_read_plainly():
 @pytest.mark.parametrize("rate", [0.0, 1e-3])
 def test_the_prior_is_what_the_base_does_without_the_trigger(session_of, rate):
     """An adapter that changes nothing breaks no prior; one that does is drawn back to it."""
-    changes = {"dataset.trigger": "zorbit", "dataset.class_words": "a cat", "training.text_encoder_learning_rate": rate}
-    plain, kept = session_of(**changes), session_of(**changes, **{"objective.prior_preservation": 10.0})
+    changes = {
+        "dataset.trigger": "zorbit",
+        "dataset.class_words": "a cat",
+        "training.text_encoder_learning_rate": rate,
+    }
+    plain, kept = (
+        session_of(**changes),
+        session_of(**changes, **{"objective.prior_preservation": 10.0}),
+    )
     assert losses(plain) == losses(kept)
     for session in (plain, kept):
         for number, (name, parameter) in enumerate(session.parameters.items()):
             if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(number))
+                torch.nn.init.normal_(
+                    parameter, std=0.5, generator=torch.Generator().manual_seed(number)
+                )
     assert all(a < b for a, b in zip(losses(plain), losses(kept), strict=True))
     assert all(p.requires_grad for p in kept.parameters.values())
 
 
-def test_what_is_learned_beside_a_picture_is_differentiated_before_the_next_is_seen(session_of, tmp_path, monkeypatch):
+def test_what_is_learned_beside_a_picture_is_differentiated_before_the_next_is_seen(
+    session_of, tmp_path, monkeypatch
+):
     """So that a step holds the activations of one forward pass, whatever it is made of; the gradients are those of the sum."""
     for number in range(3):
         Image.new("RGB", (32, 32), (40 * number, 90, 20)).save(tmp_path / f"{number}.png")
-    changes = {"dataset.regularisation_folder": str(tmp_path), "dataset.class_words": "a cat", "dataset.trigger": "picture"}
-    session = session_of(**changes, **{"objective.prior_preservation": 2.0, "dataset.prior_loss_weight": 0.5})
+    changes = {
+        "dataset.regularisation_folder": str(tmp_path),
+        "dataset.class_words": "a cat",
+        "dataset.trigger": "picture",
+    }
+    session = session_of(
+        **changes, **{"objective.prior_preservation": 2.0, "dataset.prior_loss_weight": 0.5}
+    )
     parameters, order, predict = list(session.parameters.values()), [], session.predict
 
     def seen(*given):
@@ -262,7 +361,9 @@ def test_what_is_learned_beside_a_picture_is_differentiated_before_the_next_is_s
         return model_pred
 
     monkeypatch.setattr(session, "predict", seen)
-    loss = loop.forward_backward(session, session.buckets, 1, torch.amp.GradScaler("cpu", enabled=False))
+    loss = loop.forward_backward(
+        session, session.buckets, 1, torch.amp.GradScaler("cpu", enabled=False)
+    )
     assert order == ["forward", "backward"] * 3
     apart = torch.cat([p.grad.flatten() for p in parameters])
     whole = sum(step.microbatch_losses(session, session.buckets, 0))

@@ -41,7 +41,11 @@ def test_orientation_is_applied(open_bytes, tmp_path, kind, orientation):
         stored.getexif()[0x0112] = orientation
     expected = ImageOps.exif_transpose(stored)
     assert image.size == expected.size == picture_size(tmp_path / "x.png")
-    assert close(image.resize((12, 12), Image.Resampling.BOX), expected.resize((12, 12), Image.Resampling.BOX), 12)
+    assert close(
+        image.resize((12, 12), Image.Resampling.BOX),
+        expected.resize((12, 12), Image.Resampling.BOX),
+        12,
+    )
 
 
 def test_16_bit_grey_is_scaled_not_clipped(open_bytes):
@@ -77,11 +81,15 @@ def test_transparent_palette_grey_and_rgb_show_the_background(open_bytes):
 
 def test_colour_profile_is_applied(open_bytes):
     lab = ImageCms.createProfile("LAB")
-    image, notes = open_bytes(encoded(photo(), "PNG", icc_profile=ImageCms.ImageCmsProfile(lab).tobytes()))
+    image, notes = open_bytes(
+        encoded(photo(), "PNG", icc_profile=ImageCms.ImageCmsProfile(lab).tobytes())
+    )
     assert close(image, photo(), 0) and "profile" in notes[0]
     image, notes = open_bytes(encoded(photo(), "PNG", icc_profile=linear_rgb()))
     assert not close(image, photo(), 40) and notes == ()
-    assert np.asarray(image).mean() > np.asarray(photo()).mean(), "linear light is darker in numbers than sRGB"
+    assert np.asarray(image).mean() > np.asarray(photo()).mean(), (
+        "linear light is darker in numbers than sRGB"
+    )
 
 
 def linear_rgb() -> bytes:
@@ -89,7 +97,10 @@ def linear_rgb() -> bytes:
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     for index in range(int.from_bytes(data[128:132], "big")):
         entry = 132 + 12 * index
-        name, at = bytes(data[entry : entry + 4]), int.from_bytes(data[entry + 4 : entry + 8], "big")
+        name, at = (
+            bytes(data[entry : entry + 4]),
+            int.from_bytes(data[entry + 4 : entry + 8], "big"),
+        )
         size = int.from_bytes(data[entry + 8 : entry + 12], "big")
         if name in (b"rTRC", b"gTRC", b"bTRC"):
             data[at : at + 12] = b"curv" + bytes(8)  # a curve of no points is the identity

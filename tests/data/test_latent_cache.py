@@ -29,7 +29,10 @@ def test_a_second_start_makes_nothing_anew(tiny_run, outputs, monkeypatch):
     second = prepared(tiny_run(), outputs / "b")
     assert entries(outputs) == before
     assert all(
-        torch.equal(a.mean, b.mean) and torch.equal(first.texts[a.caption]["prompt_embeds"], second.texts[b.caption]["prompt_embeds"])
+        torch.equal(a.mean, b.mean)
+        and torch.equal(
+            first.texts[a.caption]["prompt_embeds"], second.texts[b.caption]["prompt_embeds"]
+        )
         for a, b in zip(first.examples, second.examples, strict=True)
     )
 
@@ -45,7 +48,9 @@ def test_only_what_changed_is_made_anew(tiny_run, tiny_dataset, outputs, tmp_pat
     (dataset / "01.txt").write_text("another caption")
     prepared(tiny_run(changes), outputs / "b")
     after = entries(outputs)
-    assert len(after) == len(before) + 2 and all(after[path] == stamp for path, stamp in before.items())
+    assert len(after) == len(before) + 2 and all(
+        after[path] == stamp for path, stamp in before.items()
+    )
     prepared(tiny_run(changes | {"dataset.max_aspect": 1.0}), outputs / "c")
     assert len(entries(outputs)) == len(after) + 2  # the two long pictures have another crop now
 
@@ -55,19 +60,32 @@ def test_a_damaged_entry_is_made_anew(tiny_run, outputs):
     for path in entries(outputs):
         path.write_bytes(path.read_bytes()[:20])
     second = prepared(tiny_run(), outputs / "b")
-    assert all(torch.equal(a.mean, b.mean) for a, b in zip(first.examples, second.examples, strict=True))
+    assert all(
+        torch.equal(a.mean, b.mean) for a, b in zip(first.examples, second.examples, strict=True)
+    )
 
 
 def test_another_base_has_other_entries():
     crop = Look(choose_crop(16, 16, 16, 8)).facts
-    assert len({latent_cache.latents_key("a", crop, "v1"), latent_cache.latents_key("a", crop, "v2"), latent_cache.latents_key("b", crop, "v1")}) == 3
+    assert (
+        len(
+            {
+                latent_cache.latents_key("a", crop, "v1"),
+                latent_cache.latents_key("a", crop, "v2"),
+                latent_cache.latents_key("b", crop, "v1"),
+            }
+        )
+        == 3
+    )
     assert latent_cache.conditioning_key("a", "e1") != latent_cache.conditioning_key("a", "e2")
 
 
 def test_pixels_are_the_picture_in_minus_one_to_one(tmp_path):
     Image.new("RGB", (16, 8), (255, 0, 127)).save(tmp_path / "a.png")
     pixels = latent_cache.to_pixels(tmp_path / "a.png", Look(choose_crop(16, 8, 16, 8)))
-    assert pixels.shape == (1, 3, 8, 16) and torch.allclose(pixels[0, :, 0, 0], torch.tensor([1.0, -1.0, 127 / 127.5 - 1]))
+    assert pixels.shape == (1, 3, 8, 16) and torch.allclose(
+        pixels[0, :, 0, 0], torch.tensor([1.0, -1.0, 127 / 127.5 - 1])
+    )
 
 
 def test_a_picture_that_gives_no_numbers_is_named_and_left_out(tiny_run, outputs, monkeypatch):
@@ -75,7 +93,9 @@ def test_a_picture_that_gives_no_numbers_is_named_and_left_out(tiny_run, outputs
 
     def broken(vae, pixels):
         latents = real(vae, pixels)
-        return {name: t * float("nan") for name, t in latents.items()} if next(calls) == 0 else latents
+        return (
+            {name: t * float("nan") for name, t in latents.items()} if next(calls) == 0 else latents
+        )
 
     monkeypatch.setattr(latent_cache, "encode_picture", broken)
     session = prepared(tiny_run(), outputs / "a")

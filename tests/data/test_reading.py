@@ -18,12 +18,17 @@ from trainer.models.safetensors_header import read_header
 from trainer.runs import events, run_folder
 from trainer.training import setup, step
 
-LONG = "stars " * 15 + "moon! " * 19  # 170 tokens, one a letter, with the tiny tokenizer; the 75th ends a word
+LONG = (
+    "stars " * 15 + "moon! " * 19
+)  # 170 tokens, one a letter, with the tiny tokenizer; the 75th ends a word
 
 
 @pytest.fixture(scope="module")
 def base_of(tmp_path_factory):
-    folders = {kind: save_tiny_base(tmp_path_factory.mktemp(kind) / "base", kind=kind) for kind in ("sd1", "sdxl", "sd3")}
+    folders = {
+        kind: save_tiny_base(tmp_path_factory.mktemp(kind) / "base", kind=kind)
+        for kind in ("sd1", "sdxl", "sd3")
+    }
     return folders.__getitem__
 
 
@@ -35,9 +40,13 @@ def test_clip_skip_reads_an_earlier_layer_with_the_last_norm_on_it(base_of):
     base = load(base_of("sd1"), clip_skip=2)
     whole = base.pipe.text_encoder
     shorter = CLIPTextModel(CLIPTextConfig(**whole.config.to_dict() | {"num_hidden_layers": 1}))
-    shorter.load_state_dict({name: tensor for name, tensor in whole.state_dict().items() if "layers.1." not in name})
+    shorter.load_state_dict(
+        {name: tensor for name, tensor in whole.state_dict().items() if "layers.1." not in name}
+    )
     ids = token_ids(base.pipe.tokenizer, ["a red star", ""])
-    torch.testing.assert_close(base.encode(["a red star", ""])["prompt_embeds"], shorter.eval()(ids)[0])
+    torch.testing.assert_close(
+        base.encode(["a red star", ""])["prompt_embeds"], shorter.eval()(ids)[0]
+    )
     plain = load(base_of("sd1")).encode(["a red star"])["prompt_embeds"]
     assert (plain - shorter(ids[:1])[0]).norm() > 0.01 * plain.norm()
 
@@ -47,7 +56,11 @@ def test_clip_skip_reads_an_earlier_layer_with_the_last_norm_on_it(base_of):
     [
         ("sdxl", {"clip_skip": 2}, "does not apply to Stable Diffusion XL"),
         ("sd1", {"clip_skip": 3}, "more than the 2 layers"),
-        ("sd3", {"caption_tokens": 150}, "caption_tokens = 150 does not apply to Stable Diffusion 3"),
+        (
+            "sd3",
+            {"caption_tokens": 150},
+            "caption_tokens = 150 does not apply to Stable Diffusion 3",
+        ),
     ],
 )
 def test_what_a_base_has_no_use_for_is_refused(base_of, kind, settings, words):
@@ -63,9 +76,13 @@ def test_a_long_caption_is_cut_in_pieces_with_marks_of_their_own(base_of, chunks
     words = tokenizer(LONG, add_special_tokens=False, truncation=False).input_ids
     assert rows.shape == (3 * chunks, 77) and rows[0, 0] == start and rows[0, -1] == end
     assert rows[0, 1:76].tolist() == words[:75] and rows[1, 1:76].tolist() == words[75:150]
-    assert rows[chunks].tolist() == rows[chunks + 1].tolist() == [start] + [end] * 76, "an empty caption, and an empty rest"
+    assert rows[chunks].tolist() == rows[chunks + 1].tolist() == [start] + [end] * 76, (
+        "an empty caption, and an empty rest"
+    )
     assert torch.equal(rows[2 * chunks], token_ids(tokenizer, ["a"])[0])
-    assert torch.equal(token_ids(tokenizer, [LONG, "a"], 1)[1], rows[2 * chunks]) and torch.equal(token_ids(tokenizer, [LONG])[0], rows[0])
+    assert torch.equal(token_ids(tokenizer, [LONG, "a"], 1)[1], rows[2 * chunks]) and torch.equal(
+        token_ids(tokenizer, [LONG])[0], rows[0]
+    )
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
@@ -74,16 +91,27 @@ def test_the_pieces_stand_side_by_side(base_of, kind):
     base, plain = load(base_of(kind), caption_tokens=150), load(base_of(kind))
     words = base.pipe.tokenizer(LONG, add_special_tokens=False, truncation=False).input_ids
     pieces = [base.pipe.tokenizer.decode(words[:75]), base.pipe.tokenizer.decode(words[75:150])]
-    assert [len(base.pipe.tokenizer(piece, add_special_tokens=False).input_ids) for piece in pieces] == [75, 75]
+    assert [
+        len(base.pipe.tokenizer(piece, add_special_tokens=False).input_ids) for piece in pieces
+    ] == [75, 75]
     whole, apart = base.encode([LONG, "a", ""]), plain.encode(pieces)
     assert whole["prompt_embeds"].shape[:2] == (3, 154)
     torch.testing.assert_close(whole["prompt_embeds"][0], torch.cat([*apart["prompt_embeds"]]))
     if kind == "sdxl":
-        torch.testing.assert_close(whole["pooled_prompt_embeds"][0], apart["pooled_prompt_embeds"][0])
-        assert not whole["prompt_embeds"][2].any() and whole["pooled_prompt_embeds"].shape == (3, 24)
+        torch.testing.assert_close(
+            whole["pooled_prompt_embeds"][0], apart["pooled_prompt_embeds"][0]
+        )
+        assert not whole["prompt_embeds"][2].any() and whole["pooled_prompt_embeds"].shape == (
+            3,
+            24,
+        )
 
 
-@pytest.mark.parametrize("kind, text_rate", [("sd1", 0.0), ("sd1", 1e-2), ("sdxl", 0.0)], ids=["cached", "trained", "sdxl"])
+@pytest.mark.parametrize(
+    "kind, text_rate",
+    [("sd1", 0.0), ("sd1", 1e-2), ("sdxl", 0.0)],
+    ids=["cached", "trained", "sdxl"],
+)
 def test_training_sees_the_end_of_a_long_caption(base_of, tiny_run, tmp_path, kind, text_rate):
     """Cached or encoded in each step, also beside the empty caption of a dropped one; the warning follows the setting."""
     Image.effect_noise((16, 16), 80).save(tmp_path / "a.png")
@@ -104,22 +132,43 @@ def test_training_sees_the_end_of_a_long_caption(base_of, tiny_run, tmp_path, ki
             )
             folder = run_folder.create(run)
             session = setup.prepare(run, folder, events.EventLog(folder / "events.jsonl"))
-            losses[tokens, tail] = [sum(step.microbatch_losses(session, session.buckets, number)).item() for number in range(6)]
-            warned[tokens] = [w for w in run_folder.status(folder).warnings if "their ends are not seen" in w]
-    assert losses[75, ""] == losses[75, " blue"] and losses[150, ""] != losses[150, " blue"] and losses[75, ""] != losses[150, ""]
+            losses[tokens, tail] = [
+                sum(step.microbatch_losses(session, session.buckets, number)).item()
+                for number in range(6)
+            ]
+            warned[tokens] = [
+                w for w in run_folder.status(folder).warnings if "their ends are not seen" in w
+            ]
+    assert (
+        losses[75, ""] == losses[75, " blue"]
+        and losses[150, ""] != losses[150, " blue"]
+        and losses[75, ""] != losses[150, ""]
+    )
     assert "longer than the 75 tokens" in warned[75][0] and not warned[150]
 
 
 @pytest.mark.parametrize(
-    "kind, settings", [("sd1", {"base.clip_skip": 2}), ("sd1", {"dataset.caption_tokens": 150}), ("sdxl", {"dataset.caption_tokens": 225})]
+    "kind, settings",
+    [
+        ("sd1", {"base.clip_skip": 2}),
+        ("sd1", {"dataset.caption_tokens": 150}),
+        ("sdxl", {"dataset.caption_tokens": 225}),
+    ],
 )
 def test_a_run_its_samples_and_a_preview_read_alike(base_of, train_tiny, tmp_path, kind, settings):
-    changes = {"base.model": str(base_of(kind)), "training.steps": 1, "saving.saves": 1, "sampling.prompts": [LONG]}
+    changes = {
+        "base.model": str(base_of(kind)),
+        "training.steps": 1,
+        "saving.saves": 1,
+        "sampling.prompts": [LONG],
+    }
     folder = train_tiny(changes | settings)
     run, samples = config.load(folder / "run.toml"), run_folder.status(folder).samples
     request = {"inference_steps": 2, "seed": run.sampling.seed, "width": 32, "height": 32}
     alike, plain = str(tmp_path / "alike.png"), str(tmp_path / "plain.png")
-    Sampler().render(SampleRequest(LONG, alike, run.base, caption_tokens=run.dataset.caption_tokens, **request))
+    Sampler().render(
+        SampleRequest(LONG, alike, run.base, caption_tokens=run.dataset.caption_tokens, **request)
+    )
     Sampler().render(SampleRequest(LONG, plain, config.Base(model=run.base.model), **request))
     assert Image.open(alike).tobytes() == Image.open(folder / samples[0].file).tobytes()
     assert Image.open(alike).tobytes() != Image.open(plain).tobytes()
@@ -130,10 +179,14 @@ def test_a_run_its_samples_and_a_preview_read_alike(base_of, train_tiny, tmp_pat
 
 def test_the_settings_in_a_file_hold_no_path_of_a_vae():
     run = config.replace(config.RunConfig(), {"base.vae": "/home/somebody/vae.safetensors"})
-    assert "somebody" not in metadata.shared_config(run) and "vae.safetensors" in metadata.shared_config(run)
+    assert "somebody" not in metadata.shared_config(
+        run
+    ) and "vae.safetensors" in metadata.shared_config(run)
 
 
-def test_conditioning_of_another_number_format_is_never_taken_from_the_cache_and_broken_one_never_kept(base_of):
+def test_conditioning_of_another_number_format_is_never_taken_from_the_cache_and_broken_one_never_kept(
+    base_of,
+):
     base = load(base_of("sd1"))
     hashes = {setup.base_hashes(base)[1]}
     base.pipe.text_encoder.to(torch.float16)
@@ -145,6 +198,12 @@ def test_conditioning_of_another_number_format_is_never_taken_from_the_cache_and
 
 
 def test_conditioning_read_in_another_way_is_never_taken_from_the_cache(base_of):
-    hashes = {setup.base_hashes(load(base_of("sd1"), **how))[1] for how in ({}, {"clip_skip": 2}, {"caption_tokens": 150})}
+    hashes = {
+        setup.base_hashes(load(base_of("sd1"), **how))[1]
+        for how in ({}, {"clip_skip": 2}, {"caption_tokens": 150})
+    }
     assert len(hashes) == 3 and Reading() == load(base_of("sd1")).reading
-    assert all(hasattr(family, "skips_layers") and hasattr(family, "reads_in_chunks") for family in FAMILIES.values())
+    assert all(
+        hasattr(family, "skips_layers") and hasattr(family, "reads_in_chunks")
+        for family in FAMILIES.values()
+    )

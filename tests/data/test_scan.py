@@ -42,10 +42,18 @@ def test_items_are_sorted_measured_and_hashed(tmp_path):
     items, findings = scan_dataset(tmp_path, resolution=64)
     order = [item.path.relative_to(tmp_path).as_posix() for item in items]
     assert order == ["B.png", "a.png", "a/z.png", "b.png", "ä.png"]
-    assert {(item.width, item.height, item.repeats, item.caption) for item in items} == {(96, 64, 1, "a cat")}
+    assert {(item.width, item.height, item.repeats, item.caption) for item in items} == {
+        (96, 64, 1, "a cat")
+    }
     assert items[0].sha256 == hashlib.sha256((tmp_path / "B.png").read_bytes()).hexdigest()
-    assert [(finding.file, finding.kind) for finding in findings] == [("B.png", "case-twin"), ("all captions", "shared-tag")]
-    assert verdict(len(items), findings) == "5 of 5 pictures are usable, 5 have captions. Few: enough to try; ten or more learn better."
+    assert [(finding.file, finding.kind) for finding in findings] == [
+        ("B.png", "case-twin"),
+        ("all captions", "shared-tag"),
+    ]
+    assert (
+        verdict(len(items), findings)
+        == "5 of 5 pictures are usable, 5 have captions. Few: enough to try; ten or more learn better."
+    )
 
 
 def test_verdict_counts_what_is_left_out_and_uncaptioned(tmp_path):
@@ -54,7 +62,10 @@ def test_verdict_counts_what_is_left_out_and_uncaptioned(tmp_path):
     put(tmp_path, "c.png", 3, caption=" ")
     (tmp_path / "d.png").write_bytes(b"<html>")
     items, findings = scan_dataset(tmp_path, resolution=64)
-    assert verdict(len(items), findings) == "3 of 4 pictures are usable, 1 has a caption. Too few to learn from: use ten or more."
+    assert (
+        verdict(len(items), findings)
+        == "3 of 4 pictures are usable, 1 has a caption. Too few to learn from: use ten or more."
+    )
     assert "d.png" in messages(findings, "d.png") and "no caption" in messages(findings, "b.png")
     assert {finding.level for finding in findings if finding.file == "d.png"} == {"error"}
 
@@ -63,7 +74,9 @@ def test_many_pictures_are_checked_in_order_with_progress(tmp_path):
     for number in range(60):
         put(tmp_path, f"{number:03}.png", number, size=(16, 16))
     seen = []
-    items, _ = scan_dataset(tmp_path, resolution=16, progress=lambda done, total: seen.append((done, total)))
+    items, _ = scan_dataset(
+        tmp_path, resolution=16, progress=lambda done, total: seen.append((done, total))
+    )
     assert [item.path.name for item in items] == [f"{number:03}.png" for number in range(60)]
     assert seen == [(done, 60) for done in range(1, 61)]
 
@@ -103,8 +116,14 @@ def test_kohya_folder_gives_repeats_and_says_so(tmp_path):
 
 
 def test_masks_are_paired_and_are_no_pictures(tmp_path):
-    pictures = [put(tmp_path, name, seed) for seed, name in enumerate(("a.png", "b.jpg.png", "d/c.png", "plain.png"))]
-    masks = [put(tmp_path, name, 9, None) for name in ("a.mask.png", "b.jpg-masklabel.png", "d/masks/c.png")]
+    pictures = [
+        put(tmp_path, name, seed)
+        for seed, name in enumerate(("a.png", "b.jpg.png", "d/c.png", "plain.png"))
+    ]
+    masks = [
+        put(tmp_path, name, 9, None)
+        for name in ("a.mask.png", "b.jpg-masklabel.png", "d/masks/c.png")
+    ]
     put(tmp_path, "gone.mask.png", 7, None)
     put(tmp_path, "masks/venetian.png", 8)
     items, findings = scan_dataset(tmp_path, resolution=64)
@@ -121,8 +140,15 @@ def test_trigger_is_put_in_front_once(tmp_path):
     put(tmp_path, "b.png", 2, caption="a mayan temple")
     put(tmp_path, "c.png", 3, caption=None)
     items, findings = scan_dataset(tmp_path, resolution=64, trigger="maya")
-    assert [item.caption for item in items] == ["a photo of Maya, smiling", "maya, a mayan temple", "maya"]
-    assert verdict(len(items), findings) == "3 of 3 pictures are usable, 2 have captions. Too few to learn from: use ten or more."
+    assert [item.caption for item in items] == [
+        "a photo of Maya, smiling",
+        "maya, a mayan temple",
+        "maya",
+    ]
+    assert (
+        verdict(len(items), findings)
+        == "3 of 3 pictures are usable, 2 have captions. Too few to learn from: use ten or more."
+    )
     assert (tmp_path / "b.txt").read_text(encoding="utf-8") == "a mayan temple"
 
 
@@ -133,7 +159,9 @@ def test_metadata_captions_reach_folders_below(tmp_path):
     rows = [{"file_name": "a.png", "text": "one"}, {"file_name": "deep/er/b.png", "prompt": "two"}]
     rows += [{"file_name": "c.png", "caption": "loses"}, {"file_name": "gone.png", "text": "lost"}]
     rows += [["a list"], {"file_name": 3}]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{broken\n", encoding="utf-8")
+    (tmp_path / "metadata.jsonl").write_text(
+        "\n".join(map(json.dumps, rows)) + "\n{broken\n", encoding="utf-8"
+    )
     items, findings = scan_dataset(tmp_path, resolution=64)
     assert [item.caption for item in items] == ["one", "from txt", "two"]
     about = messages(findings, "metadata.jsonl")
@@ -157,8 +185,12 @@ def test_orphans_and_strangers_are_named(tmp_path):
     (tmp_path / "e").write_bytes(PNG)
     _, findings = scan_dataset(tmp_path, resolution=64)
     assert "no picture has its name" in messages(findings, "b.txt")
-    assert "rename it" in messages(findings, "e") and "cannot be used (.cr2)" in messages(findings, "photo.CR2")
-    assert "1 more .npz" in messages(findings, "c.npz") and "neither" in messages(findings, "model.safetensors")
+    assert "rename it" in messages(findings, "e") and "cannot be used (.cr2)" in messages(
+        findings, "photo.CR2"
+    )
+    assert "1 more .npz" in messages(findings, "c.npz") and "neither" in messages(
+        findings, "model.safetensors"
+    )
 
 
 def test_written_caption_is_read_back(tmp_path):
@@ -209,7 +241,15 @@ def test_utf8_captions_are_read_as_they_are(text):
 
 @pytest.mark.parametrize(
     ("name", "suffix"),
-    [("a.PNG", ".png"), ("....png", ".png"), (".png", ""), ("a", ""), ("a.", ""), ("a.png.txt", ".txt"), ("", "")],
+    [
+        ("a.PNG", ".png"),
+        ("....png", ".png"),
+        (".png", ""),
+        ("a", ""),
+        ("a.", ""),
+        ("a.png.txt", ".txt"),
+        ("", ""),
+    ],
 )
 def test_suffix(name, suffix):
     assert suffix_of(name) == suffix

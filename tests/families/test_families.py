@@ -30,7 +30,11 @@ FAMILY_OF |= {"sd3": "sd3m", "sd35-medium": "sd35m", "sd35-large": "sd35l"}
 NEW = [kind for kind in TINY if kind != "sd1"]  # the other tests stand on sd1
 LAST = {FAMILY_OF[kind]: kind for kind in NEW}.values()  # one of each family
 
-PROJECTIONS = [f"{attention}_{projection}" for attention in ("attn1", "attn2") for projection in ("to_q", "to_k", "to_v", "to_out_0")]
+PROJECTIONS = [
+    f"{attention}_{projection}"
+    for attention in ("attn1", "attn2")
+    for projection in ("to_q", "to_k", "to_v", "to_out_0")
+]
 TEXT_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
@@ -56,21 +60,57 @@ def text_keys(*prefixes):
 def transformer_keys(dual=()):
     """Of two blocks, the last of which gives no text on, so that the text's stream has no way out of its attention."""
     image, text = ["to_q", "to_k", "to_v", "to_out.0"], ["add_q_proj", "add_k_proj", "add_v_proj"]
-    keys = {f"transformer_blocks.{block}.attn.{projection}" for block in (0, 1) for projection in image + text}
-    keys |= {f"transformer_blocks.{block}.attn2.{projection}" for block in dual for projection in image}
+    keys = {
+        f"transformer_blocks.{block}.attn.{projection}"
+        for block in (0, 1)
+        for projection in image + text
+    }
+    keys |= {
+        f"transformer_blocks.{block}.attn2.{projection}" for block in dual for projection in image
+    }
     keys.add("transformer_blocks.0.attn.to_add_out")
     encoders = ["text_encoder", "text_encoder_2"]
-    layers = [f"text_model.encoder.layers.{layer}.self_attn.{projection}" for layer in (0, 1) for projection in TEXT_PROJECTIONS]
-    return {f"transformer.{key}" for key in keys} | {f"{encoder}.{layer}" for encoder in encoders for layer in layers}
+    layers = [
+        f"text_model.encoder.layers.{layer}.self_attn.{projection}"
+        for layer in (0, 1)
+        for projection in TEXT_PROJECTIONS
+    ]
+    return {f"transformer.{key}" for key in keys} | {
+        f"{encoder}.{layer}" for encoder in encoders for layer in layers
+    }
 
 
 ONE_ENCODER = unet_keys(
-    ["down_blocks_0_attentions_0", "mid_block_attentions_0", "up_blocks_1_attentions_0", "up_blocks_1_attentions_1"], depth=1
+    [
+        "down_blocks_0_attentions_0",
+        "mid_block_attentions_0",
+        "up_blocks_1_attentions_0",
+        "up_blocks_1_attentions_1",
+    ],
+    depth=1,
 ) | text_keys("lora_te")
-XL_PLACES = ["input_blocks_4_1", "input_blocks_5_1", "middle_block_1", "output_blocks_0_1", "output_blocks_1_1", "output_blocks_2_1"]
-GOLDEN = {"sd1": ONE_ENCODER, "sd2": ONE_ENCODER, "sdxl": unet_keys(XL_PLACES, depth=2) | text_keys("lora_te1", "lora_te2")}
-GOLDEN |= {"sd3m": transformer_keys(), "sd35m": transformer_keys(dual=[0]), "sd35l": transformer_keys()}
-ENDS = {"kohya": ("lora_down.weight", "lora_up.weight", "alpha"), "diffusers": ("lora_A.weight", "lora_B.weight")}
+XL_PLACES = [
+    "input_blocks_4_1",
+    "input_blocks_5_1",
+    "middle_block_1",
+    "output_blocks_0_1",
+    "output_blocks_1_1",
+    "output_blocks_2_1",
+]
+GOLDEN = {
+    "sd1": ONE_ENCODER,
+    "sd2": ONE_ENCODER,
+    "sdxl": unet_keys(XL_PLACES, depth=2) | text_keys("lora_te1", "lora_te2"),
+}
+GOLDEN |= {
+    "sd3m": transformer_keys(),
+    "sd35m": transformer_keys(dual=[0]),
+    "sd35l": transformer_keys(),
+}
+ENDS = {
+    "kohya": ("lora_down.weight", "lora_up.weight", "alpha"),
+    "diffusers": ("lora_A.weight", "lora_B.weight"),
+}
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +144,9 @@ def session_of(base_of, tiny_run):
 def train_steps(session, count):
     set_learning_rate(session.optimizer, 1.0)
     for number in range(1, count + 1):
-        loop.forward_backward(session, session.buckets, number, torch.amp.GradScaler("cpu", enabled=False))
+        loop.forward_backward(
+            session, session.buckets, number, torch.amp.GradScaler("cpu", enabled=False)
+        )
         session.optimizer.step()
         session.optimizer.zero_grad()
 
@@ -114,18 +156,26 @@ def predict(family, pipe):
     channels = pipe.vae.config.latent_channels
     latents = torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(0))
     batch = Batch(
-        latents, family.encode_prompts(pipe, ["a red star, żółć", ""]), torch.tensor([[40.0, 24.0, 8.0, 0.0, 16.0, 24.0]]).repeat(2, 1)
+        latents,
+        family.encode_prompts(pipe, ["a red star, żółć", ""]),
+        torch.tensor([[40.0, 24.0, 8.0, 0.0, 16.0, 24.0]]).repeat(2, 1),
     )
-    return family.predict(family.denoiser(pipe), Noised(latents, torch.tensor([400, 20]), latents), batch)
+    return family.predict(
+        family.denoiser(pipe), Noised(latents, torch.tensor([400, 20]), latents), batch
+    )
 
 
 @pytest.mark.parametrize("kind", TINY)
 def test_the_family_is_told_by_the_folder(base_of, kind):
     base = load_base(config.Base(model=str(base_of(kind))), torch.float32)
     assert family_of(base.files) is FAMILIES[FAMILY_OF[kind]]
-    assert [name for name, family in FAMILIES.items() if family.matches(base.files)] == [FAMILY_OF[kind]], "one family, not two"
+    assert [name for name, family in FAMILIES.items() if family.matches(base.files)] == [
+        FAMILY_OF[kind]
+    ], "one family, not two"
     trained = list(base.family.trainable_text_encoders(base.pipe))
-    assert base.files.trainable_text_encoders == trained, "the page counts by the files what is trained"
+    assert base.files.trainable_text_encoders == trained, (
+        "the page counts by the files what is trained"
+    )
 
 
 @pytest.mark.parametrize("kind", TINY)
@@ -143,10 +193,18 @@ def test_a_wider_choice_of_layers_is_wider(base_of, kind):
 def test_what_was_trained_is_what_diffusers_reads(base_of, session_of, tmp_path, kind):
     """A few steps with all text encoders, alpha other than rank; the file in a fresh pipeline: no key missing or left, same effect."""
     session = session_of(
-        kind, **{"adapter.rank": 3, "adapter.alpha": 5.0, "training.learning_rate": 2e-2, "training.text_encoder_learning_rate": 2e-2}
+        kind,
+        **{
+            "adapter.rank": 3,
+            "adapter.alpha": 5.0,
+            "training.learning_rate": 2e-2,
+            "training.text_encoder_learning_rate": 2e-2,
+        },
     )
     family = session.base.family
-    assert sum(p.numel() for p in session.parameters.values()) == estimate.trainable_parameters(session.run)
+    assert sum(p.numel() for p in session.parameters.values()) == estimate.trainable_parameters(
+        session.run
+    )
     plain = predict(family, session.base.pipe)
     train_steps(session, 3)
     trained = predict(family, session.base.pipe)
@@ -155,18 +213,26 @@ def test_what_was_trained_is_what_diffusers_reads(base_of, session_of, tmp_path,
     tensors = writer.WRITERS[family.dialect](modules, family, torch.float32)
     ends = ENDS[family.dialect]
     assert set(tensors) == {f"{key}.{end}" for key in GOLDEN[FAMILY_OF[kind]] for end in ends}
-    writer.save_adapter(tmp_path / "a.safetensors", family.dialect, modules, family, torch.float32, {})
+    writer.save_adapter(
+        tmp_path / "a.safetensors", family.dialect, modules, family, torch.float32, {}
+    )
     writer.save_adapter(tmp_path / "k.safetensors", "kohya", modules, family, torch.float32, {})
     writer.verify(tmp_path / "k.safetensors", modules)
     told = families_of_adapter(read_adapter(tmp_path / "a.safetensors"))
-    assert not told or family.name in told, "a file without metadata is not taken for another family's"
+    assert not told or family.name in told, (
+        "a file without metadata is not taken for another family's"
+    )
     left_out = dict.fromkeys(session.base.files.left_out)
-    fresh = family.pipeline_class.from_pretrained(base_of(kind), **family.pipeline_options, **left_out)
+    fresh = family.pipeline_class.from_pretrained(
+        base_of(kind), **family.pipeline_options, **left_out
+    )
     fresh.load_lora_weights(str(tmp_path / "a.safetensors"))
     parts = {family.denoiser_name: family.denoiser(fresh), **family.text_encoders(fresh)}
     loaded = list(inject.adapted_modules(parts, "default_0"))
     key = {"kohya": family.export_key, "diffusers": diffusers_key}[family.dialect]
-    assert {key(m.component, m.name) for m in loaded} == GOLDEN[FAMILY_OF[kind]] and len(tensors) == len(ends) * len(loaded)
+    assert {key(m.component, m.name) for m in loaded} == GOLDEN[FAMILY_OF[kind]] and len(
+        tensors
+    ) == len(ends) * len(loaded)
     assert (trained - plain).norm() > 0.02 * plain.norm()
     torch.testing.assert_close(predict(family, fresh), trained, rtol=0, atol=1e-5)
 
@@ -174,22 +240,41 @@ def test_what_was_trained_is_what_diffusers_reads(base_of, session_of, tmp_path,
 @pytest.mark.parametrize("kind", LAST)
 def test_a_whole_run_with_samples_and_a_preview_of_its_file(base_of, train_tiny, tmp_path, kind):
     folder = train_tiny(
-        {"base.model": str(base_of(kind)), "training.text_encoder_learning_rate": 1e-2, "training.steps": 3, "saving.saves": 1}
+        {
+            "base.model": str(base_of(kind)),
+            "training.text_encoder_learning_rate": 1e-2,
+            "training.steps": 3,
+            "saving.saves": 1,
+        }
     )
     status = run_folder.status(folder)
     file = folder / status.finished.file
-    assert [s.step for s in status.samples] == [0, 3] and not status.warnings and not read_adapter(file).remarks
-    assert {name.rsplit(".lora_", 1)[0].removesuffix(".alpha") for name in load_file(file)} == GOLDEN[FAMILY_OF[kind]]
+    assert (
+        [s.step for s in status.samples] == [0, 3]
+        and not status.warnings
+        and not read_adapter(file).remarks
+    )
+    assert {
+        name.rsplit(".lora_", 1)[0].removesuffix(".alpha") for name in load_file(file)
+    } == GOLDEN[FAMILY_OF[kind]]
     base = load_base(config.Base(model=str(base_of(kind))), torch.float32)
     prediction = base.family.objective(base.pipe).prediction_type
-    assert read_header(file).metadata["modelspec.prediction_type"] == {"v_prediction": "v"}.get(prediction, prediction)
+    assert read_header(file).metadata["modelspec.prediction_type"] == {"v_prediction": "v"}.get(
+        prediction, prediction
+    )
     sampler, pictures = Sampler(), []
     for strength in (0.0, 1.0):
         target, adapter = str(tmp_path / f"{strength}.png"), StackedAdapter(str(file), strength)
         pictures.append(
             Image.open(
                 sampler.render(
-                    SampleRequest("picture number 1", target, config.Base(model=str(base_of(kind))), [adapter], inference_steps=2)
+                    SampleRequest(
+                        "picture number 1",
+                        target,
+                        config.Base(model=str(base_of(kind))),
+                        [adapter],
+                        inference_steps=2,
+                    )
                 )
             )
         )
@@ -218,13 +303,27 @@ def test_sdxl_is_told_the_crop_that_was_made(session_of, tmp_path):
         Image.new("RGB", size, (200, 30, 30)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(name)
     session = session_of(
-        "sdxl", **{"dataset.folder": str(tmp_path), "dataset.resolution": 24, "dataset.max_aspect": 1.0, "dataset.allow_upscale": True}
+        "sdxl",
+        **{
+            "dataset.folder": str(tmp_path),
+            "dataset.resolution": 24,
+            "dataset.max_aspect": 1.0,
+            "dataset.allow_upscale": True,
+        },
     )
-    assert [e.views[0].size_ids for e in session.examples] == [(24, 16, 6, 0, 24, 24), (24, 48, 0, 12, 24, 24)]
+    assert [e.views[0].size_ids for e in session.examples] == [
+        (24, 16, 6, 0, 24, 24),
+        (24, 48, 0, 12, 24, 24),
+    ]
     seen = []
-    session.base.denoiser.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["added_cond_kwargs"]), with_kwargs=True)
+    session.base.denoiser.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["added_cond_kwargs"]), with_kwargs=True
+    )
     sum(step.microbatch_losses(session, session.buckets, 0))
-    assert sorted(seen[0]["time_ids"].tolist()) == [[24, 16, 6, 0, 24, 24], [24, 48, 0, 12, 24, 24]] and seen[0]["text_embeds"].shape == (
+    assert sorted(seen[0]["time_ids"].tolist()) == [
+        [24, 16, 6, 0, 24, 24],
+        [24, 48, 0, 12, 24, 24],
+    ] and seen[0]["text_embeds"].shape == (
         2,
         24,
     )
@@ -235,9 +334,15 @@ def test_sdxl_is_told_the_crop_that_was_made(session_of, tmp_path):
 def test_sdxl_encodes_prompts_as_its_pipeline_does(load):
     base = load("sdxl")
     ours = base.family.encode_prompts(base.pipe, ["a red star", ""])
-    embeds, no_embeds, pooled, no_pooled = base.pipe.encode_prompt("a red star", device="cpu", do_classifier_free_guidance=True)
+    embeds, no_embeds, pooled, no_pooled = base.pipe.encode_prompt(
+        "a red star", device="cpu", do_classifier_free_guidance=True
+    )
     torch.testing.assert_close(
-        ours, {"prompt_embeds": torch.cat([embeds, no_embeds]), "pooled_prompt_embeds": torch.cat([pooled, no_pooled])}
+        ours,
+        {
+            "prompt_embeds": torch.cat([embeds, no_embeds]),
+            "pooled_prompt_embeds": torch.cat([pooled, no_pooled]),
+        },
     )
     assert not ours["prompt_embeds"][1].any() and not ours["pooled_prompt_embeds"][1].any()
     base.pipe.register_to_config(force_zeros_for_empty_prompt=False)
@@ -254,7 +359,9 @@ def test_no_projection_of_an_open_clip_encoder_is_alone(load, kind):
     for module in inject.adapted_modules({name: encoder}):
         attention, projection = module.name.rsplit(".", 1)
         by_attention.setdefault(attention, set()).add(projection)
-    assert len(by_attention) == 2 and all(projections == set(TEXT_PROJECTIONS) for projections in by_attention.values())
+    assert len(by_attention) == 2 and all(
+        projections == set(TEXT_PROJECTIONS) for projections in by_attention.values()
+    )
 
 
 @pytest.mark.parametrize(
@@ -280,8 +387,14 @@ def test_the_file_says_its_family(family, prediction_type, version, v2, architec
         started=1.0,
         finished=2.0,
     )
-    assert (values["ss_base_model_version"], values["ss_v2"], values["modelspec.architecture"]) == (version, v2, architecture)
-    assert values["modelspec.prediction_type"] == ("v" if prediction_type == "v_prediction" else "epsilon")
+    assert (values["ss_base_model_version"], values["ss_v2"], values["modelspec.architecture"]) == (
+        version,
+        v2,
+        architecture,
+    )
+    assert values["modelspec.prediction_type"] == (
+        "v" if prediction_type == "v_prediction" else "epsilon"
+    )
 
 
 def edit_json(path, **changes):
@@ -290,14 +403,31 @@ def edit_json(path, **changes):
 
 REFUSED = {
     "encoder_of_another_class": (
-        lambda d: edit_json(d / "model_index.json", text_encoder_2=["transformers", "CLIPTextModel"]),
+        lambda d: edit_json(
+            d / "model_index.json", text_encoder_2=["transformers", "CLIPTextModel"]
+        ),
         "must be CLIPTextModelWithProjection",
     ),
-    "encoder_that_runs_code": (lambda d: edit_json(d / "model_index.json", text_encoder_2=["os", "system"]), "names .* as text_encoder_2"),
-    "image_encoder_that_runs_code": (lambda d: edit_json(d / "model_index.json", image_encoder=["evil", "Encoder"]), None),
-    "no_second_encoder": (lambda d: (d / "text_encoder_2/model.safetensors").unlink(), "weights text_encoder_2/.* missing"),
-    "no_second_vocabulary": (lambda d: [path.unlink() for path in (d / "tokenizer_2").iterdir()], "no vocabulary"),
-    "smaller_unet": (lambda d: edit_json(d / "unet/config.json", layers_per_block=1), "with another UNet than those that can be trained"),
+    "encoder_that_runs_code": (
+        lambda d: edit_json(d / "model_index.json", text_encoder_2=["os", "system"]),
+        "names .* as text_encoder_2",
+    ),
+    "image_encoder_that_runs_code": (
+        lambda d: edit_json(d / "model_index.json", image_encoder=["evil", "Encoder"]),
+        None,
+    ),
+    "no_second_encoder": (
+        lambda d: (d / "text_encoder_2/model.safetensors").unlink(),
+        "weights text_encoder_2/.* missing",
+    ),
+    "no_second_vocabulary": (
+        lambda d: [path.unlink() for path in (d / "tokenizer_2").iterdir()],
+        "no vocabulary",
+    ),
+    "smaller_unet": (
+        lambda d: edit_json(d / "unet/config.json", layers_per_block=1),
+        "with another UNet than those that can be trained",
+    ),
     "refiner": (
         lambda d: edit_json(d / "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline"),
         "is a StableDiffusionXLImg2ImgPipeline",
@@ -346,7 +476,10 @@ def test_only_what_is_used_is_downloaded():
         "text_encoder/flax_model.msgpack",
         "safety_checker/model.safetensors",
     ]
-    assert sorted(hub.wanted_files(wanted + other)) == sorted(wanted) and hub.wanted_files(wanted)[-1] == "model_index.json"
+    assert (
+        sorted(hub.wanted_files(wanted + other)) == sorted(wanted)
+        and hub.wanted_files(wanted)[-1] == "model_index.json"
+    )
 
 
 XL_UNET = {  # unet/config.json of stabilityai/stable-diffusion-xl-base-1.0
@@ -370,11 +503,32 @@ def test_sdxl_in_full_size_has_stabilitys_keys():
     with torch.device("meta"):
         unet = UNet2DConditionModel(**XL_UNET)
     family = FAMILIES["sdxl"]
-    projections = [name for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear) and name.endswith(targets.ATTENTION)]
+    projections = [
+        name
+        for name, layer in unet.named_modules()
+        if isinstance(layer, torch.nn.Linear) and name.endswith(targets.ATTENTION)
+    ]
     keys = {name: family.export_key("unet", name) for name in projections}
-    expected = unet_keys(["input_blocks_4_1", "input_blocks_5_1", "output_blocks_3_1", "output_blocks_4_1", "output_blocks_5_1"], depth=2)
+    expected = unet_keys(
+        [
+            "input_blocks_4_1",
+            "input_blocks_5_1",
+            "output_blocks_3_1",
+            "output_blocks_4_1",
+            "output_blocks_5_1",
+        ],
+        depth=2,
+    )
     expected |= unet_keys(
-        ["input_blocks_7_1", "input_blocks_8_1", "middle_block_1", "output_blocks_0_1", "output_blocks_1_1", "output_blocks_2_1"], depth=10
+        [
+            "input_blocks_7_1",
+            "input_blocks_8_1",
+            "middle_block_1",
+            "output_blocks_0_1",
+            "output_blocks_1_1",
+            "output_blocks_2_1",
+        ],
+        depth=10,
     )
     assert len(projections) == 560 and set(keys.values()) == expected and len(expected) == 560
     by_hand = {

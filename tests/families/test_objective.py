@@ -46,7 +46,11 @@ def test_noise_target_and_snr_are_those_of_diffusers(scheduler):
     timesteps = torch.tensor([0, 1, 500, 998, 999])
     noised = objective.noised(latents, noise, timesteps)
     torch.testing.assert_close(noised.noisy_latents, scheduler.add_noise(latents, noise, timesteps))
-    expected = noise if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
+    expected = (
+        noise
+        if scheduler.config.prediction_type == "epsilon"
+        else scheduler.get_velocity(latents, noise, timesteps)
+    )
     torch.testing.assert_close(noised.target, expected)
     ratio = objective.alphas_cumprod[timesteps] / (1 - objective.alphas_cumprod[timesteps])
     torch.testing.assert_close(ratio, compute_snr(scheduler, timesteps))
@@ -61,18 +65,30 @@ def test_the_loss_is_the_weighted_error_of_the_diffusers_examples(scheduler):
     noised = objective.noised(latents, noise, timesteps)
     snr = compute_snr(scheduler, timesteps)
     weights = torch.stack([snr, 5.0 * torch.ones_like(snr)], dim=1).min(dim=1)[0]
-    weights = weights / snr if scheduler.config.prediction_type == "epsilon" else weights / (snr + 1)
-    expected = torch.nn.functional.mse_loss(model_pred, noised.target, reduction="none").mean(dim=(1, 2, 3)) * weights
+    weights = (
+        weights / snr if scheduler.config.prediction_type == "epsilon" else weights / (snr + 1)
+    )
+    expected = (
+        torch.nn.functional.mse_loss(model_pred, noised.target, reduction="none").mean(
+            dim=(1, 2, 3)
+        )
+        * weights
+    )
     torch.testing.assert_close(picture_losses(objective, model_pred, noised, DEFAULT), expected)
     torch.testing.assert_close(
-        picture_losses(objective, model_pred, noised, UNWEIGHTED), (model_pred - noised.target).square().mean(dim=(1, 2, 3))
+        picture_losses(objective, model_pred, noised, UNWEIGHTED),
+        (model_pred - noised.target).square().mean(dim=(1, 2, 3)),
     )
 
 
 def test_min_snr_on_worked_numbers():
     ratio = torch.tensor([0.5, 5.0, 20.0])
-    torch.testing.assert_close(min_snr_weights(ratio, 5.0, "epsilon"), torch.tensor([1.0, 1.0, 0.25]))
-    torch.testing.assert_close(min_snr_weights(ratio, 5.0, "v_prediction"), torch.tensor([0.5 / 1.5, 5 / 6, 5 / 21]))
+    torch.testing.assert_close(
+        min_snr_weights(ratio, 5.0, "epsilon"), torch.tensor([1.0, 1.0, 0.25])
+    )
+    torch.testing.assert_close(
+        min_snr_weights(ratio, 5.0, "v_prediction"), torch.tensor([0.5 / 1.5, 5 / 6, 5 / 21])
+    )
 
 
 def test_offset_noise_moves_whole_channels():
@@ -102,11 +118,15 @@ def test_flow_matching_is_that_of_diffusers_own_example(shift, scheme):
     latents, noise, model_pred = torch.randn(3, 6, 16, 4, 4, generator=generator)
     u = torch.tensor([0.0, 0.1, 0.4999, 0.7, 0.99, 0.9999])
     timesteps = scheduler.timesteps[(u * scheduler.config.num_train_timesteps).long()]
-    sigmas = torch.stack([scheduler.sigmas[scheduler.timesteps == t][0] for t in timesteps]).view(-1, 1, 1, 1)
+    sigmas = torch.stack([scheduler.sigmas[scheduler.timesteps == t][0] for t in timesteps]).view(
+        -1, 1, 1, 1
+    )
     noised = objective.noised(latents, noise, objective.timesteps(1 - u - 1e-5))
     torch.testing.assert_close(noised.timesteps, timesteps)
     torch.testing.assert_close(noised.noisy_latents, (1 - sigmas) * latents + sigmas * noise)
-    torch.testing.assert_close(noised.noisy_latents, scheduler.scale_noise(latents, timesteps, noise))
+    torch.testing.assert_close(
+        noised.noisy_latents, scheduler.scale_noise(latents, timesteps, noise)
+    )
     weighting = compute_loss_weighting_for_sd3(scheme, sigmas)
     expected = (weighting.float() * (model_pred - (noise - latents)) ** 2).reshape(6, -1).mean(1)
     torch.testing.assert_close(picture_losses(objective, model_pred, noised, DEFAULT), expected)
@@ -116,31 +136,56 @@ def test_flow_matching_is_that_of_diffusers_own_example(shift, scheme):
 def test_timesteps_are_sampled_as_densely_as_by_diffusers(scheme):
     """Deciles of our evenly spread draws against 200,000 of theirs."""
     torch.manual_seed(0)
-    theirs = compute_density_for_timestep_sampling(scheme, 200_000, logit_mean=0.0, logit_std=1.0, mode_scale=1.29)
+    theirs = compute_density_for_timestep_sampling(
+        scheme, 200_000, logit_mean=0.0, logit_std=1.0, mode_scale=1.29
+    )
     deciles = torch.arange(1, 10) / 10
-    torch.testing.assert_close(TIMESTEP_SAMPLING[scheme](EVEN, DEFAULT).quantile(deciles), theirs.quantile(deciles), rtol=0, atol=5e-3)
+    torch.testing.assert_close(
+        TIMESTEP_SAMPLING[scheme](EVEN, DEFAULT).quantile(deciles),
+        theirs.quantile(deciles),
+        rtol=0,
+        atol=5e-3,
+    )
 
 
 def test_cosmap_samples_as_densely_as_its_weight_is_large():
     """Diffusers weighs uniform timesteps by 2 / (pi (1 - 2 t + 2 t^2)) instead (Esser et al. 2024, 3.1): the same mean of any f(t)."""
     weights = compute_loss_weighting_for_sd3("cosmap", EVEN)
     for f in (torch.ones_like, torch.sqrt, torch.cos):
-        torch.testing.assert_close(f(TIMESTEP_SAMPLING["cosmap"](EVEN, DEFAULT)).mean(), (weights * f(EVEN)).mean(), rtol=0, atol=1e-3)
+        torch.testing.assert_close(
+            f(TIMESTEP_SAMPLING["cosmap"](EVEN, DEFAULT)).mean(),
+            (weights * f(EVEN)).mean(),
+            rtol=0,
+            atol=1e-3,
+        )
 
 
 def test_flow_matching_on_worked_numbers():
     """A shift of 3 takes the half to 3 * 0.5 / (1 + 2 * 0.5) = 0.75."""
     objective = FlowMatchingObjective.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0))
-    assert objective.timesteps(torch.tensor([0.4999, 0.9999, 1.0])).tolist() == [750.0, 1000.0, 1000.0]
+    assert objective.timesteps(torch.tensor([0.4999, 0.9999, 1.0])).tolist() == [
+        750.0,
+        1000.0,
+        1000.0,
+    ]
     one, two = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), 2.0)
     noised = objective.noised(one, two, torch.tensor([750.0]))
     assert (float(noised.noisy_latents), float(noised.target)) == (1.75, 1.0)
-    assert float(picture_losses(objective, two, noised, DEFAULT)) == 1.0 and objective.prediction_type == "flow"
+    assert (
+        float(picture_losses(objective, two, noised, DEFAULT)) == 1.0
+        and objective.prediction_type == "flow"
+    )
 
 
 def test_places_of_diffusion_are_whole_timesteps(scheduler):
     objective = DiffusionObjective.from_scheduler(scheduler)
-    assert objective.timesteps(torch.tensor([0.0, 0.0009, 0.5, 0.9999, 1.0])).tolist() == [0, 0, 500, 999, 999]
+    assert objective.timesteps(torch.tensor([0.0, 0.0009, 0.5, 0.9999, 1.0])).tolist() == [
+        0,
+        0,
+        500,
+        999,
+        999,
+    ]
     for sample in TIMESTEP_SAMPLING.values():
         timesteps = objective.timesteps(sample(EVEN, DEFAULT))
         assert timesteps.min() >= 0 and timesteps.max() <= 999
@@ -157,7 +202,9 @@ def test_a_schedule_of_another_kind_is_no_flow():
 def test_debiased_and_p2_on_worked_numbers():
     ratio = torch.tensor([0.25, 1.0, 4.0])
     torch.testing.assert_close(debiased_weights(ratio, "epsilon"), torch.tensor([2.0, 1.0, 0.5]))
-    torch.testing.assert_close(debiased_weights(ratio, "v_prediction"), torch.tensor([0.4, 0.5, 0.4]))  # sqrt(SNR) / (SNR + 1)
+    torch.testing.assert_close(
+        debiased_weights(ratio, "v_prediction"), torch.tensor([0.4, 0.5, 0.4])
+    )  # sqrt(SNR) / (SNR + 1)
     torch.testing.assert_close(p2_weights(ratio, 1.0, "epsilon"), torch.tensor([0.8, 0.5, 0.2]))
     torch.testing.assert_close(p2_weights(ratio, 0.5, "v_prediction"), ratio * (1 + ratio) ** -1.5)
 
@@ -166,16 +213,22 @@ def test_debiased_and_p2_on_worked_numbers():
 def test_a_weight_means_the_same_for_noise_and_v(weighting):
     """The same prediction, once as noise and once as v, has the same loss."""
     noises, vs = (
-        DiffusionObjective.from_scheduler(DDPMScheduler(prediction_type=kind, **SCHEDULE)) for kind in ("epsilon", "v_prediction")
+        DiffusionObjective.from_scheduler(DDPMScheduler(prediction_type=kind, **SCHEDULE))
+        for kind in ("epsilon", "v_prediction")
     )
     generator = torch.Generator().manual_seed(3)
     latents, noise, guess = torch.randn(3, 5, 4, 2, 2, generator=generator)
     timesteps = torch.tensor([10, 200, 500, 800, 990])
     as_noise, as_v = noises.noised(latents, noise, timesteps), vs.noised(latents, noise, timesteps)
     alpha_bar = noises.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-    v = (guess - (1 - alpha_bar).sqrt() * as_noise.noisy_latents) / alpha_bar.sqrt()  # noise = alpha v + sigma x_t
+    v = (
+        guess - (1 - alpha_bar).sqrt() * as_noise.noisy_latents
+    ) / alpha_bar.sqrt()  # noise = alpha v + sigma x_t
     settings = config.Objective(weighting=weighting)
-    ours, theirs = picture_losses(noises, guess, as_noise, settings), picture_losses(vs, v, as_v, settings)
+    ours, theirs = (
+        picture_losses(noises, guess, as_noise, settings),
+        picture_losses(vs, v, as_v, settings),
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
@@ -187,7 +240,10 @@ def test_weights_stay_finite_where_nothing_but_noise_is_left(scheduler, weightin
     noised = objective.noised(torch.ones(3, 1, 1, 1), torch.zeros(3, 1, 1, 1), torch.arange(3))
     for schedule in ("snr", "exponential", "constant"):
         losses = picture_losses(
-            objective, torch.ones(3, 1, 1, 1), noised, config.Objective(weighting=weighting, loss=loss, huber_schedule=schedule)
+            objective,
+            torch.ones(3, 1, 1, 1),
+            noised,
+            config.Objective(weighting=weighting, loss=loss, huber_schedule=schedule),
         )
         assert torch.isfinite(losses).all()
 
@@ -196,22 +252,36 @@ def test_sigma_sqrt_is_that_of_diffusers():
     objective = FlowMatchingObjective.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0))
     timesteps = torch.tensor([100.0, 750.0])
     expected = compute_loss_weighting_for_sd3("sigma_sqrt", timesteps / 1000)
-    torch.testing.assert_close(objective.weights(timesteps, config.Objective(weighting="sigma_sqrt")), expected)
+    torch.testing.assert_close(
+        objective.weights(timesteps, config.Objective(weighting="sigma_sqrt")), expected
+    )
 
 
 def test_a_weighting_of_another_kind_of_base_is_refused(tiny_run):
     folder = run_folder.create(tiny_run({"objective.weighting": "sigma_sqrt"}))
-    assert run_in(folder) == 1 and "sigma_sqrt does not suit Stable Diffusion 1.x" in run_folder.status(folder).message
+    assert (
+        run_in(folder) == 1
+        and "sigma_sqrt does not suit Stable Diffusion 1.x" in run_folder.status(folder).message
+    )
 
 
 # Errors
 
 
 def test_huber_is_squared_for_small_errors_and_straight_for_large_ones():
-    errors, zero, c = torch.tensor([0.0, 1e-2, 3.0, 100.0]).view(4, 1, 1, 1), torch.zeros(4, 1, 1, 1), torch.ones(4)
+    errors, zero, c = (
+        torch.tensor([0.0, 1e-2, 3.0, 100.0]).view(4, 1, 1, 1),
+        torch.zeros(4, 1, 1, 1),
+        torch.ones(4),
+    )
     huber = pointwise_error(errors, zero, "huber", c).flatten()
-    torch.testing.assert_close(huber, torch.tensor([0.0, 1e-4, 2 * (10**0.5 - 1), 198.01]), rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(pointwise_error(errors, zero, "smooth_l1", c / 2) / 2, pointwise_error(errors, zero, "huber", c / 2) / 1)
+    torch.testing.assert_close(
+        huber, torch.tensor([0.0, 1e-4, 2 * (10**0.5 - 1), 198.01]), rtol=1e-3, atol=1e-6
+    )
+    torch.testing.assert_close(
+        pointwise_error(errors, zero, "smooth_l1", c / 2) / 2,
+        pointwise_error(errors, zero, "huber", c / 2) / 1,
+    )
     torch.testing.assert_close(pointwise_error(errors, zero, "l2", c), errors**2)
 
 
@@ -228,16 +298,27 @@ def test_the_bend_moves_along_its_schedule():
         return 2 * c * ((1 + c**2) ** 0.5 - c)
 
     torch.testing.assert_close(losses("constant"), torch.full((3,), huber(0.1)))
-    torch.testing.assert_close(losses("snr"), torch.tensor([huber(1.0), huber(0.9 / 4 + 0.1), huber(0.1)]))
-    torch.testing.assert_close(losses("exponential"), torch.tensor([huber(1.0), huber(0.1 ** (1 / 3)), huber(0.1 ** (2 / 3))]))
+    torch.testing.assert_close(
+        losses("snr"), torch.tensor([huber(1.0), huber(0.9 / 4 + 0.1), huber(0.1)])
+    )
+    torch.testing.assert_close(
+        losses("exponential"),
+        torch.tensor([huber(1.0), huber(0.1 ** (1 / 3)), huber(0.1 ** (2 / 3))]),
+    )
 
 
 def test_a_mask_says_what_counts():
     objective = DiffusionObjective(torch.tensor([0.9, 0.5]), "epsilon")
     noised = Noised(torch.zeros(1, 2, 1, 2), torch.tensor([1]), torch.zeros(1, 2, 1, 2))
     pred = torch.tensor([[[[1.0, 5.0]], [[3.0, 5.0]]]])
-    for mask, expected in (([1.0, 0.0], 5.0), ([1.0, 1.0], 15.0), ([1.0, 0.25], (5 + 0.25 * 25) / 1.25)):
-        loss = picture_losses(objective, pred, noised, UNWEIGHTED, torch.tensor(mask).view(1, 1, 1, 2))
+    for mask, expected in (
+        ([1.0, 0.0], 5.0),
+        ([1.0, 1.0], 15.0),
+        ([1.0, 0.25], (5 + 0.25 * 25) / 1.25),
+    ):
+        loss = picture_losses(
+            objective, pred, noised, UNWEIGHTED, torch.tensor(mask).view(1, 1, 1, 2)
+        )
         torch.testing.assert_close(loss, torch.tensor([expected]))
 
 
@@ -246,9 +327,16 @@ def test_a_mask_says_what_counts():
 
 def test_the_strength_of_offset_noise_can_be_random():
     fixed = offset_noise(torch.zeros(500, 4, 1, 1), 0.1, torch.Generator().manual_seed(0))
-    drawn = offset_noise(torch.zeros(500, 4, 1, 1), 0.1, torch.Generator().manual_seed(0), random_strength=True)
+    drawn = offset_noise(
+        torch.zeros(500, 4, 1, 1), 0.1, torch.Generator().manual_seed(0), random_strength=True
+    )
     shares = (drawn / fixed)[:, :, 0, 0]
-    assert shares.std(dim=1).max() < 1e-5 and shares.min() < 0.02 and shares.max() > 0.98 and abs(float(shares.mean()) - 0.5) < 0.05
+    assert (
+        shares.std(dim=1).max() < 1e-5
+        and shares.min() < 0.02
+        and shares.max() > 0.98
+        and abs(float(shares.mean()) - 0.5) < 0.05
+    )
 
 
 def test_pyramid_noise_has_coarse_grains_and_variance_one():
@@ -296,8 +384,15 @@ def test_every_option_reaches_the_loss_of_a_step_and_none_moves_the_draws_of_ano
     ]  # fmt: skip
     losses = []
     for change in [{}, *changes]:
-        session.run = config.replace(plain, {f"objective.{name}": value for name, value in change.items()})
-        losses.append(sum(float(sum(step.microbatch_losses(session, session.buckets, i)).detach()) for i in range(4)))
+        session.run = config.replace(
+            plain, {f"objective.{name}": value for name, value in change.items()}
+        )
+        losses.append(
+            sum(
+                float(sum(step.microbatch_losses(session, session.buckets, i)).detach())
+                for i in range(4)
+            )
+        )
     assert len(set(losses)) == len(losses)
 
 
@@ -310,7 +405,9 @@ def test_a_perturbed_input_is_still_asked_for_its_noise(tiny_run):
     timesteps = torch.tensor([100, 900])
     seen = step._noised(session, Batch(latents, {}, torch.zeros(2, 6)), noise, timesteps, other)
     torch.testing.assert_close(seen.target, noise)
-    torch.testing.assert_close(seen.noisy_latents, session.objective.noised(latents, other, timesteps).noisy_latents)
+    torch.testing.assert_close(
+        seen.noisy_latents, session.objective.noised(latents, other, timesteps).noisy_latents
+    )
 
 
 # Timesteps
@@ -319,14 +416,21 @@ def test_a_perturbed_input_is_still_asked_for_its_noise(tiny_run):
 def test_timesteps_keep_to_their_range():
     places = sample_places(EVEN, "uniform", config.Objective(min_timestep=200, max_timestep=300))
     assert 0.2 <= places.min() < 0.201 and 0.299 < places.max() <= 0.3
-    torch.testing.assert_close(sample_places(EVEN, "logit_normal", DEFAULT), TIMESTEP_SAMPLING["logit_normal"](EVEN, DEFAULT))
+    torch.testing.assert_close(
+        sample_places(EVEN, "logit_normal", DEFAULT),
+        TIMESTEP_SAMPLING["logit_normal"](EVEN, DEFAULT),
+    )
     with pytest.raises(ConfigError, match="not below"):
-        config.replace(config.RunConfig(), {"objective.min_timestep": 500, "objective.max_timestep": 500})
+        config.replace(
+            config.RunConfig(), {"objective.min_timestep": 500, "objective.max_timestep": 500}
+        )
 
 
 def test_mean_and_spread_of_logit_normal_are_those_of_diffusers():
     torch.manual_seed(0)
-    theirs = compute_density_for_timestep_sampling("logit_normal", 200_000, logit_mean=0.5, logit_std=0.6)
+    theirs = compute_density_for_timestep_sampling(
+        "logit_normal", 200_000, logit_mean=0.5, logit_std=0.6
+    )
     ours = sample_places(EVEN, "logit_normal", config.Objective(logit_mean=0.5, logit_std=0.6))
     deciles = torch.arange(1, 10) / 10
     torch.testing.assert_close(ours.quantile(deciles), theirs.quantile(deciles), rtol=0, atol=5e-3)

@@ -28,7 +28,9 @@ KINDS = ["sd3", "sd35-medium"]  # with T5, and without it but with the second at
 
 @pytest.fixture(scope="module")
 def base_of(tmp_path_factory):
-    folders = {kind: save_tiny_base(tmp_path_factory.mktemp(kind) / "base", kind=kind) for kind in KINDS}
+    folders = {
+        kind: save_tiny_base(tmp_path_factory.mktemp(kind) / "base", kind=kind) for kind in KINDS
+    }
     return folders.__getitem__
 
 
@@ -45,9 +47,15 @@ def load(folder, **base):
 def test_prompts_are_encoded_as_by_the_pipeline(base_of, kind):
     base = load(base_of(kind))
     ours = base.family.encode_prompts(base.pipe, ["a red star, żółć", ""])
-    embeds, no_embeds, pooled, no_pooled = base.pipe.encode_prompt("a red star, żółć", None, None, device="cpu")
+    embeds, no_embeds, pooled, no_pooled = base.pipe.encode_prompt(
+        "a red star, żółć", None, None, device="cpu"
+    )
     torch.testing.assert_close(
-        ours, {"prompt_embeds": torch.cat([embeds, no_embeds]), "pooled_prompt_embeds": torch.cat([pooled, no_pooled])}
+        ours,
+        {
+            "prompt_embeds": torch.cat([embeds, no_embeds]),
+            "pooled_prompt_embeds": torch.cat([pooled, no_pooled]),
+        },
     )
     assert ours["prompt_embeds"].shape == (2, 77 + 256, 64)
     assert bool(ours["prompt_embeds"][:, 77:].any()) == (kind == "sd3"), "zeros in the place of T5"
@@ -55,13 +63,26 @@ def test_prompts_are_encoded_as_by_the_pipeline(base_of, kind):
 
 def test_without_t5_the_same_model_reads_with_clip_alone(base_of, tiny_run):
     whole, without = load(base_of("sd3")), load(base_of("sd3"), t5=False)
-    assert without.pipe.text_encoder_3 is None and list(without.family.text_encoders(without.pipe)) == ["text_encoder", "text_encoder_2"]
-    first, second = (base.family.encode_prompts(base.pipe, ["a"])["prompt_embeds"] for base in (whole, without))
-    assert torch.equal(first[:, :77], second[:, :77]) and first[:, 77:].any() and not second[:, 77:].any()
-    assert setup.base_hashes(whole)[1] != setup.base_hashes(without)[1], "else a cached caption of the one would serve the other"
+    assert without.pipe.text_encoder_3 is None and list(
+        without.family.text_encoders(without.pipe)
+    ) == ["text_encoder", "text_encoder_2"]
+    first, second = (
+        base.family.encode_prompts(base.pipe, ["a"])["prompt_embeds"] for base in (whole, without)
+    )
+    assert (
+        torch.equal(first[:, :77], second[:, :77])
+        and first[:, 77:].any()
+        and not second[:, 77:].any()
+    )
+    assert setup.base_hashes(whole)[1] != setup.base_hashes(without)[1], (
+        "else a cached caption of the one would serve the other"
+    )
     limits = [base.family.token_counts(base.pipe, ["a b"])[1] for base in (whole, without)]
     assert limits == [255, 75]
-    sizes = [estimate.size_of(tiny_run({"base.model": str(base_of("sd3")), "base.t5": t5})).text_encoders for t5 in (True, False)]
+    sizes = [
+        estimate.size_of(tiny_run({"base.model": str(base_of("sd3")), "base.t5": t5})).text_encoders
+        for t5 in (True, False)
+    ]
     assert sizes[0] > sizes[1] > 0
 
 
@@ -76,8 +97,13 @@ def test_a_t5_that_is_named_but_not_there_is_asked_for(copy_of):
 def test_a_download_without_t5_is_gone_on_with_when_t5_is_wanted(copy_of, monkeypatch):
     folder = copy_of("sd3")
     shutil.rmtree(folder / "text_encoder_3")
-    monkeypatch.setattr(model_files, "try_to_load_from_cache", lambda *a, **k: str(folder / "model_index.json"))
-    here = [model_files.locate(config.Base(model="someone/stable-diffusion-3", t5=t5)) for t5 in (False, True)]
+    monkeypatch.setattr(
+        model_files, "try_to_load_from_cache", lambda *a, **k: str(folder / "model_index.json")
+    )
+    here = [
+        model_files.locate(config.Base(model="someone/stable-diffusion-3", t5=t5))
+        for t5 in (False, True)
+    ]
     assert here == [folder, None]
 
 
@@ -88,41 +114,79 @@ def test_the_loss_is_that_of_flow_matching_on_shifted_latents(base_of, tiny_run,
     session, seen = setup.prepare(run, folder, events.EventLog(folder / "events.jsonl")), []
     real = session.predict
     monkeypatch.setattr(session, "predict", lambda *a: seen.append((*a, real(*a))) or seen[-1][-1])
-    sure = [replace(e, views=type(e.views)(replace(v, std=torch.zeros_like(v.std)) for v in e.views)) for e in session.examples]
+    sure = [
+        replace(e, views=type(e.views)(replace(v, std=torch.zeros_like(v.std)) for v in e.views))
+        for e in session.examples
+    ]
     monkeypatch.setattr(session, "examples", sure)
     loss = sum(step.microbatch_losses(session, session.buckets, 0))
     noised, batch, model_pred = seen[0]
     means = [(view.mean - 0.0609) * 1.5305 for e in session.examples for view in e.views]
-    assert all(any(torch.allclose(latents, mean) for mean in means if mean.shape == latents.shape) for latents in batch.latents)
+    assert all(
+        any(torch.allclose(latents, mean) for mean in means if mean.shape == latents.shape)
+        for latents in batch.latents
+    )
     sigma = noised.timesteps.view(-1, 1, 1, 1) / 1000
     noise = (noised.noisy_latents - (1 - sigma) * batch.latents) / sigma
-    torch.testing.assert_close(loss, (model_pred - (noise - batch.latents)).square().mean(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        loss, (model_pred - (noise - batch.latents)).square().mean(), rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_and_resumed_gives_the_uninterrupted_adapter(base_of, tiny_run, monkeypatch, kind):
-    run = tiny_run({"base.model": str(base_of(kind)), "training.steps": 4, "saving.saves": 1, "training.text_encoder_learning_rate": 1e-3})
+    run = tiny_run(
+        {
+            "base.model": str(base_of(kind)),
+            "training.steps": 4,
+            "saving.saves": 1,
+            "training.text_encoder_learning_rate": 1e-3,
+        }
+    )
     whole, cut = run_folder.create(run), run_folder.create(run)
     assert run_in(whole) == 0
     real, calls = loop.microbatch_losses, iter(range(1, 100))
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "microbatch_losses", lambda *a: real(*a) if next(calls) < 4 else torch.zeros(1)[5])
+        patched.setattr(
+            loop, "microbatch_losses", lambda *a: real(*a) if next(calls) < 4 else torch.zeros(1)[5]
+        )
         assert run_in(cut) == 1
     assert not run_folder.status(cut).finished
     assert run_in(cut) == 0 and run_folder.status(cut).started.step == 2
-    first, second = (load_file(folder / run_folder.status(folder).finished.file) for folder in (whole, cut))
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    first, second = (
+        load_file(folder / run_folder.status(folder).finished.file) for folder in (whole, cut)
+    )
+    assert first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
-def test_strength_zero_is_the_base_to_the_bit_and_the_picture_says_euler(base_of, tiny_run, tmp_path):
-    run = tiny_run({"base.model": str(base_of("sd35-medium")), "training.steps": 2, "saving.saves": 1})
+def test_strength_zero_is_the_base_to_the_bit_and_the_picture_says_euler(
+    base_of, tiny_run, tmp_path
+):
+    run = tiny_run(
+        {"base.model": str(base_of("sd35-medium")), "training.steps": 2, "saving.saves": 1}
+    )
     folder = run_folder.create(run)
     assert run_in(folder) == 0
     file = str(folder / run_folder.status(folder).finished.file)
     sampler, pictures = Sampler(), {}
-    for name, adapters in (("base", []), ("one", [(file, 1.0)]), ("zero", [(file, 0.0)]), ("minus", [(file, -1.0)])):
+    for name, adapters in (
+        ("base", []),
+        ("one", [(file, 1.0)]),
+        ("zero", [(file, 0.0)]),
+        ("minus", [(file, -1.0)]),
+    ):
         stack = [StackedAdapter(*adapter) for adapter in adapters]
-        request = SampleRequest("a star", str(tmp_path / f"{name}.png"), run.base, stack, inference_steps=2, width=22, height=16)
+        request = SampleRequest(
+            "a star",
+            str(tmp_path / f"{name}.png"),
+            run.base,
+            stack,
+            inference_steps=2,
+            width=22,
+            height=16,
+        )
         pictures[name] = Image.open(sampler.render(request))
     assert pictures["base"].size == (20, 16), "whole patches of two latents of two pixels"
     assert pictures["base"].tobytes() == pictures["zero"].tobytes()
@@ -134,10 +198,15 @@ def test_sides_that_are_no_whole_patches_are_refused(tmp_path, tiny_run):
     from tests import tiny
 
     torch.manual_seed(0)
-    tiny.tiny_sd3(tmp_path / "work", t5=False, patch_size=8, sample_size=16).save_pretrained(tmp_path / "model")
+    tiny.tiny_sd3(tmp_path / "work", t5=False, patch_size=8, sample_size=16).save_pretrained(
+        tmp_path / "model"
+    )
     folder = run_folder.create(tiny_run({"base.model": str(tmp_path / "model")}))
     assert run_in(folder) == 1
-    assert "dataset.bucket_step (8) must be a multiple of 16 for Stable Diffusion 3 Medium" in run_folder.status(folder).message
+    assert (
+        "dataset.bucket_step (8) must be a multiple of 16 for Stable Diffusion 3 Medium"
+        in run_folder.status(folder).message
+    )
 
 
 def cut(folder, part, size):
@@ -153,17 +222,26 @@ def test_weights_cut_into_parts_are_the_same_weights(base_of, copy_of):
     cut(folder, "transformer", "200KB")
     cut(folder, "text_encoder_3", "100KB")
     inspected = model_files.inspect(folder)
-    assert len(inspected.weights["transformer"]) > 1 and len(inspected.weights["text_encoder_3"]) > 1
+    assert (
+        len(inspected.weights["transformer"]) > 1 and len(inspected.weights["text_encoder_3"]) > 1
+    )
     assert inspected.tensors == model_files.inspect(base_of("sd3")).tensors
     whole, parts = load(base_of("sd3")), load(folder)
     for part in ("transformer", "text_encoder_3"):
-        for ours, theirs in zip(getattr(whole.pipe, part).parameters(), getattr(parts.pipe, part).parameters(), strict=True):
+        for ours, theirs in zip(
+            getattr(whole.pipe, part).parameters(),
+            getattr(parts.pipe, part).parameters(),
+            strict=True,
+        ):
             assert torch.equal(ours, theirs)
 
 
 BROKEN_INDEX = {
     "missing_part": (lambda index: None, "are missing"),
-    "elsewhere": (lambda index: index["weight_map"].update(x="../../vae/diffusion_pytorch_model.safetensors"), "names ../../vae"),
+    "elsewhere": (
+        lambda index: index["weight_map"].update(x="../../vae/diffusion_pytorch_model.safetensors"),
+        "names ../../vae",
+    ),
     "no_file": (lambda index: index.update(weight_map={}), "names no file"),
     "no_table": (lambda index: index.update(weight_map=[1]), "names no file"),
 }
@@ -190,19 +268,36 @@ def pretend_xformers(monkeypatch):
     def stand_in(query, key, value, attn_bias=None, op=None, scale=None):
         return scaled_dot_product_attention(query, key, value, scale=scale)
 
-    monkeypatch.setattr(attention_processor, "xformers", SimpleNamespace(ops=SimpleNamespace(memory_efficient_attention=stand_in)))
+    monkeypatch.setattr(
+        attention_processor,
+        "xformers",
+        SimpleNamespace(ops=SimpleNamespace(memory_efficient_attention=stand_in)),
+    )
     monkeypatch.setattr(attention_processor, "is_xformers_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     real = torch.randn
-    monkeypatch.setattr(torch, "randn", lambda *a, **k: real(*a, **k | ({"device": "cpu"} if "device" in k else {})))
+    monkeypatch.setattr(
+        torch, "randn", lambda *a, **k: real(*a, **k | ({"device": "cpu"} if "device" in k else {}))
+    )
 
 
 def test_xformers_takes_the_joint_attention_too(pretend_xformers):
     """Of image and text together, and the second one of the image alone: the same output and gradients."""
     torch.manual_seed(0)
-    shape = {"num_attention_heads": 2, "attention_head_dim": 8, "joint_attention_dim": 16, "caption_projection_dim": 16}
+    shape = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "joint_attention_dim": 16,
+        "caption_projection_dim": 16,
+    }
     model = SD3Transformer2DModel(
-        sample_size=8, num_layers=2, pooled_projection_dim=8, pos_embed_max_size=8, qk_norm="rms_norm", dual_attention_layers=(0,), **shape
+        sample_size=8,
+        num_layers=2,
+        pooled_projection_dim=8,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+        **shape,
     )
     inputs = {
         "hidden_states": torch.randn(1, 16, 8, 8),
@@ -213,9 +308,13 @@ def test_xformers_takes_the_joint_attention_too(pretend_xformers):
 
     def run():
         output = model(**inputs).sample
-        return output.detach(), *torch.autograd.grad(output.square().sum(), inputs["encoder_hidden_states"])
+        return output.detach(), *torch.autograd.grad(
+            output.square().sum(), inputs["encoder_hidden_states"]
+        )
 
     by_torch = run()
     attention.use_attention(model, "xformers")
-    assert {type(processor) for processor in model.attn_processors.values()} == {attention_processor.XFormersJointAttnProcessor}
+    assert {type(processor) for processor in model.attn_processors.values()} == {
+        attention_processor.XFormersJointAttnProcessor
+    }
     torch.testing.assert_close(run(), by_torch)

@@ -11,7 +11,8 @@ from trainer.lora.fused_linear import FusedLinear, fuse
 def layer(**settings) -> nn.Module:
     torch.manual_seed(0)
     model = inject_adapter_in_model(
-        LoraConfig(r=3, lora_alpha=6, target_modules=["0"], init_lora_weights=False, **settings), nn.Sequential(nn.Linear(5, 7))
+        LoraConfig(r=3, lora_alpha=6, target_modules=["0"], init_lora_weights=False, **settings),
+        nn.Sequential(nn.Linear(5, 7)),
     )
     return model.requires_grad_(True)
 
@@ -21,7 +22,12 @@ def outcome(model: nn.Module, dtype: torch.dtype = torch.float32) -> list[torch.
     output = model(x)
     output.float().square().sum().backward()
     lora = model[0]
-    return [output.detach(), x.grad, lora.lora_A["default"].weight.grad, lora.lora_B["default"].weight.grad]
+    return [
+        output.detach(),
+        x.grad,
+        lora.lora_A["default"].weight.grad,
+        lora.lora_B["default"].weight.grad,
+    ]
 
 
 def test_output_and_gradients_are_those_of_peft():
@@ -37,7 +43,12 @@ def test_a_half_precision_base_is_near_the_exact_result_and_gives_float32_gradie
     ours[0].base_layer.to(torch.bfloat16)
     fuse(ours, "default")
     results = outcome(ours, torch.bfloat16)
-    assert [r.dtype for r in results] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    assert [r.dtype for r in results] == [
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    ]
     for mine, theirs in zip(results, exact, strict=True):
         assert (mine.float() - theirs).norm() / theirs.norm() < 0.02
 
@@ -53,7 +64,9 @@ def test_it_gives_way_where_the_adapter_is_off_merged_or_another(change):
             model[0].merge()
         else:
             torch.manual_seed(2)
-            model[0].update_layer("second", r=2, lora_alpha=2, config=LoraConfig(r=2, init_lora_weights=False))
+            model[0].update_layer(
+                "second", r=2, lora_alpha=2, config=LoraConfig(r=2, init_lora_weights=False)
+            )
             model[0].set_adapter("second")
     x = torch.randn(1, 5)
     assert torch.equal(ours(x), peft(x))

@@ -27,7 +27,9 @@ def predict(base):
     with torch.no_grad():
         conditioning = FAMILY.encode_prompts(base.pipe, ["a red star"])
         latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        return base.pipe.unet(latents, 500, encoder_hidden_states=conditioning["prompt_embeds"]).sample
+        return base.pipe.unet(
+            latents, 500, encoder_hidden_states=conditioning["prompt_embeds"]
+        ).sample
 
 
 def test_a_fresh_adapter_changes_nothing_and_a_trained_one_does(base):
@@ -48,19 +50,29 @@ def test_every_attention_projection_is_adapted_and_nothing_else(base):
         expected = {
             name.removesuffix(".base_layer")
             for name, layer in module.named_modules()
-            if isinstance(layer, torch.nn.Linear) and name.removesuffix(".base_layer").endswith(ends)
+            if isinstance(layer, torch.nn.Linear)
+            and name.removesuffix(".base_layer").endswith(ends)
         }
-        assert {m.name for m in adapters.adapted_modules({"x": module})} == expected and len(expected) >= 8
+        assert {m.name for m in adapters.adapted_modules({"x": module})} == expected and len(
+            expected
+        ) >= 8
         assert all("lora_" in name for name in adapters.trainable(module))
 
 
 @pytest.mark.parametrize("text_rate", [0.0, 1e-4])
 def test_the_parameters_are_those_estimated_before(base, tiny_base, text_rate):
     run = config.replace(
-        config.RunConfig(), {"base.model": str(tiny_base), "adapter.rank": 3, "training.text_encoder_learning_rate": text_rate}
+        config.RunConfig(),
+        {
+            "base.model": str(tiny_base),
+            "adapter.rank": 3,
+            "training.text_encoder_learning_rate": text_rate,
+        },
     )
     parts = ["unet", *(["text_encoder"] if text_rate else [])]
-    counted = sum(p.numel() for part in parts for p in adapters.trainable(inject(base, part, rank=3)).values())
+    counted = sum(
+        p.numel() for part in parts for p in adapters.trainable(inject(base, part, rank=3)).values()
+    )
     assert estimate.trainable_parameters(run) == counted
 
 

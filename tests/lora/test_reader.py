@@ -26,23 +26,39 @@ from trainer.runs import events, run_folder
 from trainer.training import setup
 
 NAMES = [family.name for family in FAMILIES.values()]
-SD3 = {"num_layers": 3, "attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16, "dual_attention_layers": (0,)}
+SD3 = {
+    "num_layers": 3,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "caption_projection_dim": 16,
+    "dual_attention_layers": (0,),
+}
 
 
 def meta_model(family):
     with torch.device("meta"):
         if family == "sd35m":
             return SD3Transformer2DModel(**SD3)
-        return UNet2DConditionModel(**XL_UNET) if family == "sdxl" else UNet2DConditionModel(cross_attention_dim=768)
+        return (
+            UNet2DConditionModel(**XL_UNET)
+            if family == "sdxl"
+            else UNet2DConditionModel(cross_attention_dim=768)
+        )
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "sd35m"])
 def test_every_layer_of_a_full_size_denoiser_is_found_again_by_its_key(family):
     """All linear layers and convolutions, by kohya's key; of a transformer those that adapters are trained on."""
     family = FAMILIES[family]
-    layers = [name for name, layer in meta_model(family_key(family)).named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    layers = [
+        name
+        for name, layer in meta_model(family_key(family)).named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    ]
     if family.denoiser_name == "transformer":
-        layers = [n for n in layers if n.endswith(("to_out.0", "to_add_out", "net.0.proj", "net.2"))]
+        layers = [
+            n for n in layers if n.endswith(("to_out.0", "to_add_out", "net.0.proj", "net.2"))
+        ]
     keys = {name: family.export_key(family.denoiser_name, name) for name in layers}
     assert len(set(keys.values())) == len(layers) > 10
     for name, key in keys.items():
@@ -75,51 +91,107 @@ def test_stabilitys_names_are_those_of_the_table():
         "up_blocks.2.resnets.2.conv2": "output_blocks_8_0_out_layers_3",
         "up_blocks.1.attentions.0.transformer_blocks.1.ff.net.0.proj": "output_blocks_3_1_transformer_blocks_1_ff_net_0_proj",
     }
-    assert {name: FAMILIES["sdxl"].export_key("unet", name) for name in by_hand} == {n: f"lora_unet_{k}" for n, k in by_hand.items()}
-    assert place_of("lora_unet_output_blocks_2_1_conv.alpha").module == "up_blocks.0.upsamplers.0.conv"  # a block without attention
+    assert {name: FAMILIES["sdxl"].export_key("unet", name) for name in by_hand} == {
+        n: f"lora_unet_{k}" for n, k in by_hand.items()
+    }
+    assert (
+        place_of("lora_unet_output_blocks_2_1_conv.alpha").module == "up_blocks.0.upsamplers.0.conv"
+    )  # a block without attention
 
 
-ATTENTIONS = [f"{attention}_{part}" for attention in ("attn1", "attn2") for part in ("to_q", "to_k", "to_v", "to_out_0")]
+ATTENTIONS = [
+    f"{attention}_{part}"
+    for attention in ("attn1", "attn2")
+    for part in ("to_q", "to_k", "to_v", "to_out_0")
+]
 
 
 def transformer(depth):
     """Below an attention: its projections in and out, and so many blocks."""
-    inner = [f"transformer_blocks_{n}_{part}" for n in range(depth) for part in (*ATTENTIONS, "ff_net_0_proj", "ff_net_2")]
+    inner = [
+        f"transformer_blocks_{n}_{part}"
+        for n in range(depth)
+        for part in (*ATTENTIONS, "ff_net_0_proj", "ff_net_2")
+    ]
     return ["proj_in", "proj_out", *inner]
 
 
 def golden_sd1():
     """From v1-inference.yaml, in diffusers' names: attention where the picture is halved at most twice; a shortcut where widths differ."""
     plain = ("conv1", "time_emb_proj", "conv2")
-    keys = [f"down_blocks_{b}_resnets_{j}_{part}" for b in range(4) for j in range(2) for part in plain]
+    keys = [
+        f"down_blocks_{b}_resnets_{j}_{part}" for b in range(4) for j in range(2) for part in plain
+    ]
     keys += [f"mid_block_resnets_{j}_{part}" for j in range(2) for part in plain]
-    keys += [f"up_blocks_{b}_resnets_{j}_{part}" for b in range(4) for j in range(3) for part in (*plain, "conv_shortcut")]
+    keys += [
+        f"up_blocks_{b}_resnets_{j}_{part}"
+        for b in range(4)
+        for j in range(3)
+        for part in (*plain, "conv_shortcut")
+    ]
     keys += [f"down_blocks_{b}_resnets_0_conv_shortcut" for b in (1, 2)]
-    keys += [f"down_blocks_{b}_downsamplers_0_conv" for b in range(3)] + [f"up_blocks_{b}_upsamplers_0_conv" for b in range(3)]
-    places = [f"down_blocks_{b}_attentions_{j}" for b in range(3) for j in range(2)] + ["mid_block_attentions_0"]
+    keys += [f"down_blocks_{b}_downsamplers_0_conv" for b in range(3)] + [
+        f"up_blocks_{b}_upsamplers_0_conv" for b in range(3)
+    ]
+    places = [f"down_blocks_{b}_attentions_{j}" for b in range(3) for j in range(2)] + [
+        "mid_block_attentions_0"
+    ]
     places += [f"up_blocks_{b}_attentions_{j}" for b in (1, 2, 3) for j in range(3)]
     return keys + [f"{place}_{part}" for place in places for part in transformer(1)]
 
 
 def golden_sdxl():
     """From sd_xl_base.yaml, in Stability's names: attention of depth 2 at 640 channels, 10 at 1280."""
-    resnets = [f"input_blocks_{n}_0" for n in (1, 2, 4, 5, 7, 8)] + ["middle_block_0", "middle_block_2"]
+    resnets = [f"input_blocks_{n}_0" for n in (1, 2, 4, 5, 7, 8)] + [
+        "middle_block_0",
+        "middle_block_2",
+    ]
     outputs = [f"output_blocks_{n}_0" for n in range(9)]
-    keys = [f"{place}_{part}" for place in resnets + outputs for part in ("in_layers_2", "emb_layers_1", "out_layers_3")]
-    keys += [f"{place}_skip_connection" for place in ("input_blocks_4_0", "input_blocks_7_0", *outputs)]
-    keys += ["input_blocks_3_0_op", "input_blocks_6_0_op", "output_blocks_2_2_conv", "output_blocks_5_2_conv"]
+    keys = [
+        f"{place}_{part}"
+        for place in resnets + outputs
+        for part in ("in_layers_2", "emb_layers_1", "out_layers_3")
+    ]
+    keys += [
+        f"{place}_skip_connection" for place in ("input_blocks_4_0", "input_blocks_7_0", *outputs)
+    ]
+    keys += [
+        "input_blocks_3_0_op",
+        "input_blocks_6_0_op",
+        "output_blocks_2_2_conv",
+        "output_blocks_5_2_conv",
+    ]
     shallow = ["input_blocks_4_1", "input_blocks_5_1", *(f"output_blocks_{n}_1" for n in (3, 4, 5))]
-    deep = ["input_blocks_7_1", "input_blocks_8_1", "middle_block_1", *(f"output_blocks_{n}_1" for n in (0, 1, 2))]
-    return keys + [f"{place}_{part}" for places, depth in ((shallow, 2), (deep, 10)) for place in places for part in transformer(depth)]
+    deep = [
+        "input_blocks_7_1",
+        "input_blocks_8_1",
+        "middle_block_1",
+        *(f"output_blocks_{n}_1" for n in (0, 1, 2)),
+    ]
+    return keys + [
+        f"{place}_{part}"
+        for places, depth in ((shallow, 2), (deep, 10))
+        for place in places
+        for part in transformer(depth)
+    ]
 
 
-@pytest.mark.parametrize("family, golden, count", [("sd1", golden_sd1(), 278), ("sdxl", golden_sdxl(), 788)])
+@pytest.mark.parametrize(
+    "family, golden, count", [("sd1", golden_sd1(), 278), ("sdxl", golden_sdxl(), 788)]
+)
 def test_the_keys_of_all_layers_of_a_full_size_unet_are_the_golden_list(family, golden, count):
     """Convolutions among them: none missing, none unexpected."""
-    tensors = {name: TensorInfo("F16", tuple(weight.shape)) for name, weight in meta_model(family).named_parameters()}
-    chosen = targets.choose_targets(config.Adapter(targets="linear+conv"), "unet", targets.projections(tensors))
+    tensors = {
+        name: TensorInfo("F16", tuple(weight.shape))
+        for name, weight in meta_model(family).named_parameters()
+    }
+    chosen = targets.choose_targets(
+        config.Adapter(targets="linear+conv"), "unet", targets.projections(tensors)
+    )
     keys = [FAMILIES[family].export_key("unet", target.name) for target in chosen]
-    assert len(keys) == len(set(keys)) == count and set(keys) == {f"lora_unet_{key}" for key in golden}
+    assert len(keys) == len(set(keys)) == count and set(keys) == {
+        f"lora_unet_{key}" for key in golden
+    }
 
 
 @pytest.mark.parametrize("family, component, front, layers", [
@@ -127,13 +199,28 @@ def test_the_keys_of_all_layers_of_a_full_size_unet_are_the_golden_list(family, 
     ("sdxl", "text_encoder", "lora_te1", 12), ("sdxl", "text_encoder_2", "lora_te2", 32),
 ])  # fmt: skip
 @pytest.mark.parametrize("level", ["", "text_model."])
-def test_the_keys_of_all_layers_of_a_text_encoder_are_the_golden_list(family, component, front, layers, level):
+def test_the_keys_of_all_layers_of_a_text_encoder_are_the_golden_list(
+    family, component, front, layers, level
+):
     """Whether this version of transformers has the level `text_model` or not, the file has it."""
-    parts = {f"self_attn.{part}": (8, 8) for part in ("q_proj", "k_proj", "v_proj", "out_proj")} | {"mlp.fc1": (16, 8), "mlp.fc2": (8, 16)}
-    shapes = {f"{level}encoder.layers.{n}.{part}": shape for n in range(layers) for part, shape in parts.items()}
+    parts = {f"self_attn.{part}": (8, 8) for part in ("q_proj", "k_proj", "v_proj", "out_proj")} | {
+        "mlp.fc1": (16, 8),
+        "mlp.fc2": (8, 16),
+    }
+    shapes = {
+        f"{level}encoder.layers.{n}.{part}": shape
+        for n in range(layers)
+        for part, shape in parts.items()
+    }
     chosen = targets.choose_targets(config.Adapter(text_encoder_targets="all"), component, shapes)
-    golden = {f"{front}_text_model_encoder_layers_{n}_{part.replace('.', '_')}" for n in range(layers) for part in parts}
-    assert {FAMILIES[family].export_key(component, target.name) for target in chosen} == golden and len(golden) == layers * 6
+    golden = {
+        f"{front}_text_model_encoder_layers_{n}_{part.replace('.', '_')}"
+        for n in range(layers)
+        for part in parts
+    }
+    assert {
+        FAMILIES[family].export_key(component, target.name) for target in chosen
+    } == golden and len(golden) == layers * 6
 
 
 KINDS = {
@@ -161,7 +248,10 @@ CASES = [("sd1", kind) for kind in ("rslora", "varying", "dora", "loha", "lokr")
 def trained(base, kind):
     """A base with a random adapter everywhere, as if trained; what it predicts, and its records."""
     draw = torch.Generator().manual_seed(3)
-    parts = {base.family.denoiser_name: base.denoiser, **base.family.trainable_text_encoders(base.pipe)}
+    parts = {
+        base.family.denoiser_name: base.denoiser,
+        **base.family.trainable_text_encoders(base.pipe),
+    }
     for name, part in parts.items():
         inject.inject(part, name, config.Adapter(**KINDS[kind]), seed=1)
         for key, parameter in inject.trainable(part).items():
@@ -179,7 +269,9 @@ def test_a_file_does_in_a_fresh_base_what_was_trained(load, tmp_path, family, ki
     plain = predict(base.family, base.pipe)
     wanted, modules = trained(base, kind)
     assert (wanted - plain).norm() > 0.02 * plain.norm()
-    whole = {"loha": ("kohya", "peft"), "lokr": ("kohya",)}.get(kind, ("kohya", "diffusers", "peft"))
+    whole = {"loha": ("kohya", "peft"), "lokr": ("kohya",)}.get(
+        kind, ("kohya", "diffusers", "peft")
+    )
     fresh = load(family)
     stack = Stack(fresh)
     for dialect in whole:
@@ -192,7 +284,9 @@ def test_a_file_does_in_a_fresh_base_what_was_trained(load, tmp_path, family, ki
         stack.clear()
         assert torch.equal(predict(fresh.family, fresh.pipe), plain)
         if dialect == "kohya":
-            alphas = {float(tensor) for name, tensor in load_file(path).items() if name.endswith(".alpha")}
+            alphas = {
+                float(tensor) for name, tensor in load_file(path).items() if name.endswith(".alpha")
+            }
             assert len(alphas) == 1, "some readers look at one alpha only"
     for dialect in {"kohya", "diffusers", "peft"} - set(whole):
         with pytest.raises(ModelError, match="kohya"):
@@ -233,13 +327,19 @@ def only(path):
     return module
 
 
-PROCESSOR, TO_OUT = QUERY.replace(".to_q", ".processor.to_q_lora"), TEXT.replace("out_proj", "to_out_lora")
+PROCESSOR, TO_OUT = (
+    QUERY.replace(".to_q", ".processor.to_q_lora"),
+    TEXT.replace("out_proj", "to_out_lora"),
+)
 OLD = {
     f"unet.{QUERY}.lora.": ("unet", QUERY),
     f"{PROCESSOR}.": ("unet", QUERY),
     f"text_encoder.text_model.{TO_OUT}.": ("text_encoder", TEXT),
     f"text_encoder.text_model.{TEXT}.lora_linear_layer.": ("text_encoder", TEXT),
-    "lora_unet_down_blocks_1_attentions_0_proj_in.lora_": ("unet", "down_blocks.1.attentions.0.proj_in"),
+    "lora_unet_down_blocks_1_attentions_0_proj_in.lora_": (
+        "unet",
+        "down_blocks.1.attentions.0.proj_in",
+    ),
     "lora_unet_input_blocks_4_1_proj_in.lora_": ("unet", "down_blocks.1.attentions.0.proj_in"),
 }
 
@@ -257,19 +357,40 @@ def test_files_of_before_are_read_and_a_missing_alpha_is_said(tmp_path, key):
 def test_the_scale_is_taken_from_where_it_stands(tmp_path):
     a, b = pair()
     names = {f"unet.{QUERY}.lora_A.weight": a, f"unet.{QUERY}.lora_B.weight": b}
-    header = {"unet.peft_type": "LORA", "unet.lora_alpha": 8, "unet.alpha_pattern": {QUERY: 3}, "unet.use_rslora": True}
+    header = {
+        "unet.peft_type": "LORA",
+        "unet.lora_alpha": 8,
+        "unet.alpha_pattern": {QUERY: 3},
+        "unet.use_rslora": True,
+    }
     save_file(names, tmp_path / "d.safetensors", {"lora_adapter_metadata": json.dumps(header)})
-    assert only(tmp_path / "d.safetensors").scale == pytest.approx(3 / 2**0.5) and not read_adapter(tmp_path / "d.safetensors").remarks
+    assert (
+        only(tmp_path / "d.safetensors").scale == pytest.approx(3 / 2**0.5)
+        and not read_adapter(tmp_path / "d.safetensors").remarks
+    )
     folder = tmp_path / "peft"
     folder.mkdir()
     save_file(
-        {f"base_model.model.{QUERY}.lora_A.weight": a, f"base_model.model.{QUERY}.lora_B.weight": b}, folder / "adapter_model.safetensors"
+        {
+            f"base_model.model.{QUERY}.lora_A.weight": a,
+            f"base_model.model.{QUERY}.lora_B.weight": b,
+        },
+        folder / "adapter_model.safetensors",
     )
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 7}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 7})
+    )
     module = only(folder)
     assert (module.component, module.name, module.scale) == ("unet", QUERY, 3.5)
     key = f"lora_unet_{QUERY.replace('.', '_')}"
-    save_file({f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b, f"{key}.alpha": torch.tensor(1.0)}, tmp_path / "k.safetensors")
+    save_file(
+        {
+            f"{key}.lora_down.weight": a,
+            f"{key}.lora_up.weight": b,
+            f"{key}.alpha": torch.tensor(1.0),
+        },
+        tmp_path / "k.safetensors",
+    )
     assert only(tmp_path / "k.safetensors").scale == 0.5
 
 
@@ -277,7 +398,14 @@ def test_stabilitys_fused_projections_are_split_and_put_together(tmp_path):
     """One A for q, k and v as sd-scripts trains it; and our own three, of ranks of their own, one of them missing."""
     a, b = pair(rank=2, outputs=48)
     key = "lora_unet_joint_blocks_1_x_block_attn_qkv"
-    save_file({f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b, f"{key}.alpha": torch.tensor(1.0)}, tmp_path / "s.safetensors")
+    save_file(
+        {
+            f"{key}.lora_down.weight": a,
+            f"{key}.lora_up.weight": b,
+            f"{key}.alpha": torch.tensor(1.0),
+        },
+        tmp_path / "s.safetensors",
+    )
     found = read_adapter(tmp_path / "s.safetensors").modules
     assert [m.name for m in found] == [f"transformer_blocks.1.attn.to_{p}" for p in "qkv"]
     torch.testing.assert_close(torch.cat([m.delta for m in found]), 0.5 * b @ a)
@@ -285,11 +413,17 @@ def test_stabilitys_fused_projections_are_split_and_put_together(tmp_path):
     def module(name, rank, scale):
         down, up = pair(rank, seed=rank)
         return AdaptedModule(
-            "transformer", f"transformer_blocks.2.attn.{name}", "lora", {"lora_down.weight": down, "lora_up.weight": up}, scale
+            "transformer",
+            f"transformer_blocks.2.attn.{name}",
+            "lora",
+            {"lora_down.weight": down, "lora_up.weight": up},
+            scale,
         )
 
     modules = [module("to_q", 2, 0.5), module("to_v", 3, 2.0), module("add_k_proj", 1, 1.0)]
-    writer.save_adapter(tmp_path / "k.safetensors", "kohya", modules, FAMILIES["sd35m"], torch.float32, {})
+    writer.save_adapter(
+        tmp_path / "k.safetensors", "kohya", modules, FAMILIES["sd35m"], torch.float32, {}
+    )
     file = writer.verify(tmp_path / "k.safetensors", modules)
     assert {name.partition(".")[0] for name in load_file(tmp_path / "k.safetensors")} == {
         "lora_unet_joint_blocks_2_x_block_attn_qkv",
@@ -304,11 +438,31 @@ def test_stabilitys_fused_projections_are_split_and_put_together(tmp_path):
 @pytest.mark.parametrize("family, component", [("sd2", "text_encoder"), ("sdxl", "text_encoder_2")])
 def test_an_open_clip_attention_is_never_alone(tmp_path, family, component):
     a, b = pair(outputs=32, inputs=32)
-    module = AdaptedModule(component, "encoder.layers.1.self_attn.q_proj", "lora", {"lora_down.weight": a, "lora_up.weight": b}, 1.0)
+    module = AdaptedModule(
+        component,
+        "encoder.layers.1.self_attn.q_proj",
+        "lora",
+        {"lora_down.weight": a, "lora_up.weight": b},
+        1.0,
+    )
     tensors = writer.to_kohya([module], FAMILIES[family], torch.float32)
-    ups = {name.removesuffix(".lora_up.weight").rpartition("attn_")[2]: t for name, t in tensors.items() if name.endswith("lora_up.weight")}
-    assert ups.keys() == {"q_proj", "k_proj", "v_proj", "out_proj"} and [bool(t.any()) for t in ups.values()].count(True) == 1
-    assert len(writer.to_kohya([replace(module, component="text_encoder")], FAMILIES["sd1"], torch.float32)) == 3
+    ups = {
+        name.removesuffix(".lora_up.weight").rpartition("attn_")[2]: t
+        for name, t in tensors.items()
+        if name.endswith("lora_up.weight")
+    }
+    assert (
+        ups.keys() == {"q_proj", "k_proj", "v_proj", "out_proj"}
+        and [bool(t.any()) for t in ups.values()].count(True) == 1
+    )
+    assert (
+        len(
+            writer.to_kohya(
+                [replace(module, component="text_encoder")], FAMILIES["sd1"], torch.float32
+            )
+        )
+        == 3
+    )
 
 
 def spoiled(**tensors):
@@ -346,7 +500,10 @@ def test_what_cannot_be_understood_whole_is_refused(tmp_path, tensors, words):
         ("not json", "not valid JSON"),
         ('{"peft_type": "VERA"}', "describes a VERA"),
         ('{"peft_type": "LORA", "lora_alpha": "8"}', "no number"),
-        ('{"peft_type": "LORA", "lora_alpha": 8, "alpha_pattern": {"(a+)+": 1}}', "regular expressions"),
+        (
+            '{"peft_type": "LORA", "lora_alpha": 8, "alpha_pattern": {"(a+)+": 1}}',
+            "regular expressions",
+        ),
         ("[" * 100_000, "not valid JSON"),
         (" " * 2**21, "larger than"),
     ],
@@ -354,7 +511,11 @@ def test_what_cannot_be_understood_whole_is_refused(tmp_path, tensors, words):
 def test_a_hostile_peft_folder_is_refused(tmp_path, settings, words):
     a, b = pair()
     save_file(
-        {f"base_model.model.{QUERY}.lora_A.weight": a, f"base_model.model.{QUERY}.lora_B.weight": b}, tmp_path / "adapter_model.safetensors"
+        {
+            f"base_model.model.{QUERY}.lora_A.weight": a,
+            f"base_model.model.{QUERY}.lora_B.weight": b,
+        },
+        tmp_path / "adapter_model.safetensors",
     )
     (tmp_path / "adapter_config.json").write_text(settings)
     with pytest.raises(ModelError, match=words):
@@ -367,17 +528,30 @@ def test_a_hostile_peft_folder_is_refused(tmp_path, settings, words):
 def test_an_adapter_of_another_family_is_refused_naming_both(base_of, tmp_path):  # noqa: F811
     a, b = pair(inputs=2048)
     key = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
-    save_file({f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b, f"{key}.alpha": torch.tensor(2.0)}, tmp_path / "xl.safetensors")
+    save_file(
+        {
+            f"{key}.lora_down.weight": a,
+            f"{key}.lora_up.weight": b,
+            f"{key}.alpha": torch.tensor(2.0),
+        },
+        tmp_path / "xl.safetensors",
+    )
     assert families_of_adapter(read_adapter(tmp_path / "xl.safetensors")) == ["Stable Diffusion XL"]
     request = SampleRequest(
-        "x", str(tmp_path / "x.png"), config.Base(model=str(base_of("sd1"))), [StackedAdapter(str(tmp_path / "xl.safetensors"))]
+        "x",
+        str(tmp_path / "x.png"),
+        config.Base(model=str(base_of("sd1"))),
+        [StackedAdapter(str(tmp_path / "xl.safetensors"))],
     )
     with pytest.raises(
-        ModelError, match=r"xl.safetensors is an adapter for Stable Diffusion XL, and the base model .* is a Stable Diffusion 1.x"
+        ModelError,
+        match=r"xl.safetensors is an adapter for Stable Diffusion XL, and the base model .* is a Stable Diffusion 1.x",
     ):
         Sampler().render(request)
     save_file(
-        {f"{key}.lora_down.weight": pair()[0], f"{key}.lora_up.weight": b}, tmp_path / "f.safetensors", {"ss_base_model_version": "flux1"}
+        {f"{key}.lora_down.weight": pair()[0], f"{key}.lora_up.weight": b},
+        tmp_path / "f.safetensors",
+        {"ss_base_model_version": "flux1"},
     )
     assert families_of_adapter(read_adapter(tmp_path / "f.safetensors")) == ["flux1"]
 
@@ -385,16 +559,41 @@ def test_an_adapter_of_another_family_is_refused_naming_both(base_of, tmp_path):
 @pytest.mark.parametrize(
     "modules, families",
     [
-        (["transformer.transformer_blocks.0.attn.to_q"], [name for name in NAMES if name.startswith("Stable Diffusion 3")]),
-        (["transformer.transformer_blocks.0.attn.to_q", "transformer.single_transformer_blocks.0.attn.to_q"], []),
-        (["unet.mid_block.attentions.0.proj_in", "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"], ["Stable Diffusion XL"]),
-        (["unet.mid_block.attentions.0.proj_in", "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"], []),
+        (
+            ["transformer.transformer_blocks.0.attn.to_q"],
+            [name for name in NAMES if name.startswith("Stable Diffusion 3")],
+        ),
+        (
+            [
+                "transformer.transformer_blocks.0.attn.to_q",
+                "transformer.single_transformer_blocks.0.attn.to_q",
+            ],
+            [],
+        ),
+        (
+            [
+                "unet.mid_block.attentions.0.proj_in",
+                "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj",
+            ],
+            ["Stable Diffusion XL"],
+        ),
+        (
+            [
+                "unet.mid_block.attentions.0.proj_in",
+                "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
+            ],
+            [],
+        ),
     ],
     ids=["sd3", "flux", "sdxl", "either"],
 )
 def test_an_adapter_without_a_word_is_told_by_what_it_changes(tmp_path, modules, families):
     a, b = pair()
-    tensors = {f"{module}.{end}.weight": tensor.clone() for module in modules for end, tensor in (("lora_A", a), ("lora_B", b))}
+    tensors = {
+        f"{module}.{end}.weight": tensor.clone()
+        for module in modules
+        for end, tensor in (("lora_A", a), ("lora_B", b))
+    }
     save_file(tensors, tmp_path / "a.safetensors")
     assert families_of_adapter(read_adapter(tmp_path / "a.safetensors")) == families
 
@@ -412,22 +611,34 @@ def test_adapters_stack_each_at_its_strength_and_text_apart(load, tmp_path):  # 
     plain = predict(base.family, base.pipe)
     merged = load("sd1")
     strengths = [(0.7, -0.3), (0.0, 1.4)]
-    originals = {name: {k: v.clone() for k, v in part.state_dict().items()} for name, part in merged.components.items()}
+    originals = {
+        name: {k: v.clone() for k, v in part.state_dict().items()}
+        for name, part in merged.components.items()
+    }
     for file, (denoiser, text) in zip(files, strengths, strict=True):
         for module in file.modules:
             layer = merged.components[module.component].get_submodule(module.name)
             weight = originals[module.component][f"{module.name}.weight"]
-            layer.weight.data += (text if module.component == "text_encoder" else denoiser) * module.change(weight)
+            layer.weight.data += (
+                text if module.component == "text_encoder" else denoiser
+            ) * module.change(weight)
     stack = Stack(base)
     stack.lay([Layer(file, *both) for file, both in zip(files, strengths, strict=True)])
-    torch.testing.assert_close(predict(base.family, base.pipe), predict(merged.family, merged.pipe), rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        predict(base.family, base.pipe), predict(merged.family, merged.pipe), rtol=0, atol=2e-5
+    )
     stack.lay([Layer(file, 0.0, 0.0) for file in files])
     assert torch.equal(predict(base.family, base.pipe), plain)
 
 
 def test_a_run_writes_each_dialect_it_is_told_to(train_tiny):
     folder = train_tiny(
-        {"saving.dialects": ["diffusers", "peft", "kohya"], "training.steps": 2, "saving.saves": 1, "saving.precision": "fp32"}
+        {
+            "saving.dialects": ["diffusers", "peft", "kohya"],
+            "training.steps": 2,
+            "saving.saves": 1,
+            "saving.precision": "fp32",
+        }
     )
     main = run_folder.status(folder).finished.file
     files = [read_adapter(folder / name) for name in (main, "tiny-kohya.safetensors", "tiny-peft")]
@@ -445,17 +656,28 @@ def test_training_goes_on_from_a_file(base_of, tiny_run, load, tmp_path, monkeyp
     wanted, modules = trained(load("sd1"), kind)
     path = tmp_path / "first.safetensors"
     writer.save_adapter(path, "kohya", modules, FAMILIES["sd1"], torch.float32, {})
-    settings = {name: value for name, value in KINDS[kind].items() if name in ("kind", "targets", "lokr_factor", "alpha")}
-    changes = {f"adapter.{name}": value for name, value in settings.items()} | {"adapter.start_from": str(path), "adapter.rank": 2}
+    settings = {
+        name: value
+        for name, value in KINDS[kind].items()
+        if name in ("kind", "targets", "lokr_factor", "alpha")
+    }
+    changes = {f"adapter.{name}": value for name, value in settings.items()} | {
+        "adapter.start_from": str(path),
+        "adapter.rank": 2,
+    }
     changes |= {"base.model": str(base_of("sd1")), "training.text_encoder_learning_rate": 1e-3}
     run = tiny_run(changes)
     folder = run_folder.create(run)
     session = setup.prepare(run, folder, events.EventLog(folder / "events.jsonl"))
-    torch.testing.assert_close(predict(session.base.family, session.base.pipe), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        predict(session.base.family, session.base.pipe), wanted, rtol=0, atol=1e-5
+    )
     assert json.loads(shared_config(run))["adapter"]["start_from"] == "first.safetensors"
     if kind != "varying":
         return
-    monkeypatch.setattr(setup, "_encode_all", None)  # that takes minutes, and all of this is told before
+    monkeypatch.setattr(
+        setup, "_encode_all", None
+    )  # that takes minutes, and all of this is told before
     for wrong, words in (
         ({"adapter.kind": "loha"}, "set it to that of the file"),
         ({"training.text_encoder_learning_rate": 0.0}, "text_encoder, which is not trained"),
@@ -463,6 +685,8 @@ def test_training_goes_on_from_a_file(base_of, tiny_run, load, tmp_path, monkeyp
         ({"adapter.start_from": "/nowhere.safetensors"}, "no adapter file"),
     ):
         with pytest.raises((ConfigError, ModelError), match=words):
-            setup.prepare(config.replace(run, wrong), folder, events.EventLog(folder / "events.jsonl"))
+            setup.prepare(
+                config.replace(run, wrong), folder, events.EventLog(folder / "events.jsonl")
+            )
     with pytest.raises(ConfigError, match="does not go with adapter.start_from"):
         config.replace(run, {"adapter.init": "gaussian"})

@@ -36,7 +36,10 @@ KEYS = {"sd1": {"emb_params"}, "sdxl": {"clip_l", "clip_g"}}
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory, tiny_base):
-    return {"sd1": tiny_base, "sdxl": save_tiny_base(tmp_path_factory.mktemp("xl") / "base", kind="sdxl")}
+    return {
+        "sd1": tiny_base,
+        "sdxl": save_tiny_base(tmp_path_factory.mktemp("xl") / "base", kind="sdxl"),
+    }
 
 
 def tables(pipe):
@@ -55,38 +58,56 @@ def test_the_word_is_learned_and_every_other_row_stays(kind, bases, tiny_run):
     run = tiny_run(PIVOTAL | {"base.model": str(bases[kind])})
     folder = run_folder.create(run)
     session = prepare(run, folder, EventLog(folder / "events.jsonl"))
-    before, start = tables(session.base.pipe), {part: rows.detach().clone() for part, rows in session.trigger.rows.items()}
+    before, start = (
+        tables(session.base.pipe),
+        {part: rows.detach().clone() for part, rows in session.trigger.rows.items()},
+    )
     plain = load_base(run.base, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(before, tables(plain.pipe), strict=True))
     count = sum(p.numel() for p in session.parameters.values())
     assert (
         count
         == estimate.trainable_parameters(run)
-        == estimate.trainable_parameters(config.replace(run, {"adapter.trigger_vectors": 0})) + 2 * TEXT_WIDTH * len(KEYS[kind])
+        == estimate.trainable_parameters(config.replace(run, {"adapter.trigger_vectors": 0}))
+        + 2 * TEXT_WIDTH * len(KEYS[kind])
     )
 
     assert run_in(folder) == 0, run_folder.status(folder).message
     saved = load_file(folder / "tiny-embedding.safetensors")
-    assert set(saved) == KEYS[kind] and all(tensor.shape == (2, TEXT_WIDTH) for tensor in saved.values())
-    learned = textual_inversion.read_embedding(folder / "tiny-embedding.safetensors", session.base.family)
-    assert learned.word == "maya" and all(not torch.allclose(learned.rows[part], rows) for part, rows in start.items())
+    assert set(saved) == KEYS[kind] and all(
+        tensor.shape == (2, TEXT_WIDTH) for tensor in saved.values()
+    )
+    learned = textual_inversion.read_embedding(
+        folder / "tiny-embedding.safetensors", session.base.family
+    )
+    assert learned.word == "maya" and all(
+        not torch.allclose(learned.rows[part], rows) for part, rows in start.items()
+    )
     assert {path.name for path in folder.glob("*-embedding.safetensors")} == {
         f"tiny{s}-embedding.safetensors" for s in ("", "-000002", "-000004")
     }
     worn = textual_inversion.put_on(plain, [learned])
-    assert worn.reading.words == (("maya", 2),) and all(torch.equal(a, b) for a, b in zip(before, tables(worn.pipe), strict=True))
+    assert worn.reading.words == (("maya", 2),) and all(
+        torch.equal(a, b) for a, b in zip(before, tables(worn.pipe), strict=True)
+    )
     read = {prompt: worn.encode([prompt])["prompt_embeds"] for prompt in ("maya", "a mayan cat")}
     bare = textual_inversion.put_on(worn, [])
     assert bare == plain and all(
-        torch.equal(rows, bare.encode([prompt])["prompt_embeds"]) == (prompt != "maya") for prompt, rows in read.items()
+        torch.equal(rows, bare.encode([prompt])["prompt_embeds"]) == (prompt != "maya")
+        for prompt, rows in read.items()
     )
 
 
 def test_it_starts_as_the_words_it_is_said_to(tiny_run, tiny_base):
     base = load_base(Base(model=str(tiny_base)), torch.float32)
     run = tiny_run(PIVOTAL | {"adapter.trigger_vectors": 3, "adapter.trigger_init": "dog"})
-    ids, table = base.pipe.tokenizer("dog", add_special_tokens=False).input_ids, base.pipe.text_encoder.get_input_embeddings().weight
-    assert len(ids) == 3 and torch.equal(textual_inversion.fresh(run, base).rows["text_encoder"], table[ids])
+    ids, table = (
+        base.pipe.tokenizer("dog", add_special_tokens=False).input_ids,
+        base.pipe.text_encoder.get_input_embeddings().weight,
+    )
+    assert len(ids) == 3 and torch.equal(
+        textual_inversion.fresh(run, base).rows["text_encoder"], table[ids]
+    )
     worn = textual_inversion.put_on(base, [textual_inversion.fresh(run, base)])
     as_dog = base.encode(["a dog here"])["prompt_embeds"]
     assert torch.equal(worn.encode(["a MAYA here"])["prompt_embeds"], as_dog)
@@ -96,13 +117,21 @@ def test_the_summary_of_a_prompt_is_taken_at_its_end(tiny_base):
     """CLIP's published configurations give a wrong end mark, which stands for: the token with the highest id."""
     base = load_base(Base(model=str(tiny_base)), torch.float32)
     base.pipe.text_encoder.eos_token_id = textual_inversion.LEGACY_END
-    tokens = base.pipe.tokenizer(["a cat"], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    tokens = base.pipe.tokenizer(
+        ["a cat"], padding="max_length", max_length=77, return_tensors="pt"
+    ).input_ids
     plain = base.pipe.text_encoder(tokens).pooler_output
     rows = base.pipe.text_encoder.get_input_embeddings()(tokens[0, 2:5]).detach()
     textual_inversion.put_on(base, [Embedding("maya", {"text_encoder": rows})])
-    spelled = textual_inversion.put_on(base, [Embedding("maya", {"text_encoder": rows})]).reading.spelled(["a maya"])
-    again = base.pipe.tokenizer(spelled, padding="max_length", max_length=77, return_tensors="pt").input_ids
-    assert int(again.max()) > base.pipe.tokenizer.eos_token_id and torch.equal(base.pipe.text_encoder(again).pooler_output, plain)
+    spelled = textual_inversion.put_on(
+        base, [Embedding("maya", {"text_encoder": rows})]
+    ).reading.spelled(["a maya"])
+    again = base.pipe.tokenizer(
+        spelled, padding="max_length", max_length=77, return_tensors="pt"
+    ).input_ids
+    assert int(again.max()) > base.pipe.tokenizer.eos_token_id and torch.equal(
+        base.pipe.text_encoder(again).pooler_output, plain
+    )
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +168,14 @@ def test_diffusers_reads_the_file(learned, tiny_base):
     pipe.load_textual_inversion(learned, weight_name="tiny-embedding.safetensors", token="<maya>")
     ids = pipe.tokenizer.convert_tokens_to_ids(["<maya>", "<maya>_1"])
     assert torch.equal(
-        pipe.text_encoder.get_input_embeddings().weight[ids], load_file(learned / "tiny-embedding.safetensors")["emb_params"]
+        pipe.text_encoder.get_input_embeddings().weight[ids],
+        load_file(learned / "tiny-embedding.safetensors")["emb_params"],
     )
     theirs = pipe.encode_prompt("<maya>, at night", "cpu", 1, False)[0]
     base = load_base(Base(model=str(tiny_base)), torch.float32)
-    worn = textual_inversion.put_on(base, textual_inversion.read_beside([learned / "tiny.safetensors"], base.family))
+    worn = textual_inversion.put_on(
+        base, textual_inversion.read_beside([learned / "tiny.safetensors"], base.family)
+    )
     assert torch.allclose(worn.encode(["maya, at night"])["prompt_embeds"], theirs, atol=1e-6)
 
 
@@ -159,7 +191,9 @@ def test_an_embedding_that_was_taken_away_meanwhile_costs_its_save_alone(tiny_ru
     monkeypatch.setattr(EventLog, "append", take_away)
     monkeypatch.setattr(run_folder.RunStatus, "best_step", 2)
     assert run_in(folder) == 0 and run_folder.status(folder).file_step == 4
-    finished, last = (load_file(folder / f"tiny{name}-embedding.safetensors") for name in ("", "-000004"))
+    finished, last = (
+        load_file(folder / f"tiny{name}-embedding.safetensors") for name in ("", "-000004")
+    )
     assert torch.equal(finished["emb_params"], last["emb_params"])
 
 
@@ -168,10 +202,20 @@ def test_the_preview_reads_it_where_it_lies_beside(learned, tiny_base, tmp_path)
     alone = shutil.copy(learned / "tiny.safetensors", tmp_path / "alone.safetensors")
 
     def draw(file, prompt="Maya, at night", strength=1.0):
-        settings = {"base": Base(model=str(tiny_base)), "inference_steps": 2, "width": 16, "height": 16, "seed": status.samples[-1].seed}
+        settings = {
+            "base": Base(model=str(tiny_base)),
+            "inference_steps": 2,
+            "width": 16,
+            "height": 16,
+            "seed": status.samples[-1].seed,
+        }
         adapters = [StackedAdapter(str(file), strength)] if file else []
         return Image.open(
-            sampler.render(SampleRequest(prompt=prompt, target=str(tmp_path / "drawn.png"), adapters=adapters, **settings))
+            sampler.render(
+                SampleRequest(
+                    prompt=prompt, target=str(tmp_path / "drawn.png"), adapters=adapters, **settings
+                )
+            )
         ).tobytes()
 
     base, shown = draw(None), Image.open(learned / status.samples[-1].file).tobytes()
@@ -203,7 +247,9 @@ def test_an_interrupted_run_goes_on_to_the_same_word(learned, tmp_path, monkeypa
     assert run_in(again) == 0, run_folder.status(again).message
     for name in ("tiny.safetensors", "tiny-embedding.safetensors"):
         ours, theirs = load_file(again / name), load_file(learned / name)
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert ours.keys() == theirs.keys() and all(
+            torch.equal(ours[key], theirs[key]) for key in ours
+        )
 
 
 def test_a_file_that_does_not_fit_is_refused_in_a_sentence(learned, bases, tmp_path):
@@ -212,7 +258,16 @@ def test_a_file_that_does_not_fit_is_refused_in_a_sentence(learned, bases, tmp_p
         textual_inversion.read_embedding(learned / "tiny-embedding.safetensors", sdxl.family)
     with pytest.raises(ModelError, match="another kind of base"):
         textual_inversion.put_on(
-            sdxl, [Embedding("maya", {"text_encoder": torch.zeros(1, TEXT_WIDTH), "text_encoder_2": torch.zeros(1, 9)})]
+            sdxl,
+            [
+                Embedding(
+                    "maya",
+                    {
+                        "text_encoder": torch.zeros(1, TEXT_WIDTH),
+                        "text_encoder_2": torch.zeros(1, 9),
+                    },
+                )
+            ],
         )
     (tmp_path / "x-embedding.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ModelError, match="cannot be read"):
@@ -223,7 +278,9 @@ def test_vectors_that_no_encoder_reads_are_refused(bases, tiny_run, monkeypatch)
     """As of a family that has T5 alone."""
     base = load_base(Base(model=str(bases["sdxl"])), torch.float32)
     monkeypatch.setattr(type(base.family), "trainable_text_encoders", lambda self, pipe: {})
-    with pytest.raises(ConfigError, match="no CLIP text encoder reads the captions of Stable Diffusion XL"):
+    with pytest.raises(
+        ConfigError, match="no CLIP text encoder reads the captions of Stable Diffusion XL"
+    ):
         textual_inversion.fresh(tiny_run(WORD), base)
 
 
@@ -234,7 +291,10 @@ def test_vectors_that_no_encoder_reads_are_refused(bases, tiny_run, monkeypatch)
         ({"adapter.trigger_vectors": 1, "dataset.trigger": " "}, "set dataset.trigger"),
         ({"adapter.trigger_init": "dog"}, "set adapter.trigger_vectors"),
         (WORD | {"training.trigger_learning_rate": 0.0}, "learn nothing"),
-        (WORD | {"training.optimizer": "prodigy", "training.learning_rate": 1.0}, "trigger_learning_rate"),
+        (
+            WORD | {"training.optimizer": "prodigy", "training.learning_rate": 1.0},
+            "trigger_learning_rate",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes, sentence):

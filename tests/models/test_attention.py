@@ -12,7 +12,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_a_cpu_uses_torch():
-    assert attention.choose_attention(tiny_unet(), CPU, torch.float32) == ("torch", "torch's attention (xformers needs CUDA)")
+    assert attention.choose_attention(tiny_unet(), CPU, torch.float32) == (
+        "torch",
+        "torch's attention (xformers needs CUDA)",
+    )
 
 
 @pytest.fixture
@@ -63,8 +66,15 @@ def test_one_that_is_wrong_or_fails_is_not_used(pretend_cuda, kernel, words):
 
 def test_a_denoiser_with_an_attention_of_its_own_keeps_it():
     """Diffusers would put one over the pictures alone in the place of this one over pictures and text, and fail."""
-    shape = {"num_attention_heads": 2, "attention_head_dim": 8, "joint_attention_dim": 16, "caption_projection_dim": 16}
-    denoiser = AuraFlowTransformer2DModel(sample_size=8, num_mmdit_layers=1, num_single_dit_layers=0, pos_embed_max_size=16, **shape)
+    shape = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "joint_attention_dim": 16,
+        "caption_projection_dim": 16,
+    }
+    denoiser = AuraFlowTransformer2DModel(
+        sample_size=8, num_mmdit_layers=1, num_single_dit_layers=0, pos_embed_max_size=16, **shape
+    )
     assert attention.choose_attention(denoiser, CUDA, torch.float16) == (
         "torch",
         "torch's attention (xformers has no form of this denoiser's)",

@@ -29,7 +29,9 @@ def test_output_and_gradient_are_those_of_torch(monkeypatch, shape, bias):
 
 
 def test_many_positions_and_other_number_formats_are_left_to_torch(monkeypatch):
-    monkeypatch.setattr(cpu_conv, "unfold", lambda *args, **kwargs: pytest.fail("as a matrix product"))
+    monkeypatch.setattr(
+        cpu_conv, "unfold", lambda *args, **kwargs: pytest.fail("as a matrix product")
+    )
     layer = nn.Sequential(nn.Conv2d(320, 320, 3, padding=1)).requires_grad_(False)
     cpu_conv.use_matrix_products(layer)
     layer(torch.randn(1, 320, 4, 4))
@@ -37,10 +39,16 @@ def test_many_positions_and_other_number_formats_are_left_to_torch(monkeypatch):
 
 
 def test_only_what_keeps_its_size_is_changed_and_names_stay():
-    layers = {"same": nn.Conv2d(4, 4, 3, padding=1), "smaller": nn.Conv2d(4, 4, 3, stride=2, padding=1), "single": nn.Conv2d(4, 4, 1)}
+    layers = {
+        "same": nn.Conv2d(4, 4, 3, padding=1),
+        "smaller": nn.Conv2d(4, 4, 3, stride=2, padding=1),
+        "single": nn.Conv2d(4, 4, 1),
+    }
     layers["groups"] = nn.Conv2d(4, 4, 3, padding=1, groups=2)
     model = nn.ModuleDict(layers)
     before = list(model.state_dict())
     cpu_conv.use_matrix_products(model)
-    assert [name for name, layer in model.items() if type(layer) is cpu_conv.MatrixConv2d] == ["same"]
+    assert [name for name, layer in model.items() if type(layer) is cpu_conv.MatrixConv2d] == [
+        "same"
+    ]
     assert list(model.state_dict()) == before

@@ -64,9 +64,16 @@ class Hub(BaseHTTPRequestHandler):
             return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
         if api:
             listed = [{"rfilename": file, "size": len(content)} for file, content in files.items()]
-            return self._send(200, json.dumps({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": listed}).encode(), {}, body)
+            return self._send(
+                200,
+                json.dumps({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": listed}).encode(),
+                {},
+                body,
+            )
         content = files["/".join(rest[2:])]
-        return self._send(200, content, {"ETag": hashlib.sha1(content).hexdigest(), "X-Repo-Commit": COMMIT}, body)
+        return self._send(
+            200, content, {"ETag": hashlib.sha1(content).hexdigest(), "X-Repo-Commit": COMMIT}, body
+        )
 
     def _send(self, status, content, headers, body):
         self.send_response(status)
@@ -101,7 +108,12 @@ def ask(environment):
     """Downloads in a process of its own, since the client reads its settings once."""
 
     def run(model, revision="", **changes):
-        done = subprocess.run([sys.executable, "-c", ASK, model, revision], env=environment | changes, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", ASK, model, revision],
+            env=environment | changes,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0 and "hf_secret" not in done.stdout + done.stderr, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -119,13 +131,21 @@ def test_a_model_is_downloaded_with_progress_and_found_again_offline(ask, tmp_pa
         "unet/diffusion_pytorch_model.fp16.safetensors",
         "vae/diffusion_pytorch_model.safetensors",
     }
-    assert (folder / "unet/diffusion_pytorch_model.fp16.safetensors").read_bytes() == b"u" * 3_000_000
+    assert (
+        folder / "unet/diffusion_pytorch_model.fp16.safetensors"
+    ).read_bytes() == b"u" * 3_000_000
     places = [(event["phase"], event["done"], event["total"]) for event in told["events"]]
-    assert places[-1] == ("downloading", 4, 4) and places == sorted(places) and len(set(places)) >= 3
-    assert all(token == "Bearer hf_secret" for path, token in Hub.seen) and Hub.seen[-1][0].endswith("model_index.json")
+    assert (
+        places[-1] == ("downloading", 4, 4) and places == sorted(places) and len(set(places)) >= 3
+    )
+    assert all(token == "Bearer hf_secret" for path, token in Hub.seen) and Hub.seen[-1][
+        0
+    ].endswith("model_index.json")
     find = "from trainer import base_model, config; print(base_model.locate(config.Base(model='someone/half')))"
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    assert subprocess.run([sys.executable, "-c", find], env=environment, capture_output=True, text=True).stdout.strip() == str(folder)
+    assert subprocess.run(
+        [sys.executable, "-c", find], env=environment, capture_output=True, text=True
+    ).stdout.strip() == str(folder)
 
 
 @pytest.mark.parametrize(
@@ -134,9 +154,24 @@ def test_a_model_is_downloaded_with_progress_and_found_again_offline(ask, tmp_pa
         ("someone/nothing", "", {}, "there is no such model, or it is private"),
         ("gated/model", "", {}, "wants its terms accepted first"),
         ("someone/half", "v9", {}, "it has no revision v9"),
-        ("someone/single", "", {}, "has no model_index.json.*download model.safetensors by hand and give its path"),
-        ("someone/half", "", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, so nothing is fetched"),
-        ("someone/half", "", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "not on this machine and could not be downloaded"),
+        (
+            "someone/single",
+            "",
+            {},
+            "has no model_index.json.*download model.safetensors by hand and give its path",
+        ),
+        (
+            "someone/half",
+            "",
+            {"HF_HUB_OFFLINE": "1"},
+            "HF_HUB_OFFLINE is set, so nothing is fetched",
+        ),
+        (
+            "someone/half",
+            "",
+            {"HF_ENDPOINT": "http://127.0.0.1:9"},
+            "not on this machine and could not be downloaded",
+        ),
     ],
 )
 def test_what_cannot_be_downloaded_is_said_in_a_sentence(ask, model, revision, changes, words):
@@ -145,9 +180,23 @@ def test_what_cannot_be_downloaded_is_said_in_a_sentence(ask, model, revision, c
 
 
 def test_of_two_editions_the_plain_one_is_wanted():
-    parts = [f"transformer/diffusion_pytorch_model{edition}-0000{n}-of-00002.safetensors" for edition in ("", ".fp16") for n in (1, 2)]
+    parts = [
+        f"transformer/diffusion_pytorch_model{edition}-0000{n}-of-00002.safetensors"
+        for edition in ("", ".fp16")
+        for n in (1, 2)
+    ]
     assert hub.wanted_files(parts) == parts[:2] and hub.wanted_files(parts[2:]) == parts[2:]
-    assert hub.wanted_files(["unet/a.non_ema.safetensors", "x/y.safetensors", "unet/deep/er.safetensors", "pipeline.py"]) == []
+    assert (
+        hub.wanted_files(
+            [
+                "unet/a.non_ema.safetensors",
+                "x/y.safetensors",
+                "unet/deep/er.safetensors",
+                "pipeline.py",
+            ]
+        )
+        == []
+    )
 
 
 FIND = """
@@ -163,11 +212,23 @@ print(json.dumps({"vae": [[str(path) for path in paths] for paths in files], "ph
 def test_another_vae_comes_from_the_hub_once(environment, tiny_base, monkeypatch):
     """Its settings and weights alone, the second time from the cache; the base's other parts stay those on the disk."""
     own = {path.name: path.read_bytes() for path in (tiny_base / "vae").iterdir()}
-    monkeypatch.setitem(REPOSITORIES, "someone/vae", own | {"README.md": b"hello", "diffusion_pytorch_model.bin": b"pickle"})
-    done = subprocess.run([sys.executable, "-c", FIND, str(tiny_base)], env=environment, capture_output=True, text=True)
+    monkeypatch.setitem(
+        REPOSITORIES,
+        "someone/vae",
+        own | {"README.md": b"hello", "diffusion_pytorch_model.bin": b"pickle"},
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", FIND, str(tiny_base)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     first, again = ([Path(path) for path in paths] for paths in found["vae"])
     assert first == again and len(first) == 1 and first[0].parent != tiny_base / "vae"
     assert {path.name: path.read_bytes() for path in first[0].parent.iterdir()} == own
-    assert set(found["phases"]) == {"downloading"} and len([path for path, _ in Hub.seen if path.startswith("api/")]) == 1
+    assert (
+        set(found["phases"]) == {"downloading"}
+        and len([path for path, _ in Hub.seen if path.startswith("api/")]) == 1
+    )

@@ -32,12 +32,30 @@ CASES = {
     "dir_no_index": (lambda d: (d / "model_index.json").unlink(), "model_index.json is missing"),
     "dir_bad_json": (lambda d: (d / "model_index.json").write_text("{"), "not valid JSON"),
     "dir_list_json": (lambda d: (d / "model_index.json").write_text("[]"), "not a table"),
-    "dir_os_system": (lambda d: edit_json(d / "model_index.json", unet=["os", "system"]), "names .* as unet"),
-    "dir_subprocess": (lambda d: edit_json(d / "model_index.json", unet=["subprocess", "Popen"]), "names .* as unet"),
-    "dir_evil_mod": (lambda d: edit_json(d / "model_index.json", vae=["evil", "Vae"]), "names .* as vae"),
-    "dir_no_names": (lambda d: edit_json(d / "model_index.json", unet=[{}, "b"]), "names .* as unet"),
-    "dir_custom_pipe": (lambda d: edit_json(d / "model_index.json", _class_name="pipeline"), "is a pipeline"),
-    "dir_relclass": (lambda d: edit_json(d / "model_index.json", unet=["diffusers", "..UNet2DConditionModel"]), "names .* as unet"),
+    "dir_os_system": (
+        lambda d: edit_json(d / "model_index.json", unet=["os", "system"]),
+        "names .* as unet",
+    ),
+    "dir_subprocess": (
+        lambda d: edit_json(d / "model_index.json", unet=["subprocess", "Popen"]),
+        "names .* as unet",
+    ),
+    "dir_evil_mod": (
+        lambda d: edit_json(d / "model_index.json", vae=["evil", "Vae"]),
+        "names .* as vae",
+    ),
+    "dir_no_names": (
+        lambda d: edit_json(d / "model_index.json", unet=[{}, "b"]),
+        "names .* as unet",
+    ),
+    "dir_custom_pipe": (
+        lambda d: edit_json(d / "model_index.json", _class_name="pipeline"),
+        "is a pipeline",
+    ),
+    "dir_relclass": (
+        lambda d: edit_json(d / "model_index.json", unet=["diffusers", "..UNet2DConditionModel"]),
+        "names .* as unet",
+    ),
     "dir_other_pipe": (
         lambda d: edit_json(d / "model_index.json", _class_name="FluxPipeline"),
         "is a FluxPipeline",
@@ -47,29 +65,65 @@ CASES = {
         "names None as text_encoder_2",
     ),
     "dir_second_encoder": (
-        lambda d: edit_json(d / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"]),
+        lambda d: edit_json(
+            d / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"]
+        ),
         "names text_encoder_2, a part",
     ),
-    "dir_vae_shifts": (lambda d: edit_json(d / "vae/config.json", latents_mean=[0.1] * 4), "shifts its latents"),
-    "dir_extra_part": (lambda d: edit_json(d / "model_index.json", helper=["os", "system"]), "part that no StableDiffusionPipeline has"),
-    "dir_auto_map_te": (lambda d: edit_json(d / "text_encoder/config.json", auto_map={"AutoModel": "x.Y"}), "run code of its own"),
-    "dir_attn_internal": (lambda d: edit_json(d / "text_encoder/config.json", _attn_implementation_internal="a/b"), "run code of its own"),
-    "dir_auto_map_tok": (
-        lambda d: edit_json(d / "tokenizer/tokenizer_config.json", auto_map={"AutoTokenizer": "x.Y"}),
+    "dir_vae_shifts": (
+        lambda d: edit_json(d / "vae/config.json", latents_mean=[0.1] * 4),
+        "shifts its latents",
+    ),
+    "dir_extra_part": (
+        lambda d: edit_json(d / "model_index.json", helper=["os", "system"]),
+        "part that no StableDiffusionPipeline has",
+    ),
+    "dir_auto_map_te": (
+        lambda d: edit_json(d / "text_encoder/config.json", auto_map={"AutoModel": "x.Y"}),
         "run code of its own",
     ),
-    "dir_auto_map_unet": (lambda d: edit_json(d / "unet/config.json", auto_map={"AutoModel": "x.Y"}), "run code of its own"),
-    "dir_cfg_mismatch": (lambda d: edit_json(d / "unet/config.json", block_out_channels=[32, 64]), "does not fit together"),
+    "dir_attn_internal": (
+        lambda d: edit_json(d / "text_encoder/config.json", _attn_implementation_internal="a/b"),
+        "run code of its own",
+    ),
+    "dir_auto_map_tok": (
+        lambda d: edit_json(
+            d / "tokenizer/tokenizer_config.json", auto_map={"AutoTokenizer": "x.Y"}
+        ),
+        "run code of its own",
+    ),
+    "dir_auto_map_unet": (
+        lambda d: edit_json(d / "unet/config.json", auto_map={"AutoModel": "x.Y"}),
+        "run code of its own",
+    ),
+    "dir_cfg_mismatch": (
+        lambda d: edit_json(d / "unet/config.json", block_out_channels=[32, 64]),
+        "does not fit together",
+    ),
     "dir_nan_unet": (
-        lambda d: save_file({n: torch.full_like(t, float("nan")) for n, t in load_file(d / UNET).items()}, d / UNET),
+        lambda d: save_file(
+            {n: torch.full_like(t, float("nan")) for n, t in load_file(d / UNET).items()}, d / UNET
+        ),
         "not finite",
     ),
     "dir_unet_missing_key": (lambda d: drop_tensor(d / UNET), "lacks 1 of"),
     "dir_unet_foreign": (lambda d: save_file({"foreign": torch.zeros(1)}, d / UNET), "lacks"),
-    "dir_te_missing_key": (lambda d: drop_tensor(d / "text_encoder/model.safetensors"), "lacks 1 of"),
-    "dir_vae_missing_key": (lambda d: drop_tensor(d / "vae/diffusion_pytorch_model.safetensors"), "lacks 1 of"),
-    "dir_tok_no_vocab": (lambda d: [path.unlink() for path in (d / "tokenizer").iterdir()], "no vocabulary"),
-    "dir_tok_trunc": (lambda d: (d / "tokenizer/tokenizer.json").write_text('{"version": "1.0", "trunc'), "not valid JSON"),
+    "dir_te_missing_key": (
+        lambda d: drop_tensor(d / "text_encoder/model.safetensors"),
+        "lacks 1 of",
+    ),
+    "dir_vae_missing_key": (
+        lambda d: drop_tensor(d / "vae/diffusion_pytorch_model.safetensors"),
+        "lacks 1 of",
+    ),
+    "dir_tok_no_vocab": (
+        lambda d: [path.unlink() for path in (d / "tokenizer").iterdir()],
+        "no vocabulary",
+    ),
+    "dir_tok_trunc": (
+        lambda d: (d / "tokenizer/tokenizer.json").write_text('{"version": "1.0", "trunc'),
+        "not valid JSON",
+    ),
     "dir_pickle": (lambda d: (d / UNET).rename(d / "unet/diffusion_pytorch_model.bin"), "pickle"),
     "dir_inpaint": (lambda d: edit_json(d / "unet/config.json", in_channels=9), "9 input channels"),
     "dir_empty": (lambda d: shutil.rmtree(d) or d.mkdir(), "model_index.json is missing"),
@@ -125,14 +179,18 @@ def test_of_two_editions_side_by_side_the_one_that_is_loaded_is_named(tiny_base,
     for path in folder.glob("*/*.safetensors"):
         shutil.copy(path, path.with_suffix(".fp16.safetensors"))
     inspected = model_files.inspect(folder)
-    assert inspected.variant is None and not any(".fp16." in path.name for paths in inspected.weights.values() for path in paths)
+    assert inspected.variant is None and not any(
+        ".fp16." in path.name for paths in inspected.weights.values() for path in paths
+    )
     assert set(inspected.weights) == set(inspected.tensors)
 
 
 def test_a_model_of_the_hub_that_is_not_here_is_said_without_network(monkeypatch):
     base = config.Base(model="someone/not-downloaded")
     assert model_files.locate(base) is None
-    with pytest.raises(ModelError, match="not on this machine and could not be downloaded .HF_HUB_OFFLINE is set"):
+    with pytest.raises(
+        ModelError, match="not on this machine and could not be downloaded .HF_HUB_OFFLINE is set"
+    ):
         load_base(base, torch.float32)
 
 
@@ -147,7 +205,9 @@ def test_a_downloaded_model_of_the_hub_trains_offline(tiny_base, tmp_path, monke
     (cache / "models--someone--model" / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(
-        model_files, "try_to_load_from_cache", lambda model, name, revision: str(snapshot / name) if (snapshot / name).exists() else None
+        model_files,
+        "try_to_load_from_cache",
+        lambda model, name, revision: str(snapshot / name) if (snapshot / name).exists() else None,
     )
     base = load_base(config.Base(model="someone/model"), torch.float32)
     assert base.files.path == snapshot
@@ -158,7 +218,9 @@ def raw(header: bytes, body: bytes = b"") -> bytes:
 
 
 def described(**tensors) -> bytes:
-    return json.dumps({name: {"dtype": d, "shape": s, "data_offsets": o} for name, (d, s, o) in tensors.items()}).encode()
+    return json.dumps(
+        {name: {"dtype": d, "shape": s, "data_offsets": o} for name, (d, s, o) in tensors.items()}
+    ).encode()
 
 
 FILES = {
@@ -173,7 +235,10 @@ FILES = {
     "st_neg": raw(described(a=("F32", [-2], [0, 8])), b"0" * 8),
     "st_overflow": raw(described(a=("F32", [2**40, 2**40], [0, 8])), b"0" * 8),
     "st_off_rev": raw(described(a=("F32", [2], [8, 0])), b"0" * 8),
-    "st_dup": raw(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"0"),
+    "st_dup": raw(
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+        b"0",
+    ),
     "st_dtype": raw(described(a=("F99", [2], [0, 8])), b"0" * 8),
     "st_dtype_list": raw(described(a=([], [2], [0, 8])), b"0" * 8),
     "st_dimensions": raw(described(a=("F32", [1] * 9, [0, 4])), b"0" * 4),
@@ -181,10 +246,19 @@ FILES = {
     "st_nested": raw(b"[" * 200_000),
     "st_meta_big": raw(b'{"__metadata__":{"a":"' + b"x" * (17 * 2**20) + b'"}}'),
     "st_many": raw(
-        json.dumps({str(i): {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for i in range(30_000)}).encode(), b"0" * 30_000
+        json.dumps(
+            {
+                str(i): {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]}
+                for i in range(30_000)
+            }
+        ).encode(),
+        b"0" * 30_000,
     ),
     "st_zero_elems": raw(described(a=("F32", [0, 2**40], [0, 0]))),
-    "st_path_key": raw(json.dumps({"../../x": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode(), b"0"),
+    "st_path_key": raw(
+        json.dumps({"../../x": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode(),
+        b"0",
+    ),
     "st_cut": raw(described(a=("F32", [2], [0, 8])), b"0" * 5),
     "gguf": b"GGUF" + b"\0" * 100,
     "html_named_st": b"<!DOCTYPE html><html>login</html>",
@@ -213,4 +287,6 @@ def test_a_bad_safetensors_file_is_refused_in_a_sentence(case, tmp_path):
 def test_a_good_header_is_read(tiny_base):
     header = read_header(tiny_base / UNET)
     loaded = load_file(tiny_base / UNET)
-    assert {name: info.shape for name, info in header.tensors.items()} == {name: tuple(t.shape) for name, t in loaded.items()}
+    assert {name: info.shape for name, info in header.tensors.items()} == {
+        name: tuple(t.shape) for name, t in loaded.items()
+    }

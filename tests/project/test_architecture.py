@@ -48,14 +48,34 @@ LEVELS = [
     {"convolutions", "errors", "fused_lora", "launch"},
     {"config", "safetensors_header", "files", "distributed"},
     {"checkpoint"},
-    {"events", "presets", "base_model", "buckets", "foreign_configs", "adapted", "adapter_keys", "targets"},
+    {
+        "events",
+        "presets",
+        "base_model",
+        "buckets",
+        "foreign_configs",
+        "adapted",
+        "adapter_keys",
+        "targets",
+    },
     {"guidance"},
     {"run_folder", "pictures", "findings", "hub", "adapter_file"},
     {"storage", "report", "captions", "inspection", "tokens", "journal", "tracking"},
     {"doctor", "crops", "sweep"},
     {"dataset", "caption_edits", "estimate", "batches", "device", "libraries", "attention"},
     {"variants", "probe"},
-    {"importing", "cures", "caption", "cache", "adapters", "objective", "optimizers", "quantization", "state", "memory"},
+    {
+        "importing",
+        "cures",
+        "caption",
+        "cache",
+        "adapters",
+        "objective",
+        "optimizers",
+        "quantization",
+        "state",
+        "memory",
+    },
     {"families.base"},
     {"graphs"},
     {"families.latent_diffusion"},
@@ -128,14 +148,22 @@ def test_imports_in_the_engine_point_down():
 
 def test_the_page_about_the_architecture_names_every_module():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    table = set(re.findall(r"`(\w+)`", page[page.index("| concern |") : page.index("The torch-free modules")]))
+    table = set(
+        re.findall(
+            r"`(\w+)`", page[page.index("| concern |") : page.index("The torch-free modules")]
+        )
+    )
     assert table == {name.partition(".")[0] for name in modules("trainer") if name}
 
 
 def test_no_family_is_named_outside_its_folder():
     for name, path in modules("trainer").items():
         if not name.startswith("families"):
-            families = {f"trainer.{module}" for module in modules("trainer") if module.startswith("families.")} - {"trainer.families.base"}
+            families = {
+                f"trainer.{module}"
+                for module in modules("trainer")
+                if module.startswith("families.")
+            } - {"trainer.families.base"}
             assert not families & imports(path, "trainer"), name
 
 
@@ -143,7 +171,12 @@ def test_the_torch_free_modules_bring_in_no_torch():
     present = sorted(name for name in TORCH_FREE if (ROOT / "trainer" / f"{name}.py").exists())
     heavy = ("torch", "diffusers", "transformers", "peft", "gradio")
     code = f"import sys; [__import__('trainer.' + name) for name in {present}]; print([m for m in sys.modules if m in {heavy}])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 @pytest.mark.parametrize("package", ["app", "trainer"])
@@ -153,5 +186,16 @@ def test_no_shell_no_eval_and_no_pickle(package):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert called not in ("eval", "exec", "os.system", "os.popen", "torch.load", "pickle.load", "pickle.loads"), name
-                assert not any(k.arg in ("shell", "trust_remote_code") and ast.unparse(k.value) != "False" for k in node.keywords), name
+                assert called not in (
+                    "eval",
+                    "exec",
+                    "os.system",
+                    "os.popen",
+                    "torch.load",
+                    "pickle.load",
+                    "pickle.loads",
+                ), name
+                assert not any(
+                    k.arg in ("shell", "trust_remote_code") and ast.unparse(k.value) != "False"
+                    for k in node.keywords
+                ), name

@@ -11,7 +11,9 @@ from trainer.data.images import PICTURE_SUFFIXES, shown
 from trainer.data.issues import Finding
 from trainer.data.scan import scan_dataset
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # zipfile and Pillow remark on what is wrong on purpose
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # zipfile and Pillow remark on what is wrong on purpose
 
 ROWS = {row.id: row for row in corpus.ROWS}
 SCANNED = [row.id for row in corpus.ROWS if row.table != "Archives"]
@@ -30,14 +32,19 @@ def path_of(made: dict[str, Path | OSError], row_id: str) -> Path:
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
-    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+    return {
+        str(path): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
 
 
 def about(findings: list[Finding], subject: Path, folder: Path) -> list[Finding]:
     """Findings naming the subject, or, where it is a caption, its picture; that a made picture is plain grey is none."""
     name = shown(subject.relative_to(folder).as_posix())
     picture = name.removesuffix(".txt") + ".png"
-    findings = [f for f in findings if f.kind not in ("rotated", "transparent", "converted", "flat")]
+    findings = [
+        f for f in findings if f.kind not in ("rotated", "transparent", "converted", "flat")
+    ]
     return [f for f in findings if f.file in (name, picture) or f.file.endswith(f"/{name}")]
 
 
@@ -78,12 +85,21 @@ def test_import_gives_the_verdict(made, row_id, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["set"]
     kept = [path for path in (tmp_path / "data" / "set").rglob("*") if not path.is_dir()]
-    assert all(path.suffix in (".txt", ".caption") or path.suffix in PICTURE_SUFFIXES for path in kept)
-    assert all(path.is_file() and not path.is_symlink() and len(os.fsencode(path.name)) <= 120 for path in kept)
+    assert all(
+        path.suffix in (".txt", ".caption") or path.suffix in PICTURE_SUFFIXES for path in kept
+    )
+    assert all(
+        path.is_file() and not path.is_symlink() and len(os.fsencode(path.name)) <= 120
+        for path in kept
+    )
     pictures = [path for path in kept if path.suffix in PICTURE_SUFFIXES]
     if row.verdict in (corpus.ACCEPT, corpus.SAID):
         items, _ = scan_dataset(tmp_path / "data" / "set", resolution=64)
-        assert len(items) == len(pictures) == len([p for p in folder.rglob("*") if p.suffix in PICTURE_SUFFIXES])
+        assert (
+            len(items)
+            == len(pictures)
+            == len([p for p in folder.rglob("*") if p.suffix in PICTURE_SUFFIXES])
+        )
         if row.caption is not None:
             assert row.caption in {item.caption for item in items}
     elif row.table == "Pictures":
@@ -97,7 +113,9 @@ def test_archive_gets_the_verdict(made, row_id, tmp_path):
     before = snapshot(subject.parent)
     target = tmp_path / "data" / "set"
     findings = import_files([subject], target)
-    kept = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
+    kept = sorted(
+        path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()
+    )
     if row.verdict == corpus.REFUSED:
         assert [finding.level for finding in findings] == ["error"]
         assert findings[0].message.startswith("x.zip ") and not kept

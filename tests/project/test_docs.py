@@ -70,16 +70,26 @@ def numbers(model, part):
 
 
 def adapter_of(model, part, rank):
-    return estimate.adapter_parameters(config.Adapter(rank=rank, alpha=rank), part, weights(model, part))
+    return estimate.adapter_parameters(
+        config.Adapter(rank=rank, alpha=rank), part, weights(model, part)
+    )
 
 
-@pytest.mark.parametrize("model, part", [(model, part) for model in MODELS for part in trained_parts(model)])
+@pytest.mark.parametrize(
+    "model, part", [(model, part) for model in MODELS for part in trained_parts(model)]
+)
 def test_modules_and_parameters_of_the_table(model, part):
-    chosen = targets.choose_targets(config.Adapter(), part, targets.projections(weights(model, part)))
+    chosen = targets.choose_targets(
+        config.Adapter(), part, targets.projections(weights(model, part))
+    )
     ranks = " | ".join(f"{adapter_of(model, part, rank):,}" for rank in (4, 8, 16, 32))
-    row = f"| {MODELS[model]} | {PARTS[part]} | {numbers(model, part):,} | {len(chosen)} | {ranks} |"
+    row = (
+        f"| {MODELS[model]} | {PARTS[part]} | {numbers(model, part):,} | {len(chosen)} | {ranks} |"
+    )
     assert row in PAGE
-    assert PUBLISHED.get((model, part)) in (None, numbers(model, part)) and BY_HAND.get((model, part)) in (None, len(chosen))
+    assert PUBLISHED.get((model, part)) in (None, numbers(model, part)) and BY_HAND.get(
+        (model, part)
+    ) in (None, len(chosen))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -89,20 +99,33 @@ def test_shares_and_file_sizes_of_the_table(model):
     for rank in (4, 8, 16, 32):
         alone = adapter_of(model, denoiser, rank)
         whole = alone + sum(adapter_of(model, part, rank) for part in encoders)
-        cells.append(f"{alone / numbers(model, denoiser):.3%}, {alone * 2 / 1e6:.1f} MB, {whole * 2 / 1e6:.1f} MB".replace("%", " %"))
+        cells.append(
+            f"{alone / numbers(model, denoiser):.3%}, {alone * 2 / 1e6:.1f} MB, {whole * 2 / 1e6:.1f} MB".replace(
+                "%", " %"
+            )
+        )
     row = f"| {MODELS[model]} | {' | '.join(cells)} |"
     assert row in PAGE
 
 
 def test_the_counts_in_words():
-    assert f"{BY_HAND['sd15', 'unet']} of them" in PAGE and f"{BY_HAND['sd15', 'text_encoder']} in its text encoder" in PAGE
+    assert (
+        f"{BY_HAND['sd15', 'unet']} of them" in PAGE
+        and f"{BY_HAND['sd15', 'text_encoder']} in its text encoder" in PAGE
+    )
 
 
-@pytest.mark.parametrize("kind, label", [("lora", "LoRA, rsLoRA"), ("dora", "DoRA"), ("loha", "LoHa"), ("lokr", "LoKr")])
+@pytest.mark.parametrize(
+    "kind, label", [("lora", "LoRA, rsLoRA"), ("dora", "DoRA"), ("loha", "LoHa"), ("lokr", "LoKr")]
+)
 @pytest.mark.parametrize("model", ["sd15", "sdxl"])
 def test_sizes_of_the_other_kinds(model, kind, label):
     counts = [
-        estimate.adapter_parameters(config.Adapter(kind=kind, rank=8, alpha=8, targets=choice), "unet", weights(model, "unet"))
+        estimate.adapter_parameters(
+            config.Adapter(kind=kind, rank=8, alpha=8, targets=choice),
+            "unet",
+            weights(model, "unet"),
+        )
         for choice in targets.DENOISER
     ]
     cells = " | ".join(f"{count:,}, {count * 2 / 1e6:.1f} MB" for count in counts)
@@ -119,5 +142,8 @@ def test_the_guide_says_what_the_recipes_say(name):
 @pytest.mark.parametrize("page", ["lora.md", "guide.md", "architecture.md", "formats.md"])
 def test_every_file_that_is_named_is_there(page):
     root = Path(__file__).parents[2]
-    for path in re.findall(r"`((?:tests|trainer|app|benchmarks)/[\w/.]+\.py)`", (root / "docs" / page).read_text(encoding="utf-8")):
+    for path in re.findall(
+        r"`((?:tests|trainer|app|benchmarks)/[\w/.]+\.py)`",
+        (root / "docs" / page).read_text(encoding="utf-8"),
+    ):
         assert (root / path).is_file(), path

@@ -53,11 +53,21 @@ def test_the_latents_have_unit_variance(pipe):
 
 
 @pytest.mark.parametrize(
-    "text", ["a red star on a white background", "", "zorbit", "Ünïcödé 漢字 🙂 foo_bar(1.2)\n\ttab", "x" * 500, "\x00\ufffd"]
+    "text",
+    [
+        "a red star on a white background",
+        "",
+        "zorbit",
+        "Ünïcödé 漢字 🙂 foo_bar(1.2)\n\ttab",
+        "x" * 500,
+        "\x00\ufffd",
+    ],
 )
 def test_any_text_tokenises(pipe, text):
     tokenizer = pipe.tokenizer
-    ids = tokenizer(text, padding="max_length", max_length=tokenizer.model_max_length, truncation=True).input_ids
+    ids = tokenizer(
+        text, padding="max_length", max_length=tokenizer.model_max_length, truncation=True
+    ).input_ids
     assert len(ids) == 77
     assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
     assert max(ids) < pipe.text_encoder.config.vocab_size
@@ -105,9 +115,13 @@ def test_similarity_tells_the_examples_from_the_world():
         assert score.style_similarity(others) <= 0.05
 
 
-@pytest.mark.parametrize(("name", "word"), [("subject", "zorbit"), ("style", "blueprint"), ("photos", "photo")])
+@pytest.mark.parametrize(
+    ("name", "word"), [("subject", "zorbit"), ("style", "blueprint"), ("photos", "photo")]
+)
 def test_example_datasets_are_complete(name, word):
-    pictures = [path for path in sorted((EXAMPLES / name).iterdir()) if path.suffix in (".png", ".jpg")]
+    pictures = [
+        path for path in sorted((EXAMPLES / name).iterdir()) if path.suffix in (".png", ".jpg")
+    ]
     assert len(pictures) == 12
     for path in pictures:
         assert word in path.with_suffix(".txt").read_text()

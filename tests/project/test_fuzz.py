@@ -25,7 +25,13 @@ from trainer.lora.writer import read_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow remarks on what is wrong on purpose
 SECONDS = float(os.environ.get("ATELIER_FUZZ_SECONDS", 3))
-FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=SECONDS <= 3)
+FUZZ = settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    database=None,
+    derandomize=SECONDS <= 3,
+)
 
 
 def for_a_while(check: Callable[[], None]) -> None:
@@ -36,10 +42,18 @@ def for_a_while(check: Callable[[], None]) -> None:
         check()
 
 
-ADAPTER = save({"lora_unet_a.lora_down.weight": torch.ones(2, 3), "lora_unet_a.lora_up.weight": torch.ones(3, 2)}, {"ss_network_dim": "2"})
+ADAPTER = save(
+    {
+        "lora_unet_a.lora_down.weight": torch.ones(2, 3),
+        "lora_unet_a.lora_up.weight": torch.ones(3, 2),
+    },
+    {"ss_network_dim": "2"},
+)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4)
+    ),
     max_leaves=20,
 )
 
@@ -64,7 +78,20 @@ def damaged(draw: st.DrawFn, wholes: list[bytes]) -> bytes:
 
 
 NAMES = st.sampled_from(
-    ["a.png", "a.jpg", "a.webp", "a.gif", "a.tif", "a.bmp", "a.txt", "a.caption", "metadata.jsonl", "3_b", "x.masks", "-rf.png"]
+    [
+        "a.png",
+        "a.jpg",
+        "a.webp",
+        "a.gif",
+        "a.tif",
+        "a.bmp",
+        "a.txt",
+        "a.caption",
+        "metadata.jsonl",
+        "3_b",
+        "x.masks",
+        "-rf.png",
+    ]
 )
 
 
@@ -72,7 +99,12 @@ def test_the_dataset_reader(tmp_path_factory):
     @FUZZ
     @given(
         st.dictionaries(
-            NAMES, damaged(PICTURES) | st.binary(max_size=300) | json_values.map(lambda v: json.dumps(v).encode()), min_size=1, max_size=4
+            NAMES,
+            damaged(PICTURES)
+            | st.binary(max_size=300)
+            | json_values.map(lambda v: json.dumps(v).encode()),
+            min_size=1,
+            max_size=4,
         )
     )
     def check(files):
@@ -107,7 +139,11 @@ def test_the_adapter_reader(tmp_path_factory):
         path: Path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
         path.write_bytes(content)
         try:
-            assert all(torch.isfinite(tensor).all() for module in read_adapter(path).modules for tensor in module.tensors.values())
+            assert all(
+                torch.isfinite(tensor).all()
+                for module in read_adapter(path).modules
+                for tensor in module.tensors.values()
+            )
         except ModelError as error:
             assert "fuzzed.safetensors" in str(error)
 
@@ -117,14 +153,20 @@ def test_the_adapter_reader(tmp_path_factory):
 def test_the_config_reader(tmp_path_factory):
     @FUZZ
     @given(
-        damaged([config.to_toml(config.RunConfig()).encode()]) | st.binary(max_size=200) | st.text(max_size=200).map(str.encode),
+        damaged([config.to_toml(config.RunConfig()).encode()])
+        | st.binary(max_size=200)
+        | st.text(max_size=200).map(str.encode),
         st.dictionaries(st.sampled_from([*dict(config.fields()), "x"]), json_values, max_size=3),
         json_values,
     )
     def check(content, changes, data):
         path: Path = tmp_path_factory.getbasetemp() / "fuzzed.toml"
         path.write_bytes(content)
-        for read in (lambda: config.load(path), lambda: config.replace(config.RunConfig(), changes), lambda: config.from_dict(data)):
+        for read in (
+            lambda: config.load(path),
+            lambda: config.replace(config.RunConfig(), changes),
+            lambda: config.from_dict(data),
+        ):
             try:
                 run = read()
             except ConfigError as error:

@@ -23,7 +23,18 @@ from trainer.runs import atomic_files, events, run_folder
 from trainer.training.runner import STOPPED, run_in
 
 ROOT = Path(__file__).parents[2]
-HOSTILE = ["x; touch PWNED", "$(touch PWNED)", "`touch PWNED`", "--output_dir=/tmp/x", "-rf", "a\nb", '"', "'", "a\x00b", "żółć 😀"]
+HOSTILE = [
+    "x; touch PWNED",
+    "$(touch PWNED)",
+    "`touch PWNED`",
+    "--output_dir=/tmp/x",
+    "-rf",
+    "a\nb",
+    '"',
+    "'",
+    "a\x00b",
+    "żółć 😀",
+]
 
 
 def adapter_of(folder):
@@ -47,8 +58,14 @@ def at_step(monkeypatch, step, act):
 
 
 def test_every_promise_has_a_test_that_exists():
-    rows = re.findall(r"^\| ([PT]\d+b?) \|.*?\| ([^|]+) \|$", (ROOT / "docs" / "reliability.md").read_text(), re.MULTILINE)
-    assert {name for name, _ in rows} == {f"P{n}" for n in range(1, 20)} | {f"T{n}" for n in range(1, 13)} | {"T4b"}
+    rows = re.findall(
+        r"^\| ([PT]\d+b?) \|.*?\| ([^|]+) \|$",
+        (ROOT / "docs" / "reliability.md").read_text(),
+        re.MULTILINE,
+    )
+    assert {name for name, _ in rows} == {f"P{n}" for n in range(1, 20)} | {
+        f"T{n}" for n in range(1, 13)
+    } | {"T4b"}
     for name, tests in rows:
         named = re.findall(r"`(test_\w+)`(?: \(`?(browser/)?(test_\w+)\.py`?\))?", tests)
         assert named, name
@@ -82,7 +99,9 @@ def test_P02_all_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     assert happened == [(str(tmp_path / "a"), True), (str(tmp_path / "b"), True)]
 
 
-def test_P04_a_signal_saves_the_present_step_and_resuming_goes_on(tiny_run, train_tiny, monkeypatch):
+def test_P04_a_signal_saves_the_present_step_and_resuming_goes_on(
+    tiny_run, train_tiny, monkeypatch
+):
     whole = adapter_of(train_tiny({"saving.state_every": 100}))
     folder = run_folder.create(tiny_run({"saving.state_every": 100}))
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -95,7 +114,9 @@ def test_P04_a_signal_saves_the_present_step_and_resuming_goes_on(tiny_run, trai
         signal.signal(number, handler)
 
 
-def test_P06_a_folder_that_cannot_be_written_is_refused_before_the_base_is_read(tiny_run, monkeypatch):
+def test_P06_a_folder_that_cannot_be_written_is_refused_before_the_base_is_read(
+    tiny_run, monkeypatch
+):
     folder = run_folder.create(tiny_run())
     (folder / ".lock").mkdir()  # as on a read-only disk: the lock cannot be made
     monkeypatch.setattr("trainer.training.runner._train", lambda *a: pytest.fail("it went on"))
@@ -104,7 +125,9 @@ def test_P06_a_folder_that_cannot_be_written_is_refused_before_the_base_is_read(
     assert main(["resume", str(folder)]) == 1
 
 
-def test_P09_pictures_that_go_or_change_meanwhile_alter_nothing_and_are_named_at_resume(tiny_run, tiny_dataset, tmp_path, monkeypatch):
+def test_P09_pictures_that_go_or_change_meanwhile_alter_nothing_and_are_named_at_resume(
+    tiny_run, tiny_dataset, tmp_path, monkeypatch
+):
     whole = run_folder.create(tiny_run())
     assert run_in(whole) == 0
     dataset = shutil.copytree(tiny_dataset, tmp_path / "copy")
@@ -119,7 +142,10 @@ def test_P09_pictures_that_go_or_change_meanwhile_alter_nothing_and_are_named_at
         assert run_in(folder) == 0
     assert same(adapter_of(folder), adapter_of(whole))
     assert run_in(folder) == 1
-    assert "The dataset changed" in run_folder.status(folder).message and "01.png" in run_folder.status(folder).message
+    assert (
+        "The dataset changed" in run_folder.status(folder).message
+        and "01.png" in run_folder.status(folder).message
+    )
 
 
 def test_P10_a_clock_that_jumps_changes_and_loses_nothing(tiny_run, train_tiny, monkeypatch):
@@ -129,14 +155,20 @@ def test_P10_a_clock_that_jumps_changes_and_loses_nothing(tiny_run, train_tiny, 
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 0
     status = run_folder.status(folder)
-    assert same(adapter_of(folder), whole) and sorted(path.name for path in (folder / "state").iterdir()) == ["000004", "000006"]
-    assert 0 <= status.finished.seconds < 3600 and all(0 <= seconds < 3600 for seconds in status.step_seconds)
+    assert same(adapter_of(folder), whole) and sorted(
+        path.name for path in (folder / "state").iterdir()
+    ) == ["000004", "000006"]
+    assert 0 <= status.finished.seconds < 3600 and all(
+        0 <= seconds < 3600 for seconds in status.step_seconds
+    )
     monkeypatch.undo()
 
 
 def test_P11_a_second_run_waits_for_the_device_and_can_be_stopped_meanwhile(tiny_run):
     folder = run_folder.create(tiny_run())
-    device = FileLock(run_folder.device_lock().lock_file, thread_local=False)  # as held by another process
+    device = FileLock(
+        run_folder.device_lock().lock_file, thread_local=False
+    )  # as held by another process
     device.acquire()
     states = []
 
@@ -189,7 +221,12 @@ def test_P14_a_trainer_that_dies_is_explained(outputs, tmp_path, monkeypatch, ho
     launcher.executor.process.wait(60)
     launcher.look()
     status = run_folder.status(folder)
-    assert status.state == "interrupted" and said in status.message and "press Resume" in status.message and status.can_resume
+    assert (
+        status.state == "interrupted"
+        and said in status.message
+        and "press Resume" in status.message
+        and status.can_resume
+    )
     report = (folder / "report.txt").read_text()
     assert said in report and "its last words" in report
 
@@ -199,7 +236,11 @@ def test_P14_a_restart_of_the_machine_is_told_from_a_crash(outputs, monkeypatch)
     events.EventLog(folder / "events.jsonl").append(events.Launched(1, "0", "an earlier start"))
     monkeypatch.setattr(run_folder, "boot_id", lambda: "this start")
     status = run_folder.status(folder)
-    assert "The machine was restarted" in status.message and status.can_resume and "resume" in runs.actions(status)
+    assert (
+        "The machine was restarted" in status.message
+        and status.can_resume
+        and "resume" in runs.actions(status)
+    )
     monkeypatch.setattr(run_folder, "boot_id", lambda: "")
     (folder / "log.txt").write_text("Fatal Python error: Segmentation fault\n\nCurrent thread")
     assert "crashed" in run_folder.status(folder).message
@@ -215,7 +256,10 @@ def test_P15_a_busy_port_is_a_sentence(monkeypatch, capsys):
 
 
 def test_P17_a_file_is_whole_at_every_moment_and_others_may_read_it(tmp_path):
-    path, contents = tmp_path / "a.safetensors", [bytes([letter]) * 300_000 for letter in b"abcdefgh"]
+    path, contents = (
+        tmp_path / "a.safetensors",
+        [bytes([letter]) * 300_000 for letter in b"abcdefgh"],
+    )
     atomic_files.atomic_write(path, contents[0])
     ended = threading.Event()
 
@@ -240,7 +284,9 @@ def _umask() -> int:
     return value
 
 
-def test_P19_resumed_twice_all_counts_on_and_other_settings_are_refused(tiny_run, train_tiny, monkeypatch):
+def test_P19_resumed_twice_all_counts_on_and_other_settings_are_refused(
+    tiny_run, train_tiny, monkeypatch
+):
     whole = train_tiny()
     folder = run_folder.create(tiny_run())
     for step in (2, 3):
@@ -249,7 +295,11 @@ def test_P19_resumed_twice_all_counts_on_and_other_settings_are_refused(tiny_run
             assert run_in(folder) == STOPPED
     assert run_in(folder) == 0
     ours, theirs = run_folder.status(folder), run_folder.status(whole)
-    assert ours.losses == theirs.losses and ours.learning_rates == theirs.learning_rates and same(adapter_of(folder), adapter_of(whole))
+    assert (
+        ours.losses == theirs.losses
+        and ours.learning_rates == theirs.learning_rates
+        and same(adapter_of(folder), adapter_of(whole))
+    )
     changed = config.replace(config.load(folder / "run.toml"), {"training.steps": 9})
     (folder / "run.toml").write_text(config.to_toml(changed))
     assert run_in(folder) == 1 and "start a new run" in run_folder.status(folder).message.lower()
@@ -257,15 +307,27 @@ def test_P19_resumed_twice_all_counts_on_and_other_settings_are_refused(tiny_run
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_T01_what_is_typed_reaches_the_trainer_as_it_is_and_is_never_run(outputs, text):
-    run = config.replace(config.RunConfig(), {"name": text, "dataset.trigger": text, "sampling.prompts": [text], "base.model": text})
+    run = config.replace(
+        config.RunConfig(),
+        {"name": text, "dataset.trigger": text, "sampling.prompts": [text], "base.model": text},
+    )
     folder = run_folder.runs_folder() / runs.start(run)
     assert folder.parent == run_folder.runs_folder() and config.load(folder / "run.toml") == run
     asked = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, "Popen", lambda command, **options: asked.append((command, options)))
+        patch.setattr(
+            subprocess, "Popen", lambda command, **options: asked.append((command, options))
+        )
         runs.trainer_process(["resume", str(folder)], folder)
     command, options = asked[0]
-    assert command == [sys.executable, "-P", "-m", "trainer", "resume", str(folder)] and not options.get("shell")
+    assert command == [
+        sys.executable,
+        "-P",
+        "-m",
+        "trainer",
+        "resume",
+        str(folder),
+    ] and not options.get("shell")
 
 
 def test_T08_no_data_folder_is_a_place_that_code_comes_from(outputs, tmp_path, monkeypatch):
@@ -284,15 +346,23 @@ def test_T12_a_token_is_in_no_file_of_a_run(train_tiny, monkeypatch):
     token = "hf_" + "secretsecret1234"
     monkeypatch.setenv("HF_TOKEN", token)
     folder = train_tiny()
-    assert not any(token.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert not any(
+        token.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    )
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="killing trainers needs fork, which Windows lacks")
+@pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="killing trainers needs fork, which Windows lacks"
+)
 def test_a_bounded_share_of_the_faults_loses_nothing():
     """`python -m benchmarks.faults` injects many more."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "benchmarks.faults", "--share", "0.05"]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550)
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550
+    )
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
     rows = re.findall(r"\| (\d+) \| (\d+) \| (\d+) \|$", ended.stdout, re.MULTILINE)
-    assert len(rows) == 6 and all(injected == survived and lost == "0" and int(injected) for injected, survived, lost in rows)
+    assert len(rows) == 6 and all(
+        injected == survived and lost == "0" and int(injected) for injected, survived, lost in rows
+    )

@@ -21,7 +21,12 @@ ROOT = Path(__file__).parents[2]
 
 def test_importing_the_engine_reads_no_torch():
     code = "import sys; from trainer import RunConfig, run; RunConfig(); print([m for m in ('torch', 'diffusers') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+        ).stdout.strip()
+        == "[]"
+    )
     assert set(trainer.__all__) <= {name for name in trainer.__all__ if getattr(trainer, name)}
     with pytest.raises(ImportError):
         from trainer import nothing_of_that_name  # noqa: F401
@@ -32,7 +37,11 @@ def test_a_run_gives_its_files_and_tells_how_far_it_is(tiny_run, capsys):
     result = run(tiny_run(), progress=told.append)
     assert isinstance(tiny_run(), RunConfig) and result.status.state == "finished"
     assert result.adapter == result.folder / "tiny.safetensors" and result.adapter.is_file()
-    assert [event.step for event in told if isinstance(event, StepDone)] == [step for step, _ in result.status.losses] == [1, 2, 3, 4, 5, 6]
+    assert (
+        [event.step for event in told if isinstance(event, StepDone)]
+        == [step for step, _ in result.status.losses]
+        == [1, 2, 3, 4, 5, 6]
+    )
     assert "step" not in capsys.readouterr().out, "the callback stands in place of the bar"
 
 
@@ -42,11 +51,17 @@ def test_it_stops_goes_on_and_runs_beside_the_main_thread(tiny_run):
             run_folder.request(next(iter(run_folder.list_runs())), "stop")
 
     results = []
-    thread = threading.Thread(target=lambda: results.append(run(tiny_run(), progress=stop_after_two)))
+    thread = threading.Thread(
+        target=lambda: results.append(run(tiny_run(), progress=stop_after_two))
+    )
     thread.start()
     thread.join()
     (stopped,) = results
-    assert (stopped.status.state, stopped.status.step, stopped.adapter.name) == ("stopped", 2, "tiny.safetensors")
+    assert (stopped.status.state, stopped.status.step, stopped.adapter.name) == (
+        "stopped",
+        2,
+        "tiny.safetensors",
+    )
     assert run(stopped.folder).status.state == "finished"
 
 
@@ -57,7 +72,9 @@ def test_a_run_leaves_the_queue_only_when_it_is_seen_at_work(tiny_run):
     seen = []
 
     def look(event):
-        seen.append((run_folder.requested(folder, "queued"), run_folder.status(folder).launched_at > 0))
+        seen.append(
+            (run_folder.requested(folder, "queued"), run_folder.status(folder).launched_at > 0)
+        )
         if len(seen) == 2:
             raise TrainerError("enough")
 
@@ -83,7 +100,9 @@ def test_a_run_leaves_no_model_behind(tiny_run, monkeypatch, fails):
     monkeypatch.setattr(loop, "prepare", prepared)
     gc.disable()
     try:
-        assert run_in(run_folder.create(tiny_run({"training.steps": 1, "saving.saves": 1}))) == int(fails)
+        assert run_in(run_folder.create(tiny_run({"training.steps": 1, "saving.saves": 1}))) == int(
+            fails
+        )
         assert left[0]() is None
     finally:
         gc.enable()
@@ -92,5 +111,7 @@ def test_a_run_leaves_no_model_behind(tiny_run, monkeypatch, fails):
 def test_what_goes_wrong_is_raised_as_a_sentence(tiny_run, tmp_path):
     with pytest.raises(ConfigError, match="dataset.folder"):
         run(RunConfig())
-    with pytest.raises(TrainerError, match=r"no such folder|is not a folder|does not exist|no pictures"):
+    with pytest.raises(
+        TrainerError, match=r"no such folder|is not a folder|does not exist|no pictures"
+    ):
         run(tiny_run({"dataset.folder": str(tmp_path / "nothing")}))

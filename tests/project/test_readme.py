@@ -34,21 +34,30 @@ ONLY_READ = {
     "torchrun ": "needs several GPUs; tests/test_distributed.py runs two processes",
     "accelerate launch ": "needs several GPUs; tests/test_distributed.py runs two processes",
 }
-ELSEWHERE = {("README.md", "py"): "below", ("api.md", "python"): "tests/browser/test_api.py, with a page to talk to"}
+ELSEWHERE = {
+    ("README.md", "py"): "below",
+    ("api.md", "python"): "tests/browser/test_api.py, with a page to talk to",
+}
 DRAWN = ("text", "bat")  # pictures made of letters, and Windows' own commands
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
     """(language, content) of each fenced block."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert all(language for language, _ in found), f"{page.name} has a block that does not say what it is"
+    found = re.findall(
+        r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    assert all(language for language, _ in found), (
+        f"{page.name} has a block that does not say what it is"
+    )
     return found
 
 
 def lines(page: Path) -> list[str]:
     """Commands of a page, without their comments."""
     contents = [content for language, content in blocks(page) if language == "sh"]
-    return [line for content in contents for line in re.sub(r"\s+#.*", "", content).splitlines() if line]
+    return [
+        line for content in contents for line in re.sub(r"\s+#.*", "", content).splitlines() if line
+    ]
 
 
 def shorter(code: str) -> str:
@@ -66,14 +75,18 @@ def reader(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if lines(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if lines(page)], ids=lambda page: page.name
+)
 def test_every_command_works(page, reader):
     """In order, as a reader would."""
     for line in lines(page):
         if line.startswith(tuple(ONLY_READ)):
             read_only(line)
         else:
-            assert line.startswith("python -m trainer "), f"say in ONLY_READ why it is not run: {line}"
+            assert line.startswith("python -m trainer "), (
+                f"say in ONLY_READ why it is not run: {line}"
+            )
             assert main(shlex.split(shorter(line))[3:]) == 0, line
     assert page.name != "README.md" or (reader / "sample.png").is_file()
 
@@ -97,7 +110,9 @@ def test_every_block_is_run_or_read(page):
             config.from_dict(tomllib.loads(content))
         elif language in ("py", "python"):
             compile(content, page.name, "exec")
-            assert (page.name, language) in ELSEWHERE, f"run it here, or say in ELSEWHERE where the code of {page.name} is run"
+            assert (page.name, language) in ELSEWHERE, (
+                f"run it here, or say in ELSEWHERE where the code of {page.name} is run"
+            )
         else:
             assert language in ("sh", *DRAWN), f"{page.name}: how is {language} checked?"
 
@@ -113,12 +128,21 @@ def test_commands_in_sentences_are_understood(page):
             assert ended.code == 0 or command in BARE, f"{page.name}: python -m trainer {command}"
 
 
-BARE = ("check", "caption", "class-pictures", "convert", "sweep", "train")  # commands spoken of without what they need
+BARE = (
+    "check",
+    "caption",
+    "class-pictures",
+    "convert",
+    "sweep",
+    "train",
+)  # commands spoken of without what they need
 
 
 def test_the_python_code_of_the_readme_works(reader, train_tiny, tiny_base, monkeypatch):
     """One block draws with diffusers, on a tiny base instead of the named one; one trains."""
-    first, second = [content for language, content in blocks(ROOT / "README.md") if language == "py"]
+    first, second = [
+        content for language, content in blocks(ROOT / "README.md") if language == "py"
+    ]
     folder = train_tiny()
     named = {
         "stable-diffusion-v1-5/stable-diffusion-v1-5": str(tiny_base),
@@ -150,11 +174,23 @@ def test_every_link_leads_somewhere(page):
     for path in re.findall(r"\]\(([a-zA-Z.][^):]*)\)", page.read_text(encoding="utf-8")):
         target, _, heading = path.partition("#")
         assert (page.parent / target).exists(), path
-        titles = re.findall(r"^#+ (.+)$", (page.parent / target).read_text(encoding="utf-8"), re.MULTILINE) if heading else []
-        assert not heading or heading in [re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles], path
+        titles = (
+            re.findall(
+                r"^#+ (.+)$", (page.parent / target).read_text(encoding="utf-8"), re.MULTILINE
+            )
+            if heading
+            else []
+        )
+        assert not heading or heading in [
+            re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles
+        ], path
 
 
 def test_make_knows_what_the_pages_name():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    named = {target for page in PAGES for target in re.findall(r"`make (\w+)`", page.read_text(encoding="utf-8"))}
+    named = {
+        target
+        for page in PAGES
+        for target in re.findall(r"`make (\w+)`", page.read_text(encoding="utf-8"))
+    }
     assert named >= {"demo"} and all(f"\n{target}:" in makefile for target in named)

@@ -30,7 +30,11 @@ def test_a_run_that_does_not_fit_is_refused_before_it_starts(tiny_run, monkeypat
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 1
     status = run_folder.status(folder)
-    assert "The disk is full: the run needs" in status.message and "1.0 MB are free" in status.message and status.started is None
+    assert (
+        "The disk is full: the run needs" in status.message
+        and "1.0 MB are free" in status.message
+        and status.started is None
+    )
 
 
 def test_the_estimate_covers_what_a_run_writes(train_tiny, outputs):
@@ -55,15 +59,24 @@ def test_the_disk_fills_up_during_the_run(tiny_run, monkeypatch):
         patch.setattr("trainer.training.loop.save_state", filling)
         assert run_in(folder) == 1
     status = run_folder.status(folder)
-    assert "the state of step 4 needs" in status.message and status.can_resume and (folder / "report.txt").is_file()
+    assert (
+        "the state of step 4 needs" in status.message
+        and status.can_resume
+        and (folder / "report.txt").is_file()
+    )
     assert not list(folder.rglob(".writing-*"))
     assert resumed_from(folder) == (0, 3)
-    assert load_file(folder / "tiny.safetensors").keys() == load_file(whole / "tiny.safetensors").keys()
+    assert (
+        load_file(folder / "tiny.safetensors").keys()
+        == load_file(whole / "tiny.safetensors").keys()
+    )
     assert run_folder.status(folder).losses == run_folder.status(whole).losses
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
-def test_a_full_or_read_only_disk_is_a_sentence_and_leaves_the_old_file(tmp_path, monkeypatch, number):
+def test_a_full_or_read_only_disk_is_a_sentence_and_leaves_the_old_file(
+    tmp_path, monkeypatch, number
+):
     atomic_files.atomic_write(tmp_path / "a", "old")
 
     def refuse(descriptor):
@@ -72,9 +85,14 @@ def test_a_full_or_read_only_disk_is_a_sentence_and_leaves_the_old_file(tmp_path
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(DiskError, match="everything before is kept"):
         atomic_files.atomic_write(tmp_path / "a", "new")
-    with pytest.raises(DiskError, match="everything before is kept"), atomic_files.atomic_folder(tmp_path / "b") as temporary:
+    with (
+        pytest.raises(DiskError, match="everything before is kept"),
+        atomic_files.atomic_folder(tmp_path / "b") as temporary,
+    ):
         (temporary / "x").write_text("x")
-    assert (tmp_path / "a").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == [
+        "a"
+    ]
 
 
 def test_a_real_limit_of_the_system_is_met_the_same_way(tmp_path):
@@ -97,7 +115,13 @@ def cache(outputs):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(1000))
         os.utime(path, (1e9 + number, 1e9 + number))
-    for name in ("cache/removed/cats/a.png", "datasets/cats/a.png", "runs/x/run.toml", "cache/uploads/new.png", "cache/uploads/old/x.png"):
+    for name in (
+        "cache/removed/cats/a.png",
+        "datasets/cats/a.png",
+        "runs/x/run.toml",
+        "cache/uploads/new.png",
+        "cache/uploads/old/x.png",
+    ):
         (outputs / name).parent.mkdir(parents=True, exist_ok=True)
         (outputs / name).write_bytes(b"kept")
     return outputs / "cache"

@@ -20,7 +20,13 @@ from trainer.runs import convergence, events, run_folder
 from trainer.runs.events import Validated
 from trainer.training.runner import STOPPED, run_in
 
-OVERLONG = {"training.steps": 24, "training.lr_schedule": "constant", "adapter.rank": 8, "adapter.alpha": 8.0, "saving.saves": 6}
+OVERLONG = {
+    "training.steps": 24,
+    "training.lr_schedule": "constant",
+    "adapter.rank": 8,
+    "adapter.alpha": 8.0,
+    "saving.saves": 6,
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +45,32 @@ def test_a_difference_is_told_in_pairs():
     better, worse = measured(1, 0.1, 0.5, 0.9, 0.3), measured(2, 0.11, 0.51, 0.91, 0.31)
     assert convergence.is_worse(worse, better) and not convergence.is_worse(better, worse)
     assert convergence.worse_by(worse, better) == pytest.approx((0.01, 0.0))
-    assert convergence.worse_by(measured(1, 1.0, 2.0, 6.0), measured(2, 0.0, 0.0, 0.0)) == pytest.approx((3.0, stdev([1, 2, 6]) / 3**0.5))
+    assert convergence.worse_by(
+        measured(1, 1.0, 2.0, 6.0), measured(2, 0.0, 0.0, 0.0)
+    ) == pytest.approx((3.0, stdev([1, 2, 6]) / 3**0.5))
     chance = measured(2, 0.2, 0.4, 0.95, 0.28)
     assert not convergence.is_worse(chance, better) and chance.loss > better.loss
 
 
 def test_the_best_is_the_latest_that_is_not_clearly_worse():
-    falling = [measured(0, 0.6, 0.7, 0.8), measured(1, 0.5, 0.6, 0.7), measured(2, 0.4, 0.5, 0.6), measured(3, 0.3, 0.4, 0.5)]
+    falling = [
+        measured(0, 0.6, 0.7, 0.8),
+        measured(1, 0.5, 0.6, 0.7),
+        measured(2, 0.4, 0.5, 0.6),
+        measured(3, 0.3, 0.4, 0.5),
+    ]
     saves = range(1, 9)
-    assert convergence.best_save(falling, saves).step == 3 and convergence.best_save(falling, [1, 2]).step == 2
+    assert (
+        convergence.best_save(falling, saves).step == 3
+        and convergence.best_save(falling, [1, 2]).step == 2
+    )
     flat = [*falling, measured(4, 0.34, 0.37, 0.5)]
     assert convergence.best_save(flat, saves).step == 4 and flat[4].loss > flat[3].loss, "by chance"
     a_little = [*flat, measured(5, 0.31, 0.41, 0.51)]
-    assert convergence.is_worse(a_little[5], a_little[3]) and convergence.best_save(a_little, saves).step == 5, "a thirtieth of what it fell"
+    assert (
+        convergence.is_worse(a_little[5], a_little[3])
+        and convergence.best_save(a_little, saves).step == 5
+    ), "a thirtieth of what it fell"
     assert convergence.best_save([*a_little, measured(6, 0.33, 0.43, 0.53)], saves).step == 5
     assert convergence.best_save(falling, []) is convergence.best_save([], saves) is None
 
@@ -61,12 +80,17 @@ def test_a_loss_that_is_no_number_is_the_worst_and_nothing_breaks():
     nan = float("nan")
     fine = curve((1.0, 1.0), (0.6, 0.6), (0.5, 0.5))
     broken = [*fine, Validated(30, nan, [nan, 0.1], nan)]
-    assert convergence.best_save(broken, range(1, 99)).step == 20 and convergence.best_save(broken[3:], range(1, 99)) is None
+    assert (
+        convergence.best_save(broken, range(1, 99)).step == 20
+        and convergence.best_save(broken[3:], range(1, 99)) is None
+    )
     assert convergence.has_run_dry(broken, 1) and not convergence.has_run_dry(fine, 1)
     reading = convergence.read(broken)
     assert reading.fault == "burning" and "step 30" in reading.sentence
     assert convergence.read([*broken, Validated(40, 0.5, [0.49, 0.51], 0.45)]).zone == "ready"
-    assert convergence.read(fine[1:]).zone == "learning"  # without step 0, none of them early enough to compare with
+    assert (
+        convergence.read(fine[1:]).zone == "learning"
+    )  # without step 0, none of them early enough to compare with
 
 
 @pytest.mark.parametrize(
@@ -81,12 +105,20 @@ def test_a_loss_that_is_no_number_is_the_worst_and_nothing_breaks():
     ],
 )
 def test_patience_counts_the_saves_without_a_lower_loss(losses, patience, dry):
-    assert convergence.has_run_dry([Validated(step, loss) for step, loss in enumerate(losses)], patience) is dry
+    assert (
+        convergence.has_run_dry(
+            [Validated(step, loss) for step, loss in enumerate(losses)], patience
+        )
+        is dry
+    )
 
 
 @pytest.mark.parametrize(
     "changes, words",
-    [({"training.early_stop": 2, "dataset.hold_out": 0.0}, "hold_out"), ({"training.early_stop": 5, "saving.saves": 5}, "can never end")],
+    [
+        ({"training.early_stop": 2, "dataset.hold_out": 0.0}, "hold_out"),
+        ({"training.early_stop": 5, "saving.saves": 5}, "can never end"),
+    ],
 )
 def test_early_stop_that_cannot_act_is_refused(changes, words):
     with pytest.raises(ConfigError, match=words):
@@ -101,20 +133,32 @@ def rising(monkeypatch, losses):
     monkeypatch.setattr(loop, "validation_losses", lambda session: [next(found)] * 4)
 
 
-def test_the_best_save_is_the_finished_file_unless_the_last_is_wanted(tiny_run, twelve, monkeypatch):
+def test_the_best_save_is_the_finished_file_unless_the_last_is_wanted(
+    tiny_run, twelve, monkeypatch
+):
     for main, step in (("best", 8), ("last", 24)):
         rising(monkeypatch, [0.9, 0.5, 0.4, 0.45, 0.5, 0.6, 0.7])
-        folder = run_folder.create(tiny_run(OVERLONG | {"dataset.folder": str(twelve), "saving.main": main}))
+        folder = run_folder.create(
+            tiny_run(OVERLONG | {"dataset.folder": str(twelve), "saving.main": main})
+        )
         assert run_in(folder) == 0
         status = run_folder.status(folder)
-        assert (status.best_step, status.finished.best_step, status.finished.file_step) == (8, 8, step)
-        assert (folder / "tiny.safetensors").read_bytes() == (folder / f"tiny-{step:06d}.safetensors").read_bytes()
+        assert (status.best_step, status.finished.best_step, status.finished.file_step) == (
+            8,
+            8,
+            step,
+        )
+        assert (folder / "tiny.safetensors").read_bytes() == (
+            folder / f"tiny-{step:06d}.safetensors"
+        ).read_bytes()
         assert load_file(folder / "tiny.safetensors") and status.state == "finished"
 
 
 def test_early_stop_ends_the_run_and_a_resumed_run_ends_there_too(tiny_run, twelve, monkeypatch):
     rising(monkeypatch, [0.9, 0.5, 0.4, 0.45, 0.5, 0.3])
-    folder = run_folder.create(tiny_run(OVERLONG | {"dataset.folder": str(twelve), "training.early_stop": 2}))
+    folder = run_folder.create(
+        tiny_run(OVERLONG | {"dataset.folder": str(twelve), "training.early_stop": 2})
+    )
     assert run_in(folder) == 0
     status = run_folder.status(folder)
     assert (status.state, status.step, status.finished.file_step) == (
@@ -124,7 +168,9 @@ def test_early_stop_ends_the_run_and_a_resumed_run_ends_there_too(tiny_run, twel
     ) and "has not fallen for 2 saves" in status.ended_early
     kept = (folder / "tiny.safetensors").read_bytes()
     log = (folder / "events.jsonl").read_text().splitlines()
-    cut = next(number for number, line in enumerate(log) if '"StepDone"' in line and '"step": 13' in line)
+    cut = next(
+        number for number, line in enumerate(log) if '"StepDone"' in line and '"step": 13' in line
+    )
     (folder / "events.jsonl").write_text("\n".join(log[: cut + 1]) + "\n")
     for path in (folder / "state").iterdir():
         if int(path.name) > 14:
@@ -132,12 +178,16 @@ def test_early_stop_ends_the_run_and_a_resumed_run_ends_there_too(tiny_run, twel
     rising(monkeypatch, [0.5])
     assert run_in(folder) == 0
     again = run_folder.status(folder)
-    assert (again.state, again.step, again.finished.file_step) == ("finished", 16, 8) and (folder / "tiny.safetensors").read_bytes() == kept
+    assert (again.state, again.step, again.finished.file_step) == ("finished", 16, 8) and (
+        folder / "tiny.safetensors"
+    ).read_bytes() == kept
 
 
 def test_early_stop_ends_a_run_whose_losses_are_no_numbers(tiny_run, twelve, monkeypatch):
     rising(monkeypatch, [0.9, float("nan"), float("nan"), float("nan")])
-    folder = run_folder.create(tiny_run(OVERLONG | {"dataset.folder": str(twelve), "training.early_stop": 2}))
+    folder = run_folder.create(
+        tiny_run(OVERLONG | {"dataset.folder": str(twelve), "training.early_stop": 2})
+    )
     assert run_in(folder) == 0
     status = run_folder.status(folder)
     assert (status.step, status.file_step) == (12, 12) and "that of step 12" in status.ended_early
@@ -145,7 +195,9 @@ def test_early_stop_ends_a_run_whose_losses_are_no_numbers(tiny_run, twelve, mon
 
 def test_early_stop_without_held_out_pictures_is_said(train_tiny):
     status = run_folder.status(train_tiny({"training.early_stop": 1}))
-    assert status.step == 6 and any("too few pictures to hold some out" in warning for warning in status.warnings)
+    assert status.step == 6 and any(
+        "too few pictures to hold some out" in warning for warning in status.warnings
+    )
 
 
 def test_what_is_measured_is_the_same_twice_and_finer_for_few_pictures(tiny_run, twelve):
@@ -157,7 +209,9 @@ def test_what_is_measured_is_the_same_twice_and_finer_for_few_pictures(tiny_run,
         folder = run_folder.create(run)
         session = prepare(run, folder, events.EventLog(folder / "events.jsonl"))
         once, trained = step.validation_losses(session), step.training_loss(session)
-        assert len(once) == parts and once == pytest.approx(step.validation_losses(session), abs=1e-6)
+        assert len(once) == parts and once == pytest.approx(
+            step.validation_losses(session), abs=1e-6
+        )
         assert trained == pytest.approx(step.training_loss(session), abs=1e-6)
         session.ladder.pieces["validate"] = 4
         assert step.validation_losses(session) == pytest.approx(once, rel=1e-5)
@@ -175,7 +229,9 @@ def test_a_stopped_run_hands_out_its_best_save(tiny_run, twelve, monkeypatch):
 
     monkeypatch.setattr(events.EventLog, "append", stop_at_ten)
     assert run_in(folder) == STOPPED
-    assert (folder / "tiny.safetensors").read_bytes() == (folder / "tiny-000004.safetensors").read_bytes()
+    assert (folder / "tiny.safetensors").read_bytes() == (
+        folder / "tiny-000004.safetensors"
+    ).read_bytes()
 
 
 RECORDED = Path(__file__).parents[1] / "recorded" / "guidance"
@@ -184,7 +240,11 @@ RECORDED = Path(__file__).parents[1] / "recorded" / "guidance"
 
 def reading_at(name, step):
     """Where a recorded run stood after a step."""
-    found = [event for event in events.read_events(RECORDED / f"{name}.jsonl") if isinstance(event, Validated) and event.step <= step]
+    found = [
+        event
+        for event in events.read_events(RECORDED / f"{name}.jsonl")
+        if isinstance(event, Validated) and event.step <= step
+    ]
     return convergence.read(found, ended=True)
 
 
@@ -192,13 +252,18 @@ def test_a_short_run_is_learning_and_an_over_long_one_memorising():
     short, middle, long = (reading_at("overlong", step) for step in (100, 200, 450))
     assert (short.zone, short.fault) == ("learning", "weak") and "still falls" in short.sentence
     assert (long.zone, long.fault) == ("memorising", "overfit") and "copies them" in long.sentence
-    assert short.needle < 1 / 3 and long.needle > 2 / 3 and short.needle < middle.needle < long.needle
+    assert (
+        short.needle < 1 / 3 and long.needle > 2 / 3 and short.needle < middle.needle < long.needle
+    )
 
 
 def curve(*points):
     """(held-out, training) losses, a save every ten steps."""
     parts = [0.01, -0.01, 0.02, -0.02]
-    return [Validated(10 * number, out, [out + part for part in parts], own) for number, (out, own) in enumerate(points)]
+    return [
+        Validated(10 * number, out, [out + part for part in parts], own)
+        for number, (out, own) in enumerate(points)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -222,12 +287,21 @@ def test_nothing_held_out_says_nothing():
     assert convergence.read([Validated(step, 1 / (1 + step), [1.0]) for step in range(5)]) is None
 
 
-@pytest.mark.parametrize("last, said", [([], "goes on"), ([events.Failed("x")], "ended"), ([events.Stopped(10, "")], "ended")])
+@pytest.mark.parametrize(
+    "last, said",
+    [([], "goes on"), ([events.Failed("x")], "ended"), ([events.Stopped(10, "")], "ended")],
+)
 def test_only_a_run_at_work_goes_on(outputs, last, said):
     folder = run_folder.create(config.RunConfig())
     log = events.EventLog(folder / "events.jsonl")
     started = events.Started(0, 40, 9, 1, 1, "CPU", "fp32", "", "sd1")
-    for event in (events.Launched(1, "0"), started, *curve((1.0, 1.0), (0.8, 0.8)), events.StepDone(10, 0.1, 1e-4, 0.1), *last):
+    for event in (
+        events.Launched(1, "0"),
+        started,
+        *curve((1.0, 1.0), (0.8, 0.8)),
+        events.StepDone(10, 0.1, 1e-4, 0.1),
+        *last,
+    ):
         log.append(event)
     lock = run_folder.acquire(folder)
     assert f"the run {said}" in run_folder.status(folder).reading.sentence
@@ -244,18 +318,41 @@ def test_what_to_change_follows_the_fault_and_the_settings():
         "raise the learning rate (0.0001 to 0.00015)",
         "train longer",
     ]
-    finds_its_own = config.replace(run, {"training.optimizer": "prodigy", "training.learning_rate": 1.0})
-    assert not any("learning rate" in each for each in convergence.what_to_change(finds_its_own, weak))
+    finds_its_own = config.replace(
+        run, {"training.optimizer": "prodigy", "training.learning_rate": 1.0}
+    )
+    assert not any(
+        "learning rate" in each for each in convergence.what_to_change(finds_its_own, weak)
+    )
     over = convergence.what_to_change(run, convergence.Reading("memorising", 0.9, "", "overfit"))
-    assert "lower the rank (16 to 8)" in over and "more dropout (0.1)" in over and "train fewer steps" in over and "more pictures" in over
+    assert (
+        "lower the rank (16 to 8)" in over
+        and "more dropout (0.1)" in over
+        and "train fewer steps" in over
+        and "more pictures" in over
+    )
     assert over[0] == "train fewer steps"
     last = config.replace(run, {"saving.main": "last"})
-    assert convergence.what_to_change(last, convergence.Reading("memorising", 0.9, "", "overfit"))[0] == "take the save with the star"
-    dropping = config.replace(run, {"adapter.dropout": 0.2, "adapter.targets": "linear", "training.gradient_checkpointing": True})
-    assert "more dropout (0.1)" not in convergence.what_to_change(dropping, convergence.Reading("memorising", 0.9, "", "overfit"))
+    assert (
+        convergence.what_to_change(last, convergence.Reading("memorising", 0.9, "", "overfit"))[0]
+        == "take the save with the star"
+    )
+    dropping = config.replace(
+        run,
+        {
+            "adapter.dropout": 0.2,
+            "adapter.targets": "linear",
+            "training.gradient_checkpointing": True,
+        },
+    )
+    assert "more dropout (0.1)" not in convergence.what_to_change(
+        dropping, convergence.Reading("memorising", 0.9, "", "overfit")
+    )
     ready = convergence.Reading("ready", 0.5, "")
     assert convergence.what_to_change(dropping, ready) == []
-    assert convergence.what_to_change(dropping, ready, 10_000) == ["to be faster: fewer targets, gradient checkpointing off, a bigger batch"]
+    assert convergence.what_to_change(dropping, ready, 10_000) == [
+        "to be faster: fewer targets, gradient checkpointing off, a bigger batch"
+    ]
 
 
 def test_a_loss_that_is_no_number_leaves_the_page_standing(outputs):
@@ -268,7 +365,11 @@ def test_a_loss_that_is_no_number_leaves_the_page_standing(outputs):
     best = run_folder.status(folder).best_step
     log.append(Validated(460, float("nan"), [float("nan"), 0.5, 0.4], float("nan")))
     log.append(events.AdapterSaved(460, "long-000460.safetensors"))
-    assert run_view.curve()["best"] == best and run_view.progress()["gauge"]["needle"] < 0.1 and len(run_view.library()["cards"]) == 1
+    assert (
+        run_view.curve()["best"] == best
+        and run_view.progress()["gauge"]["needle"] < 0.1
+        and len(run_view.library()["cards"]) == 1
+    )
     json.dumps(run_view.curve(), allow_nan=False)
 
 
@@ -282,9 +383,17 @@ def test_page_and_terminal_say_where_a_run_stands(outputs, capsys):
         log.append(event)
     log.close()
     said = capsys.readouterr().out
-    assert "Learning: " in said and "Memorising: " in said and "For another run: train fewer steps; lower the rank (16 to 8)" in said
+    assert (
+        "Learning: " in said
+        and "Memorising: " in said
+        and "For another run: train fewer steps; lower the rank (16 to 8)" in said
+    )
     gauge = run_view.progress()["gauge"]
-    assert gauge["zone"] == "memorising" and gauge["changes"] and run_view.library()["cards"][0]["gauge"] == gauge
+    assert (
+        gauge["zone"] == "memorising"
+        and gauge["changes"]
+        and run_view.library()["cards"][0]["gauge"] == gauge
+    )
 
 
 def test_on_the_embedded_base_the_best_save_of_an_over_long_run_beats_its_last(outputs):
@@ -307,7 +416,9 @@ def test_on_the_embedded_base_the_best_save_of_an_over_long_run_beats_its_last(o
         "sampling.inference_steps": 1,
         "sampling.prompts": ["a"],
     }
-    folder = run_folder.create(config.replace(presets.load_preset("embedded-subject").config, changes))
+    folder = run_folder.create(
+        config.replace(presets.load_preset("embedded-subject").config, changes)
+    )
     assert run_in(folder) == 0
     status = run_folder.status(folder)
     held_out = dict(status.validation)
@@ -325,7 +436,9 @@ def test_a_leak_is_the_change_without_the_trigger_against_that_with_it():
 def test_a_copy_is_nearer_than_the_pictures_are_to_each_other():
     draws = torch.Generator().manual_seed(0)
     pictures = [torch.randn(4, 8, 8 + 4 * (number % 2), generator=draws) for number in range(6)]
-    copied, between = sample_checks.likeness([pictures[0] + 0.05 * torch.randn(4, 8, 8, generator=draws)], pictures)
+    copied, between = sample_checks.likeness(
+        [pictures[0] + 0.05 * torch.randn(4, 8, 8, generator=draws)], pictures
+    )
     new, _ = sample_checks.likeness([torch.randn(4, 8, 8, generator=draws)], pictures)
     assert copied > 0.95 and abs(new) < 0.3 and between < 0.3
     assert sample_checks.likeness([pictures[0]], pictures[:1]) is None
@@ -335,33 +448,62 @@ def test_each_save_is_probed_without_the_trigger(train_tiny):
     """What an adapter of noise does without the trigger is seen, and alters no other number."""
     from app.views import run_view
 
-    changes = {"dataset.trigger": "zorbit", "sampling.prompts": ["a zorbit on the moon", "a zorbit"], "training.learning_rate": 0.3}
+    changes = {
+        "dataset.trigger": "zorbit",
+        "sampling.prompts": ["a zorbit on the moon", "a zorbit"],
+        "training.learning_rate": 0.3,
+    }
     folder = train_tiny(changes)
     status = run_folder.status(folder)
-    assert [found.step for found in status.probes] == [0, 3, 6] and {found.prompt for found in status.probes} == {"on the moon"}
+    assert [found.step for found in status.probes] == [0, 3, 6] and {
+        found.prompt for found in status.probes
+    } == {"on the moon"}
     assert status.probes[0].leak is None and all(found.leak > 0 for found in status.probes[1:])
-    assert all((folder / found.file).is_file() and -1 <= found.likeness <= 1 for found in status.probes)
+    assert all(
+        (folder / found.file).is_file() and -1 <= found.likeness <= 1 for found in status.probes
+    )
     assert [saved.file.split("-")[-1] for saved in status.samples[-2:]] == ["0.png", "1.png"]
     shown = run_view.samples()
-    assert [picture["leak"] for picture in shown["without"]["pictures"]] == [found.leak for found in status.probes]
+    assert [picture["leak"] for picture in shown["without"]["pictures"]] == [
+        found.leak for found in status.probes
+    ]
     assert len(shown["rows"]) == 2 and len(shown["likeness"]) == 3
     plain = run_folder.status(train_tiny(changes | {"sampling.prompts": ["the moon"]}))
-    assert not any(found.file for found in plain.probes) and plain.losses == status.losses and run_view.samples()["without"] is None
+    assert (
+        not any(found.file for found in plain.probes)
+        and plain.losses == status.losses
+        and run_view.samples()["without"] is None
+    )
 
 
 def test_the_spectrum_tells_the_rank_that_would_have_been_enough():
     """A change of known singular values: 10, 3, 1 and 0.1."""
     draws = torch.Generator().manual_seed(0)
     left, right = (torch.linalg.qr(torch.randn(8, 4, generator=draws))[0] for _ in range(2))
-    tensors = {"lora_up.weight": left * torch.tensor([10.0, 3.0, 1.0, 0.1]), "lora_down.weight": right.T.contiguous()}
+    tensors = {
+        "lora_up.weight": left * torch.tensor([10.0, 3.0, 1.0, 0.1]),
+        "lora_down.weight": right.T.contiguous(),
+    }
     modules = [AdaptedModule("unet", "down_blocks.1.attentions.0.to_q", "lora", tensors, 1.0)]
-    modules.append(AdaptedModule("text_encoder", "encoder.layers.2.self_attn.q_proj", "lora", tensors, 0.5))
+    modules.append(
+        AdaptedModule("text_encoder", "encoder.layers.2.self_attn.q_proj", "lora", tensors, 0.5)
+    )
     found = analysis.learned(modules)
-    assert found["blocks"] == [["down 1", pytest.approx(110.01**0.5, rel=1e-4)], ["text 2", pytest.approx(110.01**0.5 / 2, rel=1e-4)]]
+    assert found["blocks"] == [
+        ["down 1", pytest.approx(110.01**0.5, rel=1e-4)],
+        ["text 2", pytest.approx(110.01**0.5 / 2, rel=1e-4)],
+    ]
     assert found["modules"][0]["values"] == pytest.approx([10, 3, 1, 0.1], rel=1e-3)
-    assert found["enough"] == found["modules"][0]["enough"] == {"95": 2, "99": 2} and found["rank"] == 4
-    assert sum(found["spectrum"]) == pytest.approx(1) and found["spectrum"][0] == pytest.approx(100 / 110.01, rel=1e-3)
-    assert analysis.enough([[6.0, 3.0, 1.0]]) == {"95": 3, "99": 3} and analysis.enough([[99.5, 0.5]]) == {"95": 1, "99": 1}
+    assert (
+        found["enough"] == found["modules"][0]["enough"] == {"95": 2, "99": 2}
+        and found["rank"] == 4
+    )
+    assert sum(found["spectrum"]) == pytest.approx(1) and found["spectrum"][0] == pytest.approx(
+        100 / 110.01, rel=1e-3
+    )
+    assert analysis.enough([[6.0, 3.0, 1.0]]) == {"95": 3, "99": 3} and analysis.enough(
+        [[99.5, 0.5]]
+    ) == {"95": 1, "99": 1}
 
 
 @pytest.mark.parametrize(
@@ -381,10 +523,22 @@ def test_a_finished_run_shows_what_it_learned_and_is_made_smaller_by_a_click(tra
     from app.tabs import train as tab
     from app.views import run_view
 
-    folder = train_tiny({"training.text_encoder_learning_rate": 1e-3, "adapter.rank": 3, "saving.precision": "fp32"})
+    folder = train_tiny(
+        {"training.text_encoder_learning_rate": 1e-3, "adapter.rank": 3, "saving.precision": "fp32"}
+    )
     shown = run_view.learned()
-    assert [name for name, norm in shown["blocks"] if norm > 0] == ["down 0", "middle", "up 1", "text 0", "text 1"]
-    assert shown["rank"] == 3 and 1 <= shown["enough"]["95"] <= shown["enough"]["99"] <= 3 and len(shown["modules"]) > 10
+    assert [name for name, norm in shown["blocks"] if norm > 0] == [
+        "down 0",
+        "middle",
+        "up 1",
+        "text 0",
+        "text 1",
+    ]
+    assert (
+        shown["rank"] == 3
+        and 1 <= shown["enough"]["95"] <= shown["enough"]["99"] <= 3
+        and len(shown["modules"]) > 10
+    )
     job = tab.shrink({"run": folder.name, "rank": 1})["job"]
     end = time.monotonic() + 200
     while "progress" in (answer := tab.shrunk({"job": job})):
@@ -393,10 +547,18 @@ def test_a_finished_run_shows_what_it_learned_and_is_made_smaller_by_a_click(tra
     assert {module.rank for module in read_adapter(folder / answer["file"]["name"]).modules} == {1}
     assert "whole number" in tab.shrink({"run": folder.name, "rank": 0.5})["error"]
     (folder / "learned.json").unlink()
-    assert run_view.learned() == {} and "Library" in tab.shrink({"run": folder.name, "rank": 1})["error"]
+    assert (
+        run_view.learned() == {}
+        and "Library" in tab.shrink({"run": folder.name, "rank": 1})["error"]
+    )
 
 
 @pytest.mark.parametrize("kind", ["dora", "loha"])
 def test_kinds_without_a_plain_spectrum_still_show_where_they_learned(train_tiny, kind):
-    facts = json.loads((train_tiny({"adapter.kind": kind, "training.steps": 2, "saving.saves": 1}) / "learned.json").read_text())
+    facts = json.loads(
+        (
+            train_tiny({"adapter.kind": kind, "training.steps": 2, "saving.saves": 1})
+            / "learned.json"
+        ).read_text()
+    )
     assert "enough" not in facts and any(norm > 0 for _, norm in facts["blocks"])

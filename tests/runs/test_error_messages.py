@@ -31,57 +31,116 @@ class UnpicklingError(Exception):
 
 KNOWN = [
     (RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"), "Memory ran out"),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), "Memory ran out"),
+    (
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+        ),
+        "Memory ran out",
+    ),
     (MemoryError(), "Memory ran out"),
     (RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)"), "Memory ran out"),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "Memory ran out"),
+    (
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        "Memory ran out",
+    ),
     (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), "library of the GPU failed"),
-    (RuntimeError("CUDA error: no kernel image is available for execution on the device"), "not built for this GPU"),
+    (
+        RuntimeError("CUDA error: no kernel image is available for execution on the device"),
+        "not built for this GPU",
+    ),
     (RuntimeError("Found no NVIDIA driver on your system."), "driver is missing"),
     (AssertionError("Torch not compiled with CUDA enabled"), "has no CUDA"),
     (RuntimeError("CUDA error: unspecified launch failure"), "The GPU failed"),
-    (NotImplementedError("No operator found for `memory_efficient_attention_backward` with inputs"), "pip uninstall xformers"),
-    (RuntimeError("CUDA Setup failed despite GPU being available (libbitsandbytes_cuda117.so)"), "training.optimizer to adamw"),
+    (
+        NotImplementedError(
+            "No operator found for `memory_efficient_attention_backward` with inputs"
+        ),
+        "pip uninstall xformers",
+    ),
+    (
+        RuntimeError("CUDA Setup failed despite GPU being available (libbitsandbytes_cuda117.so)"),
+        "training.optimizer to adamw",
+    ),
     (ValueError("Attempting to unscale FP16 gradients."), "base.precision"),
     (GatedRepoError("403 Client Error. Access to model x is restricted"), "licence"),
     (RepositoryNotFoundError("401 Client Error. Repository Not Found for url"), "no such model"),
-    (OSError("(MaxRetryError('HTTPSConnectionPool: Network is unreachable'))"), "network cannot be reached"),
+    (
+        OSError("(MaxRetryError('HTTPSConnectionPool: Network is unreachable'))"),
+        "network cannot be reached",
+    ),
     (RuntimeError("SSLError: CERTIFICATE_VERIFY_FAILED"), "not trusted"),
     (SafetensorError("Error while deserializing header: HeaderTooLarge"), "Download it again"),
     (UnpicklingError("invalid load key, '<'."), "pickle"),
-    (RuntimeError("Error(s) in loading state_dict: size mismatch for conv_in.weight"), "do not belong together"),
-    (RuntimeError("Expected all tensors to be on the same device, but found cpu and cuda:0"), "do not fit each other"),
+    (
+        RuntimeError("Error(s) in loading state_dict: size mismatch for conv_in.weight"),
+        "do not belong together",
+    ),
+    (
+        RuntimeError("Expected all tensors to be on the same device, but found cpu and cuda:0"),
+        "do not fit each other",
+    ),
     (OSError("image file is truncated (3 bytes not processed)"), "Dataset tab"),
     (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "UTF-8"),
     (ImportError("DLL load failed while importing _C"), "constraints.txt"),
     (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
-    (OSError(errno.ENOSPC, "No space left on device", "a.safetensors"), "disk is full (No space left on device, a.safetensors)"),
+    (
+        OSError(errno.ENOSPC, "No space left on device", "a.safetensors"),
+        "disk is full (No space left on device, a.safetensors)",
+    ),
     (OSError(errno.EACCES, "Permission denied", "x"), "no permission"),
     (OSError(errno.EROFS, "Read-only file system", "x"), "no permission"),
-    (FileNotFoundError(errno.ENOENT, "No such file or directory", "01.png"), "is gone (No such file or directory, 01.png)"),
+    (
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "01.png"),
+        "is gone (No such file or directory, 01.png)",
+    ),
     (OSError(errno.EMFILE, "Too many open files"), "Too many files"),
     (OSError(errno.EIO, "Input/output error", "x"), "local disk"),
     (OSError(errno.ENAMETOOLONG, "File name too long", "x"), "Shorten it"),
-    (ZeroDivisionError("division by zero"), "inside the trainer (ZeroDivisionError: division by zero)"),
+    (
+        ZeroDivisionError("division by zero"),
+        "inside the trainer (ZeroDivisionError: division by zero)",
+    ),
     (ConfigError("Our own words."), "Our own words."),
 ]
 
 
-@pytest.mark.parametrize("error, expected", KNOWN, ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "")
+@pytest.mark.parametrize(
+    "error, expected",
+    KNOWN,
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
 def test_each_known_error_has_its_sentence(error, expected):
     sentence = error_messages.explain(error)
-    assert expected in sentence and sentence.endswith(".") and "Traceback" not in sentence and "\n" not in sentence
+    assert (
+        expected in sentence
+        and sentence.endswith(".")
+        and "Traceback" not in sentence
+        and "\n" not in sentence
+    )
 
 
 @pytest.mark.parametrize(
-    "code, expected", [(-9, "for want of memory"), (-11, "crashed"), (0xC0000005, "crashed"), (-15, "told to end"), (77, "exit code 77")]
+    "code, expected",
+    [
+        (-9, "for want of memory"),
+        (-11, "crashed"),
+        (0xC0000005, "crashed"),
+        (-15, "told to end"),
+        (77, "exit code 77"),
+    ],
 )
 def test_each_exit_without_a_word_has_its_sentence(code, expected):
     assert expected in run_folder.exit_sentence(code)
 
 
 @pytest.mark.parametrize(
-    "text", [f"token {TOKEN} refused", f"https://anna:{TOKEN}@huggingface.co/x", f"Authorization: Bearer {TOKEN}", "password=hunter22"]
+    "text",
+    [
+        f"token {TOKEN} refused",
+        f"https://anna:{TOKEN}@huggingface.co/x",
+        f"Authorization: Bearer {TOKEN}",
+        "password=hunter22",
+    ],
 )
 def test_secrets_are_removed(text):
     shown = error_messages.redacted(text)
@@ -92,7 +151,12 @@ def test_home_and_environment_secrets_are_removed(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "any-odd-secret")
     text = f"{Path.home()}/models any-odd-secret /home/anna/x C:\\Users\\Anna\\x /Users/anna/y"
     shown = error_messages.redacted(text)
-    assert "any-odd-secret" not in shown and str(Path.home()) not in shown and "nna" not in shown and "~/models" in shown
+    assert (
+        "any-odd-secret" not in shown
+        and str(Path.home()) not in shown
+        and "nna" not in shown
+        and "~/models" in shown
+    )
 
 
 def test_a_failed_run_leaves_a_report_and_a_sentence(tiny_run, monkeypatch, capsys):
@@ -104,9 +168,21 @@ def test_a_failed_run_leaves_a_report_and_a_sentence(tiny_run, monkeypatch, caps
     (folder / "log.txt").write_text(f"line of the log with {TOKEN}\n" * 500)
     assert run_in(folder) == 1
     text, shown = (folder / "report.txt").read_text(), capsys.readouterr().err
-    assert "not built for this GPU" in run_folder.status(folder).message and "not built for this GPU" in shown
     assert (
-        all(part in text for part in ("Traceback", "no kernel image", "torch 2.", "training.steps", "line of the log"))
+        "not built for this GPU" in run_folder.status(folder).message
+        and "not built for this GPU" in shown
+    )
+    assert (
+        all(
+            part in text
+            for part in (
+                "Traceback",
+                "no kernel image",
+                "torch 2.",
+                "training.steps",
+                "line of the log",
+            )
+        )
         or "[training]" in text
     )
     assert text.count("line of the log") == error_messages.LOG_LINES

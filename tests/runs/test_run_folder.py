@@ -68,7 +68,9 @@ def test_cut_and_foreign_lines_are_skipped_and_swallow_nothing(folder):
     path = folder / "events.jsonl"
     write(folder, Launched(1, "0"))
     with open(path, "ab") as file:
-        file.write(b'{"event": "FromTheFuture", "x": 1}\n[]\nnull\n{"event": "StepDone", "step": 1}\n{"event": "Ste')
+        file.write(
+            b'{"event": "FromTheFuture", "x": 1}\n[]\nnull\n{"event": "StepDone", "step": 1}\n{"event": "Ste'
+        )
     write(folder, Failed("late"))
     assert [type(e) for e in events.read_events(path)] == [Launched, Failed]
 
@@ -78,7 +80,22 @@ def test_the_same_name_never_overwrites(outputs):
     assert len(set(folders)) == 3
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd", "..", "a/b\\c", "x" * 80, "\n", "-rf", "$(id)", "C:\\x", "żółć 😀", "a\x00b", "."])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../etc/passwd",
+        "..",
+        "a/b\\c",
+        "x" * 80,
+        "\n",
+        "-rf",
+        "$(id)",
+        "C:\\x",
+        "żółć 😀",
+        "a\x00b",
+        ".",
+    ],
+)
 def test_any_name_gives_a_folder_inside_the_runs(outputs, name):
     folder = run_folder.create(config.RunConfig(name=name))
     assert folder.parent == run_folder.runs_folder()
@@ -130,7 +147,11 @@ def test_what_a_resumed_run_repeats_is_superseded(folder):
 
 def test_the_best_save_is_told_by_what_is_held_out_and_only_by_that(folder):
     saves = [(2, 0.3), (4, 0.2), (6, 0.25)]
-    happened = [event for step, loss in saves for event in (Validated(step, loss), AdapterSaved(step, f"{step}", loss))]
+    happened = [
+        event
+        for step, loss in saves
+        for event in (Validated(step, loss), AdapterSaved(step, f"{step}", loss))
+    ]
     write(folder, started(), *happened)
     assert run_folder.status(folder).best_step is None
     write(folder, replace(started(), held_out=1), *happened, Validated(8, 0.1))
@@ -191,7 +212,9 @@ def test_a_run_is_read_on_and_shows_what_a_whole_reading_shows(folder):
     path.write_bytes(whole + b'{"event": "Step')
     assert replay.status().state == "failed"
     with open(path, "ab") as file:
-        file.write(b'Done", "step": 3, "loss": 0.5, "learning_rate": 0.1, "seconds": 0.1, "time": 1.0}\n')
+        file.write(
+            b'Done", "step": 3, "loss": 0.5, "learning_rate": 0.1, "seconds": 0.1, "time": 1.0}\n'
+        )
     assert replay.status().step == 3 and replay.status() == run_folder.status(folder)
     path.unlink()
     assert replay.status().state == "new"

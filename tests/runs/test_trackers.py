@@ -7,7 +7,11 @@ from trainer.runs import events, run_folder, trackers
 
 
 def warnings(folder) -> list[str]:
-    return [event.message for event in events.read_events(folder / "events.jsonl") if isinstance(event, events.Warned)]
+    return [
+        event.message
+        for event in events.read_events(folder / "events.jsonl")
+        if isinstance(event, events.Warned)
+    ]
 
 
 def test_losses_and_samples_arrive_in_tensorboard(train_tiny) -> None:
@@ -17,16 +21,23 @@ def test_losses_and_samples_arrive_in_tensorboard(train_tiny) -> None:
     found = EventAccumulator(str(folder / "tracking"))
     found.Reload()
     status = run_folder.status(folder)
-    assert [(point.step, pytest.approx(point.value, rel=1e-4)) for point in found.Scalars("loss")] == status.losses
+    assert [
+        (point.step, pytest.approx(point.value, rel=1e-4)) for point in found.Scalars("loss")
+    ] == status.losses
     assert [point.step for point in found.Scalars("validation_loss")] == [0, 3, 6]
-    assert [point.step for point in found.Images("picture number 0")] == [0, 3, 6] and not warnings(folder)
+    assert [point.step for point in found.Images("picture number 0")] == [0, 3, 6] and not warnings(
+        folder
+    )
 
 
 def test_a_missing_tracker_is_a_sentence(tiny_run, outputs, monkeypatch) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     folder = run_folder.create(tiny_run())
     log = events.EventLog(folder / "events.jsonl")
-    with pytest.raises(ConfigError, match="pip install wandb"), trackers.tracked(tiny_run({"saving.tracking": "wandb"}), folder, log):
+    with (
+        pytest.raises(ConfigError, match="pip install wandb"),
+        trackers.tracked(tiny_run({"saving.tracking": "wandb"}), folder, log),
+    ):
         pass
     with trackers.tracked(tiny_run(), folder, log):
         assert log.listeners == []

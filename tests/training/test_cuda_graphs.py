@@ -11,7 +11,9 @@ from trainer.families.objective import Noised
 from trainer.lora import inject
 from trainer.training.cuda_graphs import GraphedPredict
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU"
+)
 
 
 def gradients(predict, denoiser, sides) -> list[torch.Tensor]:
@@ -19,10 +21,13 @@ def gradients(predict, denoiser, sides) -> list[torch.Tensor]:
     denoiser.zero_grad(set_to_none=False)
     draws = torch.Generator().manual_seed(3)
     for side in sides:
-        latents, text = (torch.randn(size, generator=draws).cuda() for size in ((2, 4, side, side), (2, 77, 32)))
+        latents, text = (
+            torch.randn(size, generator=draws).cuda() for size in ((2, 4, side, side), (2, 77, 32))
+        )
         timesteps = torch.tensor([3, 7]).cuda()
         predict(
-            Noised(latents, timesteps, latents), Batch(latents, {"prompt_embeds": text}, torch.zeros(2, 6).cuda())
+            Noised(latents, timesteps, latents),
+            Batch(latents, {"prompt_embeds": text}, torch.zeros(2, 6).cuda()),
         ).square().mean().backward()
     return [p.grad.clone() for p in denoiser.parameters() if p.requires_grad]
 

@@ -20,9 +20,22 @@ from trainer.training import distributed, launch
 from trainer.training.runner import STOPPED, run_in
 
 ROOT = Path(__file__).parents[2]
-SHARED = {"training.batch_size": 2, "training.gradient_accumulation_steps": 2, "saving.precision": "fp32", "training.ema_decay": 0.9}
-DROPPING = {"adapter.dropout": 0.2, "training.text_encoder_learning_rate": 1e-3, "training.text_encoder_until": 0.5}
-CUT = SHARED | {"training.batch_size": 3, "training.gradient_accumulation_steps": 1, "dataset.repeats": [". = 2"]}
+SHARED = {
+    "training.batch_size": 2,
+    "training.gradient_accumulation_steps": 2,
+    "saving.precision": "fp32",
+    "training.ema_decay": 0.9,
+}
+DROPPING = {
+    "adapter.dropout": 0.2,
+    "training.text_encoder_learning_rate": 1e-3,
+    "training.text_encoder_until": 0.5,
+}
+CUT = SHARED | {
+    "training.batch_size": 3,
+    "training.gradient_accumulation_steps": 1,
+    "dataset.repeats": [". = 2"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +47,15 @@ def trained(tiny_base, tiny_dataset, tmp_path_factory):
         "two": (SHARED | DROPPING, [(2, None)]),
         "cut one": (CUT, [(1, None)]),
         "cut three": (CUT, [(3, None)]),
-        "lost": (SHARED | DROPPING | {"saving.state_every": 100, "saving.saves": 1}, [(2, (1, "gradients", 4)), (1, None)]),
+        "lost": (
+            SHARED | DROPPING | {"saving.state_every": 100, "saving.saves": 1},
+            [(2, (1, "gradients", 4)), (1, None)],
+        ),
         "headless": (SHARED | DROPPING, [(2, (0, "event", 5)), (2, None)]),
-        "too many": (SHARED | {"training.batch_size": 1, "training.gradient_accumulation_steps": 1}, [(2, None)]),
+        "too many": (
+            SHARED | {"training.batch_size": 1, "training.gradient_accumulation_steps": 1},
+            [(2, None)],
+        ),
     }
     short = {
         "name": "tiny", "base.model": str(tiny_base), "dataset.folder": str(tiny_dataset), "dataset.resolution": 32,
@@ -44,7 +63,9 @@ def trained(tiny_base, tiny_dataset, tmp_path_factory):
         "saving.saves": 2, "saving.state_every": 2, "sampling.inference_steps": 1, "sampling.prompts": ["a"],
     }  # fmt: skip
     folders = {
-        name: run_folder.create(config.replace(config.RunConfig(), short | changes), outputs / "runs")
+        name: run_folder.create(
+            config.replace(config.RunConfig(), short | changes), outputs / "runs"
+        )
         for name, (changes, _) in plan.items()
     }
     job = [
@@ -53,20 +74,31 @@ def trained(tiny_base, tiny_dataset, tmp_path_factory):
         for processes, kill in lives
     ]
     (outputs / "job.json").write_text(json.dumps(job))
-    left = outputs / "accelerate" / "default_config.yaml"  # by `accelerate config`, and not to be read
+    left = (
+        outputs / "accelerate" / "default_config.yaml"
+    )  # by `accelerate config`, and not to be read
     left.parent.mkdir()
     left.write_text("distributed_type: MULTI_GPU\nnum_processes: 8\nmixed_precision: fp16\n")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ATELIER_OUTPUTS": str(outputs), "HF_HOME": str(outputs)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "ATELIER_OUTPUTS": str(outputs),
+        "HF_HOME": str(outputs),
+    }
     ended = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "ranks.py"), str(outputs / "job.json")],
         env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-3000:]
     lines = iter([json.loads(line) for line in ended.stdout.splitlines() if line.startswith("[")])
-    return {name: (folders[name], [next(lines) for _ in lives]) for name, (_, lives) in plan.items()}
+    return {
+        name: (folders[name], [next(lines) for _ in lives]) for name, (_, lives) in plan.items()
+    }
 
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes of these tests are forks, which Windows lacks")
+needs_fork = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="the processes of these tests are forks, which Windows lacks"
+)
 
 
 def all_events(folder):
@@ -76,11 +108,17 @@ def all_events(folder):
 def alike(one, other, tolerance):
     """Losses of every step, validation losses, and the final adapter."""
     ours, theirs = run_folder.status(one), run_folder.status(other)
-    assert ours.state == theirs.state == "finished" and [step for step, _ in ours.losses] == [step for step, _ in theirs.losses]
-    for mine, yours in zip(ours.losses + ours.validation, theirs.losses + theirs.validation, strict=True):
+    assert ours.state == theirs.state == "finished" and [step for step, _ in ours.losses] == [
+        step for step, _ in theirs.losses
+    ]
+    for mine, yours in zip(
+        ours.losses + ours.validation, theirs.losses + theirs.validation, strict=True
+    ):
         assert mine[1] == pytest.approx(yours[1], rel=tolerance)
     a, b = load_file(one / ours.finished.file), load_file(other / theirs.finished.file)
-    assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], rtol=tolerance, atol=tolerance) for name in a)
+    assert a.keys() == b.keys() and all(
+        torch.allclose(a[name], b[name], rtol=tolerance, atol=tolerance) for name in a
+    )
 
 
 @needs_fork
@@ -99,9 +137,19 @@ def test_a_microbatch_that_is_cut_gives_the_same_up_to_rounding(trained):
 @needs_fork
 def test_everything_is_written_once(trained):
     one, two = (all_events(trained[name][0]) for name in ("one", "two"))
-    kinds = [[type(event).__name__ for event in found if not isinstance(event, events.Progress)] for found in (one, two)]
-    assert kinds[0] == kinds[1] and kinds[1].count("StepDone") == 6 and trained["two"][1] == [[0, 0]]
-    files = [sorted(path.relative_to(trained[name][0]).as_posix() for path in trained[name][0].rglob("*")) for name in ("one", "two")]
+    kinds = [
+        [type(event).__name__ for event in found if not isinstance(event, events.Progress)]
+        for found in (one, two)
+    ]
+    assert (
+        kinds[0] == kinds[1] and kinds[1].count("StepDone") == 6 and trained["two"][1] == [[0, 0]]
+    )
+    files = [
+        sorted(
+            path.relative_to(trained[name][0]).as_posix() for path in trained[name][0].rglob("*")
+        )
+        for name in ("one", "two")
+    ]
     assert files[0] == files[1] and not any(".writing-" in name for name in files[1])
 
 
@@ -112,22 +160,33 @@ def test_a_dead_process_ends_the_run_with_the_state_of_the_last_whole_step(train
     found = all_events(folder)
     failed = next(event for event in found if isinstance(event, events.Failed))
     assert "One of the 2 processes" in failed.message and "Resume" in failed.message
-    assert [event.step for event in found if isinstance(event, events.Started)] == [0, 3]  # resumed by one process
+    assert [event.step for event in found if isinstance(event, events.Started)] == [
+        0,
+        3,
+    ]  # resumed by one process
     assert run_folder.status(folder).losses == run_folder.status(trained["one"][0]).losses
 
 
 @needs_fork
-def test_when_the_first_process_dies_the_others_end_and_the_run_goes_on_from_its_last_state(trained):
+def test_when_the_first_process_dies_the_others_end_and_the_run_goes_on_from_its_last_state(
+    trained,
+):
     folder, codes = trained["headless"]
     assert codes == [[-signal.SIGKILL, 1], [0, 0]]
-    assert [event.step for event in all_events(folder) if isinstance(event, events.Started)] == [0, 4]
+    assert [event.step for event in all_events(folder) if isinstance(event, events.Started)] == [
+        0,
+        4,
+    ]
     alike(folder, trained["one"][0], 0.0)
 
 
 @needs_fork
 def test_more_processes_than_pictures_are_refused(trained):
     folder, codes = trained["too many"]
-    assert codes == [[1, 1]] and "cannot share a step of 1 pictures" in run_folder.status(folder).message
+    assert (
+        codes == [[1, 1]]
+        and "cannot share a step of 1 pictures" in run_folder.status(folder).message
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8])
@@ -136,7 +195,9 @@ def test_every_part_of_a_step_is_done_once(size, microbatches):
     shares = [distributed.World(rank, size).shares(microbatches) for rank in range(size)]
     every = sorted(share for shares_of_one in shares for share in shares_of_one)
     pieces = every[0][2]
-    assert every == [(part, piece, pieces) for part in range(microbatches) for piece in range(pieces)]
+    assert every == [
+        (part, piece, pieces) for part in range(microbatches) for piece in range(pieces)
+    ]
     assert {len(shares_of_one) for shares_of_one in shares} == {microbatches * pieces // size}
     assert pieces == 1 or microbatches % size
 
@@ -147,20 +208,32 @@ def test_more_devices_than_pictures_in_a_step_are_refused():
 
 
 def test_a_run_may_go_on_with_another_number_of_devices():
-    one, two = (config.replace(config.RunConfig(), {"training.devices": n, "training.batch_size": 2}) for n in (1, 2))
+    one, two = (
+        config.replace(config.RunConfig(), {"training.devices": n, "training.batch_size": 2})
+        for n in (1, 2)
+    )
     assert config.fingerprint(one) == config.fingerprint(two)
 
 
 @needs_fork
 def test_what_accelerate_config_left_on_the_machine_is_not_read(trained):
     started = [run_folder.status(trained[name][0]).started for name in ("one", "two")]
-    assert [s.precision for s in started] == ["fp32", "fp32"] and not started[0].device.startswith("8 x")
+    assert [s.precision for s in started] == ["fp32", "fp32"] and not started[0].device.startswith(
+        "8 x"
+    )
 
 
 def test_devices_start_torch_s_launcher_and_a_stop_is_no_failure(tiny_run, capfd):
     """The whole way of the page and the command line: one command, two processes, one folder."""
     folder = run_folder.create(
-        tiny_run({"training.devices": 2, "training.steps": 100_000, "saving.saves": 1, "saving.state_every": 100_000})
+        tiny_run(
+            {
+                "training.devices": 2,
+                "training.steps": 100_000,
+                "saving.saves": 1,
+                "saving.state_every": 100_000,
+            }
+        )
     )
     before = [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)]
 
@@ -176,9 +249,11 @@ def test_devices_start_torch_s_launcher_and_a_stop_is_no_failure(tiny_run, capfd
     said = capfd.readouterr().err
     thread.join()
     status = run_folder.status(folder)
-    assert status.state == "stopped" and status.started.device.startswith("2 x CPU") and (folder / "tiny.safetensors").is_file(), said[
-        -2000:
-    ]
+    assert (
+        status.state == "stopped"
+        and status.started.device.startswith("2 x CPU")
+        and (folder / "tiny.safetensors").is_file()
+    ), said[-2000:]
     assert code == STOPPED and "FAILED" not in said
     assert [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)] == before
 

@@ -23,16 +23,25 @@ def test_the_time_left_is_right_after_a_tenth(recording: Path) -> None:
     checked = []
     for event in happened:
         run_folder._apply(status, event)
-        if isinstance(event, events.StepDone) and event.step % (status.total_steps // 10) == 0 and event.step < status.total_steps:
+        if (
+            isinstance(event, events.StepDone)
+            and event.step % (status.total_steps // 10) == 0
+            and event.step < status.total_steps
+        ):
             left = end - event.time
             checked.append(event.step)
-            assert abs(status.seconds_left - left) <= 0.15 * left or abs(status.seconds_left - left) < 1, event.step
+            assert (
+                abs(status.seconds_left - left) <= 0.15 * left
+                or abs(status.seconds_left - left) < 1
+            ), event.step
     assert len(checked) == 9
 
 
 def test_a_pause_is_no_measuring() -> None:
     status = run_folder.RunStatus(name="x")
-    started = events.Started(0, 10, 1, 0, 1, "cpu", "fp32", "torch", "x", saves=2, images_per_step=4, time=0)
+    started = events.Started(
+        0, 10, 1, 0, 1, "cpu", "fp32", "torch", "x", saves=2, images_per_step=4, time=0
+    )
     for event in (
         started, events.Validated(0, 1.0, time=1), events.StepDone(1, 1.0, 1e-4, 0.5, time=3), events.Validated(1, 1.0, time=4),
         events.Paused(1, time=4), events.Continued(1, time=1000), events.StepDone(2, 1.0, 1e-4, 0.5, time=1000.5),
@@ -49,19 +58,39 @@ def test_every_kind_of_base_has_its_costs() -> None:
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_memory_follows_what_it_depends_on(device: str) -> None:
     def step(run: config.RunConfig, **changes) -> float:
-        return estimate.memory(config.replace(run, {name.replace("__", "."): value for name, value in changes.items()}), device).step
+        return estimate.memory(
+            config.replace(
+                run, {name.replace("__", "."): value for name, value in changes.items()}
+            ),
+            device,
+        ).step
 
     plain = step(SD15, training__gradient_checkpointing=False)
     assert step(SD15, training__gradient_checkpointing=False, training__batch_size=4) > plain
-    assert step(SD15, training__gradient_checkpointing=True) < plain < step(SD15, training__gradient_checkpointing=False, adapter__rank=256)
+    assert (
+        step(SD15, training__gradient_checkpointing=True)
+        < plain
+        < step(SD15, training__gradient_checkpointing=False, adapter__rank=256)
+    )
     assert step(SD15, dataset__resolution=768) > step(SD15) < step(SDXL)
-    assert estimate.memory(SDXL, "cuda").worst == "sample" and estimate.memory(SDXL, "cpu").peak > estimate.memory(SDXL, "cuda").peak
+    assert (
+        estimate.memory(SDXL, "cuda").worst == "sample"
+        and estimate.memory(SDXL, "cpu").peak > estimate.memory(SDXL, "cuda").peak
+    )
 
 
 def test_what_is_trained_beside_a_picture_and_in_other_sizes_counts() -> None:
     def needs(**changes) -> tuple[float, float, float]:
-        run = config.replace(SD15, {"dataset.trigger": "x"} | {name.replace("__", "."): value for name, value in changes.items()})
-        return estimate.memory(run, "cuda").step, estimate.expected_seconds_per_step(run, "cuda"), estimate.passes_per_picture(run)
+        run = config.replace(
+            SD15,
+            {"dataset.trigger": "x"}
+            | {name.replace("__", "."): value for name, value in changes.items()},
+        )
+        return (
+            estimate.memory(run, "cuda").step,
+            estimate.expected_seconds_per_step(run, "cuda"),
+            estimate.passes_per_picture(run),
+        )
 
     plain = needs()
     beside = {"dataset__regularisation_folder": "x"}, {"objective__prior_preservation": 1.0}
@@ -74,8 +103,13 @@ def test_what_is_trained_beside_a_picture_and_in_other_sizes_counts() -> None:
 
 
 def test_repeats_are_no_pictures_when_some_are_held_out() -> None:
-    run = config.replace(SD15, {"training.steps": 0, "training.views_per_picture": 1, "training.batch_size": 1})
-    assert estimate.steps_for(run, [10] * 8) == 80 and estimate.steps_for(run, [1] * 20) == 20 - held_out_count(run, 20) < 20
+    run = config.replace(
+        SD15, {"training.steps": 0, "training.views_per_picture": 1, "training.batch_size": 1}
+    )
+    assert (
+        estimate.steps_for(run, [10] * 8) == 80
+        and estimate.steps_for(run, [1] * 20) == 20 - held_out_count(run, 20) < 20
+    )
     assert estimate.steps_for(config.replace(run, {"dataset.resolutions": [768]}), [10] * 8) == 160
 
 
@@ -84,7 +118,10 @@ def test_the_disk_holds_every_version_of_a_picture(tmp_path) -> None:
     run = config.replace(SD15, {"dataset.folder": str(tmp_path)})
     cached = [
         estimate.disk_bytes(config.replace(run, changes)) - estimate.disk_bytes(run)
-        for changes in ({"dataset.flip": True}, {"dataset.flip": True, "dataset.random_crop": True, "dataset.variants": 4})
+        for changes in (
+            {"dataset.flip": True},
+            {"dataset.flip": True, "dataset.random_crop": True, "dataset.variants": 4},
+        )
     ]
     assert cached[1] == pytest.approx(7 * cached[0]) and cached[0] > 0
 
@@ -104,40 +141,76 @@ def test_fitting_changes_as_little_as_needed() -> None:
     assert estimate.fit(run, "cuda", peak - 1) == {"training.gradient_checkpointing": True}
     changes = estimate.fit(run, "cuda", 1e9)
     fitted = config.replace(run, changes).training
-    assert (fitted.batch_size, fitted.gradient_accumulation_steps) == (1, 4), "the optimiser sees the same batch"
-    assert estimate.fit(config.replace(run, {"base.precision": "fp32"}), "cuda", 1e9)["base.precision"] == "auto"
+    assert (fitted.batch_size, fitted.gradient_accumulation_steps) == (1, 4), (
+        "the optimiser sees the same batch"
+    )
+    assert (
+        estimate.fit(config.replace(run, {"base.precision": "fp32"}), "cuda", 1e9)["base.precision"]
+        == "auto"
+    )
 
 
 def test_fitting_tiles_the_samples_and_rounds_the_base_where_that_helps(monkeypatch) -> None:
     peak = estimate.memory(SDXL, "cuda").peak
-    assert estimate.fit(SDXL, "cuda", peak - 1) == {"sampling.vae_tiling": True}, "samples are what takes most"
-    assert "base.quantization" not in estimate.fit(SDXL, "cuda", 1e9), "without the package a run would be refused"
+    assert estimate.fit(SDXL, "cuda", peak - 1) == {"sampling.vae_tiling": True}, (
+        "samples are what takes most"
+    )
+    assert "base.quantization" not in estimate.fit(SDXL, "cuda", 1e9), (
+        "without the package a run would be refused"
+    )
     monkeypatch.setattr(estimate.importlib.util, "find_spec", lambda name: name == "bitsandbytes")
-    assert estimate.fit(SDXL, "cuda", 7e9) == {"sampling.vae_tiling": True, "base.quantization": "8bit"}
+    assert estimate.fit(SDXL, "cuda", 7e9) == {
+        "sampling.vae_tiling": True,
+        "base.quantization": "8bit",
+    }
     assert estimate.fit(SDXL, "cuda", 1e9)["base.quantization"] == "4bit"
-    assert "base.quantization" not in estimate.fit(config.replace(SDXL, {"adapter.kind": "dora"}), "cuda", 1e9)
+    assert "base.quantization" not in estimate.fit(
+        config.replace(SDXL, {"adapter.kind": "dora"}), "cuda", 1e9
+    )
 
 
-@pytest.mark.parametrize("name, card", [("sd15-small-gpu", 4), ("sdxl-small-gpu", 8), ("sd35m-small-gpu", 12)])
+@pytest.mark.parametrize(
+    "name, card", [("sd15-small-gpu", 4), ("sdxl-small-gpu", 8), ("sd35m-small-gpu", 12)]
+)
 def test_the_recipes_for_small_cards_fit_them(name: str, card: int) -> None:
     """With the share of the card that the page plans with; the recipe they are made from does not."""
-    small, large = (presets.load_preset(each) for each in (name, name.replace("small-gpu", "subject")))
+    small, large = (
+        presets.load_preset(each) for each in (name, name.replace("small-gpu", "subject"))
+    )
     assert f"{card} GB" in small.purpose
-    assert estimate.memory(small.config, "cuda").peak <= 0.94e9 * card < estimate.memory(large.config, "cuda").peak
+    assert (
+        estimate.memory(small.config, "cuda").peak
+        <= 0.94e9 * card
+        < estimate.memory(large.config, "cuda").peak
+    )
 
 
 def test_text_encoders_leave_the_card_where_all_texts_are_known_beforehand() -> None:
     def sampling(**changes) -> float:
-        return estimate.memory(config.replace(SDXL, {name.replace("__", "."): value for name, value in changes.items()}), "cuda").sample
+        return estimate.memory(
+            config.replace(
+                SDXL, {name.replace("__", "."): value for name, value in changes.items()}
+            ),
+            "cuda",
+        ).sample
 
     assert sampling(dataset__shuffle_tags=True) - sampling() == pytest.approx((123e6 + 695e6) * 2)
-    assert sampling(training__text_encoder_learning_rate=1e-5) == sampling(dataset__shuffle_tags=True)
+    assert sampling(training__text_encoder_learning_rate=1e-5) == sampling(
+        dataset__shuffle_tags=True
+    )
 
 
 def test_a_guess_of_the_time_grows_with_the_work() -> None:
     seconds = estimate.expected_seconds_per_step
-    assert seconds(SD15, "cuda") < seconds(SDXL, "cuda") < seconds(SDXL, "cpu", 4) < seconds(SDXL, "cpu", 1)
-    assert seconds(config.replace(SD15, {"training.batch_size": 8}), "cpu") > 2 * seconds(SD15, "cpu")
+    assert (
+        seconds(SD15, "cuda")
+        < seconds(SDXL, "cuda")
+        < seconds(SDXL, "cpu", 4)
+        < seconds(SDXL, "cpu", 1)
+    )
+    assert seconds(config.replace(SD15, {"training.batch_size": 8}), "cpu") > 2 * seconds(
+        SD15, "cpu"
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,13 +229,18 @@ def test_a_step_needs_what_was_measured_on_an_h200(
 ) -> None:
     """GiB allocated at the peak of benchmarks/step.py, in bf16 (docs/performance.md)."""
     training = {"training.batch_size": batch_size, "training.gradient_checkpointing": checkpointing}
-    run = config.replace(config.RunConfig(), {"base.model": model, "dataset.resolution": resolution, "adapter.rank": 16, **training})
+    run = config.replace(
+        config.RunConfig(),
+        {"base.model": model, "dataset.resolution": resolution, "adapter.rank": 16, **training},
+    )
     assert estimate.memory(run, "cuda").step / 2**30 == pytest.approx(measured, rel=0.1)
 
 
 def test_a_quantised_denoiser_needs_less_where_its_layers_are_linear() -> None:
     def step(how: str) -> float:
-        return estimate.memory(config.replace(SDXL, {"base.quantization": how, "base.precision": "bf16"}), "cuda").step
+        return estimate.memory(
+            config.replace(SDXL, {"base.quantization": how, "base.precision": "bf16"}), "cuda"
+        ).step
 
     assert step("none") - step("8bit") == pytest.approx(0.87 * 2567e6, rel=0.01)
     assert step("none") - step("4bit") == pytest.approx(0.87 * 2567e6 * 1.48, rel=0.01)

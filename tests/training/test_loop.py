@@ -27,17 +27,29 @@ def same(a, b):
 def test_a_run_leaves_what_its_folder_promises(train_tiny):
     folder = train_tiny()
     status = run_folder.status(folder)
-    assert status.state == "finished" and status.step == status.total_steps == 6 and len(status.losses) == 6
-    assert [a.step for a in status.adapters] == [3, 6] and all((folder / a.file).is_file() for a in status.adapters)
-    assert [s.step for s in status.samples] == [0, 3, 6] and all((folder / s.file).is_file() for s in status.samples)
+    assert (
+        status.state == "finished"
+        and status.step == status.total_steps == 6
+        and len(status.losses) == 6
+    )
+    assert [a.step for a in status.adapters] == [3, 6] and all(
+        (folder / a.file).is_file() for a in status.adapters
+    )
+    assert [s.step for s in status.samples] == [0, 3, 6] and all(
+        (folder / s.file).is_file() for s in status.samples
+    )
     assert [point[0] for point in status.validation] == [0, 3, 6] and status.best_step is None
-    assert (folder / status.finished.file).read_bytes() == (folder / status.adapters[-1].file).read_bytes()
+    assert (folder / status.finished.file).read_bytes() == (
+        folder / status.adapters[-1].file
+    ).read_bytes()
     assert sorted(path.name for path in (folder / "state").iterdir()) == ["000004", "000006"]
 
 
 def test_it_learns_the_pictures(train_tiny):
     """Forty steps on four pictures: what is measured at fixed noise must fall."""
-    folder = train_tiny({"training.steps": 40, "adapter.rank": 8, "adapter.alpha": 8.0, "saving.saves": 1})
+    folder = train_tiny(
+        {"training.steps": 40, "adapter.rank": 8, "adapter.alpha": 8.0, "saving.saves": 1}
+    )
     validation = run_folder.status(folder).validation
     assert validation[-1][1] < 0.97 * validation[0][1]
 
@@ -49,7 +61,14 @@ def test_the_same_seed_repeats_and_another_does_not(train_tiny):
 
 def test_sampling_and_saving_do_not_touch_the_training(train_tiny):
     plain = train_tiny({"saving.saves": 1})
-    busy = train_tiny({"saving.saves": 6, "saving.state_every": 1, "sampling.prompts": ["a", "b"], "sampling.seed": 99})
+    busy = train_tiny(
+        {
+            "saving.saves": 6,
+            "saving.state_every": 1,
+            "sampling.prompts": ["a", "b"],
+            "sampling.seed": 99,
+        }
+    )
     assert same(adapter_of(plain), adapter_of(busy))
 
 
@@ -85,9 +104,15 @@ def test_sampling_and_saving_do_not_touch_the_training(train_tiny):
 def test_every_knob_does_something(train_tiny, reference, changes):
     if changes.keys() & {"dataset.allow_upscale"}:
         changes = changes | {"dataset.resolution": 40}
-        assert not same(adapter_of(train_tiny(changes | {"dataset.allow_upscale": False})), adapter_of(train_tiny(changes)))
+        assert not same(
+            adapter_of(train_tiny(changes | {"dataset.allow_upscale": False})),
+            adapter_of(train_tiny(changes)),
+        )
     else:
-        assert not same(reference, adapter_of(train_tiny({"sampling.prompts": ["a"], "saving.saves": 1} | changes)))
+        assert not same(
+            reference,
+            adapter_of(train_tiny({"sampling.prompts": ["a"], "saving.saves": 1} | changes)),
+        )
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +128,17 @@ def reference(reference_store, train_tiny):
 
 
 def test_checkpointing_changes_memory_not_numbers(train_tiny, reference):
-    checkpointed = adapter_of(train_tiny({"training.gradient_checkpointing": True, "saving.saves": 1}))
+    checkpointed = adapter_of(
+        train_tiny({"training.gradient_checkpointing": True, "saving.saves": 1})
+    )
     for name, tensor in reference.items():
         torch.testing.assert_close(checkpointed[name], tensor, rtol=2e-2, atol=2e-4)
 
 
 @pytest.mark.parametrize("optimisation", ["fused layers", "convolutions as matrix products"])
-def test_what_makes_a_step_faster_changes_the_losses_by_rounding_alone(train_tiny, monkeypatch, optimisation):
+def test_what_makes_a_step_faster_changes_the_losses_by_rounding_alone(
+    train_tiny, monkeypatch, optimisation
+):
     settings = {"training.steps": 20, "training.learning_rate": 1e-3, "saving.saves": 1}
     usual = dict(run_folder.status(train_tiny(settings)).losses)
     if optimisation == "fused layers":
@@ -121,7 +150,9 @@ def test_what_makes_a_step_faster_changes_the_losses_by_rounding_alone(train_tin
 
 
 def test_a_rate_of_zero_leaves_a_part_out_of_the_file(train_tiny):
-    only_text = adapter_of(train_tiny({"training.learning_rate": 0.0, "training.text_encoder_learning_rate": 1e-2}))
+    only_text = adapter_of(
+        train_tiny({"training.learning_rate": 0.0, "training.text_encoder_learning_rate": 1e-2})
+    )
     assert only_text and all(name.startswith("lora_te_") for name in only_text)
 
 
@@ -129,7 +160,9 @@ def test_accumulated_gradients_are_the_mean_of_those_of_the_microbatches(tiny_ru
     from trainer.training.setup import prepare
 
     run = tiny_run({"training.batch_size": 1, "training.gradient_accumulation_steps": 3})
-    session = prepare(run, run_folder.create(run), events.EventLog(run_folder.runs_folder() / "events.jsonl"))
+    session = prepare(
+        run, run_folder.create(run), events.EventLog(run_folder.runs_folder() / "events.jsonl")
+    )
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     loop.forward_backward(session, session.buckets, 1, scaler)
     summed = {name: p.grad.clone() for name, p in session.parameters.items()}
@@ -149,23 +182,46 @@ def test_the_validation_loss_is_the_same_twice(tiny_run, tmp_path):
 
 
 def test_timesteps_of_a_batch_are_spread():
-    draws = torch.stack([step.spread_places(4, torch.Generator().manual_seed(seed)) for seed in range(400)]) * 1000
+    draws = (
+        torch.stack(
+            [step.spread_places(4, torch.Generator().manual_seed(seed)) for seed in range(400)]
+        )
+        * 1000
+    )
     assert draws.min() < 20 and draws.max() > 980 and abs(float(draws.float().mean()) - 499.5) < 10
-    assert all(set((row // 250).tolist()) == {0, 1, 2, 3} or len(set((row % 250).tolist())) <= 2 for row in draws)
+    assert all(
+        set((row // 250).tolist()) == {0, 1, 2, 3} or len(set((row % 250).tolist())) <= 2
+        for row in draws
+    )
 
 
 def test_a_run_that_no_gradient_reaches_fails(tiny_run, monkeypatch):
-    monkeypatch.setattr(StableDiffusion1, "predict", lambda self, denoiser, noised, batch: noised.noisy_latents.detach().requires_grad_())
+    monkeypatch.setattr(
+        StableDiffusion1,
+        "predict",
+        lambda self, denoiser, noised, batch: noised.noisy_latents.detach().requires_grad_(),
+    )
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 1
     status = run_folder.status(folder)
-    assert status.state == "failed" and "No gradient reached the adapter in the unet" in status.message and not status.adapters
+    assert (
+        status.state == "failed"
+        and "No gradient reached the adapter in the unet" in status.message
+        and not status.adapters
+    )
 
 
 @pytest.mark.parametrize("dropout", ["module_dropout", "rank_dropout"])
 def test_where_all_is_left_out_by_chance_no_gradient_is_no_fault(train_tiny, dropout):
     """Of a single layer, which is what is left out in the first step."""
-    train_tiny({"adapter.target_pattern": "mid_block.*attn1.to_q", f"adapter.{dropout}": 0.8, "adapter.rank": 1, "training.batch_size": 1})
+    train_tiny(
+        {
+            "adapter.target_pattern": "mid_block.*attn1.to_q",
+            f"adapter.{dropout}": 0.8,
+            "adapter.rank": 1,
+            "training.batch_size": 1,
+        }
+    )
 
 
 def poison(monkeypatch, bad_steps):
@@ -191,7 +247,11 @@ def test_a_run_that_stays_not_finite_fails_and_keeps_its_last_state(tiny_run, mo
     folder = run_folder.create(tiny_run({"training.steps": 20}))
     assert run_in(folder) == 1
     status = run_folder.status(folder)
-    assert status.state == "failed" and "Lower the learning rate" in status.message and status.can_resume
+    assert (
+        status.state == "failed"
+        and "Lower the learning rate" in status.message
+        and status.can_resume
+    )
     assert (folder / "state" / "000002").is_dir()
 
 
@@ -199,27 +259,42 @@ def rates(folder):
     return [rate for _, rate in run_folder.status(folder).learning_rates]
 
 
-def test_after_bad_steps_it_goes_back_with_a_lower_rate_and_resuming_repeats_that(tiny_run, monkeypatch):
+def test_after_bad_steps_it_goes_back_with_a_lower_rate_and_resuming_repeats_that(
+    tiny_run, monkeypatch
+):
     poison(monkeypatch, {4, 5, 6})
     folder = run_folder.create(tiny_run({"training.lr_schedule": "constant", "training.steps": 8}))
     assert run_in(folder) == 0
-    happened = [e for e in events.read_events(folder / "events.jsonl") if isinstance(e, events.RolledBack)]
+    happened = [
+        e for e in events.read_events(folder / "events.jsonl") if isinstance(e, events.RolledBack)
+    ]
     assert [(e.step, e.from_step, e.lr_scale) for e in happened] == [(2, 6, 0.5)]
     assert rates(folder) == pytest.approx([0.01, 0.01, *[0.005] * 6])
     assert any("went back to step 2" in warning for warning in run_folder.status(folder).warnings)
     adapter = adapter_of(folder)
     shutil.rmtree(max((folder / "state").iterdir()))
-    assert run_in(folder) == 0 and rates(folder)[-1] == pytest.approx(0.005) and same(adapter, adapter_of(folder))
+    assert (
+        run_in(folder) == 0
+        and rates(folder)[-1] == pytest.approx(0.005)
+        and same(adapter, adapter_of(folder))
+    )
 
 
 def test_back_at_the_start_the_optimiser_is_as_at_the_start(tiny_run, train_tiny, monkeypatch):
     """The state of step 0 has no memory; that of the bad steps must not stay."""
-    settings = {"training.lr_schedule": "constant", "training.steps": 8, "saving.saves": 1, "saving.state_every": 100}
+    settings = {
+        "training.lr_schedule": "constant",
+        "training.steps": 8,
+        "saving.saves": 1,
+        "saving.state_every": 100,
+    }
     with monkeypatch.context() as patch:
         poison(patch, {4, 5, 6})
         folder = train_tiny(settings)
     assert any("went back to step 0" in warning for warning in run_folder.status(folder).warnings)
-    assert same(adapter_of(folder), adapter_of(train_tiny(settings | {"training.learning_rate": 0.005})))
+    assert same(
+        adapter_of(folder), adapter_of(train_tiny(settings | {"training.learning_rate": 0.005}))
+    )
 
 
 def test_weights_that_are_not_finite_are_never_saved(tiny_run, monkeypatch):
@@ -236,7 +311,9 @@ def test_weights_that_are_not_finite_are_never_saved(tiny_run, monkeypatch):
     assert run_in(folder) == 0
     assert any("went back to step" in warning for warning in run_folder.status(folder).warnings)
     saved = [*folder.glob("*.safetensors"), *folder.glob("state/*/*.safetensors")]
-    assert len(saved) >= 7 and all(torch.isfinite(t).all() for path in saved for t in load_file(path).values())
+    assert len(saved) >= 7 and all(
+        torch.isfinite(t).all() for path in saved for t in load_file(path).values()
+    )
 
 
 def test_the_picture_that_breaks_the_numbers_is_named(tiny_run, monkeypatch):
@@ -246,14 +323,19 @@ def test_the_picture_that_breaks_the_numbers_is_named(tiny_run, monkeypatch):
         session = real(*args)
         broken = [i for i, e in enumerate(session.examples) if e.name == "02.png"]
         for i in broken:
-            view = replace(session.examples[i].views[0], mean=session.examples[i].mean * float("nan"))
+            view = replace(
+                session.examples[i].views[0], mean=session.examples[i].mean * float("nan")
+            )
             session.examples[i] = replace(session.examples[i], views=(view,))
         return session
 
     monkeypatch.setattr(loop, "prepare", prepared)
     folder = run_folder.create(tiny_run({"training.batch_size": 4}))
     run_in(folder)
-    assert all("The latents of 02.png are not finite" in warning for warning in run_folder.status(folder).warnings)
+    assert all(
+        "The latents of 02.png are not finite" in warning
+        for warning in run_folder.status(folder).warnings
+    )
     assert run_folder.status(folder).warnings
 
 
@@ -269,7 +351,9 @@ def test_stop_saves_and_resuming_finishes(tiny_run, monkeypatch):
     monkeypatch.setattr(events.EventLog, "append", stop_at_three)
     assert run_in(folder) == STOPPED
     status = run_folder.status(folder)
-    assert status.state == "stopped" and status.step == 3 and (folder / "tiny.safetensors").is_file()
+    assert (
+        status.state == "stopped" and status.step == 3 and (folder / "tiny.safetensors").is_file()
+    )
     monkeypatch.setattr(events.EventLog, "append", append)
     assert run_in(folder) == 0 and run_folder.status(folder).state == "finished"
 
@@ -280,7 +364,11 @@ def test_stopped_before_the_first_step_it_ends_and_can_be_resumed(tiny_run, monk
 
     def stop_at_start(self, event):
         append(self, event)
-        if isinstance(event, events.Started) and event.step == 0 and not list(folder.glob("state/*")):
+        if (
+            isinstance(event, events.Started)
+            and event.step == 0
+            and not list(folder.glob("state/*"))
+        ):
             run_folder.request(folder, "stop")
 
     monkeypatch.setattr(events.EventLog, "append", stop_at_start)
@@ -300,7 +388,11 @@ def test_a_full_disk_is_a_sentence_and_keeps_the_last_state(tiny_run, monkeypatc
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 1
     status = run_folder.status(folder)
-    assert "No space left on device" in status.message and "tiny-000003.safetensors" in status.message and status.can_resume
+    assert (
+        "No space left on device" in status.message
+        and "tiny-000003.safetensors" in status.message
+        and status.can_resume
+    )
     monkeypatch.undo()
 
 
@@ -310,23 +402,34 @@ def test_a_failed_sample_does_not_end_the_run(train_tiny, monkeypatch):
 
     monkeypatch.setattr(loop, "generate", fail)
     status = run_folder.status(train_tiny())
-    assert status.state == "finished" and any("no room for a picture" in warning for warning in status.warnings)
+    assert status.state == "finished" and any(
+        "no room for a picture" in warning for warning in status.warnings
+    )
 
 
 def test_a_file_that_does_not_do_what_was_trained_is_noticed(tiny_run, monkeypatch):
     from trainer.lora import writer
 
     real = writer.to_kohya
-    monkeypatch.setitem(writer.WRITERS, "kohya", lambda *a: {n: t * 2 if n.endswith("alpha") else t for n, t in real(*a).items()})
+    monkeypatch.setitem(
+        writer.WRITERS,
+        "kohya",
+        lambda *a: {n: t * 2 if n.endswith("alpha") else t for n, t in real(*a).items()},
+    )
     folder = run_folder.create(tiny_run())
-    assert run_in(folder) == 1 and "does not do what was trained" in run_folder.status(folder).message
+    assert (
+        run_in(folder) == 1 and "does not do what was trained" in run_folder.status(folder).message
+    )
 
 
 def test_a_bug_keeps_its_traceback_and_gives_a_plain_line(tiny_run, monkeypatch, capsys):
     monkeypatch.setattr(loop, "microbatch_losses", lambda *a: 1 / 0)
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 1
-    assert "inside the trainer (ZeroDivisionError" in run_folder.status(folder).message and "Traceback" in capsys.readouterr().err
+    assert (
+        "inside the trainer (ZeroDivisionError" in run_folder.status(folder).message
+        and "Traceback" in capsys.readouterr().err
+    )
 
 
 def test_no_effect_is_no_success(tiny_run, monkeypatch):
@@ -349,7 +452,9 @@ def test_real_photographs_of_mixed_size_and_orientation_train_without_an_edit(ou
         "sampling.inference_steps": 1,
         "sampling.prompts": ["a"],
     }
-    folder = run_folder.create(config.replace(presets.load_preset("embedded-style").config, changes))
+    folder = run_folder.create(
+        config.replace(presets.load_preset("embedded-style").config, changes)
+    )
     assert run_in(folder) == 0
     status = run_folder.status(folder)
     assert status.started.pictures + status.started.held_out == 12 and not status.warnings

@@ -31,7 +31,11 @@ def failing(monkeypatch, module, name, times, error=None, only=lambda *args: Tru
 
 
 def relieved(folder):
-    return [(e.phase, e.step, e.rung) for e in events.read_events(folder / "events.jsonl") if isinstance(e, events.MemoryRelieved)]
+    return [
+        (e.phase, e.step, e.rung)
+        for e in events.read_events(folder / "events.jsonl")
+        if isinstance(e, events.MemoryRelieved)
+    ]
 
 
 def adapter_of(folder):
@@ -46,11 +50,18 @@ def adapter_of(folder):
         (loop, "validation_losses", 2, [("validate", 0, FREE), ("validate", 0, SPLIT)]),
         (loop, "generate", 2, [("sample", 0, FREE), ("sample", 0, TILE)]),
         (loop, "microbatch_losses", 1, [("step", 1, FREE)]),
-        (loop, "microbatch_losses", 3, [("step", 1, FREE), ("step", 1, CHECKPOINT), ("step", 1, SPLIT)]),
+        (
+            loop,
+            "microbatch_losses",
+            3,
+            [("step", 1, FREE), ("step", 1, CHECKPOINT), ("step", 1, SPLIT)],
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_each_phase_goes_on_by_the_next_measure(train_tiny, monkeypatch, module, name, times, expected):
+def test_each_phase_goes_on_by_the_next_measure(
+    train_tiny, monkeypatch, module, name, times, expected
+):
     failing(monkeypatch, module, name, times)
     folder = train_tiny()
     assert relieved(folder) == expected
@@ -61,7 +72,12 @@ def test_each_phase_goes_on_by_the_next_measure(train_tiny, monkeypatch, module,
 
 @pytest.mark.parametrize(
     "error",
-    [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")],
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+        ),
+    ],
     ids=["host", "torch"],
 )
 def test_want_of_host_memory_is_met_the_same_way(train_tiny, monkeypatch, error):
@@ -70,19 +86,34 @@ def test_want_of_host_memory_is_met_the_same_way(train_tiny, monkeypatch, error)
 
 
 def test_other_errors_are_no_want_of_memory(tiny_run, monkeypatch):
-    failing(monkeypatch, loop, "microbatch_losses", 1, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    failing(
+        monkeypatch,
+        loop,
+        "microbatch_losses",
+        1,
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    )
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 1 and not relieved(folder)
 
 
-@pytest.mark.parametrize("module, name", [(setup, "load_base"), (latent_cache, "encode_picture"), (loop, "microbatch_losses")])
-def test_after_the_last_measure_it_stops_with_advice_and_can_be_resumed(tiny_run, monkeypatch, module, name):
+@pytest.mark.parametrize(
+    "module, name",
+    [(setup, "load_base"), (latent_cache, "encode_picture"), (loop, "microbatch_losses")],
+)
+def test_after_the_last_measure_it_stops_with_advice_and_can_be_resumed(
+    tiny_run, monkeypatch, module, name
+):
     with monkeypatch.context() as patch:
         failing(patch, module, name, 1000)
         folder = run_folder.create(tiny_run())
         assert run_in(folder) == 1
     status = run_folder.status(folder)
-    assert "ran out of memory" in status.message and "dataset.resolution to 16" in status.message and status.can_resume
+    assert (
+        "ran out of memory" in status.message
+        and "dataset.resolution to 16" in status.message
+        and status.can_resume
+    )
     assert run_in(folder) == 0 and run_folder.status(folder).state == "finished"
 
 
@@ -112,7 +143,9 @@ def test_a_base_that_does_not_fit_while_loading_is_no_damaged_base(tiny_run, mon
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl", "sd35-medium"])
-def test_samples_are_drawn_without_the_text_encoders_where_these_learn_nothing(tiny_run, tmp_path, monkeypatch, kind):
+def test_samples_are_drawn_without_the_text_encoders_where_these_learn_nothing(
+    tiny_run, tmp_path, monkeypatch, kind
+):
     """From prompts that were encoded once: the same pictures as from the encoders themselves."""
     base = save_tiny_base(tmp_path / "base", kind=kind)
     changes = {
@@ -122,12 +155,22 @@ def test_samples_are_drawn_without_the_text_encoders_where_these_learn_nothing(t
         "sampling.prompts": ["zorbit, red"],
     }
     folder = run_folder.create(tiny_run(changes))
-    session = setup.prepare(config.load(folder / "run.toml"), folder, events.EventLog(folder / "events.jsonl"))
-    settings = {"prompt": "zorbit, red", "negative_prompt": "", "seed": 1, "inference_steps": 2, "guidance_scale": 3.0}
+    session = setup.prepare(
+        config.load(folder / "run.toml"), folder, events.EventLog(folder / "events.jsonl")
+    )
+    settings = {
+        "prompt": "zorbit, red",
+        "negative_prompt": "",
+        "seed": 1,
+        "inference_steps": 2,
+        "guidance_scale": 3.0,
+    }
     by_encoders = generate(session.base, **settings)
     for part in session.base.family.text_encoders(session.base.pipe).values():
         monkeypatch.setattr(part, "forward", None)
-    difference = ImageChops.difference(by_encoders, generate(session.base, **settings, texts=session.texts))
+    difference = ImageChops.difference(
+        by_encoders, generate(session.base, **settings, texts=session.texts)
+    )
     assert max(high for _, high in difference.getextrema()) <= 1
     loop.sample(session, 0)
     status = run_folder.status(folder)
@@ -138,21 +181,40 @@ def test_tiles_are_smaller_than_the_pictures_the_vae_was_made_for(tiny_base, mon
     """diffusers' own are as large as those, and so spare nothing there."""
     vae = families.load_base(config.Base(model=str(tiny_base)), torch.float32).pipe.vae
     side, decoded = vae.config.sample_size, []
-    monkeypatch.setattr(vae.decoder, "forward", lambda z, real=vae.decoder.forward: decoded.append(z.shape[-1]) or real(z))
-    latents = torch.randn(1, 4, *[side // 2 ** (len(vae.config.block_out_channels) - 1)] * 2, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(
+        vae.decoder,
+        "forward",
+        lambda z, real=vae.decoder.forward: decoded.append(z.shape[-1]) or real(z),
+    )
+    latents = torch.randn(
+        1,
+        4,
+        *[side // 2 ** (len(vae.config.block_out_channels) - 1)] * 2,
+        generator=torch.Generator().manual_seed(0),
+    )
     with torch.no_grad():
         whole = vae.decode(latents).sample
         oom_fallbacks.set_tiling(vae, True)
         tiled = vae.decode(latents).sample
         oom_fallbacks.set_tiling(vae, False)
         assert torch.equal(vae.decode(latents).sample, whole)
-    assert decoded[0] == decoded[-1] == latents.shape[-1] and len(decoded) > 5 and max(decoded[1:-1]) == latents.shape[-1] // 2
+    assert (
+        decoded[0] == decoded[-1] == latents.shape[-1]
+        and len(decoded) > 5
+        and max(decoded[1:-1]) == latents.shape[-1] // 2
+    )
     assert tiled.shape == whole.shape and not torch.equal(tiled, whole)
 
 
 def test_a_step_in_pieces_learns_the_same(tiny_run):
     """The same pictures, noise and timesteps; the gradients differ by rounding only."""
-    run = tiny_run({"training.batch_size": 4, "dataset.caption_dropout": 0.5, "training.text_encoder_learning_rate": 1e-3})
+    run = tiny_run(
+        {
+            "training.batch_size": 4,
+            "dataset.caption_dropout": 0.5,
+            "training.text_encoder_learning_rate": 1e-3,
+        }
+    )
     folder = run_folder.create(run)
     session = setup.prepare(run, folder, events.EventLog(folder / "events.jsonl"))
     scaler, found = torch.amp.GradScaler("cpu", enabled=False), []
@@ -193,17 +255,28 @@ def test_a_resumed_run_takes_the_measures_again_at_the_same_step(tiny_run, monke
         assert run_in(broken) == 1
     assert max(int(state.name) for state in (broken / "state").iterdir()) == 3
     assert run_in(broken) == 0
-    assert relieved(broken) == relieved(whole) == [("step", 4, rung) for rung in (FREE, CHECKPOINT, SPLIT)]
+    assert (
+        relieved(broken)
+        == relieved(whole)
+        == [("step", 4, rung) for rung in (FREE, CHECKPOINT, SPLIT)]
+    )
     ours, theirs = adapter_of(broken), adapter_of(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_run_that_goes_back_to_before_a_measure_keeps_it_and_is_resumed_with_it(tiny_run, monkeypatch):
+def test_a_run_that_goes_back_to_before_a_measure_keeps_it_and_is_resumed_with_it(
+    tiny_run, monkeypatch
+):
     """Step 3 takes every measure, steps 4 to 6 are not finite, and the state of step 2 knows of no measure. Interrupted or not, it is
     the same run (with a stand-in for 8 bits).
     """
     monkeypatch.setitem(optimizers.OPTIMIZERS, "adamw8bit", lambda run: torch.optim.Adam)
-    folders = [run_folder.create(tiny_run({"adapter.dropout": 0.3, "saving.precision": "fp32", "training.steps": 8})) for _ in range(2)]
+    folders = [
+        run_folder.create(
+            tiny_run({"adapter.dropout": 0.3, "saving.precision": "fp32", "training.steps": 8})
+        )
+        for _ in range(2)
+    ]
     real, append = loop.microbatch_losses, events.EventLog.append
     for folder, is_whole in zip(folders, (True, False), strict=True):
         calls, seen = iter(range(1, 1000)), []
@@ -227,12 +300,16 @@ def test_a_run_that_goes_back_to_before_a_measure_keeps_it_and_is_resumed_with_i
             assert run_in(folder) == (0 if is_whole else 1), run_folder.status(folder).message
     whole, broken = folders
     assert any("went back to step 2" in warning for warning in run_folder.status(broken).warnings)
-    assert run_in(broken) == 0 and relieved(broken) == relieved(whole) == [("step", 3, r) for r in oom_fallbacks.LADDER["step"]]
+    assert run_in(broken) == 0 and relieved(broken) == relieved(whole) == [
+        ("step", 3, r) for r in oom_fallbacks.LADDER["step"]
+    ]
     ours, theirs = adapter_of(broken), adapter_of(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_the_advice_fits_the_settings():
     run = config.replace(config.RunConfig(), {"dataset.resolution": 768, "adapter.rank": 1})
-    assert "dataset.resolution to 576" in oom_fallbacks.advice(run) and "rank" not in oom_fallbacks.advice(run)
+    assert "dataset.resolution to 576" in oom_fallbacks.advice(
+        run
+    ) and "rank" not in oom_fallbacks.advice(run)
     assert families.ran_out is oom_fallbacks.ran_out and not oom_fallbacks.ran_out(OSError("x"))

@@ -32,7 +32,9 @@ NEEDS = {
 def run_with(optimizer="adamw", **training):
     return config.replace(
         config.RunConfig(),
-        {"training.optimizer": optimizer} | NEEDS.get(optimizer, {}) | {f"training.{name}": value for name, value in training.items()},
+        {"training.optimizer": optimizer}
+        | NEEDS.get(optimizer, {})
+        | {f"training.{name}": value for name, value in training.items()},
     )
 
 
@@ -42,19 +44,31 @@ def run_with(optimizer="adamw", **training):
         ("constant", 1.0, 1.0, 1.0),
         ("linear", 0.75, 0.5, 0.0),
         ("cosine", 0.85355, 0.5, 0.0),
-        ("cosine_with_restarts", 0.14645, 0.5, 0.0),  # three cosines: 0.75 of the first, half of the second
+        (
+            "cosine_with_restarts",
+            0.14645,
+            0.5,
+            0.0,
+        ),  # three cosines: 0.75 of the first, half of the second
         ("polynomial", 0.5625, 0.25, 0.0),
     ],
 )
 def test_schedules(schedule, quarter, middle, last):
     run = run_with(lr_schedule=schedule, warmup=0.0)
     factors = [lr_factor(run, step, 101) for step in range(1, 102)]
-    assert factors[0] == 1.0 and factors[25] == pytest.approx(quarter, abs=1e-5) and factors[50] == pytest.approx(middle)
+    assert (
+        factors[0] == 1.0
+        and factors[25] == pytest.approx(quarter, abs=1e-5)
+        and factors[50] == pytest.approx(middle)
+    )
     assert factors[-1] == last and lr_factor(run, 1, 1) == 1.0
 
 
 def test_cycles_and_power_shape_their_schedules():
-    restarting = [lr_factor(run_with(lr_schedule="cosine_with_restarts", lr_cycles=4, warmup=0.0), step, 101) for step in range(1, 102)]
+    restarting = [
+        lr_factor(run_with(lr_schedule="cosine_with_restarts", lr_cycles=4, warmup=0.0), step, 101)
+        for step in range(1, 102)
+    ]
     assert [step for step, factor in enumerate(restarting) if factor == 1.0] == [0, 25, 50, 75]
     assert lr_factor(run_with(lr_schedule="polynomial", lr_power=1.0, warmup=0.0), 51, 101) == 0.5
 
@@ -63,7 +77,9 @@ def test_cycles_and_power_shape_their_schedules():
 def test_warm_up_rises_to_the_full_rate(warmup):
     run = run_with(lr_schedule="constant", warmup=warmup)
     factors = [lr_factor(run, step, 100) for step in range(1, 101)]
-    assert factors[:10] == pytest.approx([i / 11 for i in range(1, 11)]) and set(factors[10:]) == {1.0}
+    assert factors[:10] == pytest.approx([i / 11 for i in range(1, 11)]) and set(factors[10:]) == {
+        1.0
+    }
 
 
 def test_a_warm_up_that_does_not_fit_is_refused(tiny_run):
@@ -71,13 +87,23 @@ def test_a_warm_up_that_does_not_fit_is_refused(tiny_run):
         run_with(warmup=2.5)
     with pytest.raises(ConfigError, match="does not fit into a run of 6"):
         tiny_run({"training.warmup": 6.0})
-    folder = run_folder.create(tiny_run({"training.warmup": 6.0, "training.steps": 0, "training.views_per_picture": 3}))
-    assert run_in(folder) == 1 and "does not fit into a run of 6" in run_folder.status(folder).message
+    folder = run_folder.create(
+        tiny_run({"training.warmup": 6.0, "training.steps": 0, "training.views_per_picture": 3})
+    )
+    assert (
+        run_in(folder) == 1 and "does not fit into a run of 6" in run_folder.status(folder).message
+    )
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_the_last_step_has_no_rate_left(train_tiny, accumulation):
-    folder = train_tiny({"training.steps": 3, "training.gradient_accumulation_steps": accumulation, "saving.saves": 1})
+    folder = train_tiny(
+        {
+            "training.steps": 3,
+            "training.gradient_accumulation_steps": accumulation,
+            "saving.saves": 1,
+        }
+    )
     rates = [float(rate) for rate in dict(run_folder.status(folder).learning_rates).values()]
     assert rates == pytest.approx([1e-2, 5e-3, 0.0]) and rates[-1] == 0.0
 
@@ -113,7 +139,9 @@ def fresh(run):
     return weights, build_optimizer([(weights[:1], rate), (weights[1:], rate)], run)
 
 
-@pytest.mark.parametrize("field, table", [("optimizer", optimizers.OPTIMIZERS), ("lr_schedule", optimizers.SCHEDULES)])
+@pytest.mark.parametrize(
+    "field, table", [("optimizer", optimizers.OPTIMIZERS), ("lr_schedule", optimizers.SCHEDULES)]
+)
 def test_what_can_be_chosen_is_there(field, table):
     assert set(config.choices(config.Training.model_fields[field])) == set(table)
 
@@ -126,13 +154,24 @@ def test_an_optimizer_goes_on_from_its_stored_memory_to_the_bit(name, tmp_path):
     weights, optimizer = fresh(run)
     steps(optimizer, weights, range(1, 5), run)
     tensors, rest = optimizer_state(optimizer)
-    trainer_state.save_state(tmp_path, trainer_state.State(4, {"0": weights[0].detach(), "1": weights[1].detach()}, tensors, {}, {"optimizer": rest}))
+    trainer_state.save_state(
+        tmp_path,
+        trainer_state.State(
+            4,
+            {"0": weights[0].detach(), "1": weights[1].detach()},
+            tensors,
+            {},
+            {"optimizer": rest},
+        ),
+    )
     stored, _ = trainer_state.load_state(tmp_path)
     weights, optimizer = fresh(run)
     trainer_state.restore_parameters({"0": weights[0], "1": weights[1]}, stored.adapter)
     restore_optimizer(optimizer, stored.optimizer, stored.facts["optimizer"])
     steps(optimizer, weights, range(5, 9), run)
-    assert all(torch.equal(a, b) for a, b in zip(straight, weights, strict=True)) and straight[1].any()
+    assert (
+        all(torch.equal(a, b) for a, b in zip(straight, weights, strict=True)) and straight[1].any()
+    )
 
 
 @pytest.mark.parametrize("name", ON_A_CPU)
@@ -150,9 +189,17 @@ def test_the_optimizers_differ_and_each_trains(train_tiny):
     """All of them in real runs: none may do what another does."""
     found = {}
     for name in ON_A_CPU:
-        run = {"training.optimizer": name, "training.steps": 3, "saving.saves": 1} | NEEDS.get(name, {})
+        run = {"training.optimizer": name, "training.steps": 3, "saving.saves": 1} | NEEDS.get(
+            name, {}
+        )
         folder = train_tiny(run)
-        found[name] = torch.cat([t.flatten() for key, t in sorted(load_file(folder / "tiny.safetensors").items()) if "lora" in key])
+        found[name] = torch.cat(
+            [
+                t.flatten()
+                for key, t in sorted(load_file(folder / "tiny.safetensors").items())
+                if "lora" in key
+            ]
+        )
     assert all(not torch.equal(found[a], found[b]) for a in found for b in found if a < b)
 
 
@@ -160,19 +207,37 @@ def test_the_collection_is_there_by_name_and_unusable_ones_are_refused_before_th
     usable, refused = [], {}
     for name in sorted(set(get_supported_optimizers()) - SLOW):
         try:
-            try_optimizer(run_with("collection", optimizer_name=name, lr_schedule="constant", learning_rate=1.0), CPU)
+            try_optimizer(
+                run_with(
+                    "collection", optimizer_name=name, lr_schedule="constant", learning_rate=1.0
+                ),
+                CPU,
+            )
             usable.append(name)
         except ConfigError as error:
             refused[name] = str(error)
-    assert len(usable) >= 90 and {"adopt", "ademamix", "soap", "came", "prodigy", "stableadamw"} <= set(usable)
-    assert "could not be resumed" in refused["madgrad"] and "closure" in refused["lbfgs"] and "GaLoreProjector" in refused["conda"]
+    assert len(usable) >= 90 and {
+        "adopt",
+        "ademamix",
+        "soap",
+        "came",
+        "prodigy",
+        "stableadamw",
+    } <= set(usable)
+    assert (
+        "could not be resumed" in refused["madgrad"]
+        and "closure" in refused["lbfgs"]
+        and "GaLoreProjector" in refused["conda"]
+    )
     for name in ("adopy", "bnb_adam8bit", "os.system", "../x"):
         with pytest.raises(ConfigError, match="the collection has no"):
             try_optimizer(run_with("collection", optimizer_name=name), CPU)
 
 
 def test_arguments_reach_the_optimizer():
-    group = fresh(run_with(optimizer_args=("betas=(0.8, 0.9)", "eps = 1e-6"), weight_decay=0.5))[1].param_groups[0]
+    group = fresh(run_with(optimizer_args=("betas=(0.8, 0.9)", "eps = 1e-6"), weight_decay=0.5))[
+        1
+    ].param_groups[0]
     assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.9), 1e-6, 0.5)
     with pytest.raises(ConfigError, match="adamw takes no beta; it takes lr, betas"):
         fresh(run_with(optimizer_args=("beta=1",)))
@@ -182,7 +247,16 @@ def test_arguments_reach_the_optimizer():
 
 @pytest.mark.parametrize(
     "argument",
-    ["betas", "eps=__import__('os').system('x')", "eps=torch.load", "lr=1", "weight_decay=1", "a.b=1", "eps=" + "(" * 150, "x=1;y=2"],
+    [
+        "betas",
+        "eps=__import__('os').system('x')",
+        "eps=torch.load",
+        "lr=1",
+        "weight_decay=1",
+        "a.b=1",
+        "eps=" + "(" * 150,
+        "x=1;y=2",
+    ],
 )
 def test_arguments_are_literals_only(argument):
     with pytest.raises(ConfigError, match="training.optimizer_args"):
@@ -193,8 +267,14 @@ def test_arguments_are_literals_only(argument):
     "changes, words",
     [
         ({"optimizer": "prodigy", "learning_rate": 1e-4}, "finds the learning rate itself"),
-        ({"optimizer": "prodigy", "text_encoder_learning_rate": 0.5}, "finds the learning rate itself"),
-        ({"optimizer": "schedule_free_adamw", "lr_schedule": "cosine"}, "takes the place of a schedule"),
+        (
+            {"optimizer": "prodigy", "text_encoder_learning_rate": 0.5},
+            "finds the learning rate itself",
+        ),
+        (
+            {"optimizer": "schedule_free_adamw", "lr_schedule": "cosine"},
+            "takes the place of a schedule",
+        ),
         ({"optimizer": "schedule_free_adamw", "ema_decay": 0.9}, "averages by itself"),
         ({"optimizer": "collection", "optimizer_name": ""}, "optimizer_name"),
         ({"optimizer": "adamw", "optimizer_name": "came"}, "optimizer_name"),
@@ -208,7 +288,9 @@ def test_what_does_not_go_together_is_refused(changes, words):
 def test_without_a_gpu_the_8_bit_optimizer_gives_way_and_says_so(train_tiny):
     short = {"training.steps": 2, "saving.saves": 1}
     folder = train_tiny({"training.optimizer": "adamw8bit"} | short)
-    assert any("adamw8bit cannot be used here" in warning for warning in run_folder.status(folder).warnings)
+    assert any(
+        "adamw8bit cannot be used here" in warning for warning in run_folder.status(folder).warnings
+    )
     eight, full = (load_file(f / "tiny.safetensors") for f in (folder, train_tiny(short)))
     assert all(torch.equal(eight[name], full[name]) for name in full)
 
@@ -248,10 +330,14 @@ def test_the_average_is_what_is_saved_and_the_training_goes_on_from_its_own_weig
 
 
 def test_schedule_free_weights_are_the_averaged_ones_only_while_they_are_saved(tiny_run):
-    session = averaging_session(tiny_run, {"training.optimizer": "schedule_free_adamw", "training.lr_schedule": "constant"})
+    session = averaging_session(
+        tiny_run, {"training.optimizer": "schedule_free_adamw", "training.lr_schedule": "constant"}
+    )
     for step in (1, 2, 3):
         for number, parameter in enumerate(session.parameters.values()):
-            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * step + number))
+            parameter.grad = torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(100 * step + number)
+            )
         session.optimizer.step()
     before = {name: p.detach().clone() for name, p in session.parameters.items()}
     with loop.final_weights(session):
@@ -262,7 +348,11 @@ def test_schedule_free_weights_are_the_averaged_ones_only_while_they_are_saved(t
 
 
 @pytest.mark.parametrize(
-    "changes", [{"training.ema_decay": 0.95}, {"training.optimizer": "schedule_free_adamw", "training.lr_schedule": "constant"}]
+    "changes",
+    [
+        {"training.ema_decay": 0.95},
+        {"training.optimizer": "schedule_free_adamw", "training.lr_schedule": "constant"},
+    ],
 )
 def test_runs_with_averages_resume_to_the_bit(tiny_run, train_tiny, monkeypatch, changes):
     whole = train_tiny(changes)

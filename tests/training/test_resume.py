@@ -53,7 +53,9 @@ KILLS = [
 ]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="killing trainers needs fork, which Windows lacks")
+@pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="killing trainers needs fork, which Windows lacks"
+)
 def test_killed_anywhere_and_resumed_gives_the_uninterrupted_adapter(tiny_run, tmp_path):
     reference = run_folder.create(tiny_run(HARD))
     folders = [run_folder.create(tiny_run(HARD)) for _ in KILLS]
@@ -68,9 +70,16 @@ def test_killed_anywhere_and_resumed_gives_the_uninterrupted_adapter(tiny_run, t
             }
         )
     )
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
     ended = subprocess.run(
-        [sys.executable, str(Path(__file__).parents[1] / "killer.py"), str(job)], env=environment, capture_output=True, text=True, timeout=550
+        [sys.executable, str(Path(__file__).parents[1] / "killer.py"), str(job)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=550,
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     expected = run_folder.status(reference)
@@ -82,10 +91,17 @@ def test_killed_anywhere_and_resumed_gives_the_uninterrupted_adapter(tiny_run, t
             and status.learning_rates == expected.learning_rates
             and status.validation == expected.validation
         ), kills
-        ours, theirs = load_file(folder / status.finished.file), load_file(reference / expected.finished.file)
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours), kills
+        ours, theirs = (
+            load_file(folder / status.finished.file),
+            load_file(reference / expected.finished.file),
+        )
+        assert ours.keys() == theirs.keys() and all(
+            torch.equal(ours[name], theirs[name]) for name in ours
+        ), kills
         assert not list(folder.glob("**/.writing-*")) or any(kind == "save" for kind, _ in kills)
-        assert sorted(p.name for p in folder.glob("*.safetensors")) == sorted(p.name for p in reference.glob("*.safetensors"))
+        assert sorted(p.name for p in folder.glob("*.safetensors")) == sorted(
+            p.name for p in reference.glob("*.safetensors")
+        )
 
 
 @pytest.fixture
@@ -102,7 +118,9 @@ def resumed_from(folder):
     return code, started[0]["step"] if started else None
 
 
-@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    "name", ["adapter.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"]
+)
 @pytest.mark.parametrize("damage", ["missing", "empty", "half", "flipped"])
 def test_a_damaged_state_is_passed_over_for_the_one_before(stopped, name, damage):
     path = stopped / "state" / "000006" / name
@@ -112,9 +130,13 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(stopped, name, damage
     else:
         middle = len(content) // 2
         path.write_bytes(
-            {"empty": b"", "half": content[:middle], "flipped": content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]}[
-                damage
-            ]
+            {
+                "empty": b"",
+                "half": content[:middle],
+                "flipped": content[:middle]
+                + bytes([content[middle] ^ 255])
+                + content[middle + 1 :],
+            }[damage]
         )
     adapter = load_file(stopped / "tiny.safetensors")
     assert resumed_from(stopped) == (0, 4)
@@ -132,8 +154,13 @@ def test_without_a_whole_state_it_starts_anew(stopped):
 
 def test_changed_settings_are_refused(stopped):
     run = config.load(stopped / "run.toml")
-    (stopped / "run.toml").write_text(config.to_toml(config.replace(run, {"training.learning_rate": 5e-4})))
-    assert run_in(stopped) == 1 and "settings in run.toml were changed" in run_folder.status(stopped).message
+    (stopped / "run.toml").write_text(
+        config.to_toml(config.replace(run, {"training.learning_rate": 5e-4}))
+    )
+    assert (
+        run_in(stopped) == 1
+        and "settings in run.toml were changed" in run_folder.status(stopped).message
+    )
 
 
 def test_a_changed_dataset_is_refused_by_name(tiny_run, tiny_dataset, tmp_path):
@@ -146,9 +173,14 @@ def test_a_changed_dataset_is_refused_by_name(tiny_run, tiny_dataset, tmp_path):
 
 def test_an_adapter_of_another_shape_is_refused():
     with pytest.raises(StateError, match="other modules"):
-        trainer_state.restore_parameters({"a": torch.nn.Parameter(torch.zeros(1))}, {"b": torch.zeros(1)})
+        trainer_state.restore_parameters(
+            {"a": torch.nn.Parameter(torch.zeros(1))}, {"b": torch.zeros(1)}
+        )
 
 
 def test_only_two_states_stay_and_no_pickle(stopped):
     files = [path for path in (stopped / "state").rglob("*") if path.is_file()]
-    assert len(list((stopped / "state").iterdir())) == 2 and {path.suffix for path in files} == {".safetensors", ".json"}
+    assert len(list((stopped / "state").iterdir())) == 2 and {path.suffix for path in files} == {
+        ".safetensors",
+        ".json",
+    }

@@ -20,7 +20,9 @@ def fused(monkeypatch):
 
 
 def run_ahead(monkeypatch):
-    monkeypatch.setattr(loop, "runs_ahead", lambda session, scaler: session.optimizer._step_supports_amp_scaling)
+    monkeypatch.setattr(
+        loop, "runs_ahead", lambda session, scaler: session.optimizer._step_supports_amp_scaling
+    )
 
 
 def told(folder):
@@ -54,7 +56,9 @@ def test_it_resumes_to_the_bit(train_tiny, monkeypatch):
 def test_what_a_person_asks_for_finds_every_step_told(tiny_run, monkeypatch):
     """A save between the stations comes after the step it holds, and a stop loses none."""
     run_ahead(monkeypatch)
-    folder = run_folder.create(tiny_run({"training.steps": 20, "saving.saves": 1, "saving.state_every": 20}))
+    folder = run_folder.create(
+        tiny_run({"training.steps": 20, "saving.saves": 1, "saving.state_every": 20})
+    )
     taking = loop.take_step
 
     def asking(session, *given):
@@ -71,7 +75,11 @@ def test_what_a_person_asks_for_finds_every_step_told(tiny_run, monkeypatch):
     asked: list = []
     monkeypatch.setattr(loop, "take_step", asking)
     run_in(folder)
-    happened = [e for e in events.read_events(folder / "events.jsonl") if isinstance(e, events.StepDone | events.AdapterSaved)]
+    happened = [
+        e
+        for e in events.read_events(folder / "events.jsonl")
+        if isinstance(e, events.StepDone | events.AdapterSaved)
+    ]
     steps = [e.step for e in happened if isinstance(e, events.StepDone)]
     assert steps == list(range(1, len(steps) + 1)) and 5 < len(steps) < 20
     first = next(i for i, e in enumerate(happened) if isinstance(e, events.AdapterSaved))
@@ -91,7 +99,9 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("changes", [{}, {"training.text_encoder_learning_rate": 1e-2}, {"adapter.max_norm": 0.05}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"training.text_encoder_learning_rate": 1e-2}, {"adapter.max_norm": 0.05}]
+)
 def test_the_host_waits_for_nothing_inside_a_step(train_tiny, monkeypatch, changes):
     run_ahead(monkeypatch)
     waits, (launch, settle) = Waits(), (loop.forward_backward, loop.settle)

@@ -19,7 +19,12 @@ STEP = 0.5  # seconds between two signs of progress
 
 
 def add_to(commands: Any) -> None:
-    convert = _command(commands, "convert", convert_command, "write an adapter file in another dialect or precision")
+    convert = _command(
+        commands,
+        "convert",
+        convert_command,
+        "write an adapter file in another dialect or precision",
+    )
     convert.add_argument("file", type=Path)
     convert.add_argument("--to", choices=DIALECTS, default="kohya", dest="dialect")
     _output(convert)
@@ -29,12 +34,19 @@ def add_to(commands: Any) -> None:
     _size(compose, "0: exact, the ranks add up")
     _output(compose, dialect=True)
 
-    resize = _command(commands, "resize", resize_command, "make an adapter smaller by its singular values, and say what is kept")
+    resize = _command(
+        commands,
+        "resize",
+        resize_command,
+        "make an adapter smaller by its singular values, and say what is kept",
+    )
     resize.add_argument("file", type=Path)
     _size(resize, "0: as --energy asks")
     _output(resize, dialect=True)
 
-    extract = _command(commands, "extract", extract_command, "make an adapter from the difference of two bases")
+    extract = _command(
+        commands, "extract", extract_command, "make an adapter from the difference of two bases"
+    )
     extract.add_argument("--base", required=True, help="the plain base")
     extract.add_argument("--tuned", required=True, help="the base that was trained further")
     extract.add_argument("--conv", action="store_true", help="convolutions too")
@@ -44,14 +56,29 @@ def add_to(commands: Any) -> None:
 
     merge = _command(commands, "merge", merge_command, "put adapters into the weights of a base")
     _stack(merge)
-    merge.add_argument("--base", required=True, help="a folder, a .safetensors file or a Hugging Face id")
+    merge.add_argument(
+        "--base", required=True, help="a folder, a .safetensors file or a Hugging Face id"
+    )
     _prediction(merge)
-    merge.add_argument("--prove", action="store_true", help="read the result, take the adapters off again and show what is left")
-    merge.add_argument("--precision", choices=PRECISIONS, default="fp16", help="of a folder; a file keeps its own")
-    merge.add_argument("--output", type=Path, required=True, help="a folder, or a .safetensors file where the base is one")
+    merge.add_argument(
+        "--prove",
+        action="store_true",
+        help="read the result, take the adapters off again and show what is left",
+    )
+    merge.add_argument(
+        "--precision", choices=PRECISIONS, default="fp16", help="of a folder; a file keeps its own"
+    )
+    merge.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="a folder, or a .safetensors file where the base is one",
+    )
 
 
-def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.add_argument("--json", action="store_true", help="progress and result as JSON lines")
     parser.set_defaults(command=run)
@@ -60,7 +87,11 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
 
 def _stack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--adapter", action="append", required=True, metavar="FILE[:STRENGTH[:TEXT]]", help="as often as wanted; TEXT: in the text encoders"
+        "--adapter",
+        action="append",
+        required=True,
+        metavar="FILE[:STRENGTH[:TEXT]]",
+        help="as often as wanted; TEXT: in the text encoders",
     )
 
 
@@ -75,14 +106,27 @@ def _prediction(parser: argparse.ArgumentParser) -> None:
 
 def _size(parser: argparse.ArgumentParser, zero: str, rank: int = 0) -> None:
     parser.add_argument("--rank", type=int, default=rank, help=f"largest rank of a module ({zero})")
-    parser.add_argument("--energy", type=float, default=1.0, help="share of the squared singular values to keep, such as 0.95")
+    parser.add_argument(
+        "--energy",
+        type=float,
+        default=1.0,
+        help="share of the squared singular values to keep, such as 0.95",
+    )
 
 
 def _output(parser: argparse.ArgumentParser, dialect: bool = False) -> None:
     if dialect:
-        parser.add_argument("--to", choices=DIALECTS, default="", dest="dialect", help="left out: what most programs read for this base")
+        parser.add_argument(
+            "--to",
+            choices=DIALECTS,
+            default="",
+            dest="dialect",
+            help="left out: what most programs read for this base",
+        )
     parser.add_argument("--precision", choices=PRECISIONS, default="fp16")
-    parser.add_argument("--family", default="", help="such as sdxl; only where the file does not tell")
+    parser.add_argument(
+        "--family", default="", help="such as sdxl; only where the file does not tell"
+    )
     parser.add_argument("--output", type=Path, required=True)
 
 
@@ -90,11 +134,18 @@ def stacked(text: str) -> dict[str, Any]:
     """ "a.safetensors:0.8:0.5" -> file and strengths; a colon inside the path (C:\\...) is no strength."""
     file = text
     strengths: list[str] = []
-    while len(strengths) < 2 and not (file.endswith(".safetensors") or Path(file).exists()) and ":" in file:
+    while (
+        len(strengths) < 2
+        and not (file.endswith(".safetensors") or Path(file).exists())
+        and ":" in file
+    ):
         file, _, strength = file.rpartition(":")
         strengths.insert(0, strength)
     try:
-        return {"file": file, **dict(zip(("strength", "text_strength"), map(float, strengths), strict=False))}
+        return {
+            "file": file,
+            **dict(zip(("strength", "text_strength"), map(float, strengths), strict=False)),
+        }
     except ValueError:
         raise ConfigError(
             f"--adapter takes FILE, FILE:STRENGTH or FILE:STRENGTH:TEXT, for example maya.safetensors:0.8; got {text!r}."
@@ -110,7 +161,11 @@ class Report:
     def progress(self, done: int, total: int) -> None:
         if time.monotonic() - self._last >= STEP:
             self._last = time.monotonic()
-            print(json.dumps({"progress": [done, total]}) if self._as_json else f"{done} of {total}", flush=True, file=self._stream)
+            print(
+                json.dumps({"progress": [done, total]}) if self._as_json else f"{done} of {total}",
+                flush=True,
+                file=self._stream,
+            )
 
     @property
     def _stream(self):
@@ -165,8 +220,13 @@ def extract_command(options: argparse.Namespace) -> int:
 
     report = Report(options.json)
     _check_size(options)
-    plain, tuned = (load_base(Base(model=name, prediction=options.prediction), torch.float32) for name in (options.base, options.tuned))
-    modules, kept = transform.extract(plain, tuned, options.rank, options.energy, options.conv, report.progress)
+    plain, tuned = (
+        load_base(Base(model=name, prediction=options.prediction), torch.float32)
+        for name in (options.base, options.tuned)
+    )
+    modules, kept = transform.extract(
+        plain, tuned, options.rank, options.energy, options.conv, report.progress
+    )
     return _write(options, report, modules, [], family=plain.family, **_kept(kept))
 
 
@@ -181,17 +241,29 @@ def merge_command(options: argparse.Namespace) -> int:
     from trainer.models.safetensors_header import read_header
     from trainer.runs.atomic_files import WRITING, atomic_folder
 
-    report, layers, chosen = Report(options.json), _layers(options.adapter), Base(model=options.base, prediction=options.prediction)
+    report, layers, chosen = (
+        Report(options.json),
+        _layers(options.adapter),
+        Base(model=options.base, prediction=options.prediction),
+    )
     _check_free(options.output)
     base = load_base(chosen, torch.float32)
     is_file = options.output.suffix == ".safetensors"
     if is_file and not base.files.path.is_file():
-        raise ConfigError("A merged .safetensors file needs a base that is one; give --output the name of a folder.")
+        raise ConfigError(
+            "A merged .safetensors file needs a base that is one; give --output the name of a folder."
+        )
     added = transform.merge(base, layers, report.progress)
     if is_file:
-        tensors = transform.merged_checkpoint(base.files.path, load_base(chosen, torch.float32), added)
+        tensors = transform.merged_checkpoint(
+            base.files.path, load_base(chosen, torch.float32), added
+        )
         partial = options.output.with_name(f"{WRITING}{options.output.name}")
-        told = {key: value for key, value in read_header(base.files.path).metadata.items() if "hash" not in key}
+        told = {
+            key: value
+            for key, value in read_header(base.files.path).metadata.items()
+            if "hash" not in key
+        }
         try:
             save_file(tensors, partial, {"format": "pt"} | told)
             partial.replace(options.output)
@@ -204,9 +276,13 @@ def merge_command(options: argparse.Namespace) -> int:
     facts: dict[str, Any] = {"file": str(options.output), "changed": f"{len(added)} layers"}
     if options.prove:
         left = transform.proof(
-            load_base(chosen.model_copy(update={"model": str(options.output)}), torch.float32), load_base(chosen, torch.float32), added
+            load_base(chosen.model_copy(update={"model": str(options.output)}), torch.float32),
+            load_base(chosen, torch.float32),
+            added,
         )
-        facts["left_after_undoing"] = f"{left:.1e} of the largest weight in a layer, which is the rounding of the stored weights"
+        facts["left_after_undoing"] = (
+            f"{left:.1e} of the largest weight in a layer, which is the rounding of the stored weights"
+        )
     return report.result(**facts)
 
 
@@ -217,18 +293,24 @@ def _layers(adapters: Sequence[str]) -> list:
     layers = []
     for given in map(stacked, adapters):
         strength = given.get("strength", 1.0)
-        layers.append(Layer(read_adapter(Path(given["file"])), strength, given.get("text_strength", strength)))
+        layers.append(
+            Layer(read_adapter(Path(given["file"])), strength, given.get("text_strength", strength))
+        )
     return layers
 
 
 def _check_size(options: argparse.Namespace) -> None:
     if options.rank < 0 or not 0 < options.energy <= 1:
-        raise ConfigError(f"--rank is 0 or more and --energy above 0 up to 1; got {options.rank} and {options.energy:g}.")
+        raise ConfigError(
+            f"--rank is 0 or more and --energy above 0 up to 1; got {options.rank} and {options.energy:g}."
+        )
 
 
 def _check_free(output: Path) -> None:
     if output.exists():
-        raise ConfigError(f"{output} is there already; nothing is overwritten. Choose another name.")
+        raise ConfigError(
+            f"{output} is there already; nothing is overwritten. Choose another name."
+        )
 
 
 def _kept(kept: Sequence) -> dict[str, Any]:
@@ -238,11 +320,21 @@ def _kept(kept: Sequence) -> dict[str, Any]:
     return {
         "kept_energy": f"{whole_energy(kept):.2%}",
         "worst_module": f"{worst.component}.{worst.name}, {worst.energy:.2%} at rank {worst.rank}",
-        "by_module": [{"name": f"{m.component}.{m.name}", "rank": m.rank, "energy": round(m.energy, 6)} for m in kept],
+        "by_module": [
+            {"name": f"{m.component}.{m.name}", "rank": m.rank, "energy": round(m.energy, 6)}
+            for m in kept
+        ],
     }
 
 
-def _write(options: argparse.Namespace, report: Report, modules: list, files: list, family: Any = None, **facts: Any) -> int:
+def _write(
+    options: argparse.Namespace,
+    report: Report,
+    modules: list,
+    files: list,
+    family: Any = None,
+    **facts: Any,
+) -> int:
     """Saves the modules, reads them back and compares, and says so."""
     from trainer.lora import metadata, transform, writer
     from trainer.models.device import DTYPES

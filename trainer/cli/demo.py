@@ -30,7 +30,10 @@ def demo(parent: Path, run_in: Callable[[Path], int]) -> int:
     """Trains, samples at several strengths, writes before-after.png, report.json and report.md into the run folder."""
     from trainer.embedded.score import TRIGGER
 
-    run = config.replace(presets.load_preset(PRESET).config, {"name": TRIGGER, "dataset.folder": str(EXAMPLE), "dataset.trigger": TRIGGER})
+    run = config.replace(
+        presets.load_preset(PRESET).config,
+        {"name": TRIGGER, "dataset.folder": str(EXAMPLE), "dataset.trigger": TRIGGER},
+    )
     folder = run_folder.create(run, parent)
     code = run_in(folder)
     status = run_folder.status(folder)
@@ -48,10 +51,14 @@ def measure(run: config.RunConfig, folder: Path, adapter: Path) -> dict[str, Any
     from trainer.inference.samples import Sampler, SampleRequest, StackedAdapter
 
     texts, scenes = zip(*score.fixed_prompts(OTHER_PROMPTS), strict=True)
-    prompts = [score.SUBJECT_PROMPT.format(background=background) for background in BACKGROUNDS] + list(texts)
+    prompts = [
+        score.SUBJECT_PROMPT.format(background=background) for background in BACKGROUNDS
+    ] + list(texts)
     sampler, chosen = Sampler(), run.sampling
 
-    def draw(name: str, adapters: list[StackedAdapter], prompts: Sequence[str] = prompts) -> list[Image.Image]:
+    def draw(
+        name: str, adapters: list[StackedAdapter], prompts: Sequence[str] = prompts
+    ) -> list[Image.Image]:
         files = [folder / "demo" / f"{name}-{i:02d}.png" for i in range(len(prompts))]
         for i, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
             settings: dict[str, Any] = {
@@ -59,20 +66,38 @@ def measure(run: config.RunConfig, folder: Path, adapter: Path) -> dict[str, Any
                 "inference_steps": chosen.inference_steps,
                 "guidance_scale": chosen.guidance_scale,
             }
-            sampler.render(SampleRequest(prompt=prompt, target=str(file), base=run.base, adapters=adapters, **settings))
+            sampler.render(
+                SampleRequest(
+                    prompt=prompt, target=str(file), base=run.base, adapters=adapters, **settings
+                )
+            )
         return [Image.open(file).convert("RGB") for file in files]
 
     count = len(BACKGROUNDS)
     base = draw("base", [], prompts[:count])
-    drawn = {f"{s:g}": draw(f"strength-{s:g}", [StackedAdapter(str(adapter), s)]) for s in STRENGTHS}
-    rows = [images[part] for part in (slice(count), slice(count, 2 * count)) for images in drawn.values()]
+    drawn = {
+        f"{s:g}": draw(f"strength-{s:g}", [StackedAdapter(str(adapter), s)]) for s in STRENGTHS
+    }
+    rows = [
+        images[part]
+        for part in (slice(count), slice(count, 2 * count))
+        for images in drawn.values()
+    ]
     labels = [f"{kind}, strength {s}" for kind in ("with the trigger", "without it") for s in drawn]
     save_grid(folder / "before-after.png", rows, labels)
     return {
-        "with_trigger": {s: round(score.subject_similarity(images[:count]), 3) for s, images in drawn.items()},
-        "without_trigger": {s: round(score.subject_similarity(images[count:]), 3) for s, images in drawn.items()},
-        "other_prompts_right": {s: round(_mean(score.judge(images[count:], scenes)), 3) for s, images in drawn.items()},
-        "strength_0_is_base": all(a.tobytes() == b.tobytes() for a, b in zip(base, drawn["0"][:count], strict=True)),
+        "with_trigger": {
+            s: round(score.subject_similarity(images[:count]), 3) for s, images in drawn.items()
+        },
+        "without_trigger": {
+            s: round(score.subject_similarity(images[count:]), 3) for s, images in drawn.items()
+        },
+        "other_prompts_right": {
+            s: round(_mean(score.judge(images[count:], scenes)), 3) for s, images in drawn.items()
+        },
+        "strength_0_is_base": all(
+            a.tobytes() == b.tobytes() for a, b in zip(base, drawn["0"][:count], strict=True)
+        ),
     }
 
 
@@ -92,7 +117,10 @@ def write_report(folder: Path, report: dict[str, Any], status: run_folder.RunSta
     }
     atomic_write(folder / "report.json", json.dumps(report, indent=1))
     columns = ("with_trigger", "without_trigger", "other_prompts_right")
-    rows = "\n".join(f"| {s} | " + " | ".join(f"{report[column][s]:.2f}" for column in columns) + " |" for s in report["with_trigger"])
+    rows = "\n".join(
+        f"| {s} | " + " | ".join(f"{report[column][s]:.2f}" for column in columns) + " |"
+        for s in report["with_trigger"]
+    )
     equals = "equal" if report["strength_0_is_base"] else "DIFFER FROM"
     lines = f"""# What the adapter learned
 
@@ -121,5 +149,8 @@ def save_grid(path: Path, rows: Sequence[Sequence[Image.Image]], labels: Sequenc
         top = y * (TILE + label_height + gap)
         draw.text((gap, top + 3), label, fill="black")
         for x, image in enumerate(row):
-            grid.paste(image.resize((TILE, TILE), Image.Resampling.LANCZOS), (gap + x * (TILE + gap), top + label_height))
+            grid.paste(
+                image.resize((TILE, TILE), Image.Resampling.LANCZOS),
+                (gap + x * (TILE + gap), top + label_height),
+            )
     grid.save(path)

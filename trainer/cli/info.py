@@ -39,20 +39,33 @@ def describe(path: Path) -> dict[str, str]:
         return describe_base(inspect(path))
     file = read_adapter(path)
     modules = file.modules
-    size = sum(part.stat().st_size for part in path.rglob("*") if part.is_file()) if path.is_dir() else path.stat().st_size
+    size = (
+        sum(part.stat().st_size for part in path.rglob("*") if part.is_file())
+        if path.is_dir()
+        else path.stat().st_size
+    )
     parts, kinds = Counter(module.component for module in modules), kind_counts(modules)
     facts = {
         "file": f"{path.name}, {size / 1e6:.1f} MB, {file.dtype}",
         "family": " or ".join(families_of_adapter(file)) or "not told by the file",
-        "kind": ", ".join(f"{count} {kind}" if len(kinds) > 1 else kind for kind, count in kinds.items()),
+        "kind": ", ".join(
+            f"{count} {kind}" if len(kinds) > 1 else kind for kind, count in kinds.items()
+        ),
         "dialect": DIALECTS[file.dialect],
-        "modules": ", ".join(f"{count} in the {COMPONENTS.get(part, part)}" for part, count in parts.most_common()),
-        "targets": ", ".join(sorted({module.name.removesuffix(".0").rpartition(".")[2] for module in modules})),
+        "modules": ", ".join(
+            f"{count} in the {COMPONENTS.get(part, part)}" for part, count in parts.most_common()
+        ),
+        "targets": ", ".join(
+            sorted({module.name.removesuffix(".0").rpartition(".")[2] for module in modules})
+        ),
         "rank": _spread(module.rank for module in modules if module.rank) or "none: whole factors",
-        "alpha": _spread(round(module.scale * module.rank, 4) for module in modules if module.rank) or "none",
+        "alpha": _spread(round(module.scale * module.rank, 4) for module in modules if module.rank)
+        or "none",
         "parameters": f"{sum(tensor.numel() for module in modules for tensor in module.tensors.values()):,}",
     }
-    facts |= {label: file.metadata[key] for label, key in FROM_METADATA.items() if file.metadata.get(key)}
+    facts |= {
+        label: file.metadata[key] for label, key in FROM_METADATA.items() if file.metadata.get(key)
+    }
     return facts | ({"odd": " ".join(odd)} if (odd := [*file.remarks, *oddities(file)]) else {})
 
 
@@ -68,19 +81,31 @@ def describe_base(files: BaseFiles) -> dict[str, str]:
     schedule, denoiser = files.configs["scheduler"], files.configs[files.denoiser]
     weights = {path for paths in files.weights.values() for path in paths}
     latents = 2 ** (len(files.configs["vae"]["block_out_channels"]) - 1)
-    prediction = "flow matching" if "FlowMatch" in schedule["_class_name"] else schedule.get("prediction_type", "epsilon")
+    prediction = (
+        "flow matching"
+        if "FlowMatch" in schedule["_class_name"]
+        else schedule.get("prediction_type", "epsilon")
+    )
     facts = {
         "base model": f"{files.path.name}, {sum(path.stat().st_size for path in weights) / 1e6:,.1f} MB",
         "family": family_of(files).name,
-        "layout": "a single file" if files.template else f"a diffusers folder{', its fp16 edition' if files.variant else ''}",
-        "prediction": str(prediction or "not told by the file: set base.prediction").replace("_prediction", ""),
+        "layout": "a single file"
+        if files.template
+        else f"a diffusers folder{', its fp16 edition' if files.variant else ''}",
+        "prediction": str(prediction or "not told by the file: set base.prediction").replace(
+            "_prediction", ""
+        ),
         "zero terminal SNR": "yes" if schedule.get("rescale_betas_zero_snr") else "no",
     }
     if side := denoiser.get("sample_size"):
         facts["made for"] = f"{side * latents} x {side * latents} pixels"
     for part, tensors in files.tensors.items():
-        formats = ", ".join(sorted({info.dtype for info in tensors.values() if info.dtype not in ("I32", "I64")}))
-        facts[COMPONENTS.get(part, "VAE")] = f"{sum(info.numel for info in tensors.values()):,} parameters in {formats}"
+        formats = ", ".join(
+            sorted({info.dtype for info in tensors.values() if info.dtype not in ("I32", "I64")})
+        )
+        facts[COMPONENTS.get(part, "VAE")] = (
+            f"{sum(info.numel for info in tensors.values()):,} parameters in {formats}"
+        )
     return facts | ({"odd": " ".join(files.notes)} if files.notes else {})
 
 
@@ -93,7 +118,11 @@ def kind_counts(modules: Iterable[AdaptedModule]) -> dict[str, int]:
         if name == "LoRA" and any(side > 1 for side in kernel):
             name = "LoCon"
         counts[
-            f"DoRA ({name})" if "dora_scale" in module.tensors and name != "LoRA" else "DoRA" if "dora_scale" in module.tensors else name
+            f"DoRA ({name})"
+            if "dora_scale" in module.tensors and name != "LoRA"
+            else "DoRA"
+            if "dora_scale" in module.tensors
+            else name
         ] += 1
     return dict(counts.most_common())
 
@@ -101,8 +130,14 @@ def kind_counts(modules: Iterable[AdaptedModule]) -> dict[str, int]:
 def oddities(file: AdapterFile) -> list[str]:
     """Sentences about what a person may want to know before using it."""
     found = []
-    if idle := [module.name for module in file.modules if not module.delta.any() and "dora_scale" not in module.tensors]:
-        found.append(f"{len(idle)} of {len(file.modules)} modules change nothing, such as {idle[0]}.")
+    if idle := [
+        module.name
+        for module in file.modules
+        if not module.delta.any() and "dora_scale" not in module.tensors
+    ]:
+        found.append(
+            f"{len(idle)} of {len(file.modules)} modules change nothing, such as {idle[0]}."
+        )
     if any(abs(module.scale) > LARGEST_SCALE for module in file.modules):
         found.append("Its alpha is many times its rank; it may be far too strong at strength 1.")
     if not file.metadata:

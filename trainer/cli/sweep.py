@@ -24,7 +24,18 @@ from trainer.runs.atomic_files import atomic_write
 
 MOST_RUNS = 500
 NAME_LENGTH = 80  # of RunConfig.name
-COLOURS = ("#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f", "#edc948", "#b07aa1", "#ff9da7", "#9c755f", "#79706e")
+COLOURS = (
+    "#4e79a7",
+    "#f28e2b",
+    "#e15759",
+    "#76b7b2",
+    "#59a14f",
+    "#edc948",
+    "#b07aa1",
+    "#ff9da7",
+    "#9c755f",
+    "#79706e",
+)
 DASHES = ("", "6 3", "2 2", "8 3 2 3")
 
 
@@ -32,7 +43,9 @@ def parse_grid(text: str) -> tuple[str, list[Any]]:
     """ "adapter.rank=8,16" -> ("adapter.rank", [8, 16]). Values are read as TOML, and as plain texts where they are none."""
     path, equals, values = (part.strip() for part in text.partition("="))
     if not equals or not values:
-        raise ConfigError(f"--grid takes key=value,value, for example adapter.rank=8,16; got {text!r}.")
+        raise ConfigError(
+            f"--grid takes key=value,value, for example adapter.rank=8,16; got {text!r}."
+        )
     try:
         return path, list(dict.fromkeys(tomllib.loads(f"values = [{values}]")["values"]))
     except (tomllib.TOMLDecodeError, TypeError):  # words, or lists, which no dict takes
@@ -43,25 +56,39 @@ def combinations(run: RunConfig, grid: Sequence[tuple[str, list[Any]]]) -> list[
     """A config for each combination, named after it. Raises ConfigError for the first that cannot be, before anything is made."""
     paths = [path for path, _ in grid]
     if len(set(paths)) < len(paths):
-        raise ConfigError(f"--grid names {next(path for path in paths if paths.count(path) > 1)} twice; give all its values at once.")
+        raise ConfigError(
+            f"--grid names {next(path for path in paths if paths.count(path) > 1)} twice; give all its values at once."
+        )
     found: list[RunConfig] = []
     for values in itertools.product(*(values for _, values in grid)):
         if len(found) == MOST_RUNS:
-            raise ConfigError(f"These settings have more than {MOST_RUNS} combinations; leave some values out.")
+            raise ConfigError(
+                f"These settings have more than {MOST_RUNS} combinations; leave some values out."
+            )
         chosen = dict(zip(paths, values, strict=True))
-        says = " ".join([run.name, *(f"{path.rpartition('.')[2]}={value}" for path, value in chosen.items())])
-        name = says if len(says) <= NAME_LENGTH else f"{run.name[: NAME_LENGTH - 5]} {len(found) + 1:03d}"
+        says = " ".join(
+            [run.name, *(f"{path.rpartition('.')[2]}={value}" for path, value in chosen.items())]
+        )
+        name = (
+            says
+            if len(says) <= NAME_LENGTH
+            else f"{run.name[: NAME_LENGTH - 5]} {len(found) + 1:03d}"
+        )
         try:
             found.append(config.replace(run, {"name": name} | chosen))
         except ConfigError as error:
-            raise ConfigError(f"With {', '.join(f'{path} = {value}' for path, value in chosen.items())}: {error}") from None
+            raise ConfigError(
+                f"With {', '.join(f'{path} = {value}' for path, value in chosen.items())}: {error}"
+            ) from None
     return found
 
 
 def create(run: RunConfig, grid: Sequence[tuple[str, list[Any]]]) -> Path:
     """Makes all run folders, and the folder of the sweep."""
     folders = [run_folder.create(each) for each in combinations(run, grid)]
-    folder = run_folder.create(run, run_folder.outputs_folder() / "sweeps")  # a run.toml of its own: what they all have in common
+    folder = run_folder.create(
+        run, run_folder.outputs_folder() / "sweeps"
+    )  # a run.toml of its own: what they all have in common
     said = {"grid": dict(grid), "runs": [each.name for each in folders]}
     atomic_write(folder / "sweep.json", json.dumps(said, indent=1, ensure_ascii=False))
     return folder
@@ -73,7 +100,9 @@ def read(folder: Path) -> tuple[list[str], list[Path]]:
         said = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
         paths, names = list(said["grid"]), [Path(name).name for name in said["runs"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StateError(f"{folder} is no sweep: it has no readable sweep.json ({error}).") from None
+        raise StateError(
+            f"{folder} is no sweep: it has no readable sweep.json ({error})."
+        ) from None
     runs = folder.resolve().parents[1] / "runs"
     return paths, [runs / name for name in names if (runs / name / "run.toml").is_file()]
 
@@ -118,14 +147,24 @@ def rows(folder: Path) -> list[dict[str, Any]]:
                 "curve": status.validation,
             }
         )
-    return sorted(found, key=lambda row: (row["state"] != "finished", row["validation_loss"] is None, row["validation_loss"]))
+    return sorted(
+        found,
+        key=lambda row: (
+            row["state"] != "finished",
+            row["validation_loss"] is None,
+            row["validation_loss"],
+        ),
+    )
 
 
 def write_results(folder: Path) -> str:
     """results.md and results.svg; returns the table."""
     found, paths = rows(folder), read(folder)[0]
     table = "\n".join(_table(found, paths))
-    atomic_write(folder / "results.md", f"# {folder.name}\n\n{table}\n\n![Validation loss over the steps](results.svg)\n")
+    atomic_write(
+        folder / "results.md",
+        f"# {folder.name}\n\n{table}\n\n![Validation loss over the steps](results.svg)\n",
+    )
     atomic_write(folder / "results.svg", plot(found))
     return table
 
@@ -138,8 +177,14 @@ def _table(found: Sequence[Mapping[str, Any]], paths: Sequence[str]) -> list[str
     lines = [f"| {' | '.join([*paths, *columns])} |", f"|{'---|' * (len(paths) + len(columns))}"]
     for row in found:
         values = [str(row["settings"][path]) for path in paths]
-        results = [number(row["validation_loss"], ".4f"), number(row["best_loss"], ".4f"), str(row["best_step"] or "")]
-        lines.append(f"| {' | '.join([*values, *results, number(row['seconds'], '.0f'), row['state'], row['run']])} |")
+        results = [
+            number(row["validation_loss"], ".4f"),
+            number(row["best_loss"], ".4f"),
+            str(row["best_step"] or ""),
+        ]
+        lines.append(
+            f"| {' | '.join([*values, *results, number(row['seconds'], '.0f'), row['state'], row['run']])} |"
+        )
     return lines
 
 
@@ -149,7 +194,10 @@ def plot(found: Sequence[Mapping[str, Any]]) -> str:
     points = [point for _, curve in curves for point in curve]
     width, height, left, bottom, line = 640, 360, 60, 40, 18
     right = max([int(7 * len(_label(row))) for row, _ in curves], default=0) + 60
-    low, high = min((loss for _, loss in points), default=0.0), max((loss for _, loss in points), default=1.0)
+    low, high = (
+        min((loss for _, loss in points), default=0.0),
+        max((loss for _, loss in points), default=1.0),
+    )
     steps = max((step for step, _ in points), default=1) or 1
 
     def place(step: float, loss: float) -> str:
@@ -166,10 +214,16 @@ def plot(found: Sequence[Mapping[str, Any]]) -> str:
     for index, (row, curve) in enumerate(curves):
         look = f'stroke="{COLOURS[index % len(COLOURS)]}" stroke-width="2" stroke-dasharray="{DASHES[index // len(COLOURS) % len(DASHES)]}"'
         y = 24 + line * index
-        parts.append(f'<polyline points="{" ".join(place(*point) for point in curve)}" fill="none" {look}/>')
-        parts.append(f'<path d="M{width + 12},{y}h24" {look}/><text x="{width + 42}" y="{y + 4}">{escape(_label(row))}</text>')
+        parts.append(
+            f'<polyline points="{" ".join(place(*point) for point in curve)}" fill="none" {look}/>'
+        )
+        parts.append(
+            f'<path d="M{width + 12},{y}h24" {look}/><text x="{width + 42}" y="{y + 4}">{escape(_label(row))}</text>'
+        )
     return "\n".join([*parts, "</svg>\n"])
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"{path.rpartition('.')[2]} {value}" for path, value in row["settings"].items())
+    return ", ".join(
+        f"{path.rpartition('.')[2]} {value}" for path, value in row["settings"].items()
+    )

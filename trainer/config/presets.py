@@ -53,5 +53,8 @@ def read(path: Path) -> Preset:
     about = tomllib.loads(content.decode("utf-8"))["about"]
     recipe = config.load(path)
     return Preset(
-        name=path.stem, config=config.replace(recipe, {"preset": path.stem}), hash=hashlib.sha256(content).hexdigest()[:12], **about
+        name=path.stem,
+        config=config.replace(recipe, {"preset": path.stem}),
+        hash=hashlib.sha256(content).hexdigest()[:12],
+        **about,
     )

@@ -35,11 +35,15 @@ def optimizer_arguments(lines: Iterable[str]) -> dict[str, Any]:
         if not equals or not re.fullmatch(r"[A-Za-z]\w*", name):
             raise ValueError(f"{line!r} is not of the form name=value, such as betas=(0.9, 0.99)")
         if name in ("lr", "params", "weight_decay") or name in found:
-            raise ValueError(f"{name} " + ("is given twice" if name in found else "has a field of its own"))
+            raise ValueError(
+                f"{name} " + ("is given twice" if name in found else "has a field of its own")
+            )
         try:
             found[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-            raise ValueError(f"the value of {name} is no number, True, False, None, text in quotes or (list, of, such)") from None
+            raise ValueError(
+                f"the value of {name} is no number, True, False, None, text in quotes or (list, of, such)"
+            ) from None
     return found
 
 
@@ -70,7 +74,9 @@ def numbers_by_name(text: str) -> dict[str, float]:
     for part in filter(None, (part.strip() for part in text.split(","))):
         match = regex.fullmatch(r"([A-Za-z_][\w.]*)\s*=\s*(\d+(?:\.\d+)?)", part)
         if not match or not float(match[2]) <= 4096:
-            raise ValueError(f"write it as mid_block=32, attn2=8 (a name, =, a number up to 4096); {part[:40]!r} is something else")
+            raise ValueError(
+                f"write it as mid_block=32, attn2=8 (a name, =, a number up to 4096); {part[:40]!r} is something else"
+            )
         found[match[1]] = float(match[2])
     return found
 
@@ -95,12 +101,21 @@ def _pattern(text: str) -> str:
     return text
 
 
-WITHOUT_FORM = {"diffusers": ("loha", "lokr"), "peft": ("lokr",)}  # kinds that a dialect has no exact form for (`trainer/export.py`)
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")  # those with a learning rate of their own; a transformer has the UNet's
+WITHOUT_FORM = {
+    "diffusers": ("loha", "lokr"),
+    "peft": ("lokr",),
+}  # kinds that a dialect has no exact form for (`trainer/export.py`)
+COMPONENTS = (
+    "unet",
+    "text_encoder",
+    "text_encoder_2",
+)  # those with a learning rate of their own; a transformer has the UNet's
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Base(Section):
@@ -145,9 +160,14 @@ class Dataset(Section):
     """Which part is kept where the shape of a picture fits no bucket: its middle, what stands out in it, or all of it, squeezed a little. A crop moved by hand on the Dataset tab comes before this."""
     caption_tokens: Literal[75, 150, 225] = 75
     """How much of a caption is read, in tokens (about 50, 100 or 150 words). Above 75 it is encoded in pieces of 75 set side by side, as A1111 does with long prompts; each takes memory and time."""
-    resolutions: Annotated[tuple[Annotated[int, Field(ge=16, le=4096, multiple_of=8)], ...], Field(max_length=8)] = ()
+    resolutions: Annotated[
+        tuple[Annotated[int, Field(ge=16, le=4096, multiple_of=8)], ...], Field(max_length=8)
+    ] = ()
     """Further resolutions, one a line. Each picture is then trained at every one of them, so a run takes that many times as many steps."""
-    repeats: Annotated[tuple[Annotated[str, Field(max_length=200), AfterValidator(_checked_repeats)], ...], Field(max_length=100)] = ()
+    repeats: Annotated[
+        tuple[Annotated[str, Field(max_length=200), AfterValidator(_checked_repeats)], ...],
+        Field(max_length=100),
+    ] = ()
     """Folders within the dataset and how often each of their pictures counts, one a line, such as closeups = 3; a dot stands for the dataset itself. A folder named 10_cat says so by its name."""
     flip: bool = False
     """Also train on every picture mirrored. Off, because it teaches that left and right are the same: a parting, a logo or a scar changes sides, and writing turns unreadable."""
@@ -252,7 +272,9 @@ class Training(Section):
     """The same for the vectors of the trigger word, with trigger_vectors. They need more than an adapter: 5e-4 to 5e-3."""
     text_encoder_until: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the steps after which the text encoders and the trigger's vectors stop learning and stay as they are. 0.5 or less keeps them from memorising."""
-    lr_schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "cosine"
+    lr_schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = (
+        "cosine"
+    )
     """How the learning rate moves after the warm-up: stays, or falls to zero along a line, a cosine, several cosines one after the other (Loshchilov & Hutter 2017, arXiv:1608.03983) or a power."""
     lr_cycles: Annotated[int, Field(ge=1, le=1000)] = 3
     """How often the learning rate falls in cosine_with_restarts."""
@@ -260,12 +282,15 @@ class Training(Section):
     """Exponent of polynomial: 1 is a line, 2 falls faster at first."""
     warmup: Annotated[float, Field(ge=0, le=1_000_000)] = 0.05
     """How long the learning rate rises from zero: below 1 a share of the steps, from 1 on a number of steps."""
-    optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "prodigy", "schedule_free_adamw", "collection"] = "adamw"
+    optimizer: Literal[
+        "adamw", "adamw8bit", "adafactor", "lion", "prodigy", "schedule_free_adamw", "collection"
+    ] = "adamw"
     """The rule that turns gradients into steps. adamw suits most. adamw8bit: the same in a quarter of its memory (NVIDIA only, else adamw is used). adafactor: less memory still. lion: give it a third of the learning rate. prodigy finds the learning rate by itself: set it to 1. schedule_free_adamw averages instead of slowing down: use the constant schedule. collection: any of the pytorch-optimizer package, by its name below."""
     optimizer_name: Annotated[str, Field(max_length=40)] = ""
     """Name of the optimiser where collection is chosen, such as came, adopt or soap."""
     optimizer_args: Annotated[
-        tuple[Annotated[str, Field(max_length=200), AfterValidator(_checked_argument)], ...], Field(max_length=20)
+        tuple[Annotated[str, Field(max_length=200), AfterValidator(_checked_argument)], ...],
+        Field(max_length=20),
     ] = ()
     """Further arguments of the optimiser, one a line, such as betas=(0.9, 0.99) or eps=1e-6."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -345,7 +370,9 @@ class Sampling(Section):
     """Denoising steps per sample."""
     guidance_scale: Annotated[float, Field(ge=1, le=30)] = 7.0
     """How closely a sample follows its prompt."""
-    sampler: Literal["auto", "DPM++ 2M", "DPM++ 2M Karras", "Euler", "Euler a", "Heun", "DDIM", "UniPC"] = "auto"
+    sampler: Literal[
+        "auto", "DPM++ 2M", "DPM++ 2M Karras", "Euler", "Euler a", "Heun", "DDIM", "UniPC"
+    ] = "auto"
     """How the noise is taken away, by the name other programs give it. auto: DPM++ 2M, and Euler for Stable Diffusion 3, which knows only Euler and Heun. Heun cannot begin at the pure noise of a base with zero terminal SNR."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1
     """Seed of the first sample; the second takes the next one, and so on. It stays the same through the run, so that only the adapter changes."""
@@ -411,15 +438,21 @@ class RunConfig(Section):
                 "pictures; raise training.batch_size or training.gradient_accumulation_steps, or use fewer devices"
             )
         if self.base.quantization != "none" and self.adapter.kind not in ("lora", "rslora"):
-            raise ValueError(f"base.quantization does not go with adapter.kind = {self.adapter.kind}; use lora or rslora")
+            raise ValueError(
+                f"base.quantization does not go with adapter.kind = {self.adapter.kind}; use lora or rslora"
+            )
         if training.warmup >= 1 and not training.warmup.is_integer():
-            raise ValueError(f"training.warmup ({training.warmup:g}) is neither a share below 1 nor a whole number of steps")
+            raise ValueError(
+                f"training.warmup ({training.warmup:g}) is neither a share below 1 nor a whole number of steps"
+            )
         if training.warmup >= 1 and 0 < training.steps <= training.warmup:
             raise ValueError(
                 f"training.warmup: a warm-up of {training.warmup:g} steps does not fit into a run of {training.steps}; shorten it"
             )
         if (training.optimizer == "collection") != bool(training.optimizer_name):
-            raise ValueError('training.optimizer_name names the optimiser where training.optimizer is "collection", and only there')
+            raise ValueError(
+                'training.optimizer_name names the optimiser where training.optimizer is "collection", and only there'
+            )
         optimizer = (training.optimizer_name or training.optimizer).lower()
         rates = {training.rate_of(part) for part in COMPONENTS} - {0.0}
         if self.adapter.trigger_vectors:
@@ -432,49 +465,73 @@ class RunConfig(Section):
             )
         if optimizer.replace("_", "").startswith("schedulefree"):
             if training.lr_schedule != "constant":
-                raise ValueError("a schedule-free optimiser takes the place of a schedule: set training.lr_schedule to constant")
+                raise ValueError(
+                    "a schedule-free optimiser takes the place of a schedule: set training.lr_schedule to constant"
+                )
             if training.ema_decay:
-                raise ValueError("a schedule-free optimiser averages by itself: set training.ema_decay to 0")
+                raise ValueError(
+                    "a schedule-free optimiser averages by itself: set training.ema_decay to 0"
+                )
         if self.objective.min_timestep >= self.objective.max_timestep:
             raise ValueError(
                 f"objective.min_timestep ({self.objective.min_timestep}) is not below objective.max_timestep "
                 f"({self.objective.max_timestep}); make the range wider"
             )
         if self.objective.noise_offset_random and not self.objective.noise_offset:
-            raise ValueError("objective.noise_offset_random needs an objective.noise_offset above 0")
+            raise ValueError(
+                "objective.noise_offset_random needs an objective.noise_offset above 0"
+            )
         if self.base.prediction == "epsilon" and self.base.zero_terminal_snr == "on":
             raise ValueError(
                 "base.zero_terminal_snr = on needs v prediction: from pure noise nothing can be told of the noise in a picture; "
                 "set base.prediction = v, or base.zero_terminal_snr = off"
             )
         if training.early_stop and not self.dataset.hold_out:
-            raise ValueError("training.early_stop looks at the loss on held-out pictures; set dataset.hold_out above 0, such as 0.1")
+            raise ValueError(
+                "training.early_stop looks at the loss on held-out pictures; set dataset.hold_out above 0, such as 0.1"
+            )
         if training.early_stop >= self.saving.saves:
             raise ValueError(
                 f"training.early_stop ({training.early_stop}) can never end a run with saving.saves = {self.saving.saves}; "
                 "make the saves more, or early_stop smaller"
             )
         if self.saving.dialects == ("peft",):
-            raise ValueError("saving.dialects is peft alone, a folder; add kohya or diffusers, the file that the page shows and hands out")
-        if formless := [dialect for dialect in self.saving.dialects if self.adapter.kind in WITHOUT_FORM.get(dialect, ())]:
+            raise ValueError(
+                "saving.dialects is peft alone, a folder; add kohya or diffusers, the file that the page shows and hands out"
+            )
+        if formless := [
+            dialect
+            for dialect in self.saving.dialects
+            if self.adapter.kind in WITHOUT_FORM.get(dialect, ())
+        ]:
             raise ValueError(
                 f"saving.dialects: {' and '.join(formless)} cannot hold adapter.kind = {self.adapter.kind}; leave it out, or use lora"
             )
         if self.dataset.random_crop and self.dataset.crop == "none":
-            raise ValueError("dataset.random_crop cuts where dataset.crop = none keeps the whole picture; choose one of them")
+            raise ValueError(
+                "dataset.random_crop cuts where dataset.crop = none keeps the whole picture; choose one of them"
+            )
         if self.objective.prior_preservation and not self.dataset.trigger:
-            raise ValueError("objective.prior_preservation compares captions with and without the trigger word; set dataset.trigger")
+            raise ValueError(
+                "objective.prior_preservation compares captions with and without the trigger word; set dataset.trigger"
+            )
         if self.adapter.trigger_vectors and not self.dataset.trigger:
-            raise ValueError("adapter.trigger_vectors are those of the trigger word; set dataset.trigger")
+            raise ValueError(
+                "adapter.trigger_vectors are those of the trigger word; set dataset.trigger"
+            )
         if self.adapter.trigger_vectors and not training.trigger_learning_rate:
-            raise ValueError("adapter.trigger_vectors learn nothing at training.trigger_learning_rate = 0; raise it, or set them to 0")
+            raise ValueError(
+                "adapter.trigger_vectors learn nothing at training.trigger_learning_rate = 0; raise it, or set them to 0"
+            )
         learns_words = self.adapter.trigger_vectors or any(map(training.rate_of, COMPONENTS[1:]))
         if self.dataset.caption_dropout == 1 and learns_words:
             raise ValueError(
                 "dataset.caption_dropout = 1 drops every caption, which teaches a text encoder or a trigger's vectors nothing; lower it, "
                 "or set training.text_encoder_learning_rate and adapter.trigger_vectors to 0"
             )
-        if self.dataset.class_pictures and not (self.dataset.regularisation_folder and self.dataset.class_words):
+        if self.dataset.class_pictures and not (
+            self.dataset.regularisation_folder and self.dataset.class_words
+        ):
             raise ValueError(
                 "dataset.class_pictures needs dataset.regularisation_folder to put them in and dataset.class_words to make them from"
             )
@@ -548,7 +605,11 @@ def replace(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     data = config.model_dump()
     unknown = [path for path in changes if path not in dict(fields())]
     if unknown:
-        raise ConfigError("There is no setting named " + ", ".join(unknown) + ". `python -m trainer train --help` lists them all.")
+        raise ConfigError(
+            "There is no setting named "
+            + ", ".join(unknown)
+            + ". `python -m trainer train --help` lists them all."
+        )
     for path, value in changes.items():
         *section, name = path.split(".")
         (data[section[0]] if section else data)[name] = value

@@ -32,7 +32,25 @@ LONGEST = 75  # tokens of a sentence
 RATING = 9  # category of the tags that rate a picture; 0 is general, 4 a character
 CHARACTER = 4
 FACES_OF_SIGNS = frozenset(
-    ("0_0", "(o)_(o)", "+_+", "+_-", "._.", "<o>_<o>", "<|>_<|>", "=_=", ">_<", "3_3", "6_9", ">_o", "@_@", "^_^", "o_o", "u_u", "x_x")
+    (
+        "0_0",
+        "(o)_(o)",
+        "+_+",
+        "+_-",
+        "._.",
+        "<o>_<o>",
+        "<|>_<|>",
+        "=_=",
+        ">_<",
+        "3_3",
+        "6_9",
+        ">_o",
+        "@_@",
+        "^_^",
+        "o_o",
+        "u_u",
+        "x_x",
+    )
 )  # keep their _
 SENTENCE_FILES = ("*.json", "*.txt", "*.safetensors", "*.model")
 TAGGER_FILES = ("model.onnx", "selected_tags.csv")
@@ -84,7 +102,9 @@ def caption_dataset(dataset: Path, wish: Wish, say: Callable[[str], None] = lamb
         lock.release()
 
 
-def _caption_all(dataset: Path, wish: Wish, folder: Path, log: EventLog, say: Callable[[str], None]) -> int:
+def _caption_all(
+    dataset: Path, wish: Wish, folder: Path, log: EventLog, say: Callable[[str], None]
+) -> int:
     items, _ = scan_dataset(dataset)
     wanted = [item for item in items if wish.overwrite or not item.caption]
     log.append(Progress("loading", 0, len(wanted)))
@@ -148,9 +168,13 @@ def load_describer(folder: Path) -> Describe:
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=dtype)
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True, dtype=dtype
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder.name} is no captioning model for use here ({_reason(error)}): choose a BLIP or Florence-2.") from error
+        raise ModelError(
+            f"{folder.name} is no captioning model for use here ({_reason(error)}): choose a BLIP or Florence-2."
+        ) from error
     model.to(device).eval()
     is_florence = model.config.model_type.startswith("florence")
 
@@ -169,13 +193,21 @@ def load_tagger(folder: Path, wish: Wish) -> Describe:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ModelError('Taggers need onnxruntime, which is not installed: pip install "lora-atelier[tagger]".') from error
+        raise ModelError(
+            'Taggers need onnxruntime, which is not installed: pip install "lora-atelier[tagger]".'
+        ) from error
     try:
-        session: Any = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+        session: Any = onnxruntime.InferenceSession(
+            folder / "model.onnx", providers=["CPUExecutionProvider"]
+        )
         with open(folder / "selected_tags.csv", encoding="utf-8", newline="") as file:
             tags = [(row["name"], int(row["category"])) for row in csv.DictReader(file)]
-    except Exception as error:  # onnxruntime raises classes of its own that it does not name in public
-        raise ModelError(f"{folder.name} is no tagger for use here ({_reason(error)}): choose one of the WD14 kind.") from error
+    except (
+        Exception
+    ) as error:  # onnxruntime raises classes of its own that it does not name in public
+        raise ModelError(
+            f"{folder.name} is no tagger for use here ({_reason(error)}): choose one of the WD14 kind."
+        ) from error
     source = session.get_inputs()[0]
     side = source.shape[1] if isinstance(source.shape[1], int) else 448
     never = {_words(tag) for tag in wish.blacklist}
@@ -184,9 +216,16 @@ def load_tagger(folder: Path, wish: Wish) -> Describe:
     def describe(image: Image.Image) -> str:
         scores = session.run(None, {source.name: tagger_input(image, side)})[0][0]
         if len(scores) != len(tags):
-            raise ModelError(f"The tagger has {len(scores)} outputs and {len(tags)} tags: its two files do not belong together.")
-        named = [(float(score), _words(name), limits.get(kind, wish.threshold)) for score, (name, kind) in zip(scores, tags, strict=True)]
-        sure = sorted(((score, name) for score, name, limit in named if score >= limit), reverse=True)
+            raise ModelError(
+                f"The tagger has {len(scores)} outputs and {len(tags)} tags: its two files do not belong together."
+            )
+        named = [
+            (float(score), _words(name), limits.get(kind, wish.threshold))
+            for score, (name, kind) in zip(scores, tags, strict=True)
+        ]
+        sure = sorted(
+            ((score, name) for score, name, limit in named if score >= limit), reverse=True
+        )
         return ", ".join(name for _, name in sure if name not in never)
 
     return describe
@@ -235,8 +274,14 @@ def _on_this_machine(model: str) -> Path | None:
     if path.is_dir():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise ModelError(f"{model} is neither a folder nor a Hugging Face id such as Salesforce/blip-image-captioning-base.")
-    for names in (TAGGER_FILES, ("config.json", "model.safetensors"), ("config.json", "model.safetensors.index.json")):
+        raise ModelError(
+            f"{model} is neither a folder nor a Hugging Face id such as Salesforce/blip-image-captioning-base."
+        )
+    for names in (
+        TAGGER_FILES,
+        ("config.json", "model.safetensors"),
+        ("config.json", "model.safetensors.index.json"),
+    ):
         found = [try_to_load_from_cache(model, name) for name in names]
         if all(isinstance(file, str) for file in found):
             return Path(str(found[0])).parent
@@ -250,13 +295,24 @@ def _remote_files(model: str) -> list[tuple[str, int]]:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        files = [(file.rfilename, file.size or 0) for file in HfApi().model_info(model, files_metadata=True, timeout=15).siblings or []]
+        files = [
+            (file.rfilename, file.size or 0)
+            for file in HfApi().model_info(model, files_metadata=True, timeout=15).siblings or []
+        ]
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(_no_download(model, error)) from error
-    likes = TAGGER_FILES if any(name == "selected_tags.csv" for name, _ in files) else SENTENCE_FILES
-    wanted = [(name, size) for name, size in files if "/" not in name and any(fnmatch(name, like) for like in likes)]
+    likes = (
+        TAGGER_FILES if any(name == "selected_tags.csv" for name, _ in files) else SENTENCE_FILES
+    )
+    wanted = [
+        (name, size)
+        for name, size in files
+        if "/" not in name and any(fnmatch(name, like) for like in likes)
+    ]
     if not any(name.endswith((".safetensors", ".onnx")) for name, _ in wanted):
-        raise ModelError(f"{model} has no weights in a safe format (safetensors or ONNX): choose another model.")
+        raise ModelError(
+            f"{model} has no weights in a safe format (safetensors or ONNX): choose another model."
+        )
     return wanted
 
 

@@ -36,7 +36,9 @@ class Change:
 def prepend(text: str) -> Operation:
     """Puts `text` in front, where a caption does not begin with it."""
     front = clean_caption(text)[0]
-    return lambda caption: caption if not front or caption.startswith(front) else _joined(front, caption)
+    return lambda caption: (
+        caption if not front or caption.startswith(front) else _joined(front, caption)
+    )
 
 
 def append(text: str) -> Operation:
@@ -59,16 +61,22 @@ def replace(find: str, replacement: str, pattern: bool = False) -> Operation:
     try:
         compiled = regex.compile(find)
     except regex.error as error:
-        raise DatasetError(f"The pattern cannot be used ({error}): mend it, or switch patterns off.") from None
+        raise DatasetError(
+            f"The pattern cannot be used ({error}): mend it, or switch patterns off."
+        ) from None
     end = time.monotonic() + PATTERN_SECONDS
 
     def replaced(caption: str) -> str:
         try:
             return compiled.sub(replacement, caption, timeout=max(0.001, end - time.monotonic()))
         except TimeoutError:
-            raise DatasetError("The pattern takes too long on these captions, and nothing was changed: write it more simply.") from None
+            raise DatasetError(
+                "The pattern takes too long on these captions, and nothing was changed: write it more simply."
+            ) from None
         except (regex.error, IndexError) as error:
-            raise DatasetError(f"The replacement cannot be used ({error}): \\1 needs a group in the pattern.") from None
+            raise DatasetError(
+                f"The replacement cannot be used ({error}): \\1 needs a group in the pattern."
+            ) from None
 
     return replaced
 
@@ -85,7 +93,9 @@ def rename_tag(tag: str, new: str) -> Operation:
         tags = tags_of(caption)
         if wanted not in (tag.casefold() for tag in tags):
             return caption
-        return ", ".join(filter(None, (new.strip() if tag.casefold() == wanted else tag for tag in tags)))
+        return ", ".join(
+            filter(None, (new.strip() if tag.casefold() == wanted else tag for tag in tags))
+        )
 
     return renamed
 
@@ -95,7 +105,11 @@ def sort_tags(keep_first: int = 0) -> Operation:
 
     def ordered(caption: str) -> str:
         tags = tags_of(caption)
-        return ", ".join(tags[:keep_first] + sorted(tags[keep_first:], key=str.casefold)) if len(tags) > 1 else caption
+        return (
+            ", ".join(tags[:keep_first] + sorted(tags[keep_first:], key=str.casefold))
+            if len(tags) > 1
+            else caption
+        )
 
     return ordered
 
@@ -121,9 +135,13 @@ def plan(captions: Iterable[tuple[Path, str]], operation: Operation, tag: str = 
     for picture, before in captions:
         if tag and tag.casefold() not in (other.casefold() for other in tags_of(before)):
             continue
-        after = "\n".join(filter(None, (clean_caption(operation(line))[0] for line in before.split("\n"))))
+        after = "\n".join(
+            filter(None, (clean_caption(operation(line))[0] for line in before.split("\n")))
+        )
         if len(after.encode("utf-8", "replace")) > MAX_CAPTION_BYTES:
-            raise DatasetError(f"The caption of {picture.name} would become larger than {MAX_CAPTION_BYTES >> 20} MB.")
+            raise DatasetError(
+                f"The caption of {picture.name} would become larger than {MAX_CAPTION_BYTES >> 20} MB."
+            )
         if after != before:
             changes.append(Change(picture, before, after))
     return changes

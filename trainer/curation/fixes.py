@@ -37,7 +37,10 @@ SUFFIX_OF_FORMAT = {
     "JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "GIF": ".gif", "AVIF": ".avif",
     "HEIF": ".heic",
 }  # fmt: skip
-CAMERA_WORDS = re.compile(r"\b(img|dsc\w?|pxl|image|picture|photo|screenshot|untitled|file|copy|whatsapp|signal)\b", re.IGNORECASE)
+CAMERA_WORDS = re.compile(
+    r"\b(img|dsc\w?|pxl|image|picture|photo|screenshot|untitled|file|copy|whatsapp|signal)\b",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,13 @@ class Cure:
     """Applied to the file of the finding; else once, to the whole dataset."""
 
 
-def apply(dataset: Path, findings: Sequence[Finding], name: str, tokenizer: Path | None = None, limit: int = token_count.LIMIT) -> int:
+def apply(
+    dataset: Path,
+    findings: Sequence[Finding],
+    name: str,
+    tokenizer: Path | None = None,
+    limit: int = token_count.LIMIT,
+) -> int:
     """Applies a cure to the files of these findings, as one change of the journal. Returns the number of files that changed.
 
     Findings of kinds that the cure is not for are passed over. Raises `DatasetError` where there is no such cure, or nothing to cure.
@@ -66,7 +75,11 @@ def apply(dataset: Path, findings: Sequence[Finding], name: str, tokenizer: Path
             continue  # it is gone already
         for edit in cure.edits(folder, path, finding):
             edits.setdefault(edit.path, edit)
-    changed = history.apply(folder.path, f"{cure.label}: {_files(edits)}", list(edits.values())) if edits else 0
+    changed = (
+        history.apply(folder.path, f"{cure.label}: {_files(edits)}", list(edits.values()))
+        if edits
+        else 0
+    )
     if not changed:
         raise DatasetError(f"“{cure.label}” changes nothing here.")
     return changed
@@ -85,7 +98,9 @@ class _Folder:
         self.count = token_count.counter(tokenizer)
         self.files = files_of(path)
         self.by_name = {relative(file, path): file for file in self.files}
-        self.pictures, self.masks = pair_masks(file for file in self.files if suffix_of(file.name) in PICTURE_SUFFIXES)
+        self.pictures, self.masks = pair_masks(
+            file for file in self.files if suffix_of(file.name) in PICTURE_SUFFIXES
+        )
         self.stems = Counter(map(stem_of, self.pictures))
         self.metadata = Metadata(path, [])
 
@@ -96,14 +111,20 @@ class _Folder:
         """Its captions and its mask, unless another picture has the same stem."""
         if self.stems[stem_of(picture)] > 1:
             return []
-        found = {path.name.lower(): path for path in caption_candidates(picture) if path.is_file() and not path.is_symlink()}
+        found = {
+            path.name.lower(): path
+            for path in caption_candidates(picture)
+            if path.is_file() and not path.is_symlink()
+        }
         return [*found.values(), *([self.masks[picture]] if picture in self.masks else [])]
 
 
 def exclude(dataset: Path, pictures: Sequence[Path]) -> list[Edit]:
     """Edits that take pictures, with their captions and masks, out of a dataset."""
     folder = _Folder(dataset)
-    return [Edit(path, None) for picture in pictures for path in (picture, *folder.companions(picture))]
+    return [
+        Edit(path, None) for picture in pictures for path in (picture, *folder.companions(picture))
+    ]
 
 
 def _exclude(folder: _Folder, path: Path, finding: Finding) -> list[Edit]:
@@ -121,7 +142,9 @@ def _reencode(folder: _Folder, path: Path, finding: Finding) -> list[Edit]:
 
 def _rename(folder: _Folder, path: Path, finding: Finding) -> list[Edit]:
     data = read_picture(path)
-    return _renamed(folder, path, path.name.rstrip(".") + SUFFIX_OF_FORMAT[picture_format(data, path)], data)
+    return _renamed(
+        folder, path, path.name.rstrip(".") + SUFFIX_OF_FORMAT[picture_format(data, path)], data
+    )
 
 
 def _renamed(folder: _Folder, path: Path, name: str, data: bytes) -> list[Edit]:
@@ -131,7 +154,11 @@ def _renamed(folder: _Folder, path: Path, name: str, data: bytes) -> list[Edit]:
     if target.exists():
         raise DatasetError(f"{name} is there already: rename one of the two, then try again.")
     caption = folder.caption(path)
-    kept = [Edit(caption_path(target), caption.encode())] if caption and not caption_path(target).exists() else []
+    kept = (
+        [Edit(caption_path(target), caption.encode())]
+        if caption and not caption_path(target).exists()
+        else []
+    )
     return [Edit(path, None), Edit(target, data), *kept]
 
 
@@ -148,7 +175,9 @@ def _shorten(folder: _Folder, path: Path, finding: Finding) -> list[Edit]:
     def shorter(line: str) -> str:
         if folder.count([line])[0] <= folder.limit:
             return line
-        ends = [found.start() for found in re.finditer(r"[,.;](?=\s|$)", line)] or [found.start() for found in re.finditer(r"\s", line)]
+        ends = [found.start() for found in re.finditer(r"[,.;](?=\s|$)", line)] or [
+            found.start() for found in re.finditer(r"\s", line)
+        ]
         low, high = 0, len(ends)
         while low < high:  # the longest beginning that fits, by halving
             middle = (low + high) // 2
@@ -167,12 +196,18 @@ def _as_utf8(folder: _Folder, path: Path, finding: Finding) -> list[Edit]:
 
 
 def _add_trigger(folder: _Folder, path: Path, finding: Finding) -> list[Edit]:
-    return caption_edits.edits(caption_edits.plan([(path, folder.caption(path))], caption_edits.prepend(finding.detail + ",")))
+    return caption_edits.edits(
+        caption_edits.plan(
+            [(path, folder.caption(path))], caption_edits.prepend(finding.detail + ",")
+        )
+    )
 
 
 def _remove_tag(folder: _Folder, path: Path, finding: Finding) -> list[Edit]:
     captions = [(picture, folder.caption(picture)) for picture in folder.pictures]
-    return caption_edits.edits(caption_edits.plan(captions, caption_edits.remove_tag(finding.detail)))
+    return caption_edits.edits(
+        caption_edits.plan(captions, caption_edits.remove_tag(finding.detail))
+    )
 
 
 def _mask_from_alpha(folder: _Folder, path: Path, finding: Finding) -> list[Edit]:

@@ -55,7 +55,9 @@ def apply(dataset: Path, label: str, edits: Sequence[Edit], merge: str = "") -> 
     """
     dataset = Path(dataset)
     with _locked(dataset):
-        rows = [row for row in (_row(dataset, edit) for edit in edits) if row["before"] != row["after"]]
+        rows = [
+            row for row in (_row(dataset, edit) for edit in edits) if row["before"] != row["after"]
+        ]
         contents = {_name(dataset, edit.path): edit.content for edit in edits}
         if not rows:
             return 0
@@ -64,12 +66,17 @@ def apply(dataset: Path, label: str, edits: Sequence[Edit], merge: str = "") -> 
         numbers = {row["file"]: number for number, row in enumerate(data["edits"])}
         for row in rows:
             if row["file"] in numbers:
-                data["edits"][numbers[row["file"]]] |= {"after": row["after"], "earlier": row["before"]}
+                data["edits"][numbers[row["file"]]] |= {
+                    "after": row["after"],
+                    "earlier": row["before"],
+                }
                 continue
             numbers[row["file"]] = len(data["edits"])
             data["edits"].append(row)
             if row["before"] is not None and not _is_moved(row):
-                atomic_write(entry / str(numbers[row["file"]]), (dataset / row["file"]).read_bytes())
+                atomic_write(
+                    entry / str(numbers[row["file"]]), (dataset / row["file"]).read_bytes()
+                )
         _write_entry(entry, data)
         for row in rows:
             path = dataset / row["file"]
@@ -104,7 +111,10 @@ def undo(dataset: Path) -> tuple[str, list[str]]:
             path, now = dataset / row["file"], _hash(dataset / row["file"])
             if now == row["before"]:
                 continue  # never done, or taken back before a cut
-            if now not in (row["after"], row.get("earlier", row["after"])):  # the disk may have been full for the last of several
+            if now not in (
+                row["after"],
+                row.get("earlier", row["after"]),
+            ):  # the disk may have been full for the last of several
                 kept.append(shown(row["file"]))
                 continue
             if now is not None:
@@ -123,7 +133,9 @@ def own_folder(dataset: Path) -> Path:
     """`.atelier` of a dataset, made where it is missing."""
     folder = dataset / OWN_FOLDER
     if folder.is_symlink():
-        raise DatasetError(f"{OWN_FOLDER} in {shown(dataset.name)} is a link, which is not followed: delete it.")
+        raise DatasetError(
+            f"{OWN_FOLDER} in {shown(dataset.name)} is a link, which is not followed: delete it."
+        )
     folder.mkdir(exist_ok=True)
     return folder
 
@@ -142,9 +154,13 @@ def _name(dataset: Path, path: Path) -> str:
 def _row(dataset: Path, edit: Edit) -> dict[str, Any]:
     name = _name(dataset, edit.path)
     if edit.path.is_symlink():
-        raise DatasetError(f"{shown(edit.path.name)} is a link, which is not followed: delete it, then try again.")
+        raise DatasetError(
+            f"{shown(edit.path.name)} is a link, which is not followed: delete it, then try again."
+        )
     if edit.path.is_dir():
-        raise DatasetError(f"{shown(edit.path.name)} is a folder where a file should be: rename it, then try again.")
+        raise DatasetError(
+            f"{shown(edit.path.name)} is a folder where a file should be: rename it, then try again."
+        )
     after = None if edit.content is None else hashlib.sha256(edit.content).hexdigest()
     return {"file": name, "before": _hash(edit.path), "after": after}
 
@@ -182,9 +198,16 @@ def _write_entry(entry: Path, data: dict[str, Any]) -> None:
 def _read_entry(entry: Path) -> dict[str, Any]:
     try:
         data = json.loads((entry / "entry.json").read_bytes())
-        return {"label": str(data["label"]), "time": float(data["time"]), "merge": data.get("merge", ""), "edits": list(data["edits"])}
+        return {
+            "label": str(data["label"]),
+            "time": float(data["time"]),
+            "merge": data.get("merge", ""),
+            "edits": list(data["edits"]),
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"The journal of this dataset is damaged ({shown(str(entry))}): its files are all still there.") from error
+        raise DatasetError(
+            f"The journal of this dataset is damaged ({shown(str(entry))}): its files are all still there."
+        ) from error
 
 
 def _last_folder(dataset: Path) -> Path | None:
@@ -192,11 +215,15 @@ def _last_folder(dataset: Path) -> Path | None:
     folder = dataset / FOLDER
     if not folder.is_dir():
         return None
-    entries = [path for path in folder.iterdir() if path.name.isdigit() and (path / "entry.json").is_file()]
+    entries = [
+        path for path in folder.iterdir() if path.name.isdigit() and (path / "entry.json").is_file()
+    ]
     return max(entries, key=lambda path: path.name, default=None)
 
 
-def _mergeable(dataset: Path, rows: list[dict[str, Any]], merge: str) -> tuple[Path, dict[str, Any]] | None:
+def _mergeable(
+    dataset: Path, rows: list[dict[str, Any]], merge: str
+) -> tuple[Path, dict[str, Any]] | None:
     """The last entry, where the rows can become part of it."""
     folder = _last_folder(dataset) if merge else None
     if folder is None:
@@ -204,6 +231,7 @@ def _mergeable(dataset: Path, rows: list[dict[str, Any]], merge: str) -> tuple[P
     data = _read_entry(folder)
     earlier = {row["file"]: row["after"] for row in data["edits"]}
     fits = data["merge"] == merge and all(
-        row["after"] is not None and earlier.get(row["file"], row["before"]) == row["before"] for row in rows
+        row["after"] is not None and earlier.get(row["file"], row["before"]) == row["before"]
+        for row in rows
     )
     return (folder, data) if fits else None

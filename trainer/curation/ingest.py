@@ -41,18 +41,27 @@ from trainer.runs.atomic_files import atomic_write
 MAX_ENTRIES = 20_000  # files in one zip
 MAX_TOTAL_BYTES = 20 * 2**30  # of one zip, unpacked
 MAX_DEPTH = 16  # folders within folders
-MAX_NAME_BYTES = 120  # leaves room for a suffix where 255 bytes are the limit, and for deep folders on Windows
+MAX_NAME_BYTES = (
+    120  # leaves room for a suffix where 255 bytes are the limit, and for deep folders on Windows
+)
 
 _CAPTION_ENDS = (".txt", ".caption")
 _TOO_DEEP = f"Lies deeper than {MAX_DEPTH} folders: it was not imported."
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices on Windows, whatever the extension
+_RESERVED = re.compile(
+    r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE
+)  # devices on Windows, whatever the extension
 _ZIP_ERRORS = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, RuntimeError, ValueError,
     LookupError,
 )  # fmt: skip
 
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # other OSErrors are the fault of the zip
+_DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EFBIG,
+)  # other OSErrors are the fault of the zip
 
 
 @dataclass
@@ -91,7 +100,9 @@ def import_files(sources: Iterable[Path | tuple[Path, str]], dataset_dir: Path) 
                 dropped += _collect(path, name, Path(work, str(number)), findings)
             _Import(dataset_dir, findings).place(dropped)
     except OSError as error:
-        raise DatasetError(f"{shown(dataset_dir)} cannot be written ({error.strerror}): make room or choose another folder.") from error
+        raise DatasetError(
+            f"{shown(dataset_dir)} cannot be written ({error.strerror}): make room or choose another folder."
+        ) from error
     return findings
 
 
@@ -125,11 +136,17 @@ def _collect(source: Path, name: str, work: Path, findings: list[Finding]) -> li
         elif not source.exists():
             findings.append(Finding(shown(name), "error", "Is no longer there: drop it again."))
         elif not source.is_file():
-            findings.append(Finding(shown(name), "error", "Is a pipe or a device, not a file: it was not imported."))
+            findings.append(
+                Finding(
+                    shown(name), "error", "Is a pipe or a device, not a file: it was not imported."
+                )
+            )
         elif suffix_of(name) == ".zip" and "/" not in name:
             return _unpack(source, name, work, findings)
         else:
-            *folders, file_name = [part for part in name.split("/") if part not in ("", ".", "..")] or ["picture"]
+            *folders, file_name = [
+                part for part in name.split("/") if part not in ("", ".", "..")
+            ] or ["picture"]
             return _file_of_folder(_Dropped(source, tuple(folders), file_name), findings)
     except DatasetError as error:
         findings.append(Finding(shown(name), "error", str(error)))
@@ -141,7 +158,9 @@ def _file_of_folder(entry: _Dropped, findings: list[Finding]) -> list[_Dropped]:
     if any(map(is_junk, entry.folders)):
         return []
     if any(folder.startswith(".") for folder in entry.folders):
-        findings.append(Finding(entry.shown, "note", "Lies in a hidden folder: it was not imported."))
+        findings.append(
+            Finding(entry.shown, "note", "Lies in a hidden folder: it was not imported.")
+        )
         return []
     if len(entry.folders) > MAX_DEPTH:
         findings.append(Finding(entry.shown, "warning", _TOO_DEEP))
@@ -156,14 +175,24 @@ def _walk(source: Path, name: str, findings: list[Finding]) -> Iterator[_Dropped
         try:
             entries = sorted(os.scandir(parent), key=lambda entry: entry.name)
         except OSError as error:
-            findings.append(Finding(shown("/".join(folders)), "error", f"The folder cannot be read: {error.strerror}."))
+            findings.append(
+                Finding(
+                    shown("/".join(folders)),
+                    "error",
+                    f"The folder cannot be read: {error.strerror}.",
+                )
+            )
             continue
         for entry in entries:
             label = shown("/".join((*folders, entry.name)))
             if is_junk(entry.name):
                 continue
             if entry.is_symlink():
-                findings.append(Finding(label, "warning", "Is a link, which is not followed: copy the file itself."))
+                findings.append(
+                    Finding(
+                        label, "warning", "Is a link, which is not followed: copy the file itself."
+                    )
+                )
             elif entry.is_dir() and entry.name.startswith("."):
                 findings.append(Finding(label, "note", "Is a hidden folder: it was not imported."))
             elif entry.is_dir() and len(folders) >= MAX_DEPTH:
@@ -185,9 +214,15 @@ def _unpack(source: Path, name: str, work: Path, findings: list[Finding]) -> lis
             _refuse_bad_zip(archive)
             total = 0
             for number, info in enumerate(info for info in archive.infolist() if not info.is_dir()):
-                *folders, entry_name = [part for part in _entry_name(info).split("/") if part not in ("", ".")]
+                *folders, entry_name = [
+                    part for part in _entry_name(info).split("/") if part not in ("", ".")
+                ]
                 entry = _Dropped(work / str(number), tuple(folders), entry_name)
-                kind = "junk" if JUNK_NAMES.intersection(map(str.lower, folders)) else _kind(entry_name)
+                kind = (
+                    "junk"
+                    if JUNK_NAMES.intersection(map(str.lower, folders))
+                    else _kind(entry_name)
+                )
                 if len(folders) > MAX_DEPTH:
                     kind = "deep"
                     label = f"{shown('/'.join(folders[:3]))}/.../{shown(entry_name)}"
@@ -195,27 +230,37 @@ def _unpack(source: Path, name: str, work: Path, findings: list[Finding]) -> lis
                 elif kind == "other":
                     about.append(Finding(entry.shown, "warning", _why_not_kept(entry_name)))
                 wanted = kind in ("picture", "caption", "metadata")
-                total += _unpack_entry(archive, info, entry.path if wanted else None, MAX_TOTAL_BYTES - total)
+                total += _unpack_entry(
+                    archive, info, entry.path if wanted else None, MAX_TOTAL_BYTES - total
+                )
                 if wanted:
                     dropped.append(entry)
     except (*_ZIP_ERRORS, DatasetError) as error:
         shutil.rmtree(work)
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise
-        reason = str(error) if isinstance(error, DatasetError) else f"is damaged ({shown(str(error))[:160]}): make it anew"
+        reason = (
+            str(error)
+            if isinstance(error, DatasetError)
+            else f"is damaged ({shown(str(error))[:160]}): make it anew"
+        )
         raise DatasetError(f"{shown(name)} {reason}. Nothing of it was imported.") from error
     findings += about
     return dropped
 
 
-def _unpack_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path | None, room: int) -> int:
+def _unpack_entry(
+    archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path | None, room: int
+) -> int:
     """The number of bytes that really came out. Unwanted entries are read too: so zipfile finds lies and damage."""
     size = 0
     with archive.open(info) as packed, open(target or os.devnull, "wb") as unpacked:
         while chunk := packed.read(2**20):
             size += len(chunk)
             if size > min(MAX_FILE_BYTES, room):
-                raise DatasetError(f"is too large when unpacked ({shown(info.filename)}): drop the pictures themselves")
+                raise DatasetError(
+                    f"is too large when unpacked ({shown(info.filename)}): drop the pictures themselves"
+                )
             unpacked.write(chunk)
     if size != info.file_size:
         raise DatasetError(f"is damaged: {shown(info.filename)} has not the size it claims")
@@ -237,19 +282,28 @@ def _refuse_crowded_zip(source: Path) -> None:
     if source.stat().st_size == 0:
         raise DatasetError("is empty (0 bytes): copy it again from where it came")
     with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if sum(1 for _ in itertools.islice(re.finditer(b"PK\1\2", data), MAX_ENTRIES + 1)) > MAX_ENTRIES:
+        if (
+            sum(1 for _ in itertools.islice(re.finditer(b"PK\1\2", data), MAX_ENTRIES + 1))
+            > MAX_ENTRIES
+        ):
             raise DatasetError(f"holds more than {MAX_ENTRIES} files, the limit: split it")
 
 
 def _refuse_bad_zip(archive: zipfile.ZipFile) -> None:
     """What zipfile would rewrite or unpack without a word: names that leave the folder, links, overlaps, bombs."""
     infos = archive.infolist()
-    if sum(info.file_size for info in infos) > MAX_TOTAL_BYTES or any(info.file_size > MAX_FILE_BYTES for info in infos):
+    if sum(info.file_size for info in infos) > MAX_TOTAL_BYTES or any(
+        info.file_size > MAX_FILE_BYTES for info in infos
+    ):
         limits = f"{MAX_FILE_BYTES >> 20} MB a file and {MAX_TOTAL_BYTES >> 30} GB in all"
-        raise DatasetError(f"is too large when unpacked (the limit is {limits}): drop the pictures themselves")
+        raise DatasetError(
+            f"is too large when unpacked (the limit is {limits}): drop the pictures themselves"
+        )
     end = archive.start_dir
     for info in sorted(infos, key=lambda info: info.header_offset, reverse=True):
-        smallest = 30 + len(info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437", "replace"))
+        smallest = 30 + len(
+            info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437", "replace")
+        )
         if info.header_offset + smallest + info.compress_size > end:
             raise DatasetError("is not an honest zip: its files overlap; make it anew")
         end = info.header_offset
@@ -258,14 +312,26 @@ def _refuse_bad_zip(archive: zipfile.ZipFile) -> None:
     for info in infos:
         name = _entry_name(info)
         parts = name.split("/")
-        if "\\" in name or "\0" in name or name.startswith("/") or ".." in parts or re.match(r"[A-Za-z]:", name):
-            raise DatasetError(f"holds a name that leads out of its folder ({shown(name)[:80]}): make it anew")
+        if (
+            "\\" in name
+            or "\0" in name
+            or name.startswith("/")
+            or ".." in parts
+            or re.match(r"[A-Za-z]:", name)
+        ):
+            raise DatasetError(
+                f"holds a name that leads out of its folder ({shown(name)[:80]}): make it anew"
+            )
         if info.flag_bits & 0x1:
             raise DatasetError("is encrypted: make it anew without a password")
         if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise DatasetError(f"holds a link or a device ({shown(name)[:80]}): make it anew with the files themselves")
+            raise DatasetError(
+                f"holds a link or a device ({shown(name)[:80]}): make it anew with the files themselves"
+            )
         (folders if info.is_dir() else files).add(name.rstrip("/"))
-        folders.update("/".join(parts[:depth]) for depth in range(1, min(len(parts), MAX_DEPTH + 2)))
+        folders.update(
+            "/".join(parts[:depth]) for depth in range(1, min(len(parts), MAX_DEPTH + 2))
+        )
     if clash := sorted(files & folders):
         raise DatasetError(f"holds {shown(clash[0])} both as a file and as a folder: make it anew")
 
@@ -279,9 +345,13 @@ def safe_name(stem: str, room: int = MAX_NAME_BYTES) -> str:
     What is cut off becomes a hash, so that long names that differ only at their end still differ, and a caption that
     comes later finds its picture.
     """
-    visible = "".join(c for c in stem if unicodedata.category(c) not in ("Cc", "Cf", "Zl", "Zp") or c == "\u200d")
+    visible = "".join(
+        c for c in stem if unicodedata.category(c) not in ("Cc", "Cf", "Zl", "Zp") or c == "\u200d"
+    )
     visible = _composed(visible)
-    visible = "".join("_" if unicodedata.category(c) in ("Cs", "Cn") or c in '<>:"/\\|?*' else c for c in visible)
+    visible = "".join(
+        "_" if unicodedata.category(c) in ("Cs", "Cn") or c in '<>:"/\\|?*' else c for c in visible
+    )
     visible = visible.strip(". ")
     if visible.startswith(("-", "~")) or _RESERVED.fullmatch(visible):
         visible = f"_{visible}"
@@ -329,8 +399,12 @@ class _Import:
     def __init__(self, dataset_dir: Path, findings: list[Finding]):
         self.dataset_dir, self.findings = dataset_dir, findings
         self.taken: set[str] = set()
-        self.used: set[str] = set()  # stems of pictures, and of all that this import saves: their captions are theirs
-        self.of_size: defaultdict[int, list[Path]] = defaultdict(list)  # pictures that were there before
+        self.used: set[str] = (
+            set()
+        )  # stems of pictures, and of all that this import saves: their captions are theirs
+        self.of_size: defaultdict[int, list[Path]] = defaultdict(
+            list
+        )  # pictures that were there before
         self.already: dict[str, Path] = {}  # the same by sha256, of the sizes that were asked for
         for parent, folders, files in os.walk(dataset_dir):
             folders[:] = [name for name in folders if not name.startswith(".")]
@@ -356,15 +430,27 @@ class _Import:
     def _groups(self, dropped: list[_Dropped]) -> list[dict[str, _Dropped]]:
         """Pictures with their captions, ending -> file. A name that comes a second time begins a group of its own."""
         groups: dict[tuple[tuple[str, ...], str], list[dict[str, _Dropped]]] = {}
-        beside = {(entry.folders, _split(entry.name)[0]) for entry in dropped if _kind(entry.name) == "picture"}
+        beside = {
+            (entry.folders, _split(entry.name)[0])
+            for entry in dropped
+            if _kind(entry.name) == "picture"
+        }
         for entry in dropped:
             if _kind(entry.name) == "other":
                 self.say(entry.shown, "warning", _why_not_kept(entry.name))
             if _kind(entry.name) not in ("picture", "caption"):
                 continue
             folders, (stem, ending) = entry.folders, _split(entry.name)
-            if folders and folders[-1].lower() == MASK_FOLDER and ending == ".png" and (folders[:-1], stem) in beside:
-                folders, ending = folders[:-1], MASK_ENDINGS[0]  # masks/a.png: beside its picture it stays with it under any name
+            if (
+                folders
+                and folders[-1].lower() == MASK_FOLDER
+                and ending == ".png"
+                and (folders[:-1], stem) in beside
+            ):
+                folders, ending = (
+                    folders[:-1],
+                    MASK_ENDINGS[0],
+                )  # masks/a.png: beside its picture it stays with it under any name
             same_stem = groups.setdefault((folders, stem), [])
             free = next((group for group in same_stem if ending not in group), None)
             if free is None:
@@ -372,7 +458,9 @@ class _Import:
             free[ending] = entry
         return [group for same_stem in groups.values() for group in same_stem]
 
-    def _place_group(self, group: dict[str, _Dropped], saved: dict[tuple[tuple[str, ...], str], Path]) -> None:
+    def _place_group(
+        self, group: dict[str, _Dropped], saved: dict[tuple[tuple[str, ...], str], Path]
+    ) -> None:
         pictures = {ending: entry for ending, entry in group.items() if ending in PICTURE_SUFFIXES}
         contents: dict[str, bytes] = {}
         stem = None
@@ -384,17 +472,27 @@ class _Import:
                 self.say(entry.shown, "error", f"{error} It was not imported.")
                 continue
             if twin := self._twin(data):
-                self.say(entry.shown, "note", f"Is already there as {shown(twin.name)}: it was not copied again.")
+                self.say(
+                    entry.shown,
+                    "note",
+                    f"Is already there as {shown(twin.name)}: it was not copied again.",
+                )
                 stem = caption_path(twin).with_suffix("")
                 saved.setdefault((entry.folders, entry.name), twin)
             else:
                 contents[ending] = data
-        captions = {ending: entry for ending, entry in group.items() if ending not in PICTURE_SUFFIXES}
+        captions = {
+            ending: entry for ending, entry in group.items() if ending not in PICTURE_SUFFIXES
+        }
         masks = {ending: captions.pop(ending) for ending in MASK_ENDINGS if ending in captions}
         if pictures and not contents and stem is None:
             for what, companions in (("caption", captions), ("mask", masks)):
                 for entry in companions.values():
-                    self.say(entry.shown, "warning", f"Its picture cannot be used: the {what} was not imported.")
+                    self.say(
+                        entry.shown,
+                        "warning",
+                        f"Its picture cannot be used: the {what} was not imported.",
+                    )
             return
         for ending, entry in masks.items():
             try:
@@ -409,7 +507,11 @@ class _Import:
         if not contents:
             return
         wanted = self._wanted(next(iter(group.values())))
-        stem = self._free_stem(wanted, contents) if stem is None or pictures.keys() & contents.keys() else stem
+        stem = (
+            self._free_stem(wanted, contents)
+            if stem is None or pictures.keys() & contents.keys()
+            else stem
+        )
         if not pictures:  # captions dropped after their pictures: another name would part them
             stem = wanted
         self._save_all(group, contents, stem, saved)
@@ -417,27 +519,39 @@ class _Import:
     def _twin(self, data: bytes) -> Path | None:
         """The same picture, where it was there before. Only those of its size are read, once."""
         for path in self.of_size.pop(len(data), []):
-            with contextlib.suppress(FileNotFoundError):  # an import may take minutes, and the person may tidy up meanwhile
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # an import may take minutes, and the person may tidy up meanwhile
                 self.already[_sha256(path)] = path
         return self.already.get(hashlib.sha256(data).hexdigest())
 
-    def _save_all(self, group: dict[str, _Dropped], contents: dict[str, bytes], stem: Path, saved: dict) -> None:
+    def _save_all(
+        self, group: dict[str, _Dropped], contents: dict[str, bytes], stem: Path, saved: dict
+    ) -> None:
         for ending, data in contents.items():
             entry, target = group[ending], _beside(stem, ending)
             if _key(target) in self.taken:
                 if not _holds(target, data):
-                    message = "There is another file of that name already: it was kept, this one was not."
+                    message = (
+                        "There is another file of that name already: it was kept, this one was not."
+                    )
                     self.say(entry.shown, "warning", message)
                 continue
             if not target.parent.resolve().is_relative_to(self.dataset_dir.resolve()):
-                self.say(entry.shown, "warning", "Its folder is a link that leaves the dataset: it was not imported.")
+                self.say(
+                    entry.shown,
+                    "warning",
+                    "Its folder is a link that leaves the dataset: it was not imported.",
+                )
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(target, data)
             self.taken.add(_key(target))
             self.used.add(_key(stem))
             saved.setdefault((entry.folders, entry.name), target)
-            if stem.relative_to(self.dataset_dir).as_posix() != "/".join((*entry.folders, _split(entry.name)[0])):
+            if stem.relative_to(self.dataset_dir).as_posix() != "/".join(
+                (*entry.folders, _split(entry.name)[0])
+            ):
                 self.say(entry.shown, "note", f"Was saved as {relative(target, self.dataset_dir)}.")
 
     def _caption_bytes(self, entry: _Dropped) -> bytes | None:
@@ -447,13 +561,19 @@ class _Import:
             self.say(entry.shown, "warning", f"{error} The caption was not imported.")
             return None
         if len(data) > MAX_CAPTION_BYTES:
-            self.say(entry.shown, "warning", f"The caption is larger than {MAX_CAPTION_BYTES >> 20} MB: it was not imported.")
+            self.say(
+                entry.shown,
+                "warning",
+                f"The caption is larger than {MAX_CAPTION_BYTES >> 20} MB: it was not imported.",
+            )
             return None
         return data
 
     def _wanted(self, entry: _Dropped) -> Path:
         folder = self.dataset_dir.joinpath(*(safe_name(part) for part in entry.folders))
-        return folder / safe_name(_split(entry.name)[0], MAX_NAME_BYTES - 20)  # room for "-123" and ".jpeg.caption"
+        return folder / safe_name(
+            _split(entry.name)[0], MAX_NAME_BYTES - 20
+        )  # room for "-123" and ".jpeg.caption"
 
     def _free_stem(self, wanted: Path, contents: Mapping[str, bytes]) -> Path:
         number, stem = 1, wanted
@@ -464,12 +584,21 @@ class _Import:
 
     def _is_free(self, stem: Path, contents: Mapping[str, bytes]) -> bool:
         """Whether nothing is in the way there. A caption from before that no picture has was waiting for this one."""
-        in_the_way = [ending for ending in {*contents, *_CAPTION_ENDS} if _key(_beside(stem, ending)) in self.taken]
+        in_the_way = [
+            ending
+            for ending in {*contents, *_CAPTION_ENDS}
+            if _key(_beside(stem, ending)) in self.taken
+        ]
         if _key(stem) in self.used:
             return not in_the_way
-        return all(ending not in contents or _holds(_beside(stem, ending), contents[ending]) for ending in in_the_way)
+        return all(
+            ending not in contents or _holds(_beside(stem, ending), contents[ending])
+            for ending in in_the_way
+        )
 
-    def _place_metadata(self, entry: _Dropped, saved: dict[tuple[tuple[str, ...], str], Path]) -> None:
+    def _place_metadata(
+        self, entry: _Dropped, saved: dict[tuple[tuple[str, ...], str], Path]
+    ) -> None:
         captions, bad = read_metadata(entry.path)
         if bad:
             self.say(entry.shown, "warning", bad)

@@ -29,7 +29,9 @@ class Look:
     @property
     def facts(self) -> dict[str, Any]:
         """For the key of a cache entry; of a plain look those of its crop alone."""
-        return asdict(self.crop) | {name: value for name, value in asdict(self).items() if value and name != "crop"}
+        return asdict(self.crop) | {
+            name: value for name, value in asdict(self).items() if value and name != "crop"
+        }
 
 
 def looks(crop: Crop, settings: config.Dataset, draws: random.Random) -> list[Look]:
@@ -42,9 +44,18 @@ def looks(crop: Crop, settings: config.Dataset, draws: random.Random) -> list[Lo
 
 def _drawn(crop: Crop, settings: config.Dataset, draws: random.Random) -> Look:
     if settings.random_crop:
-        crop = replace(crop, left=draws.randint(0, crop.scaled[0] - crop.bucket[0]), top=draws.randint(0, crop.scaled[1] - crop.bucket[1]))
+        crop = replace(
+            crop,
+            left=draws.randint(0, crop.scaled[0] - crop.bucket[0]),
+            top=draws.randint(0, crop.scaled[1] - crop.bucket[1]),
+        )
     strength = settings.colour_jitter
-    return Look(crop, colours=tuple(draws.uniform(1 - strength, 1 + strength) for _ in range(3)) if strength else ())
+    return Look(
+        crop,
+        colours=tuple(draws.uniform(1 - strength, 1 + strength) for _ in range(3))
+        if strength
+        else (),
+    )
 
 
 def mirrored(look: Look) -> Look:
@@ -54,7 +65,11 @@ def mirrored(look: Look) -> Look:
 
 def apply_look(image: Image.Image, look: Look) -> Image.Image:
     image = apply_crop(image, look.crop)
-    for enhance, factor in zip((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), look.colours, strict=False):
+    for enhance, factor in zip(
+        (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color),
+        look.colours,
+        strict=False,
+    ):
         image = enhance(image).enhance(factor)
     return ImageOps.mirror(image) if look.mirrored else image
 
@@ -72,7 +87,11 @@ def vary_caption(wording: str, settings: config.Dataset, draws: random.Random | 
         caption = draws.choice(lines) if draws else lines[0]
         while found := _CHOICE.search(caption):
             choices = found[1].split("|")
-            caption = caption[: found.start()] + (draws.choice(choices) if draws else choices[0]) + caption[found.end() :]
+            caption = (
+                caption[: found.start()]
+                + (draws.choice(choices) if draws else choices[0])
+                + caption[found.end() :]
+            )
         caption = re.sub(r"\s+", " ", caption).strip()
     caption = with_trigger(caption, settings.trigger)
     if draws and (settings.shuffle_tags or settings.tag_dropout):
@@ -80,7 +99,9 @@ def vary_caption(wording: str, settings: config.Dataset, draws: random.Random | 
         kept, others = tags[: settings.keep_tags], tags[settings.keep_tags :]
         if settings.shuffle_tags:
             draws.shuffle(others)
-        caption = ", ".join(kept + [tag for tag in others if draws.random() >= settings.tag_dropout])
+        caption = ", ".join(
+            kept + [tag for tag in others if draws.random() >= settings.tag_dropout]
+        )
     return with_trigger(caption, settings.trigger)
 
 

@@ -29,7 +29,9 @@ def _buckets(resolution: int, step: int, max_aspect: float) -> tuple[tuple[int, 
     return tuple(make_buckets(resolution, step, max_aspect))
 
 
-def make_buckets(resolution: int, step: int, max_aspect: float = MAX_ASPECT) -> list[tuple[int, int]]:
+def make_buckets(
+    resolution: int, step: int, max_aspect: float = MAX_ASPECT
+) -> list[tuple[int, int]]:
     """Sorted (width, height): multiples of `step`, area at most `resolution` squared, ratio at most `max_aspect`.
 
     The square, `resolution` rounded down to `step`, is always there. Needs `resolution` >= `step`, `max_aspect` >= 1.
@@ -67,19 +69,25 @@ def choose_crop(
     def distance(size: tuple[int, int]) -> float:
         return abs(math.log(size[0] / size[1]) - ratio)
 
-    bucket = min(_buckets(resolution, step, max_aspect), key=lambda size: (distance(size), -size[0] * size[1], size))
+    bucket = min(
+        _buckets(resolution, step, max_aspect),
+        key=lambda size: (distance(size), -size[0] * size[1], size),
+    )
     if not allow_upscale and (bucket[0] > width or bucket[1] > height):
         fitting = _sizes_within(width, height, resolution, step, max_aspect)
         bucket = min(fitting, key=lambda size: (-size[0] * size[1], distance(size), size))
     scale = max(bucket[0] / width, bucket[1] / height)
     scaled = max(bucket[0], round(width * scale)), max(bucket[1], round(height * scale))
     left, top = (
-        min(max(math.floor(place * whole - part / 2), 0), whole - part) for place, whole, part in zip(centre, scaled, bucket, strict=True)
+        min(max(math.floor(place * whole - part / 2), 0), whole - part)
+        for place, whole, part in zip(centre, scaled, bucket, strict=True)
     )
     return Crop(bucket, scaled, left, top)
 
 
-def whole_picture(width: int, height: int, resolution: int, step: int, allow_upscale: bool = False) -> Crop:
+def whole_picture(
+    width: int, height: int, resolution: int, step: int, allow_upscale: bool = False
+) -> Crop:
     """Nothing is cut off: the picture is squeezed into the size, in multiples of `step`, that is nearest to its own shape.
 
     Of the sizes that waste at most a quarter of the pixels the least squeezed; within the same limits on area and enlarging
@@ -87,20 +95,31 @@ def whole_picture(width: int, height: int, resolution: int, step: int, allow_ups
     """
     assert width > 0 and height > 0
     enlargement = max(1.0, resolution / math.sqrt(width * height)) if allow_upscale else 1.0
-    widest, highest = max(step, int(width * enlargement + 0.5)), max(step, int(height * enlargement + 0.5))
+    widest, highest = (
+        max(step, int(width * enlargement + 0.5)),
+        max(step, int(height * enlargement + 0.5)),
+    )
     sizes = []
     for w in range(step, min(widest, resolution**2 // step) // step * step + 1, step):
-        h = min(round(w * height / width / step) * step, highest // step * step, resolution**2 // w // step * step)
+        h = min(
+            round(w * height / width / step) * step,
+            highest // step * step,
+            resolution**2 // w // step * step,
+        )
         sizes.append((w, max(h, step)))
     sizes = [size for size in sizes if size[0] * size[1] <= resolution**2] or [(step, step)]
     largest = max(w * h for w, h in sizes)
     ratio = math.log(width / height)
     roomy = [size for size in sizes if size[0] * size[1] >= 0.75 * largest]
-    bucket = min(roomy, key=lambda size: (abs(math.log(size[0] / size[1]) - ratio), -size[0] * size[1]))
+    bucket = min(
+        roomy, key=lambda size: (abs(math.log(size[0] / size[1]) - ratio), -size[0] * size[1])
+    )
     return Crop(bucket, bucket, 0, 0)
 
 
-def _sizes_within(width: int, height: int, resolution: int, step: int, max_aspect: float) -> list[tuple[int, int]]:
+def _sizes_within(
+    width: int, height: int, resolution: int, step: int, max_aspect: float
+) -> list[tuple[int, int]]:
     """For each allowed width the tallest size that fits; a side shorter than `step` counts as one step."""
     sizes = []
     for w in range(step, min(max(width, step), resolution**2 // step) + 1, step):
@@ -112,7 +131,10 @@ def _sizes_within(width: int, height: int, resolution: int, step: int, max_aspec
 
 def box_of(crop: Crop) -> tuple[float, float, float, float]:
     """The part of the picture that is seen: left, top, right and bottom, each from 0 to 1."""
-    (width, height), (right, bottom) = crop.scaled, (crop.left + crop.bucket[0], crop.top + crop.bucket[1])
+    (width, height), (right, bottom) = (
+        crop.scaled,
+        (crop.left + crop.bucket[0], crop.top + crop.bucket[1]),
+    )
     return crop.left / width, crop.top / height, right / width, bottom / height
 
 
@@ -123,5 +145,10 @@ def apply_crop(image: Image.Image, crop: Crop) -> Image.Image:
     """
     left, top, right, bottom = box_of(crop)
     # Rounding may step over the edge by a hair, which Pillow refuses.
-    box = left * image.width, top * image.height, min(right * image.width, image.width), min(bottom * image.height, image.height)
+    box = (
+        left * image.width,
+        top * image.height,
+        min(right * image.width, image.width),
+        min(bottom * image.height, image.height),
+    )
     return image.resize(crop.bucket, Image.Resampling.LANCZOS, box=box)

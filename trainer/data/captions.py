@@ -17,7 +17,12 @@ from trainer.data.issues import Finding
 from trainer.errors import DatasetError
 from trainer.runs.atomic_files import atomic_write
 
-CAPTION_SUFFIXES = (".txt", ".TXT", ".caption", ".CAPTION")  # in this order; an edit is saved as .txt, so it wins
+CAPTION_SUFFIXES = (
+    ".txt",
+    ".TXT",
+    ".caption",
+    ".CAPTION",
+)  # in this order; an edit is saved as .txt, so it wins
 METADATA_NAME = "metadata.jsonl"  # one JSON object a line, as in a Hugging Face "imagefolder"
 METADATA_KEYS = ("text", "caption", "prompt")
 MAX_CAPTION_BYTES = 2**20
@@ -52,9 +57,13 @@ def write_caption(picture: Path, text: str) -> None:
     """
     target = caption_path(picture)
     if target.is_symlink():
-        raise DatasetError(f"{shown(target.name)} is a link, which is not followed: delete it, then save the caption again.")
+        raise DatasetError(
+            f"{shown(target.name)} is a link, which is not followed: delete it, then save the caption again."
+        )
     if target.is_dir():
-        raise DatasetError(f"{shown(target.name)} is a folder where the caption should be: rename it, then save again.")
+        raise DatasetError(
+            f"{shown(target.name)} is a folder where the caption should be: rename it, then save again."
+        )
     atomic_write(target, text.encode("utf-8", "replace"))
 
 
@@ -68,7 +77,9 @@ def read_caption(picture: Path, separate_lines: bool = False) -> tuple[str, list
     """
     picture = Path(picture)
     findings: list[Finding] = []
-    caption, about_caption = caption_of(picture, picture.parent, Metadata(picture.parent, findings), separate_lines)
+    caption, about_caption = caption_of(
+        picture, picture.parent, Metadata(picture.parent, findings), separate_lines
+    )
     return caption, findings + about_caption
 
 
@@ -81,13 +92,23 @@ def caption_candidates(picture: Path) -> list[Path]:
     return [picture.with_name(name) for name in names]
 
 
-def caption_of(picture: Path, folder: Path, metadata: "Metadata", separate_lines: bool = False) -> tuple[str, list[Finding]]:
+def caption_of(
+    picture: Path, folder: Path, metadata: "Metadata", separate_lines: bool = False
+) -> tuple[str, list[Finding]]:
     candidates = [path for path in caption_candidates(picture) if os.path.lexists(path)]
-    present = list({path.name.lower(): path for path in reversed(candidates)}.values())[::-1]  # x.txt may be x.TXT
+    present = list({path.name.lower(): path for path in reversed(candidates)}.values())[
+        ::-1
+    ]  # x.txt may be x.TXT
     if not present:
         text, notes = clean_caption(metadata.caption_of(picture), separate_lines=separate_lines)
         return text, [
-            Finding(relative(picture, folder), "note", f"Its caption in {METADATA_NAME} {note}.", "odd-caption") for note in notes
+            Finding(
+                relative(picture, folder),
+                "note",
+                f"Its caption in {METADATA_NAME} {note}.",
+                "odd-caption",
+            )
+            for note in notes
         ]
     text, findings = "", []
     for used, ignored in itertools.pairwise(present):
@@ -95,15 +116,32 @@ def caption_of(picture: Path, folder: Path, metadata: "Metadata", separate_lines
         findings.append(Finding(relative(ignored, folder), "note", message, "several-captions"))
     path = present[0]
     try:
-        text, notes = clean_caption(*decode_text(_read_regular(path, MAX_CAPTION_BYTES)), separate_lines)
-        findings += [Finding(relative(path, folder), "note", f"The caption {note}.", "odd-caption") for note in notes]
+        text, notes = clean_caption(
+            *decode_text(_read_regular(path, MAX_CAPTION_BYTES)), separate_lines
+        )
+        findings += [
+            Finding(relative(path, folder), "note", f"The caption {note}.", "odd-caption")
+            for note in notes
+        ]
     except DatasetError as error:
-        findings.append(Finding(relative(path, folder), "warning", f"The caption {error}; it was not read.", "unread-caption"))
+        findings.append(
+            Finding(
+                relative(path, folder),
+                "warning",
+                f"The caption {error}; it was not read.",
+                "unread-caption",
+            )
+        )
     return text, findings
 
 
 def _read_regular(path: Path, limit: int) -> bytes:
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+    flags = (
+        os.O_RDONLY
+        | getattr(os, "O_NONBLOCK", 0)
+        | getattr(os, "O_BINARY", 0)
+        | getattr(os, "O_NOFOLLOW", 0)
+    )
     try:
         if path.is_symlink():
             raise DatasetError("is a link, which is not followed: copy the file itself")
@@ -123,7 +161,9 @@ def _read_regular(path: Path, limit: int) -> bytes:
 # Text
 
 
-_UTF8_LIKE = re.compile(rb"[\xc0-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf7][\x80-\xbf]{3}")
+_UTF8_LIKE = re.compile(
+    rb"[\xc0-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf7][\x80-\xbf]{3}"
+)
 _HIGH_RUN = re.compile(rb"[\x80-\xff]{2,}")
 _BYTE_ORDER_MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
     (b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"),
@@ -134,7 +174,9 @@ def decode_text(data: bytes) -> tuple[str, list[str]]:
     """The text of a caption file in whatever encoding, and a note where that had to be guessed. Raises nothing."""
     if data.startswith(b"\xef\xbb\xbf"):
         data = data[3:]
-    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), "") or _wide_without_mark(data)
+    encoding = next(
+        (name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), ""
+    ) or _wide_without_mark(data)
     if not encoding:
         try:
             return data.decode("utf-8"), []
@@ -142,13 +184,22 @@ def decode_text(data: bytes) -> tuple[str, list[str]]:
             encoding = _guess_encoding(data)
     if encoding == "utf-8":
         text = data.decode("utf-8", "replace").replace("\ufffd", "")
-        return text, ["is not valid UTF-8: the broken characters were removed; check it and save it as UTF-8"]
-    return data.decode(encoding, "replace"), [f"is not UTF-8 and was read as {encoding.upper()}: check it and save it as UTF-8"]
+        return text, [
+            "is not valid UTF-8: the broken characters were removed; check it and save it as UTF-8"
+        ]
+    return data.decode(encoding, "replace"), [
+        f"is not UTF-8 and was read as {encoding.upper()}: check it and save it as UTF-8"
+    ]
 
 
 def _wide_without_mark(data: bytes) -> str:
     """UTF-16 or UTF-32 told by where the zero bytes of Latin letters lie; single NULs are not enough."""
-    for name, width, letter in (("utf-32-le", 4, 0), ("utf-32-be", 4, 3), ("utf-16-le", 2, 0), ("utf-16-be", 2, 1)):
+    for name, width, letter in (
+        ("utf-32-le", 4, 0),
+        ("utf-32-be", 4, 3),
+        ("utf-16-le", 2, 0),
+        ("utf-16-be", 2, 1),
+    ):
         units, zeros = len(data) // width, [data[i::width].count(0) for i in range(width)]
         others = [count for i, count in enumerate(zeros) if i != letter]
         if units and len(data) % width == 0 and zeros[letter] == 0 and min(others) > 0.7 * units:
@@ -167,7 +218,10 @@ def _guess_encoding(data: bytes) -> str:
         except UnicodeDecodeError:
             continue
         # The 3755 commonest Chinese characters lead with B0 to D7; Russian small letters would be the rare ones above.
-        common = encoding == "cp932" or sum(0xB0 <= character.encode("gb2312")[0] <= 0xD7 for character in text) > high / 4
+        common = (
+            encoding == "cp932"
+            or sum(0xB0 <= character.encode("gb2312")[0] <= 0xD7 for character in text) > high / 4
+        )
         if common and len(re.findall(usual, text)) > high / 8:
             return "gbk" if encoding == "gb2312" else encoding
     in_runs = sum(map(len, _HIGH_RUN.findall(data)))
@@ -175,10 +229,14 @@ def _guess_encoding(data: bytes) -> str:
 
 
 _ESCAPE_SEQUENCE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)?")
-_INVISIBLE = re.compile("[\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")  # not the joiners U+200C and U+200D
+_INVISIBLE = re.compile(
+    "[\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]"
+)  # not the joiners U+200C and U+200D
 
 
-def clean_caption(text: str, notes: list[str] | None = None, separate_lines: bool = False) -> tuple[str, list[str]]:
+def clean_caption(
+    text: str, notes: list[str] | None = None, separate_lines: bool = False
+) -> tuple[str, list[str]]:
     """`text` as one line of visible characters, and `notes` with what was removed. See `read_caption`.
 
     With `separate_lines` each line is cleaned by itself.
@@ -222,7 +280,9 @@ class Metadata:
             names = [name for name in self._read(parent) if parent / name not in pictures]
             if names:
                 message = f"Has a caption for {shown(names[0])}, which is not there ({len(names)} such in all)."
-                missing.append(Finding(relative(parent / METADATA_NAME, self.folder), "warning", message))
+                missing.append(
+                    Finding(relative(parent / METADATA_NAME, self.folder), "warning", message)
+                )
         return missing
 
     def _read(self, parent: Path) -> dict[str, str]:
@@ -256,4 +316,7 @@ def read_metadata(path: Path) -> tuple[dict[str, str], str]:
     if not bad:
         return captions, ""
     need = f"each needs a file_name and a {', '.join(METADATA_KEYS[:-1])} or {METADATA_KEYS[-1]}"
-    return captions, f"{len(bad)} of its lines cannot be used, the first is line {min(bad)}: {need}."
+    return (
+        captions,
+        f"{len(bad)} of its lines cannot be used, the first is line {min(bad)}: {need}.",
+    )

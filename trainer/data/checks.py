@@ -15,17 +15,30 @@ from trainer.data.issues import Finding
 BLURRED = 0.65
 FLAT = 40  # of 255 greys
 FEWEST_FOR_SHARED_TAG = 5
-FEWEST, FEW, MANY = 5, 10, 20  # distinct pictures: below the first too few for anything; from the second a subject, from the third a style
+FEWEST, FEW, MANY = (
+    5,
+    10,
+    20,
+)  # distinct pictures: below the first too few for anything; from the second a subject, from the third a style
 
 Seen = Sequence[tuple[str, Facts]]
 """(shown path, facts) of the usable pictures."""
 
 
 def about_picture(file: str, name: str, facts: Facts, resolution: int) -> list[Finding]:
-    findings = [Finding(file, "note", f"The picture {note}.", "animated" if "first" in note else "odd-picture") for note in facts.notes]
-    findings += [Finding(file, "note", f"The picture {what}.", kind) for kind, what in facts.conversions]
+    findings = [
+        Finding(
+            file, "note", f"The picture {note}.", "animated" if "first" in note else "odd-picture"
+        )
+        for note in facts.notes
+    ]
+    findings += [
+        Finding(file, "note", f"The picture {what}.", kind) for kind, what in facts.conversions
+    ]
     if any("\udc80" <= character <= "\udcff" for character in name):
-        findings.append(Finding(file, "note", "Its name is not UTF-8 and is shown with escapes: rename it."))
+        findings.append(
+            Finding(file, "note", "Its name is not UTF-8 and is shown with escapes: rename it.")
+        )
     findings += _about_size(file, facts.width, facts.height, resolution)
     if facts.blur > BLURRED:
         message = "The picture looks blurred: the adapter learns the blur too; use a sharper one, or leave it out."
@@ -59,7 +72,9 @@ def about_twins(used: Seen, captioned: Collection[str]) -> list[Finding]:
     """Exact and near duplicates: of two the one without a caption, else the one with the longer name, as a browser names a copy."""
     first_with: dict[str, str] = {}
     distinct, findings = [], []
-    for file, facts in sorted(used, key=lambda pair: (pair[0] not in captioned, len(pair[0]), pair[0])):
+    for file, facts in sorted(
+        used, key=lambda pair: (pair[0] not in captioned, len(pair[0]), pair[0])
+    ):
         twin = first_with.setdefault(facts.sha256, file)
         if twin == file:
             distinct.append((file, facts))
@@ -84,18 +99,24 @@ def about_sizes(used: Seen, resolution: int) -> list[Finding]:
     return [Finding("all pictures", "note", message, "mixed-sizes")]
 
 
-def about_captions(captions: Sequence[tuple[str, str]], trigger: str, count: token_count.Counter, limit: int) -> list[Finding]:
+def about_captions(
+    captions: Sequence[tuple[str, str]], trigger: str, count: token_count.Counter, limit: int
+) -> list[Finding]:
     """`captions`: (shown path of the picture, caption as it is in the file); `limit`: how many tokens of one are read."""
     findings = []
-    for (file, caption), length in zip(captions, count([caption for _, caption in captions]), strict=True):
+    for (file, caption), length in zip(
+        captions, count([caption for _, caption in captions]), strict=True
+    ):
         if not caption:
-            use = f"the trigger word “{trigger}” is used alone" if trigger else "it is trained without words"
+            use = (
+                f"the trigger word “{trigger}” is used alone"
+                if trigger
+                else "it is trained without words"
+            )
             message = f"The picture has no caption: {use}; write one to say what it shows."
             findings.append(Finding(file, "warning", message, "no-caption"))
         elif length > limit:
-            message = (
-                f"The caption has {length} tokens, and {limit} are read: its end may not be seen. dataset.caption_tokens reads up to 225."
-            )
+            message = f"The caption has {length} tokens, and {limit} are read: its end may not be seen. dataset.caption_tokens reads up to 225."
             findings.append(Finding(file, "note", message, "long-caption"))
         if caption and trigger and not has_word(caption, trigger):
             message = f"The caption lacks the trigger word “{trigger}”: it is put in front while training; the file stays as it is."
@@ -106,8 +127,16 @@ def about_captions(captions: Sequence[tuple[str, str]], trigger: str, count: tok
 def _about_shared_tags(captions: list[str], trigger: str) -> list[Finding]:
     if len(captions) < FEWEST_FOR_SHARED_TAG:
         return []
-    counted = Counter(tag for caption in captions for tag in dict.fromkeys(tag.casefold() for tag in tags_of(caption)))
-    shared = [tag for tag, number in counted.items() if number == len(captions) and tag != trigger.casefold()]
+    counted = Counter(
+        tag
+        for caption in captions
+        for tag in dict.fromkeys(tag.casefold() for tag in tags_of(caption))
+    )
+    shared = [
+        tag
+        for tag, number in counted.items()
+        if number == len(captions) and tag != trigger.casefold()
+    ]
     return [
         Finding(
             "all captions",

@@ -26,7 +26,9 @@ from trainer.models.seeds import generator_for, seed_for
 from trainer.runs.events import Event, EventLog, Progress, Warned
 
 BLACK = "its mask is black all over in the part that is seen. Paint what is to be learned white, or remove the mask."
-MEASURED_WITHOUT_HOLD_OUT = 8  # training pictures that are measured where too few are there to keep some out
+MEASURED_WITHOUT_HOLD_OUT = (
+    8  # training pictures that are measured where too few are there to keep some out
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,12 @@ class Example:
 
 
 def make_examples(
-    run: RunConfig, base: LoadedBase, items: Sequence[DatasetItem], root: Path, vae_hash: str, log: EventLog
+    run: RunConfig,
+    base: LoadedBase,
+    items: Sequence[DatasetItem],
+    root: Path,
+    vae_hash: str,
+    log: EventLog,
 ) -> list[Example]:
     """Every picture at every resolution; those that come to nothing at one of them are named. The VAE must be on its device."""
     report, found = throttled(log.append), []
@@ -72,16 +79,23 @@ def make_examples(
         report(Progress("caching", done, len(items)))
         name = item.path.relative_to(root).as_posix()
         try:
-            found += [_example(run, base, item, name, resolution, vae_hash) for resolution in resolutions(run)]
+            found += [
+                _example(run, base, item, name, resolution, vae_hash)
+                for resolution in resolutions(run)
+            ]
         except DatasetError as error:
             log.append(Warned(f"{name} is left out: {error}"))
     log.append(Progress("caching", len(items), len(items)))
     if not found:
-        raise DatasetError(f"No picture in {root} can be trained on; the warnings name each and say why.")
+        raise DatasetError(
+            f"No picture in {root} can be trained on; the warnings name each and say why."
+        )
     return found
 
 
-def _example(run: RunConfig, base: LoadedBase, item: DatasetItem, name: str, resolution: int, vae_hash: str) -> Example:
+def _example(
+    run: RunConfig, base: LoadedBase, item: DatasetItem, name: str, resolution: int, vae_hash: str
+) -> Example:
     settings = run.dataset
     crop = crop_of(item, settings.model_copy(update={"resolution": resolution}))
     keys: list[str] = []
@@ -90,7 +104,9 @@ def _example(run: RunConfig, base: LoadedBase, item: DatasetItem, name: str, res
         key = latent_cache.latents_key(item.sha256, look.facts, vae_hash)
         latents = latent_cache.cached(key, partial(_encode, base.pipe.vae, item.path, look))
         if not all(torch.isfinite(tensor).all() for tensor in latents.values()):
-            raise DatasetError("the base turns it into numbers that are not finite. Save the picture anew, or leave it out.")
+            raise DatasetError(
+                "the base turns it into numbers that are not finite. Save the picture anew, or leave it out."
+            )
         mask_key, mask = _mask(run, item, look, latents["mean"].shape)
         if mask is not None and not mask.any():
             if views:
@@ -99,7 +115,15 @@ def _example(run: RunConfig, base: LoadedBase, item: DatasetItem, name: str, res
         views.append(View(latents["mean"], latents["std"], size_ids(item, look), mask))
         keys.append(key + mask_key)
     caption = vary_caption(item.caption, settings, None)
-    return Example(name, resolution, caption, item.caption, tuple(views), item.repeats, f"{' '.join(keys)}:{item.caption}")
+    return Example(
+        name,
+        resolution,
+        caption,
+        item.caption,
+        tuple(views),
+        item.repeats,
+        f"{' '.join(keys)}:{item.caption}",
+    )
 
 
 def _encode(vae: Any, path: Path, look: Look) -> dict[str, Tensor]:
@@ -112,13 +136,17 @@ def size_ids(item: DatasetItem, look: Look) -> SizeIds:
     return item.height, item.width, look.crop.top, left, height, width
 
 
-def _mask(run: RunConfig, item: DatasetItem, look: Look, shape: torch.Size) -> tuple[str, Tensor | None]:
+def _mask(
+    run: RunConfig, item: DatasetItem, look: Look, shape: torch.Size
+) -> tuple[str, Tensor | None]:
     """Its cache key and the mask."""
     kind, outside = run.dataset.masked_loss, run.dataset.mask_outside
     drawn = item.mask if kind == "mask" else None
     if kind == "off" or (kind == "mask" and drawn is None):
         return "", None
-    key = latent_cache.mask_key(kind, latent_cache.file_hash(drawn) if drawn else item.sha256, look.facts)
+    key = latent_cache.mask_key(
+        kind, latent_cache.file_hash(drawn) if drawn else item.sha256, look.facts
+    )
 
     def make() -> dict[str, Tensor]:
         image = open_picture(drawn)[0].convert("L") if drawn else open_alpha(item.path)
@@ -143,14 +171,20 @@ def hold_out(run: RunConfig, examples: list[Example]) -> tuple[list[Example], li
     names = list(dict.fromkeys(example.name for example in examples))
     plain = {e.name: e for e in examples if e.resolution == run.dataset.resolution}
     count = held_out_count(run, len(names))
-    order = torch.randperm(len(names), generator=generator_for(run.training.seed, "hold out")).tolist()
+    order = torch.randperm(
+        len(names), generator=generator_for(run.training.seed, "hold out")
+    ).tolist()
     if count == 0:
         return examples, [plain[names[i]] for i in sorted(order[:MEASURED_WITHOUT_HOLD_OUT])]
     kept = {names[i] for i in order[:count]}
-    return [e for e in examples if e.name not in kept], [plain[name] for name in names if name in kept]
+    return [e for e in examples if e.name not in kept], [
+        plain[name] for name in names if name in kept
+    ]
 
 
-def encode_texts(base: LoadedBase, texts: Iterable[str], encoder_hash: str) -> dict[str, Conditioning]:
+def encode_texts(
+    base: LoadedBase, texts: Iterable[str], encoder_hash: str
+) -> dict[str, Conditioning]:
     """The conditioning of each text, without a batch, from the cache where it is there."""
     return {text: _conditioning(base, text, encoder_hash) for text in dict.fromkeys(texts)}
 

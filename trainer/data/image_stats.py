@@ -25,9 +25,13 @@ from trainer.errors import DatasetError
 from trainer.runs.run_folder import outputs_folder
 
 VERSION = 1  # part of every key: raise it when facts are worked out differently
-MEASURED_SIDE = 512  # pixels; sharpness is judged at the size that is trained, not at that of the camera
+MEASURED_SIDE = (
+    512  # pixels; sharpness is judged at the size that is trained, not at that of the camera
+)
 FRESH_SECONDS = 2.0  # a file changed this recently may change again without its time showing it
-WORKERS = max(2, min(4, os.cpu_count() or 1))  # threads, as decoders let go of the interpreter; few, as each may hold 0.5 GB
+WORKERS = max(
+    2, min(4, os.cpu_count() or 1)
+)  # threads, as decoders let go of the interpreter; few, as each may hold 0.5 GB
 BATCH = 200  # pictures between two writes to the disk
 
 
@@ -59,17 +63,23 @@ def check_picture(data: bytes, path: Path) -> tuple[Image.Image, tuple[str, ...]
     image, notes = decode_picture(data, path)
     if min(image.size) < SMALLEST_SIDE:
         size = f"{image.width} x {image.height}"
-        raise DatasetError(f"{shown(path.name)} has {size} pixels, too few to train on: use a larger one.")
+        raise DatasetError(
+            f"{shown(path.name)} has {size} pixels, too few to train on: use a larger one."
+        )
     return image, notes
 
 
-def inspect_all(paths: Sequence[Path], progress: Callable[[int, int], None] | None = None) -> Iterator[Facts]:
+def inspect_all(
+    paths: Sequence[Path], progress: Callable[[int, int], None] | None = None
+) -> Iterator[Facts]:
     """The facts of each file, in order. Only files that are new or changed are read, and only unknown contents decoded."""
     memory = _Memory()
     try:
         known = [memory.of_file(path) for path in paths]
         with ThreadPoolExecutor(WORKERS) as pool:
-            looks = pool.map(lambda pair: pair[1] or _look(pair[0], memory), zip(paths, known, strict=True))
+            looks = pool.map(
+                lambda pair: pair[1] or _look(pair[0], memory), zip(paths, known, strict=True)
+            )
             for done, facts in enumerate(looks, 1):
                 yield facts
                 if done % BATCH == 0:
@@ -105,7 +115,18 @@ def _facts(data: bytes, sha256: str, path: Path) -> Facts:
     grey = image.convert("L")
     darkest, lightest = np.percentile(np.asarray(grey), (2, 98))
     blur = round(blur_effect(grey), 3)
-    return Facts(sha256, "", width, height, notes, converted, blur, int(lightest - darkest), look_of(image), focus_of(grey))
+    return Facts(
+        sha256,
+        "",
+        width,
+        height,
+        notes,
+        converted,
+        blur,
+        int(lightest - darkest),
+        look_of(image),
+        focus_of(grey),
+    )
 
 
 def stamp_of(path: Path) -> str:
@@ -141,7 +162,9 @@ def look_of(image: Image.Image) -> str:
     """
     across = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     down = np.asarray(image.convert("L").resize((8, 9), Image.Resampling.BOX), dtype=np.int16)
-    bits = np.packbits(np.concatenate([(np.diff(across, axis=1) > 0).ravel(), (np.diff(down, axis=0) > 0).ravel()]))
+    bits = np.packbits(
+        np.concatenate([(np.diff(across, axis=1) > 0).ravel(), (np.diff(down, axis=0) > 0).ravel()])
+    )
     return bits.tobytes().hex() + image.resize((8, 8), Image.Resampling.BOX).tobytes().hex()
 
 
@@ -161,12 +184,16 @@ def focus_of(grey: Image.Image) -> tuple[float, float]:
     if not np.isfinite(total) or total <= 0:
         return 0.5, 0.5
     places = (np.arange(64) + 0.5) / 64
-    return round(float(weights.sum(0) @ places) / total, 3), round(float(weights.sum(1) @ places) / total, 3)
+    return round(float(weights.sum(0) @ places) / total, 3), round(
+        float(weights.sum(1) @ places) / total, 3
+    )
 
 
 def _box_mean(values: np.ndarray, radius: int) -> np.ndarray:
     """Mean over a square of 2 `radius` + 1, edges repeated."""
-    window = np.lib.stride_tricks.sliding_window_view(np.pad(values, radius, mode="edge"), (2 * radius + 1, 2 * radius + 1))
+    window = np.lib.stride_tricks.sliding_window_view(
+        np.pad(values, radius, mode="edge"), (2 * radius + 1, 2 * radius + 1)
+    )
     return window.mean(axis=(2, 3))
 
 
@@ -213,11 +240,16 @@ class _Memory:
             stamp = stamp_of(path)
         except OSError:
             return None
-        row = self._one("SELECT sha256 FROM files WHERE path = ? AND stamp = ?", (os.fsencode(path.absolute()), stamp))
+        row = self._one(
+            "SELECT sha256 FROM files WHERE path = ? AND stamp = ?",
+            (os.fsencode(path.absolute()), stamp),
+        )
         return self.of_content(row[0]) if row else None
 
     def of_content(self, sha256: str) -> Facts | None:
-        row = self._one("SELECT facts FROM contents WHERE sha256 = ? AND decoders = ?", (sha256, _decoders()))
+        row = self._one(
+            "SELECT facts FROM contents WHERE sha256 = ? AND decoders = ?", (sha256, _decoders())
+        )
         try:
             return _read(row[0]) if row else None
         except (ValueError, TypeError, KeyError):
@@ -225,9 +257,14 @@ class _Memory:
 
     def keep(self, path: Path, stamp: str, facts: Facts) -> None:
         text = json.dumps(asdict(facts), separators=(",", ":"))
-        self._do("INSERT OR REPLACE INTO contents VALUES (?, ?, ?)", (facts.sha256, _decoders(), text))
+        self._do(
+            "INSERT OR REPLACE INTO contents VALUES (?, ?, ?)", (facts.sha256, _decoders(), text)
+        )
         if time.time() - path.stat().st_mtime > FRESH_SECONDS:
-            self._do("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", (os.fsencode(path.absolute()), stamp, facts.sha256))
+            self._do(
+                "INSERT OR REPLACE INTO files VALUES (?, ?, ?)",
+                (os.fsencode(path.absolute()), stamp, facts.sha256),
+            )
 
     def save(self) -> None:
         with self.lock:
@@ -261,7 +298,9 @@ def _open(path: Path) -> sqlite3.Connection:
         base = sqlite3.connect(path, timeout=5, check_same_thread=False)
         try:
             base.execute("PRAGMA synchronous = OFF")  # what a power cut damages is made anew
-            base.execute("CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, stamp TEXT, sha256 TEXT) WITHOUT ROWID")
+            base.execute(
+                "CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, stamp TEXT, sha256 TEXT) WITHOUT ROWID"
+            )
             base.execute(
                 "CREATE TABLE IF NOT EXISTS contents (sha256 TEXT, decoders TEXT, facts TEXT, PRIMARY KEY (sha256, decoders)) WITHOUT ROWID"
             )

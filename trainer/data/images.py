@@ -31,9 +31,13 @@ PICTURE_SUFFIXES = frozenset((
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif",
     ".avif", ".heic", ".heif", ".hif",
 ))  # fmt: skip
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # 89 megapixels, where Pillow itself begins to warn of a decompression bomb
+MAX_PIXELS = (
+    Image.MAX_IMAGE_PIXELS or 89_478_485
+)  # 89 megapixels, where Pillow itself begins to warn of a decompression bomb
 MAX_FILE_BYTES = 512 * 2**20
-MAX_JPEG_SCANS = 64  # encoders write about 10; each costs a decoding (300 scans of 25 megapixels took 13 s)
+MAX_JPEG_SCANS = (
+    64  # encoders write about 10; each costs a decoding (300 scans of 25 megapixels took 13 s)
+)
 MAX_ROT_PIXELS = 40_000_000  # beyond, the search for hidden damage would take too much memory
 SMALLEST_SIDE = 8  # pixels: one latent
 
@@ -63,15 +67,22 @@ def shown(name: str | os.PathLike) -> str:
     """`name` as text that is safe to print or show: control and direction characters and bad UTF-8 become escapes."""
 
     def escape(character: str) -> str:
-        if "\udc80" <= character <= "\udcff":  # a byte that is not UTF-8, as surrogateescape keeps it
+        if (
+            "\udc80" <= character <= "\udcff"
+        ):  # a byte that is not UTF-8, as surrogateescape keeps it
             return f"\\x{ord(character) - 0xDC00:02x}"
-        hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character != "\u200d"
+        hidden = (
+            unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+            and character != "\u200d"
+        )
         return character.encode("unicode_escape").decode() if hidden else character
 
     return "".join(map(escape, os.fspath(name)))
 
 
-def open_picture(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> tuple[Image.Image, tuple[str, ...]]:
+def open_picture(
+    path: Path, background: tuple[int, int, int] = (255, 255, 255)
+) -> tuple[Image.Image, tuple[str, ...]]:
     """The whole picture, upright, RGB, 8-bit sRGB, without metadata; and notes on what had to be done to it.
 
     Transparent parts show `background`, never the colour hidden under them. Of an animation the first frame is taken.
@@ -92,7 +103,11 @@ def open_alpha(path: Path) -> Image.Image:
             alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
         alpha = Image.new("L", image.size, 255) if alpha is None else alpha
         orientation = _orientation(image)
-        return alpha.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT and image.format != "TIFF" else alpha
+        return (
+            alpha.transpose(_UPRIGHT[orientation])
+            if orientation in _UPRIGHT and image.format != "TIFF"
+            else alpha
+        )
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -143,7 +158,9 @@ def decode_picture(
             raise DatasetError("is empty: copy it again from where it came")
         scans, end = _jpeg_layout(data)
         if scans > MAX_JPEG_SCANS:
-            raise DatasetError(f"is a JPEG of {scans} scans, made to be slow to decode: save it anew as an ordinary JPEG")
+            raise DatasetError(
+                f"is a JPEG of {scans} scans, made to be slow to decode: save it anew as an ordinary JPEG"
+            )
         image = _open(io.BytesIO(data))
         _refuse_bombs(image)
         if image.format == "PNG":
@@ -158,7 +175,9 @@ def decode_picture(
             notes += _hidden_damage_notes(image, data, end)
         orientation = _orientation(image)
         rgb, colour_notes = _to_rgb(image, background)
-        if orientation in _UPRIGHT and image.format != "TIFF":  # Pillow has turned a TIFF while loading it
+        if (
+            orientation in _UPRIGHT and image.format != "TIFF"
+        ):  # Pillow has turned a TIFF while loading it
             rgb = rgb.transpose(_UPRIGHT[orientation])
         rgb.info = {}
         return rgb, tuple(notes + colour_notes)
@@ -174,12 +193,22 @@ def conversions(data: bytes, path: Path) -> tuple[tuple[str, str], ...]:
         found = []
         with contextlib.suppress(*PICTURE_ERRORS):
             if Image.Image.getexif(image).get(_ORIENTATION, 1) in _UPRIGHT:
-                found.append(("rotated", "lies on its side in the file and is turned upright, as its EXIF data says"))
+                found.append(
+                    (
+                        "rotated",
+                        "lies on its side in the file and is turned upright, as its EXIF data says",
+                    )
+                )
         if image.has_transparency_data:
             found.append(("transparent", "is transparent in parts: they are shown on white"))
         sixteen = image.mode.startswith("I;16") or (image.format == "PNG" and data[24] == 16)
         if sixteen or image.mode == "CMYK":
-            found.append(("converted", f"has {'16 bits a channel' if sixteen else 'CMYK colours'}: it is converted to 8-bit RGB"))
+            found.append(
+                (
+                    "converted",
+                    f"has {'16 bits a channel' if sixteen else 'CMYK colours'}: it is converted to 8-bit RGB",
+                )
+            )
         icc = image.info.get("icc_profile")
         if icc and not _is_srgb(icc):
             found.append(("converted", "has a colour profile: its colours are converted to sRGB"))
@@ -215,7 +244,10 @@ def grey_png(data: bytes, path: Path) -> bytes:
 
 def _is_srgb(icc: bytes) -> bool:
     with contextlib.suppress(ImageCms.PyCMSError, *PICTURE_ERRORS):
-        return "srgb" in (ImageCms.ImageCmsProfile(io.BytesIO(icc)).profile.profile_description or "").lower()
+        return (
+            "srgb"
+            in (ImageCms.ImageCmsProfile(io.BytesIO(icc)).profile.profile_description or "").lower()
+        )
     return True  # damaged: `decode_picture` says so
 
 
@@ -227,9 +259,13 @@ def _sentences(path: Path) -> Iterator[None]:
     except DatasetError as error:
         raise DatasetError(f"{shown(Path(path).name)} {error}.") from None
     except FileNotFoundError:
-        raise DatasetError(f"{shown(Path(path).name)} is no longer there: restore it or scan the folder again.") from None
+        raise DatasetError(
+            f"{shown(Path(path).name)} is no longer there: restore it or scan the folder again."
+        ) from None
     except PermissionError:
-        raise DatasetError(f"{shown(Path(path).name)} may not be read: change its permissions.") from None
+        raise DatasetError(
+            f"{shown(Path(path).name)} may not be read: change its permissions."
+        ) from None
     except Image.DecompressionBombError:
         raise DatasetError(f"{shown(Path(path).name)} {_too_large()}.") from None
     except PICTURE_ERRORS as error:
@@ -252,7 +288,9 @@ def _regular_file(path: Path) -> Iterator[BinaryIO]:
         if status.st_size == 0:
             raise DatasetError("is empty (0 bytes): copy it again from where it came")
         if status.st_size > MAX_FILE_BYTES:
-            raise DatasetError(f"has {status.st_size >> 20} MB, the limit is {MAX_FILE_BYTES >> 20}: save it smaller")
+            raise DatasetError(
+                f"has {status.st_size >> 20} MB, the limit is {MAX_FILE_BYTES >> 20}: save it smaller"
+            )
         yield file
 
 
@@ -291,11 +329,15 @@ def _what_it_is(head: bytes) -> str:
 def _refuse_bombs(image: Image.Image) -> None:
     width, height = image.size
     if width < 1 or height < 1:
-        raise DatasetError(f"claims to be {width} x {height} pixels: the file is damaged, save it anew")
+        raise DatasetError(
+            f"claims to be {width} x {height} pixels: the file is damaged, save it anew"
+        )
     if width * height >= MAX_PIXELS:
         raise DatasetError(f"({width} x {height}) {_too_large()}")
     if image.mode in ("F", "I"):
-        raise DatasetError("has 32-bit pixels, whose white is not known: save it with 8 or 16 bits a channel")
+        raise DatasetError(
+            "has 32-bit pixels, whose white is not known: save it with 8 or 16 bits a channel"
+        )
 
 
 def _too_large() -> str:
@@ -338,15 +380,21 @@ def _hidden_damage_notes(image: Image.Image, data: bytes, jpeg_end: int) -> list
 
     if image.format in ("JPEG", "MPO"):
         head, tail = data[: jpeg_end - 6], data[jpeg_end - 6 : jpeg_end]
-        changed = bytes(byte if byte in (0, 0xFF) else byte ^ 0xFF for byte in tail)  # 00 and FF are part of the syntax
+        changed = bytes(
+            byte if byte in (0, 0xFF) else byte ^ 0xFF for byte in tail
+        )  # 00 and FF are part of the syntax
         more = b"\x5a\xa5\x3c\xc3" * 16 + b"\xff\xd9"
         too_little = changed != tail and pixels(head + changed + more) == found
         if too_little or pixels(head + tail + more) not in (None, found):
-            return ["may be damaged inside: look at it, and copy it again if it has stripes or false colours"]
+            return [
+                "may be damaged inside: look at it, and copy it again if it has stripes or false colours"
+            ]
     elif image.format == "WEBP" and (end := _webp_end(data)):
         changed = bytes(byte ^ 0xFF for byte in data[end - 16 : end])
         if pixels(data[: end - 16] + changed + data[end:]) == found:
-            raise DatasetError("is damaged inside: copy it again from where it came, or save it anew")
+            raise DatasetError(
+                "is damaged inside: copy it again from where it came, or save it anew"
+            )
     return []
 
 
@@ -371,7 +419,9 @@ def _refuse_png_surplus(image: Image.Image, data: bytes) -> None:
     width, height = image.size
     most = (width * 8 + 8) * height  # 16-bit RGBA, one filter byte a row and room for interlacing
     if stored > most + most // 64 + 4096:
-        raise DatasetError("holds far more data than its pixels need: it is not an ordinary PNG, save it anew")
+        raise DatasetError(
+            "holds far more data than its pixels need: it is not an ordinary PNG, save it anew"
+        )
 
 
 def _frame_notes(image: Image.Image) -> list[str]:
@@ -388,7 +438,9 @@ def _orientation(image: Image.Image) -> int:
     if image.format == "TIFF":
         return 1
     try:
-        value = Image.Image.getexif(image).get(_ORIENTATION, 1)  # the PNG plugin's own getexif would decode the picture
+        value = Image.Image.getexif(image).get(
+            _ORIENTATION, 1
+        )  # the PNG plugin's own getexif would decode the picture
     except PICTURE_ERRORS:
         return 1
     return value if value in _UPRIGHT else 1
@@ -414,7 +466,9 @@ def _eight_bit_grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None
     """16-bit grey scaled to 8 bits: Pillow's convert() would clip, turning nearly all of the picture white."""
     grey = np.asarray(image).astype(np.uint32)
     clear = image.info.get("transparency")
-    alpha = None if clear is None else Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8))
+    alpha = (
+        None if clear is None else Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8))
+    )
     return Image.fromarray(((grey + 128) // 257).astype(np.uint8)), alpha
 
 
@@ -425,7 +479,9 @@ def _to_srgb(image: Image.Image, icc: bytes) -> tuple[Image.Image, list[str]]:
         if space != {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}[image.mode]:
             # Grey pictures often carry the RGB profile of the editor they came from.
             if not (space == "RGB" and image.mode == "L"):
-                return image.convert("RGB"), [f"has a colour profile for {shown(space)} pixels: it was ignored"]
+                return image.convert("RGB"), [
+                    f"has a colour profile for {shown(space)} pixels: it was ignored"
+                ]
             image = image.convert("RGB")
         if "srgb" in (profile.profile.profile_description or "").lower():
             return image.convert("RGB"), []  # converting sRGB to sRGB could only round
@@ -436,4 +492,6 @@ def _to_srgb(image: Image.Image, icc: bytes) -> tuple[Image.Image, list[str]]:
         assert converted is not None, "it is None only where the picture itself is changed"
         return converted, []
     except (ImageCms.PyCMSError, *PICTURE_ERRORS):
-        return image.convert("RGB"), ["has a damaged colour profile: it was ignored, colours may be slightly off"]
+        return image.convert("RGB"), [
+            "has a damaged colour profile: it was ignored, colours may be slightly off"
+        ]

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from trainer.models.seeds import seed_for
 
 
-def epoch_batches(buckets: Sequence[Sequence[int]], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def epoch_batches(
+    buckets: Sequence[Sequence[int]], batch_size: int, seed: int, epoch: int
+) -> list[list[int]]:
     """The batches of one pass: every picture once, only pictures of one shape together, in random order.
 
     `buckets` holds the indices of the pictures of each shape. The last batch of a bucket may be smaller.
@@ -23,7 +25,9 @@ def epoch_batches(buckets: Sequence[Sequence[int]], batch_size: int, seed: int, 
     return batches
 
 
-def batch_at(buckets: Sequence[Sequence[int]], batch_size: int, seed: int, microbatch: int) -> list[int]:
+def batch_at(
+    buckets: Sequence[Sequence[int]], batch_size: int, seed: int, microbatch: int
+) -> list[int]:
     """The pictures of the microbatch with this number, counted from the start of the training."""
     per_epoch = sum(-(-len(bucket) // batch_size) for bucket in buckets)
     return epoch_batches(buckets, batch_size, seed, microbatch // per_epoch)[microbatch % per_epoch]

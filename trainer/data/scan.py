@@ -35,7 +35,9 @@ OTHER_PICTURE_SUFFIXES = frozenset((
     ".jp2", ".j2k", ".jxl", ".psd", ".xcf", ".svg", ".eps", ".pdf", ".ico", ".tga", ".exr", ".hdr", ".ppm", ".pcx",
     ".dds", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2",
 ))  # fmt: skip
-JUNK_NAMES = frozenset(("thumbs.db", "desktop.ini", ".ds_store", "__macosx", "ehthumbs.db", "icon\r"))
+JUNK_NAMES = frozenset(
+    ("thumbs.db", "desktop.ini", ".ds_store", "__macosx", "ehthumbs.db", "icon\r")
+)
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,20 @@ def scan_dataset(
     files = _walk(folder, findings)
     pictures, masks = pair_masks(path for path in files if suffix_of(path.name) in PICTURE_SUFFIXES)
     metadata = Metadata(folder, findings)
-    findings += _about_other_files(folder, files, set(pictures), set(masks.values()), metadata) + _about_case_twins(folder, pictures)
+    findings += _about_other_files(
+        folder, files, set(pictures), set(masks.values()), metadata
+    ) + _about_case_twins(folder, pictures)
 
     items: list[DatasetItem] = []
     used, captioned, moved = [], set(), crops.read(folder)
     for path, facts in zip(pictures, inspect_all(pictures, progress), strict=True):
         file = relative(path, folder)
         if facts.error:
-            findings.append(Finding(file, "error", f"{shown(path.name)}{facts.error} It was left out.", "unreadable"))
+            findings.append(
+                Finding(
+                    file, "error", f"{shown(path.name)}{facts.error} It was left out.", "unreadable"
+                )
+            )
             continue
         findings += checks.about_picture(file, path.name, facts, resolution)
         caption, about_caption = caption_of(path, folder, metadata, separate_lines)
@@ -115,28 +123,49 @@ def scan_dataset(
         captioned |= {file} if caption else set()
     findings += checks.about_twins(used, captioned) + checks.about_sizes(used, resolution)
     captions = [(file, item.caption) for (file, _), item in zip(used, items, strict=True)]
-    findings += checks.about_captions(captions, trigger, token_count.counter(tokenizer), caption_tokens) + _about_repeats(folder, pictures)
+    findings += checks.about_captions(
+        captions, trigger, token_count.counter(tokenizer), caption_tokens
+    ) + _about_repeats(folder, pictures)
     if not items:
         raise DatasetError(_nothing_usable(folder, findings))
     return [replace(item, caption=with_trigger(item.caption, trigger)) for item in items], findings
 
 
-def override_repeats(items: list[DatasetItem], folder: Path, lines: Iterable[str]) -> list[DatasetItem]:
+def override_repeats(
+    items: list[DatasetItem], folder: Path, lines: Iterable[str]
+) -> list[DatasetItem]:
     """The items with the repeats that `dataset.repeats` gives their folders. Raises DatasetError for a folder without pictures."""
     chosen = folder_repeats(lines)
     folders = [item.path.parent.relative_to(folder).as_posix() for item in items]
     if missing := [name for name in chosen if name not in folders]:
-        raise DatasetError(f"dataset.repeats: there is no folder {shown(missing[0])} with pictures in {shown(folder)}.")
-    return [replace(item, repeats=chosen.get(name, item.repeats)) for item, name in zip(items, folders, strict=True)]
+        raise DatasetError(
+            f"dataset.repeats: there is no folder {shown(missing[0])} with pictures in {shown(folder)}."
+        )
+    return [
+        replace(item, repeats=chosen.get(name, item.repeats))
+        for item, name in zip(items, folders, strict=True)
+    ]
 
 
 def crop_of(item: DatasetItem, settings: config.Dataset) -> Crop:
     """The part of a picture that is trained on: what the page shows is what the VAE is given."""
     if settings.crop == "none" and item.crop_centre is None:
-        return whole_picture(item.width, item.height, settings.resolution, settings.bucket_step, settings.allow_upscale)
+        return whole_picture(
+            item.width,
+            item.height,
+            settings.resolution,
+            settings.bucket_step,
+            settings.allow_upscale,
+        )
     centre = item.crop_centre or (item.focus if settings.crop == "salient" else (0.5, 0.5))
     return choose_crop(
-        item.width, item.height, settings.resolution, settings.bucket_step, settings.max_aspect, settings.allow_upscale, centre
+        item.width,
+        item.height,
+        settings.resolution,
+        settings.bucket_step,
+        settings.max_aspect,
+        settings.allow_upscale,
+        centre,
     )
 
 
@@ -155,7 +184,11 @@ def _walk(folder: Path, findings: list[Finding]) -> list[Path]:
         try:
             entries = sorted(os.scandir(parent), key=lambda entry: entry.name)
         except OSError as error:
-            skip(parent, f"The folder cannot be read ({error.strerror}): what is in it was left out.", "warning")
+            skip(
+                parent,
+                f"The folder cannot be read ({error.strerror}): what is in it was left out.",
+                "warning",
+            )
             continue
         for entry in entries:
             path = parent / entry.name
@@ -168,12 +201,24 @@ def _walk(folder: Path, findings: list[Finding]) -> list[Path]:
                         skip(path, "Is a hidden folder: ignored.")
                     continue
                 if is_picture:
-                    skip(path, "Is a folder named like a picture: only what is inside it is used.", "warning")
+                    skip(
+                        path,
+                        "Is a folder named like a picture: only what is inside it is used.",
+                        "warning",
+                    )
                 waiting.append(path)
             elif entry.is_symlink() and entry.is_dir():
-                skip(path, "Is a link to a folder, which is not followed: copy the folder itself.", "warning")
+                skip(
+                    path,
+                    "Is a link to a folder, which is not followed: copy the folder itself.",
+                    "warning",
+                )
             elif entry.is_symlink() and is_picture and not _leads_inside(path, root):
-                skip(path, "Is a link that leaves the dataset: it was left out; copy the picture itself.", "error")
+                skip(
+                    path,
+                    "Is a link that leaves the dataset: it was left out; copy the picture itself.",
+                    "error",
+                )
             elif entry.name.startswith(".") and not is_picture:
                 skip(path, "Is a hidden file: ignored.")
             else:
@@ -193,7 +238,9 @@ def pair_masks(files: Iterable[Path]) -> tuple[list[Path], dict[Path, Path]]:
     """
     named, others = {}, []
     for path in files:
-        ending = next((ending for ending in MASK_ENDINGS if path.name.lower().endswith(ending)), None)
+        ending = next(
+            (ending for ending in MASK_ENDINGS if path.name.lower().endswith(ending)), None
+        )
         if ending is None:
             others.append(path)
         else:
@@ -216,7 +263,9 @@ def _leads_inside(link: Path, root: Path) -> bool:
         return False
 
 
-def _about_other_files(folder: Path, files: list[Path], pictures: set[Path], masks: set[Path], metadata: Metadata) -> list[Finding]:
+def _about_other_files(
+    folder: Path, files: list[Path], pictures: set[Path], masks: set[Path], metadata: Metadata
+) -> list[Finding]:
     """Findings on files that are neither a picture nor the caption of one."""
     findings: list[Finding] = []
     strange: dict[str, list[Path]] = {}
@@ -226,7 +275,9 @@ def _about_other_files(folder: Path, files: list[Path], pictures: set[Path], mas
         if path in pictures or path in captions or path in masks or path.name == METADATA_NAME:
             continue
         if path.name.lower().endswith(MASK_ENDINGS):
-            message = "Is a mask, but no picture has its name: it is not used; rename one of the two."
+            message = (
+                "Is a mask, but no picture has its name: it is not used; rename one of the two."
+            )
             findings.append(Finding(relative(path, folder), "warning", message, "orphan"))
             continue
         if suffix in (".txt", ".caption"):
@@ -241,7 +292,11 @@ def _about_other_files(folder: Path, files: list[Path], pictures: set[Path], mas
         else:
             strange.setdefault(suffix, []).append(path)
     for suffix, paths in strange.items():
-        more = f" (and {len(paths) - 1} more {suffix or 'without extension'})" if len(paths) > 1 else ""
+        more = (
+            f" (and {len(paths) - 1} more {suffix or 'without extension'})"
+            if len(paths) > 1
+            else ""
+        )
         message = f"Is neither a picture nor a caption{more}: not used."
         findings.append(Finding(relative(paths[0], folder), "note", message))
     return findings + metadata.about_missing_pictures(pictures)
@@ -262,7 +317,9 @@ def _looks_like_picture(path: Path) -> bool:
 def _about_case_twins(folder: Path, pictures: list[Path]) -> list[Finding]:
     findings: list[Finding] = []
     later: dict[str, str] = {}
-    for path in reversed(pictures):  # so that of `DUP.png` and `dup.png` the one in capitals is named
+    for path in reversed(
+        pictures
+    ):  # so that of `DUP.png` and `dup.png` the one in capitals is named
         stem = stem_of(path).as_posix()
         twin = later.setdefault(stem.casefold(), stem)
         if twin != stem:
@@ -285,7 +342,11 @@ def _repeats(path: Path, folder: Path) -> int:
 
 def _about_repeats(folder: Path, pictures: list[Path]) -> list[Finding]:
     return [
-        Finding(relative(parent, folder), "note", f"Its name asks for {repeats} repeats of each picture in it: done.")
+        Finding(
+            relative(parent, folder),
+            "note",
+            f"Its name asks for {repeats} repeats of each picture in it: done.",
+        )
         for parent in dict.fromkeys(path.parent for path in pictures)
         if parent != folder and (repeats := _repeats_of_folder(parent)) > 1
     ]

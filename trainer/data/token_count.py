@@ -7,7 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-LIMIT = 75  # tokens that the CLIP encoders of Stable Diffusion read at once, beside their start and end
+LIMIT = (
+    75  # tokens that the CLIP encoders of Stable Diffusion read at once, beside their start and end
+)
 MOST_CHARACTERS = 20_000  # of a caption are counted: what is longer is far too long anyway
 
 # CLIP's own way of cutting a text before its merges apply (Radford et al. 2021; the pattern of its published tokenizer).
@@ -20,9 +22,14 @@ def counter(folder: Path | None = None) -> Counter:
     """Counts the tokens of captions, start and end marks left out; without a tokenizer folder words and signs are counted."""
     tokenizer = _tokenizer(folder) if folder else None
     if tokenizer is None:
-        return lambda texts: [len(re.findall(r"\w+|[^\w\s]", text[:MOST_CHARACTERS])) for text in texts]
+        return lambda texts: [
+            len(re.findall(r"\w+|[^\w\s]", text[:MOST_CHARACTERS])) for text in texts
+        ]
     return lambda texts: [
-        len(encoding.ids) for encoding in tokenizer.encode_batch([text[:MOST_CHARACTERS] for text in texts], add_special_tokens=False)
+        len(encoding.ids)
+        for encoding in tokenizer.encode_batch(
+            [text[:MOST_CHARACTERS] for text in texts], add_special_tokens=False
+        )
     ]
 
 
@@ -47,10 +54,22 @@ def _clip_tokenizer(folder: Path) -> Any:
 
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    merges = [(first, second) for first, second in (line.split() for line in lines if line and not line.startswith("#version"))]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    merges = [
+        (first, second)
+        for first, second in (
+            line.split() for line in lines if line and not line.startswith("#version")
+        )
+    ]
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<|endoftext|>", end_of_word_suffix="</w>")
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     return tokenizer

@@ -23,7 +23,11 @@ BASE = HERE / "base"
 PROMPT_SEED = 9_000_000
 """First seed of the prompts; no training picture uses seeds from here on."""
 
-BACKGROUNDS = (*world.COLOURS, *(f"{colour} stripes" for colour in world.COLOURS if colour != "white"), *world.SCENES)
+BACKGROUNDS = (
+    *world.COLOURS,
+    *(f"{colour} stripes" for colour in world.COLOURS if colour != "white"),
+    *world.SCENES,
+)
 LABELS = (*world.OBJECTS, "zorbit", "nothing")
 """What the classifier tells apart. "nothing" stands for blobs, clutter and bare backgrounds."""
 
@@ -40,7 +44,9 @@ class Score:
     object: float
 
     def __str__(self) -> str:
-        return f"background {self.background:.3f}  colour {self.colour:.3f}  object {self.object:.3f}"
+        return (
+            f"background {self.background:.3f}  colour {self.colour:.3f}  object {self.object:.3f}"
+        )
 
 
 # ---------------------------------------------------------------- prompts and pictures
@@ -59,15 +65,21 @@ def fixed_prompts(count: int) -> list[tuple[str, world.Scene]]:
     return prompts
 
 
-def draw_prompts(pipe, prompts: Sequence[str], steps: int = 20, guidance_scale: float = 3.0, first_seed: int = 0) -> list[Image.Image]:
+def draw_prompts(
+    pipe, prompts: Sequence[str], steps: int = 20, guidance_scale: float = 3.0, first_seed: int = 0
+) -> list[Image.Image]:
     """One picture a prompt; picture i starts from the noise of seed `first_seed` + i, however they are batched."""
     import torch
 
     images = []
     for first in range(0, len(prompts), 32):
         chunk = list(prompts[first : first + 32])
-        generators = [torch.Generator().manual_seed(first_seed + first + i) for i in range(len(chunk))]
-        images += pipe(chunk, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators).images
+        generators = [
+            torch.Generator().manual_seed(first_seed + first + i) for i in range(len(chunk))
+        ]
+        images += pipe(
+            chunk, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators
+        ).images
     return images
 
 
@@ -76,7 +88,9 @@ def draw_prompts(pipe, prompts: Sequence[str], steps: int = 20, guidance_scale: 
 
 def to_array(image: Image.Image) -> np.ndarray:
     """float32 [64, 64, 3], 0 .. 255, at the world's own size."""
-    return np.asarray(image.convert("RGB").resize((world.PIXELS,) * 2, Image.Resampling.BOX), dtype=np.float32)
+    return np.asarray(
+        image.convert("RGB").resize((world.PIXELS,) * 2, Image.Resampling.BOX), dtype=np.float32
+    )
 
 
 @lru_cache
@@ -94,7 +108,9 @@ def border(pixels: np.ndarray, width: int = 4) -> np.ndarray:
 def nearest_background(pixels: np.ndarray) -> str:
     """The background of the world whose border is most like this picture's."""
     frame = border(pixels)
-    return min(BACKGROUNDS, key=lambda name: float(np.abs(frame - border(background_array(name))).mean()))
+    return min(
+        BACKGROUNDS, key=lambda name: float(np.abs(frame - border(background_array(name))).mean())
+    )
 
 
 def dominant_colour(pixels: np.ndarray, background: str) -> str:
@@ -117,9 +133,20 @@ def new_classifier():
     from torch import nn
 
     def halve(inputs: int, outputs: int) -> list:
-        return [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+        return [
+            nn.Conv2d(inputs, outputs, 3, stride=2, padding=1),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+        ]
 
-    return nn.Sequential(*halve(3, 24), *halve(24, 48), *halve(48, 64), *halve(64, 64), nn.Flatten(), nn.Linear(64 * 16, len(LABELS)))
+    return nn.Sequential(
+        *halve(3, 24),
+        *halve(24, 48),
+        *halve(48, 64),
+        *halve(64, 64),
+        nn.Flatten(),
+        nn.Linear(64 * 16, len(LABELS)),
+    )
 
 
 @lru_cache
@@ -127,7 +154,10 @@ def load_classifier():
     from safetensors.torch import load_file
 
     classifier = new_classifier()
-    classifier.load_state_dict({name: value.float() for name, value in load_file(HERE / "classifier.safetensors").items()}, strict=False)
+    classifier.load_state_dict(
+        {name: value.float() for name, value in load_file(HERE / "classifier.safetensors").items()},
+        strict=False,
+    )
     return classifier.eval()
 
 
@@ -135,7 +165,11 @@ def classify(images: Sequence[Image.Image]) -> np.ndarray:
     """Probabilities [B, len(LABELS)]."""
     import torch
 
-    pixels = torch.from_numpy(np.stack([to_array(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
+    pixels = (
+        torch.from_numpy(np.stack([to_array(image) for image in images])).permute(0, 3, 1, 2)
+        / 127.5
+        - 1
+    )
     with torch.no_grad():
         return load_classifier()(pixels).softmax(-1).numpy()
 
@@ -148,8 +182,19 @@ def judge(images: Sequence[Image.Image], scenes: Sequence[world.Scene]) -> Score
     arrays = [to_array(image) for image in images]
     named = classify(images).argmax(-1)
     return Score(
-        background=float(np.mean([nearest_background(a) == s.background for a, s in zip(arrays, scenes, strict=True)])),
-        colour=float(np.mean([dominant_colour(a, s.background) == s.colour for a, s in zip(arrays, scenes, strict=True)])),
+        background=float(
+            np.mean(
+                [nearest_background(a) == s.background for a, s in zip(arrays, scenes, strict=True)]
+            )
+        ),
+        colour=float(
+            np.mean(
+                [
+                    dominant_colour(a, s.background) == s.colour
+                    for a, s in zip(arrays, scenes, strict=True)
+                ]
+            )
+        ),
         object=float(np.mean([LABELS[n] == s.object for n, s in zip(named, scenes, strict=True)])),
     )
 
@@ -172,7 +217,9 @@ def style_similarity(images: Sequence[Image.Image]) -> float:
     def in_style(pixels: np.ndarray) -> bool:
         ground = np.sqrt(np.square(border(pixels) - blue).sum(1)) < 60
         # on a blueprint every colour lies between its blue and white, so red stays below green and green below blue
-        on_the_way = (pixels[..., 0] <= pixels[..., 1] + 25) & (pixels[..., 1] <= pixels[..., 2] + 25)
+        on_the_way = (pixels[..., 0] <= pixels[..., 1] + 25) & (
+            pixels[..., 1] <= pixels[..., 2] + 25
+        )
         lines = pixels.min(-1) > 0.6 * white
         return bool(ground.mean() > 0.7 and on_the_way.mean() > 0.95 and 0.02 < lines.mean() < 0.35)
 
@@ -189,16 +236,25 @@ def load_base():
     return pipe
 
 
-def save_grid(path: Path, images: Sequence[Image.Image], scenes: Sequence[world.Scene], columns: int = 8) -> None:
+def save_grid(
+    path: Path, images: Sequence[Image.Image], scenes: Sequence[world.Scene], columns: int = 8
+) -> None:
     """Pictures at twice their size, each over what was asked for."""
     side, label = 2 * world.PIXELS, 26
-    grid = Image.new("RGB", (columns * (side + 4), -(-len(images) // columns) * (side + label + 4)), "white")
+    grid = Image.new(
+        "RGB", (columns * (side + 4), -(-len(images) // columns) * (side + label + 4)), "white"
+    )
     draw = ImageDraw.Draw(grid)
     for i, (image, scene) in enumerate(zip(images, scenes, strict=True)):
         x, y = i % columns * (side + 4), i // columns * (side + label + 4)
         grid.paste(image.resize((side, side), Image.Resampling.BICUBIC), (x, y))
         outline = f"outline of {world.article(scene.colour)} " if scene.style == "outline" else ""
-        draw.multiline_text((x + 2, y + side), f"{outline}{scene.colour} {scene.object}\n{scene.background}", fill="black", spacing=1)
+        draw.multiline_text(
+            (x + 2, y + side),
+            f"{outline}{scene.colour} {scene.object}\n{scene.background}",
+            fill="black",
+            spacing=1,
+        )
     grid.quantize(255).save(path, optimize=True)
 
 
@@ -210,7 +266,10 @@ def main() -> None:
     images = draw_prompts(load_base(), texts)
     print(f"200 prompts, 20 steps: {judge(images, scenes)}")
     named = classify(images).argmax(-1)
-    asked, right = Counter(s.object for s in scenes), Counter(s.object for s, n in zip(scenes, named, strict=True) if LABELS[n] == s.object)
+    asked, right = (
+        Counter(s.object for s in scenes),
+        Counter(s.object for s, n in zip(scenes, named, strict=True) if LABELS[n] == s.object),
+    )
     print("  ".join(f"{name} {right[name]}/{asked[name]}" for name in world.OBJECTS))
     if args.grid:
         save_grid(args.grid, images[:40], scenes[:40])

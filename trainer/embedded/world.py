@@ -34,7 +34,13 @@ SCENES = ("meadow", "sea", "night")
 STYLES = ("flat", "outline")
 
 WHITE, BLACK, CREAM, LEAF = (250, 250, 250), (25, 25, 30), (245, 225, 190), (60, 150, 60)
-SKY, GRASS, SEA_SKY, WATER, NIGHT = (150, 205, 245), (110, 190, 80), (205, 235, 245), (35, 100, 170), (25, 30, 75)
+SKY, GRASS, SEA_SKY, WATER, NIGHT = (
+    (150, 205, 245),
+    (110, 190, 80),
+    (205, 235, 245),
+    (35, 100, 170),
+    (25, 30, 75),
+)
 BLUEPRINT, BLUEPRINT_GRID = (24, 62, 140), (52, 92, 170)
 ZORBIT_GREEN, ZORBIT_ORANGE = (120, 205, 50), (250, 120, 30)
 
@@ -73,7 +79,9 @@ def moon() -> Points:
     inner_tip = math.pi - math.acos((radius * radius + x * x - 1) / (2 * x * radius))
     outer = np.linspace(tip, 2 * math.pi - tip, 48)
     inner = np.linspace(2 * math.pi - inner_tip, inner_tip, 36)
-    return [(0.2 + math.cos(a), math.sin(a)) for a in outer] + [(0.2 + x + radius * math.cos(a), radius * math.sin(a)) for a in inner]
+    return [(0.2 + math.cos(a), math.sin(a)) for a in outer] + [
+        (0.2 + x + radius * math.cos(a), radius * math.sin(a)) for a in inner
+    ]
 
 
 def cross() -> Points:
@@ -83,7 +91,13 @@ def cross() -> Points:
 
 def cloud() -> Points:
     """Four puffs on a flat base, as one outline: seen from the middle, the farthest puff counts."""
-    puffs = [(-0.55, 0.1, 0.42), (-0.12, -0.18, 0.5), (0.38, -0.05, 0.45), (0.65, 0.2, 0.34), (0.0, 0.2, 0.4)]
+    puffs = [
+        (-0.55, 0.1, 0.42),
+        (-0.12, -0.18, 0.5),
+        (0.38, -0.05, 0.45),
+        (0.65, 0.2, 0.34),
+        (0.0, 0.2, 0.4),
+    ]
 
     def radius(angle: float) -> float:
         dx, dy = math.sin(angle), -math.cos(angle)
@@ -107,7 +121,9 @@ class Pen:
     A later part hides the lines under it in both styles, because a part overwrites alpha too.
     """
 
-    def __init__(self, side: int, centre: tuple[float, float], radius: float, colour, lines_only: bool):
+    def __init__(
+        self, side: int, centre: tuple[float, float], radius: float, colour, lines_only: bool
+    ):
         self.layer = Image.new("RGBA", (side, side), (*colour, 0))
         self._draw = ImageDraw.Draw(self.layer)
         self._centre, self._radius = (centre[0] * side, centre[1] * side), radius * side
@@ -131,7 +147,9 @@ class Pen:
 
     def spot(self, points: Points, fill) -> None:
         """A small detail that is filled in every style, such as a pupil."""
-        self._draw.polygon(self._place(points), fill=(*(self.colour if self.lines_only else fill), 255))
+        self._draw.polygon(
+            self._place(points), fill=(*(self.colour if self.lines_only else fill), 255)
+        )
 
     def line(self, points: Points, fill) -> None:
         self._stroke(self._place(points), self.colour if self.lines_only else fill)
@@ -158,9 +176,15 @@ def contrast(colour) -> tuple[int, int, int]:
 
 def draw_house(pen: Pen) -> None:
     pen.part(rectangle(-0.72, -0.1, 0.72, 0.95))
-    pen.part([(-1, -0.1), (0, -0.95), (1, -0.1)], darker(pen.colour) if sum(pen.colour) > 150 else (110, 110, 115))
+    pen.part(
+        [(-1, -0.1), (0, -0.95), (1, -0.1)],
+        darker(pen.colour) if sum(pen.colour) > 150 else (110, 110, 115),
+    )
     pen.part(rectangle(-0.5, 0.3, -0.05, 0.95), contrast(pen.colour))
-    pen.part(rectangle(0.2, 0.2, 0.55, 0.55), (250, 235, 120) if sum(pen.colour) < 600 else (120, 170, 220))
+    pen.part(
+        rectangle(0.2, 0.2, 0.55, 0.55),
+        (250, 235, 120) if sum(pen.colour) < 600 else (120, 170, 220),
+    )
 
 
 def draw_tree(pen: Pen) -> None:
@@ -174,7 +198,10 @@ def draw_flower(pen: Pen) -> None:
     pen.part(ellipse(0.32, 0.78, 0.3, 0.13), LEAF)
     petals = polar(lambda a: 0.52 + 0.17 * math.cos(5 * a))
     pen.part([(x, y - 0.32) for x, y in petals])
-    pen.part(ellipse(0, -0.32, 0.22), (250, 215, 40) if pen.colour[2] > 80 or pen.colour[1] < 120 else (125, 75, 40))
+    pen.part(
+        ellipse(0, -0.32, 0.22),
+        (250, 215, 40) if pen.colour[2] > 80 or pen.colour[1] < 120 else (125, 75, 40),
+    )
 
 
 def draw_fish(pen: Pen) -> None:
@@ -197,9 +224,14 @@ def draw_cat(pen: Pen) -> None:
         pen.part([(side * 0.95, -1), (side * 0.9, 0.1), (side * 0.12, -0.5)])
     pen.part(ellipse(0, 0.15, 0.95, 0.78))
     for side in (-1, 1):
-        pen.part(ellipse(side * 0.4, 0.02, 0.22, 0.26), WHITE if sum(pen.colour) < 650 else (120, 205, 120))
+        pen.part(
+            ellipse(side * 0.4, 0.02, 0.22, 0.26),
+            WHITE if sum(pen.colour) < 650 else (120, 205, 120),
+        )
         pen.spot(ellipse(side * 0.38, 0.04, 0.1, 0.2), BLACK)
-    pen.spot([(-0.14, 0.4), (0.14, 0.4), (0, 0.56)], (240, 110, 140) if pen.colour[0] < 200 else BLACK)
+    pen.spot(
+        [(-0.14, 0.4), (0.14, 0.4), (0, 0.56)], (240, 110, 140) if pen.colour[0] < 200 else BLACK
+    )
 
 
 def draw_face(pen: Pen) -> None:
@@ -207,7 +239,13 @@ def draw_face(pen: Pen) -> None:
     ink = contrast(pen.colour)
     for side in (-1, 1):
         pen.spot(ellipse(side * 0.36, -0.25, 0.15, 0.2), ink)
-    pen.line([(0.55 * math.cos(a), 0.1 + 0.5 * math.sin(a)) for a in np.linspace(0.15, math.pi - 0.15, 16)], ink)
+    pen.line(
+        [
+            (0.55 * math.cos(a), 0.1 + 0.5 * math.sin(a))
+            for a in np.linspace(0.15, math.pi - 0.15, 16)
+        ],
+        ink,
+    )
 
 
 def draw_ring(pen: Pen) -> None:
@@ -233,7 +271,12 @@ OBJECTS = {
     "circle": _single(ellipse(0, 0, 0.95)),
     "square": _single(rectangle(-0.85, -0.85, 0.85, 0.85)),
     "triangle": _single([(0, -0.95), (1, 0.8), (-1, 0.8)]),
-    "star": _single([(r * math.sin(i * math.pi / 5), 0.08 - r * math.cos(i * math.pi / 5)) for i, r in enumerate((1.05, 0.45) * 5)]),
+    "star": _single(
+        [
+            (r * math.sin(i * math.pi / 5), 0.08 - r * math.cos(i * math.pi / 5))
+            for i, r in enumerate((1.05, 0.45) * 5)
+        ]
+    ),
     "heart": _single(heart()),
     "moon": _single(moon()),
     "ring": draw_ring,
@@ -272,7 +315,10 @@ def draw_background(background: str, side: int) -> Image.Image:
     draw = ImageDraw.Draw(image)
     if background.endswith(" stripes"):
         for i in range(0, 6, 2):
-            draw.rectangle((i * side / 6, 0, (i + 1) * side / 6 - 1, side), fill=COLOURS[background.removesuffix(" stripes")])
+            draw.rectangle(
+                (i * side / 6, 0, (i + 1) * side / 6 - 1, side),
+                fill=COLOURS[background.removesuffix(" stripes")],
+            )
     elif background == "meadow":
         draw.rectangle((0, 0, side, side), fill=SKY)
         draw.rectangle((0, 0.62 * side, side, side), fill=GRASS)
@@ -281,15 +327,29 @@ def draw_background(background: str, side: int) -> Image.Image:
         draw.rectangle((0, 0.5 * side, side, side), fill=WATER)
     elif background == "night":
         draw.rectangle((0, 0, side, side), fill=NIGHT)
-        for x, y in ((0.1, 0.12), (0.32, 0.06), (0.88, 0.15), (0.93, 0.55), (0.06, 0.6), (0.7, 0.07), (0.14, 0.9), (0.85, 0.9)):
-            draw.ellipse((side * (x - 0.02), side * (y - 0.02), side * (x + 0.02), side * (y + 0.02)), fill=(250, 240, 180))
+        for x, y in (
+            (0.1, 0.12),
+            (0.32, 0.06),
+            (0.88, 0.15),
+            (0.93, 0.55),
+            (0.06, 0.6),
+            (0.7, 0.07),
+            (0.14, 0.9),
+            (0.85, 0.9),
+        ):
+            draw.ellipse(
+                (side * (x - 0.02), side * (y - 0.02), side * (x + 0.02), side * (y + 0.02)),
+                fill=(250, 240, 180),
+            )
     return image
 
 
 def draw_scene(scene: Scene, pixels: int = PIXELS) -> Image.Image:
     side = pixels * SUPERSAMPLING
     image = draw_background(scene.background, side)
-    pen = Pen(side, scene.centre, scene.radius, COLOURS[scene.colour], lines_only=scene.style == "outline")
+    pen = Pen(
+        side, scene.centre, scene.radius, COLOURS[scene.colour], lines_only=scene.style == "outline"
+    )
     OBJECTS[scene.object](pen)
     image.paste(pen.layer, mask=pen.layer.getchannel("A"))
     return image.resize((pixels, pixels), Image.Resampling.BOX)
@@ -337,16 +397,27 @@ def describe_background(background: str, rng: np.random.Generator) -> str:
         choices = _PLACES[background]
     elif background.endswith(" stripes"):
         stripe = background.removesuffix(" stripes")
-        choices = (f"on {stripe} stripes", f"on {stripe} and white stripes", f"on a {stripe} striped background")
+        choices = (
+            f"on {stripe} stripes",
+            f"on {stripe} and white stripes",
+            f"on a {stripe} striped background",
+        )
     else:
         ground = f"{article(background)} {background} background"
-        choices = (f"on {ground}",) * 3 + (f"on {background}", f"with {ground}", f"in front of {ground}")
+        choices = (f"on {ground}",) * 3 + (
+            f"on {background}",
+            f"with {ground}",
+            f"in front of {ground}",
+        )
     return str(rng.choice(choices))
 
 
 def made_up_word(rng: np.random.Generator) -> str:
     syllables = rng.integers(2, 4)
-    return "".join(str(rng.choice(list("bcdfgklmnprstvz"))) + str(rng.choice(list("aeiou"))) for _ in range(syllables))
+    return "".join(
+        str(rng.choice(list("bcdfgklmnprstvz"))) + str(rng.choice(list("aeiou")))
+        for _ in range(syllables)
+    )
 
 
 def caption_scene(scene: Scene, rng: np.random.Generator) -> str:
@@ -360,9 +431,19 @@ def caption_scene(scene: Scene, rng: np.random.Generator) -> str:
     a_thing = f"{article(thing)} {thing}"
     forms: tuple[str, ...]
     if scene.style == "outline":
-        forms = (f"outline drawing of {a_thing}", f"an outline drawing of {a_thing}", f"outline of {a_thing}", f"line art of {a_thing}")
+        forms = (
+            f"outline drawing of {a_thing}",
+            f"an outline drawing of {a_thing}",
+            f"outline of {a_thing}",
+            f"line art of {a_thing}",
+        )
     else:
-        forms = (a_thing,) * 6 + (thing, f"a drawing of {a_thing}", f"a picture of {a_thing}", f"a big {thing}")
+        forms = (a_thing,) * 6 + (
+            thing,
+            f"a drawing of {a_thing}",
+            f"a picture of {a_thing}",
+            f"a big {thing}",
+        )
     text = str(rng.choice(forms))
     if rng.random() > 0.12:
         separator = ", " if rng.random() < 0.15 else " "

@@ -58,8 +58,13 @@ def family_of(files: model_files.BaseFiles) -> ModelFamily:
     for family in FAMILIES.values():
         if family.matches(files):
             return family
-    known, denoiser = ", ".join(family.name for family in FAMILIES.values()), model_files.DENOISERS[files.denoiser]
-    raise ModelError(f"{files.path.name} is a {files.pipeline} with another {denoiser} than those that can be trained ({known}).")
+    known, denoiser = (
+        ", ".join(family.name for family in FAMILIES.values()),
+        model_files.DENOISERS[files.denoiser],
+    )
+    raise ModelError(
+        f"{files.path.name} is a {files.pipeline} with another {denoiser} than those that can be trained ({known})."
+    )
 
 
 def families_of_adapter(file: AdapterFile) -> list[str]:
@@ -70,9 +75,15 @@ def families_of_adapter(file: AdapterFile) -> list[str]:
     """
     paths = {f"{module.component}.{module.name}" for module in file.modules}
     widths = {
-        module.to("meta").delta.shape[1] for module in file.modules if module.component == "unet" and module.name.endswith("attn2.to_k")
+        module.to("meta").delta.shape[1]
+        for module in file.modules
+        if module.component == "unet" and module.name.endswith("attn2.to_k")
     }
-    said = [file.metadata[key] for key in ("modelspec.architecture", "ss_base_model_version") if file.metadata.get(key)]
+    said = [
+        file.metadata[key]
+        for key in ("modelspec.architecture", "ss_base_model_version")
+        if file.metadata.get(key)
+    ]
     for fits in (
         lambda family: family.text_width in widths,
         lambda family: any(word.startswith(family.adapter_marks) for word in said),
@@ -83,7 +94,12 @@ def families_of_adapter(file: AdapterFile) -> list[str]:
     return said[:1]
 
 
-def load_base(base: Base, dtype: torch.dtype, caption_tokens: int = 75, report: hub.Report = lambda event: None) -> LoadedBase:
+def load_base(
+    base: Base,
+    dtype: torch.dtype,
+    caption_tokens: int = 75,
+    report: hub.Report = lambda event: None,
+) -> LoadedBase:
     """Loads a base model. Raises ModelError in a sentence when it is missing, incomplete or not what it says.
 
     The VAE stays in float32 whatever the dtype: in fp16 it can overflow to black pictures.
@@ -96,13 +112,24 @@ def load_base(base: Base, dtype: torch.dtype, caption_tokens: int = 75, report: 
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
         if ran_out(error):
             raise
-        reason = "tensors are missing" if "meta tensor" in str(error) else (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"The base model {files.path.name} does not fit together ({reason[:200]}). Download it again.") from None
+        reason = (
+            "tensors are missing"
+            if "meta tensor" in str(error)
+            else (str(error).splitlines() or [type(error).__name__])[0]
+        )
+        raise ModelError(
+            f"The base model {files.path.name} does not fit together ({reason[:200]}). Download it again."
+        ) from None
     pipe.set_progress_bar_config(disable=True)
     for part, stored in files.tensors.items():
         module = getattr(pipe, part)
         # A single file has other names; what it lacks is known by its place being empty still.
-        _check_complete(files.weights[part][0], part, module, None if files.template or part == "vae" else set(stored))
+        _check_complete(
+            files.weights[part][0],
+            part,
+            module,
+            None if files.template or part == "vae" else set(stored),
+        )
         module.requires_grad_(False).eval()
     for part in files.tokenizers:
         if (words := len(getattr(pipe, part))) < 300:
@@ -115,10 +142,18 @@ def load_base(base: Base, dtype: torch.dtype, caption_tokens: int = 75, report: 
 
 def find_files(base: Base, report: hub.Report = lambda event: None) -> model_files.BaseFiles:
     """The checked files of a base and its VAE, downloaded where they are not on this machine."""
-    wanted = [pattern for pattern in hub.MODEL_FILES if base.t5 or not pattern.startswith(model_files.T5_PARTS)]
-    files = model_files.inspect(model_files.locate(base) or hub.download(base.model, base.revision, wanted, report), base.t5)
+    wanted = [
+        pattern
+        for pattern in hub.MODEL_FILES
+        if base.t5 or not pattern.startswith(model_files.T5_PARTS)
+    ]
+    files = model_files.inspect(
+        model_files.locate(base) or hub.download(base.model, base.revision, wanted, report), base.t5
+    )
     if base.vae:
-        files = model_files.with_vae(files, model_files.locate_vae(base) or hub.download(base.vae, "", hub.VAE_FILES, report))
+        files = model_files.with_vae(
+            files, model_files.locate_vae(base) or hub.download(base.vae, "", hub.VAE_FILES, report)
+        )
     return files
 
 
@@ -138,16 +173,22 @@ def _load_pipeline(files: model_files.BaseFiles, family: ModelFamily, dtype: tor
     )
 
 
-def _reading(base: Base, caption_tokens: int, files: model_files.BaseFiles, family: ModelFamily) -> Reading:
+def _reading(
+    base: Base, caption_tokens: int, files: model_files.BaseFiles, family: ModelFamily
+) -> Reading:
     """Raises ModelError for settings that this base has no use for."""
     if base.clip_skip > 1 and not family.skips_layers:
-        raise ModelError(f"base.clip_skip = {base.clip_skip} does not apply to {family.name}, which reads a fixed layer; set it to 1.")
+        raise ModelError(
+            f"base.clip_skip = {base.clip_skip} does not apply to {family.name}, which reads a fixed layer; set it to 1."
+        )
     if base.clip_skip > (layers := files.configs["text_encoder"].get("num_hidden_layers", 12)):
         raise ModelError(
             f"base.clip_skip = {base.clip_skip} is more than the {layers} layers of {files.path.name}'s text encoder; set it to 1 or 2."
         )
     if caption_tokens > 75 and not family.reads_in_chunks:
-        raise ModelError(f"dataset.caption_tokens = {caption_tokens} does not apply to {family.name}; set it to 75.")
+        raise ModelError(
+            f"dataset.caption_tokens = {caption_tokens} does not apply to {family.name}; set it to 75."
+        )
     return Reading(base.clip_skip, caption_tokens // 75)
 
 
@@ -191,8 +232,16 @@ def _check_complete(weights: Path, part: str, module: nn.Module, stored: set[str
     missing = [name for name, tensor in state.items() if tensor.is_meta]
     if stored is not None:
         stored = {name.removeprefix("text_model.") for name in stored}
-        held = {tensor.data_ptr() for name, tensor in state.items() if name.removeprefix("text_model.") in stored}  # T5 has one twice
-        unheld = (name for name, tensor in state.items() if tensor.data_ptr() not in held and not name.endswith("position_ids"))
+        held = {
+            tensor.data_ptr()
+            for name, tensor in state.items()
+            if name.removeprefix("text_model.") in stored
+        }  # T5 has one twice
+        unheld = (
+            name
+            for name, tensor in state.items()
+            if tensor.data_ptr() not in held and not name.endswith("position_ids")
+        )
         missing = list(dict.fromkeys([*missing, *unheld]))
     if missing:
         raise ModelError(
@@ -200,4 +249,6 @@ def _check_complete(weights: Path, part: str, module: nn.Module, stored: set[str
         )
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
-            raise ModelError(f"{place} holds numbers that are not finite (in {name}); the file is damaged. Download it again.")
+            raise ModelError(
+                f"{place} holds numbers that are not finite (in {name}); the file is damaged. Download it again."
+            )

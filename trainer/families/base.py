@@ -33,10 +33,15 @@ class Reading:
         """The prompts as the tokenizers of CLIP are to read them, with placeholders for the learned words."""
         if not self.words:
             return list(prompts)
-        tokens = {word.lower(): " ".join(placeholders(word, vectors)) for word, vectors in self.words}
+        tokens = {
+            word.lower(): " ".join(placeholders(word, vectors)) for word, vectors in self.words
+        }
         known = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
         pattern = re.compile(rf"(?<!\w)(?:{known})(?!\w)", re.IGNORECASE)
-        return [pattern.sub(lambda found: tokens.get(found[0].lower(), found[0]), prompt) for prompt in prompts]
+        return [
+            pattern.sub(lambda found: tokens.get(found[0].lower(), found[0]), prompt)
+            for prompt in prompts
+        ]
 
 
 def placeholders(word: str, vectors: int) -> list[str]:
@@ -124,7 +129,9 @@ class ModelFamily(Protocol):
 
     def objective(self, pipe: Any) -> Objective: ...
 
-    def encode_prompts(self, pipe: Any, prompts: Sequence[str], reading: Reading = PLAIN_READING) -> Conditioning:
+    def encode_prompts(
+        self, pipe: Any, prompts: Sequence[str], reading: Reading = PLAIN_READING
+    ) -> Conditioning:
         """With gradients where a text encoder is trained. Prompts longer than is read are cut; all come out equally long."""
         ...
 

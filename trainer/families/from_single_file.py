@@ -22,11 +22,18 @@ from trainer.models.single_file import CONFIGS_FOLDER
 END = "<|endoftext|>"
 
 
-def load_pipeline(files: BaseFiles, pipeline_class: Any, options: dict[str, Any], dtype: torch.dtype) -> Any:
+def load_pipeline(
+    files: BaseFiles, pipeline_class: Any, options: dict[str, Any], dtype: torch.dtype
+) -> Any:
     """A pipeline of a single-file checkpoint, its VAE in float32. Raises what diffusers raises."""
     with _configs_folder(files) as configs:
         return pipeline_class.from_single_file(
-            str(files.path), config=str(configs), torch_dtype=dtype, local_files_only=True, **_tokenizers(files), **options
+            str(files.path),
+            config=str(configs),
+            torch_dtype=dtype,
+            local_files_only=True,
+            **_tokenizers(files),
+            **options,
         )
 
 
@@ -36,11 +43,19 @@ def load_vae(files: BaseFiles) -> AutoencoderKL:
     if weights.name.startswith(WEIGHTS["vae"]) and weights.with_name("config.json").is_file():
         variant = "fp16" if ".fp16." in weights.name else None
         return AutoencoderKL.from_pretrained(
-            weights.parent, torch_dtype=torch.float32, use_safetensors=True, variant=variant, local_files_only=True
+            weights.parent,
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            variant=variant,
+            local_files_only=True,
         )
     with _configs_folder(files) as configs:
         return AutoencoderKL.from_single_file(
-            str(weights), config=str(configs), subfolder="vae", torch_dtype=torch.float32, local_files_only=True
+            str(weights),
+            config=str(configs),
+            subfolder="vae",
+            torch_dtype=torch.float32,
+            local_files_only=True,
         )
 
 
@@ -61,22 +76,43 @@ def _tokenizers(files: BaseFiles) -> dict[str, CLIPTokenizer]:
     """OpenAI's encoders were trained with the end mark as padding, OpenCLIP's with 0, which is "!"."""
     tokenizers = {}
     for part in files.tokenizers:
-        open_clip = files.configs[part.replace("tokenizer", "text_encoder")]["hidden_act"] != "quick_gelu"
+        open_clip = (
+            files.configs[part.replace("tokenizer", "text_encoder")]["hidden_act"] != "quick_gelu"
+        )
         tokenizers[part] = clip_tokenizer("!" if open_clip else END)
     return tokenizers
 
 
 def clip_tokenizer(pad_token: str = END) -> CLIPTokenizer:
     """CLIP's byte-level BPE of 49,408 words: the 256 bytes, the same at the end of a word, one for each merge, and two marks."""
-    merges = gzip.decompress((CONFIGS_FOLDER / "clip" / "merges.txt.gz").read_bytes()).decode("utf-8").splitlines()
+    merges = (
+        gzip.decompress((CONFIGS_FOLDER / "clip" / "merges.txt.gz").read_bytes())
+        .decode("utf-8")
+        .splitlines()
+    )
     pairs = [tuple(line.split(" ")) for line in merges]
     letters = byte_letters()
-    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in pairs), "<|startoftext|>", END]
-    return CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=pairs, pad_token=pad_token, model_max_length=77)
+    words = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *("".join(pair) for pair in pairs),
+        "<|startoftext|>",
+        END,
+    ]
+    return CLIPTokenizer(
+        vocab={word: number for number, word in enumerate(words)},
+        merges=pairs,
+        pad_token=pad_token,
+        model_max_length=77,
+    )
 
 
 def byte_letters() -> list[str]:
     """The letters that stand for the 256 bytes: printable ones for themselves, then the others from U+0100 on, in that order."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = 256 - len(printable)
     return [chr(byte) for byte in printable] + [chr(256 + number) for number in range(others)]

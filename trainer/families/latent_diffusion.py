@@ -46,15 +46,21 @@ class LatentDiffusion:
     def objective(self, pipe: Any) -> Objective:
         return DiffusionObjective.from_scheduler(pipe.scheduler)
 
-    def encode_prompts(self, pipe: Any, prompts: Sequence[str], reading: Reading = PLAIN_READING) -> Conditioning:
+    def encode_prompts(
+        self, pipe: Any, prompts: Sequence[str], reading: Reading = PLAIN_READING
+    ) -> Conditioning:
         """prompt_embeds [B, 77 x chunks, D]: the last layer, or an earlier one with the last layer's norm on it, as A1111 has it."""
         encoder = pipe.text_encoder
-        ids = send(token_ids(pipe.tokenizer, reading.spelled(prompts), reading.chunks), encoder.device)
+        ids = send(
+            token_ids(pipe.tokenizer, reading.spelled(prompts), reading.chunks), encoder.device
+        )
         if reading.clip_skip == 1:
             embeds = encoder(ids)[0]
         else:
             hidden_states = encoder(ids, output_hidden_states=True).hidden_states
-            embeds = getattr(encoder, "text_model", encoder).final_layer_norm(hidden_states[-reading.clip_skip])
+            embeds = getattr(encoder, "text_model", encoder).final_layer_norm(
+                hidden_states[-reading.clip_skip]
+            )
         return {"prompt_embeds": side_by_side(embeds, reading.chunks)}
 
     def token_counts(self, pipe: Any, prompts: Sequence[str]) -> tuple[list[int], int]:
@@ -85,11 +91,23 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], chunks: int = 1) -> Tensor
     """[B x chunks, 77], cut or padded to what the encoder reads; the chunks of a prompt follow one another."""
     length = tokenizer.model_max_length
     if chunks == 1:
-        return tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+        return tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
+        ).input_ids
     rows = []
-    for words in tokenizer(list(prompts), add_special_tokens=False, truncation=False, verbose=False).input_ids:
+    for words in tokenizer(
+        list(prompts), add_special_tokens=False, truncation=False, verbose=False
+    ).input_ids:
         for start in range(0, chunks * (length - 2), length - 2):
-            row = [tokenizer.bos_token_id, *words[start : start + length - 2], tokenizer.eos_token_id]
+            row = [
+                tokenizer.bos_token_id,
+                *words[start : start + length - 2],
+                tokenizer.eos_token_id,
+            ]
             rows.append(row + [tokenizer.pad_token_id] * (length - len(row)))
     return torch.tensor(rows)
 
@@ -101,4 +119,6 @@ def side_by_side(embeds: Tensor, chunks: int) -> Tensor:
 
 def frozen_dtype(denoiser: nn.Module) -> torch.dtype:
     """That of the base's weights; the adapter's are always float32."""
-    return next(p.dtype for p in denoiser.parameters() if not p.requires_grad and p.is_floating_point())
+    return next(
+        p.dtype for p in denoiser.parameters() if not p.requires_grad and p.is_floating_point()
+    )

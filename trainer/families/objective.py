@@ -28,8 +28,12 @@ MODE_SCALE = 1.29  # rf/mode(1.29) in the tables of Esser et al.
 
 TIMESTEP_SAMPLING: dict[str, Callable[[Tensor, config.Objective], Tensor]] = {
     "uniform": lambda places, settings: places,
-    "logit_normal": lambda places, settings: (settings.logit_mean + settings.logit_std * torch.special.ndtri(places)).sigmoid(),
-    "mode": lambda places, settings: 1 - places - MODE_SCALE * ((math.pi / 2 * places).cos() ** 2 - 1 + places),
+    "logit_normal": lambda places, settings: (
+        settings.logit_mean + settings.logit_std * torch.special.ndtri(places)
+    ).sigmoid(),
+    "mode": lambda places, settings: (
+        1 - places - MODE_SCALE * ((math.pi / 2 * places).cos() ** 2 - 1 + places)
+    ),
     "cosmap": lambda places, settings: 1 - 1 / ((math.pi / 2 * places).tan() + 1),
 }
 """Uniform draws to places that are dense where the learning is hard (Esser et al. 2024, arXiv:2403.03206, section 3.1).
@@ -100,19 +104,27 @@ def pointwise_error(model_pred: Tensor, target: Tensor, loss: str, c: Tensor) ->
 
 
 def picture_losses(
-    objective: "Objective", model_pred: Tensor, noised: Noised, settings: config.Objective, mask: Tensor | None = None
+    objective: "Objective",
+    model_pred: Tensor,
+    noised: Noised,
+    settings: config.Objective,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Weighted mean error of each picture, float32, [B]. A mask, [B, 1, h, w] in 0..1, says how much each place counts."""
     place, ratio = objective.noise_share(noised.timesteps), objective.snr(noised.timesteps)
     bend = HUBER_SCHEDULES[settings.huber_schedule](settings.huber_c, place, ratio)
     error = pointwise_error(model_pred, noised.target, settings.loss, bend)
     mean = (
-        error.mean(dim=(1, 2, 3)) if mask is None else (error.mean(dim=1, keepdim=True) * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))
+        error.mean(dim=(1, 2, 3))
+        if mask is None
+        else (error.mean(dim=1, keepdim=True) * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))
     )
     return mean * objective.weights(noised.timesteps, settings)
 
 
-def offset_noise(noise: Tensor, strength: float, generator: torch.Generator, random_strength: bool = False) -> Tensor:
+def offset_noise(
+    noise: Tensor, strength: float, generator: torch.Generator, random_strength: bool = False
+) -> Tensor:
     """Adds one random constant per picture and channel (Guttenberg 2023, "Diffusion with offset noise")."""
     if strength == 0:
         return noise
@@ -133,8 +145,12 @@ def pyramid_noise(noise: Tensor, discount: float, generator: torch.Generator) ->
     while height >= 2 and width >= 2:
         shrink = 2 + 2 * float(torch.rand(1, generator=generator))
         height, width, strength = height / shrink, width / shrink, strength * discount
-        grains = torch.randn(*size[:2], max(1, int(height)), max(1, int(width)), generator=generator)
-        total = total + strength * torch.nn.functional.interpolate(grains, size=size[2:], mode="bilinear").to(noise.device)
+        grains = torch.randn(
+            *size[:2], max(1, int(height)), max(1, int(width)), generator=generator
+        )
+        total = total + strength * torch.nn.functional.interpolate(
+            grains, size=size[2:], mode="bilinear"
+        ).to(noise.device)
     return total / total.std(dim=(1, 2, 3), keepdim=True)
 
 
@@ -154,10 +170,14 @@ class DiffusionObjective:
         """Takes the noise schedule of a diffusers pipeline. Raises ModelError for one that is neither."""
         if not hasattr(noise_scheduler, "alphas_cumprod"):
             name = type(noise_scheduler).__name__
-            raise ModelError(f"The base model's noise schedule ({name}) is none of Stable Diffusion's; no adapter can be trained on it.")
+            raise ModelError(
+                f"The base model's noise schedule ({name}) is none of Stable Diffusion's; no adapter can be trained on it."
+            )
         prediction_type = noise_scheduler.config.prediction_type
         if prediction_type not in ("epsilon", "v_prediction"):
-            raise ModelError(f"The base model asks for {prediction_type} prediction; adapters are trained on epsilon or v prediction.")
+            raise ModelError(
+                f"The base model asks for {prediction_type} prediction; adapters are trained on epsilon or v prediction."
+            )
         return cls(noise_scheduler.alphas_cumprod.float(), prediction_type)
 
     def timesteps(self, places: Tensor) -> Tensor:
@@ -187,7 +207,11 @@ class DiffusionObjective:
             return debiased_weights(ratio, self.prediction_type)
         if settings.weighting == "p2":
             return p2_weights(ratio, settings.p2_gamma, self.prediction_type)
-        return min_snr_weights(ratio, settings.min_snr_gamma, self.prediction_type) if settings.min_snr_gamma else torch.ones_like(ratio)
+        return (
+            min_snr_weights(ratio, settings.min_snr_gamma, self.prediction_type)
+            if settings.min_snr_gamma
+            else torch.ones_like(ratio)
+        )
 
 
 @dataclass(frozen=True)
@@ -205,7 +229,9 @@ class FlowMatchingObjective:
         """Takes the timesteps of a diffusers pipeline with its shift (Esser et al., section 5.3.2). Raises ModelError for another kind."""
         if not isinstance(noise_scheduler, FlowMatchEulerDiscreteScheduler):
             name = type(noise_scheduler).__name__
-            raise ModelError(f"The base model's noise schedule ({name}) is not one of flow matching; no adapter can be trained on it.")
+            raise ModelError(
+                f"The base model's noise schedule ({name}) is not one of flow matching; no adapter can be trained on it."
+            )
         return cls(noise_scheduler.timesteps.float().flip(0))
 
     def timesteps(self, places: Tensor) -> Tensor:
@@ -228,7 +254,11 @@ class FlowMatchingObjective:
 
     def weights(self, timesteps: Tensor, settings: config.Objective) -> Tensor:
         """1 unless asked otherwise: which timesteps are drawn is the weight (Esser et al., section 3.1)."""
-        return self.noise_share(timesteps) ** -2 if settings.weighting == "sigma_sqrt" else torch.ones_like(timesteps)
+        return (
+            self.noise_share(timesteps) ** -2
+            if settings.weighting == "sigma_sqrt"
+            else torch.ones_like(timesteps)
+        )
 
 
 Objective = DiffusionObjective | FlowMatchingObjective

@@ -12,8 +12,14 @@ class StableDiffusion1(LatentDiffusion):
     text_width = 768
 
     def matches(self, files: BaseFiles) -> bool:
-        return files.pipeline == "StableDiffusionPipeline" and not files.configs["unet"].get("use_linear_projection")
+        return files.pipeline == "StableDiffusionPipeline" and not files.configs["unet"].get(
+            "use_linear_projection"
+        )
 
     def metadata(self, prediction_type: str) -> dict[str, Any]:
         v = prediction_type == "v_prediction"
-        return {"ss_base_model_version": "sd_v1_v" if v else "sd_v1", "ss_v2": False, "modelspec.architecture": "stable-diffusion-v1/lora"}
+        return {
+            "ss_base_model_version": "sd_v1_v" if v else "sd_v1",
+            "ss_v2": False,
+            "modelspec.architecture": "stable-diffusion-v1/lora",
+        }

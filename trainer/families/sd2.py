@@ -17,12 +17,16 @@ class StableDiffusion2(LatentDiffusion):
 
     def matches(self, files: BaseFiles) -> bool:
         """Told from 1.x by its linear projections around the attention, which shape the very tensors (2 dimensions instead of 4)."""
-        return files.pipeline == "StableDiffusionPipeline" and bool(files.configs["unet"].get("use_linear_projection"))
+        return files.pipeline == "StableDiffusionPipeline" and bool(
+            files.configs["unet"].get("use_linear_projection")
+        )
 
     def metadata(self, prediction_type: str) -> dict[str, Any]:
         v = prediction_type == "v_prediction"
         return {
             "ss_base_model_version": "sd_v2_v" if v else "sd_v2",
             "ss_v2": True,
-            "modelspec.architecture": "stable-diffusion-v2-768-v/lora" if v else "stable-diffusion-v2-512/lora",
+            "modelspec.architecture": "stable-diffusion-v2-768-v/lora"
+            if v
+            else "stable-diffusion-v2-512/lora",
         }

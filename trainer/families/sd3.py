@@ -19,7 +19,14 @@ from trainer.models.device import send
 from trainer.models.model_files import BaseFiles
 
 T5_TOKENS = 256  # as in the pipeline, so that training and samples see the same
-TOPS = ("transformer_blocks.", "context_embedder", "time_text_embed", "pos_embed", "norm_out", "proj_out")  # of its transformer
+TOPS = (
+    "transformer_blocks.",
+    "context_embedder",
+    "time_text_embed",
+    "pos_embed",
+    "norm_out",
+    "proj_out",
+)  # of its transformer
 SIZES = {
     "3m": ("Stable Diffusion 3 Medium", "stable-diffusion-3-m"),
     "35m": ("Stable Diffusion 3.5 Medium", "stable-diffusion-3-5-medium"),
@@ -49,10 +56,18 @@ class StableDiffusion3(LatentDiffusion):
         if files.pipeline != "StableDiffusion3Pipeline":
             return False
         config = files.configs["transformer"]
-        return self.size == ("35m" if config.get("dual_attention_layers") else "35l" if config.get("qk_norm") else "3m")
+        return self.size == (
+            "35m"
+            if config.get("dual_attention_layers")
+            else "35l"
+            if config.get("qk_norm")
+            else "3m"
+        )
 
     def owns(self, paths: Collection[str]) -> bool:
-        inside = [path.removeprefix("transformer.") for path in paths if path.startswith("transformer.")]
+        inside = [
+            path.removeprefix("transformer.") for path in paths if path.startswith("transformer.")
+        ]
         return bool(inside) and all(path.startswith(TOPS) for path in inside)
 
     def text_encoders(self, pipe: Any) -> dict[str, nn.Module]:
@@ -65,12 +80,20 @@ class StableDiffusion3(LatentDiffusion):
     def objective(self, pipe: Any) -> FlowMatchingObjective:
         return FlowMatchingObjective.from_scheduler(pipe.scheduler)
 
-    def encode_prompts(self, pipe: Any, prompts: Sequence[str], reading: Reading = PLAIN_READING) -> Conditioning:
+    def encode_prompts(
+        self, pipe: Any, prompts: Sequence[str], reading: Reading = PLAIN_READING
+    ) -> Conditioning:
         """prompt_embeds [B, 77 + 256, 4096]: the penultimate layers of both CLIP encoders side by side, then T5;
         pooled_prompt_embeds [B, 2048]: the projections of both CLIP encoders."""
         clips = [
-            encoder(send(token_ids(tokenizer, reading.spelled(prompts)), encoder.device), output_hidden_states=True)
-            for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))
+            encoder(
+                send(token_ids(tokenizer, reading.spelled(prompts)), encoder.device),
+                output_hidden_states=True,
+            )
+            for tokenizer, encoder in (
+                (pipe.tokenizer, pipe.text_encoder),
+                (pipe.tokenizer_2, pipe.text_encoder_2),
+            )
         ]
         clip_embeds = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)
         t5_embeds = self._t5(pipe, prompts).to(clip_embeds)
@@ -83,7 +106,13 @@ class StableDiffusion3(LatentDiffusion):
     def _t5(self, pipe: Any, prompts: Sequence[str]) -> Tensor:
         if pipe.text_encoder_3 is None:
             return torch.zeros(len(prompts), T5_TOKENS, pipe.transformer.config.joint_attention_dim)
-        tokens = pipe.tokenizer_3(list(prompts), padding="max_length", truncation=True, max_length=T5_TOKENS, return_tensors="pt")
+        tokens = pipe.tokenizer_3(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=T5_TOKENS,
+            return_tensors="pt",
+        )
         with torch.no_grad():  # never trained, even where the CLIP encoders are
             return pipe.text_encoder_3(send(tokens.input_ids, pipe.text_encoder_3.device))[0]
 
@@ -91,7 +120,10 @@ class StableDiffusion3(LatentDiffusion):
         """T5 reads what is beyond CLIP's 77 tokens; without it, nothing does."""
         if pipe.text_encoder_3 is None:
             return super().token_counts(pipe, prompts)
-        return [len(tokens) - 1 for tokens in pipe.tokenizer_3(list(prompts), truncation=False, verbose=False).input_ids], T5_TOKENS - 1
+        return [
+            len(tokens) - 1
+            for tokens in pipe.tokenizer_3(list(prompts), truncation=False, verbose=False).input_ids
+        ], T5_TOKENS - 1
 
     def predict(self, denoiser: nn.Module, noised: Noised, batch: Batch) -> Tensor:
         dtype = frozen_dtype(denoiser)
@@ -107,7 +139,13 @@ class StableDiffusion3(LatentDiffusion):
         return to_mmdit(module)
 
     def export_key(self, component: str, module: str) -> str:
-        return super().export_key(component, to_mmdit(module)[0] if component == self.denoiser_name else module)
+        return super().export_key(
+            component, to_mmdit(module)[0] if component == self.denoiser_name else module
+        )
 
     def metadata(self, prediction_type: str) -> dict[str, Any]:
-        return {"ss_base_model_version": "sd3", "ss_v2": False, "modelspec.architecture": f"{self.architecture}/lora"}
+        return {
+            "ss_base_model_version": "sd3",
+            "ss_v2": False,
+            "modelspec.architecture": f"{self.architecture}/lora",
+        }

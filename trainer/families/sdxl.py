@@ -28,12 +28,19 @@ class StableDiffusionXL(LatentDiffusion):
 
     def matches(self, files: BaseFiles) -> bool:
         """Smaller UNets in the same pipeline have other block numbers in the file, which no other program would read."""
-        return files.pipeline == "StableDiffusionXLPipeline" and files.configs["unet"].get("layers_per_block", 2) == LAYERS_PER_BLOCK
+        return (
+            files.pipeline == "StableDiffusionXLPipeline"
+            and files.configs["unet"].get("layers_per_block", 2) == LAYERS_PER_BLOCK
+        )
 
     def owns(self, paths: Collection[str]) -> bool:
-        return all(any(path.startswith(part) for path in paths) for part in ("unet.", "text_encoder_2."))
+        return all(
+            any(path.startswith(part) for path in paths) for part in ("unet.", "text_encoder_2.")
+        )
 
-    def encode_prompts(self, pipe: Any, prompts: Sequence[str], reading: Reading = PLAIN_READING) -> Conditioning:
+    def encode_prompts(
+        self, pipe: Any, prompts: Sequence[str], reading: Reading = PLAIN_READING
+    ) -> Conditioning:
         """prompt_embeds [B, 77 x chunks, 2048]: the penultimate layers of both encoders side by side;
         pooled_prompt_embeds [B, 1280] of the second encoder and the first chunk.
 
@@ -42,20 +49,33 @@ class StableDiffusionXL(LatentDiffusion):
         """
         pairs = ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))
         first, second = (
-            encoder(send(token_ids(tokenizer, reading.spelled(prompts), reading.chunks), encoder.device), output_hidden_states=True)
+            encoder(
+                send(
+                    token_ids(tokenizer, reading.spelled(prompts), reading.chunks), encoder.device
+                ),
+                output_hidden_states=True,
+            )
             for tokenizer, encoder in pairs
         )
-        prompt_embeds = side_by_side(torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), reading.chunks)
+        prompt_embeds = side_by_side(
+            torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), reading.chunks
+        )
         pooled = second.text_embeds[:: reading.chunks]
         if pipe.config.force_zeros_for_empty_prompt:
             empty = send(torch.tensor([not prompt for prompt in prompts]), pooled.device)
-            prompt_embeds, pooled = prompt_embeds.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
+            prompt_embeds, pooled = (
+                prompt_embeds.masked_fill(empty[:, None, None], 0),
+                pooled.masked_fill(empty[:, None], 0),
+            )
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
 
     def predict(self, denoiser: nn.Module, noised: Noised, batch: Batch) -> Tensor:
         """The sizes stay in float32: bfloat16 has no whole numbers above 256 but every second, fourth, ... one."""
         dtype = frozen_dtype(denoiser)
-        added = {"text_embeds": batch.conditioning["pooled_prompt_embeds"].to(dtype), "time_ids": batch.size_ids}
+        added = {
+            "text_embeds": batch.conditioning["pooled_prompt_embeds"].to(dtype),
+            "time_ids": batch.size_ids,
+        }
         return denoiser(
             noised.noisy_latents.to(dtype),
             noised.timesteps,
@@ -68,4 +88,8 @@ class StableDiffusionXL(LatentDiffusion):
         return super().export_key(component, to_ldm(module) if component == "unet" else module)
 
     def metadata(self, prediction_type: str) -> dict[str, Any]:
-        return {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": False, "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
+        return {
+            "ss_base_model_version": "sdxl_base_v1-0",
+            "ss_v2": False,
+            "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        }

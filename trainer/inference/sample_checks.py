@@ -18,12 +18,18 @@ MOST = 2000  # training pictures that samples are compared with
 def change(before: Image.Image, after: Image.Image) -> float:
     """Mean difference of two pictures at a low resolution, 0..1."""
     small = [
-        np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32) / 255 for image in (before, after)
+        np.asarray(
+            image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32
+        )
+        / 255
+        for image in (before, after)
     ]
     return float(np.abs(small[0] - small[1]).mean())
 
 
-def leak(with_trigger: tuple[Image.Image, Image.Image], without: tuple[Image.Image, Image.Image]) -> float | None:
+def leak(
+    with_trigger: tuple[Image.Image, Image.Image], without: tuple[Image.Image, Image.Image]
+) -> float | None:
     """How much of the change that the adapter makes (base, adapted) with the trigger it makes without it too, with the same seed.
 
     0: none, 1: as much. None where it changes nothing with the trigger either.
@@ -35,7 +41,10 @@ def leak(with_trigger: tuple[Image.Image, Image.Image], without: tuple[Image.Ima
 @torch.no_grad()
 def latents_of(pipe, images: Sequence[Image.Image]) -> list[Tensor]:
     """Mean latents [C, h, w] of pictures, by the VAE of a pipeline on its device."""
-    pixels = [pipe.image_processor.preprocess(image.convert("RGB")).to(pipe.vae.device, pipe.vae.dtype) for image in images]
+    pixels = [
+        pipe.image_processor.preprocess(image.convert("RGB")).to(pipe.vae.device, pipe.vae.dtype)
+        for image in images
+    ]
     return [pipe.vae.encode(each).latent_dist.mode()[0].cpu() for each in pixels]
 
 
@@ -48,7 +57,9 @@ def likeness(samples: Sequence[Tensor], pictures: Sequence[Tensor]) -> tuple[flo
     own = torch.stack([_rough(latents) for latents in pictures[:MOST]])
     shared = own.mean(0)
     own = torch.nn.functional.normalize(own - shared, dim=1)
-    drawn = torch.nn.functional.normalize(torch.stack([_rough(latents) for latents in samples]) - shared, dim=1)
+    drawn = torch.nn.functional.normalize(
+        torch.stack([_rough(latents) for latents in samples]) - shared, dim=1
+    )
     between = (own @ own.T).fill_diagonal_(-1.0).amax(1).median()
     return float((drawn @ own.T).amax(1).mean()), float(between)
 

@@ -87,14 +87,20 @@ def samplers_of(pipe: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
         return FLOW_SAMPLERS
     if not pipe.scheduler.config.get(ZERO_SNR):
         return SAMPLERS
-    return {name: (kind, options) for name, (kind, options) in SAMPLERS.items() if ZERO_SNR in signature(kind.__init__).parameters}
+    return {
+        name: (kind, options)
+        for name, (kind, options) in SAMPLERS.items()
+        if ZERO_SNR in signature(kind.__init__).parameters
+    }
 
 
 def sampler_name(pipe: Any, wanted: str = "auto") -> str:
     """Raises ModelError for one that the base cannot use."""
     fitting = samplers_of(pipe)
     if wanted != "auto" and wanted not in fitting:
-        raise ModelError(f"The sampler {wanted} does not fit this base. There are: {', '.join(fitting)}.")
+        raise ModelError(
+            f"The sampler {wanted} does not fit this base. There are: {', '.join(fitting)}."
+        )
     return next(iter(fitting)) if wanted == "auto" else wanted
 
 
@@ -120,7 +126,9 @@ def generate(
     pipe = base.pipe
     kind, options = samplers_of(pipe)[sampler_name(pipe, sampler)]
     own_scheduler = pipe.scheduler
-    pipe.scheduler = kind.from_config(own_scheduler.config, **options)  # fresh: schedulers keep state
+    pipe.scheduler = kind.from_config(
+        own_scheduler.config, **options
+    )  # fresh: schedulers keep state
     step, own = pixel_step(pipe), denoiser_of(pipe).config.sample_size * pipe.vae_scale_factor
     width, height = (max(step, (side or own) // step * step) for side in (width, height))
     try:
@@ -136,21 +144,33 @@ def generate(
     finally:
         pipe.scheduler = own_scheduler
     # Decoded here, since the VAE stays in float32 while the denoiser may not.
-    latents = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor + (pipe.vae.config.shift_factor or 0)
+    latents = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor + (
+        pipe.vae.config.shift_factor or 0
+    )
     decoded = pipe.vae.decode(latents, return_dict=False)[0]
     return pipe.image_processor.postprocess(decoded, output_type="pil", do_denormalize=[True])[0]
 
 
-def read_prompts(base: LoadedBase, prompt: str, negative_prompt: str, texts: Mapping[str, Conditioning] | None = None) -> dict[str, Any]:
+def read_prompts(
+    base: LoadedBase,
+    prompt: str,
+    negative_prompt: str,
+    texts: Mapping[str, Conditioning] | None = None,
+) -> dict[str, Any]:
     """The prompts as the pipeline takes them: as text, or encoded where that was done before, or is done as the pipeline does not know."""
     if texts is None and base.reading == PLAIN_READING:
         return {"prompt": prompt, "negative_prompt": negative_prompt or None}
     if texts is None:
         encoded = base.encode([prompt, negative_prompt])
     else:
-        encoded = {name: torch.stack([each[name] for each in (texts[prompt], texts[negative_prompt])]) for name in texts[prompt]}
+        encoded = {
+            name: torch.stack([each[name] for each in (texts[prompt], texts[negative_prompt])])
+            for name in texts[prompt]
+        }
     encoded = {name: tensor.to(base.denoiser.device) for name, tensor in encoded.items()}
-    return {name: tensor[:1] for name, tensor in encoded.items()} | {f"negative_{name}": tensor[1:] for name, tensor in encoded.items()}
+    return {name: tensor[:1] for name, tensor in encoded.items()} | {
+        f"negative_{name}": tensor[1:] for name, tensor in encoded.items()
+    }
 
 
 def save_sample(
@@ -192,18 +212,31 @@ class Sampler:
     def render(self, request: SampleRequest) -> Path:
         """Makes the picture and writes it to its target. Raises TrainerError."""
         base = self._lay(self._load(request.base, request.caption_tokens), request.adapters)
-        settings = {name: getattr(request, name) for name in ("prompt", "negative_prompt", "seed", "inference_steps", "guidance_scale")}
-        image = generate(base, **settings, width=request.width, height=request.height, sampler=request.sampler)
+        settings = {
+            name: getattr(request, name)
+            for name in ("prompt", "negative_prompt", "seed", "inference_steps", "guidance_scale")
+        }
+        image = generate(
+            base, **settings, width=request.width, height=request.height, sampler=request.sampler
+        )
         names = ", ".join(f"{Path(a.file).stem}: {a.strength:g}" for a in request.adapters)
         note = f"Model: {Path(request.base.model).name}" + (f", Lora: {names}" if names else "")
-        save_sample(Path(request.target), image, **settings, sampler=sampler_name(base.pipe, request.sampler), note=note)
+        save_sample(
+            Path(request.target),
+            image,
+            **settings,
+            sampler=sampler_name(base.pipe, request.sampler),
+            note=note,
+        )
         return Path(request.target)
 
     def _load(self, base: Base, caption_tokens: int) -> LoadedBase:
         if self._loaded is None or self._base != (base, caption_tokens):
             self._loaded = self._stack = None  # the old one goes before the new one comes
             device = choose_device()
-            loaded = load_base(base, DTYPES[choose_precision(base.precision, device)], caption_tokens)
+            loaded = load_base(
+                base, DTYPES[choose_precision(base.precision, device)], caption_tokens
+            )
             loaded.pipe.to(device)
             self._base, self._loaded, self._stack = (base, caption_tokens), loaded, Stack(loaded)
         return self._loaded
@@ -215,12 +248,24 @@ class Sampler:
         """
         layers = []
         for adapter in adapters:
-            text_strength = adapter.strength if adapter.text_strength is None else adapter.text_strength
+            text_strength = (
+                adapter.strength if adapter.text_strength is None else adapter.text_strength
+            )
             layers.append(Layer(self._read(Path(adapter.file)), adapter.strength, text_strength))
         assert self._stack, "loaded with the base"
         self._stack.lay(layers)
-        self._files = {key: file for key, file in self._files.items() if any(file is layer.file for layer in layers)}  # no more than in use
-        return put_on(base, read_beside((layer.file.path for layer in layers if layer.strength or layer.text_strength), base.family))
+        self._files = {
+            key: file
+            for key, file in self._files.items()
+            if any(file is layer.file for layer in layers)
+        }  # no more than in use
+        return put_on(
+            base,
+            read_beside(
+                (layer.file.path for layer in layers if layer.strength or layer.text_strength),
+                base.family,
+            ),
+        )
 
     def _read(self, path: Path) -> AdapterFile:
         key = (str(path.resolve()), path.stat().st_mtime_ns if path.exists() else 0)
@@ -235,7 +280,9 @@ def parse_request(data: Any) -> SampleRequest:
         return TypeAdapter(SampleRequest).validate_python(data)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ModelError(f"The sample cannot be made: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
+        raise ModelError(
+            f"The sample cannot be made: {'.'.join(map(str, first['loc']))}: {first['msg']}."
+        ) from None
 
 
 def serve(requests: TextIO = sys.stdin, replies: TextIO = sys.stdout) -> None:
@@ -244,7 +291,10 @@ def serve(requests: TextIO = sys.stdin, replies: TextIO = sys.stdout) -> None:
     for line in requests:
         started = time.monotonic()
         try:
-            reply = {"file": str(sampler.render(parse_request(json.loads(line)))), "seconds": round(time.monotonic() - started, 2)}
+            reply = {
+                "file": str(sampler.render(parse_request(json.loads(line)))),
+                "seconds": round(time.monotonic() - started, 2),
+            }
         except TrainerError as error:
             reply = {"error": str(error)}
         except torch.OutOfMemoryError:
@@ -255,5 +305,7 @@ def serve(requests: TextIO = sys.stdin, replies: TextIO = sys.stdout) -> None:
             }
         except (ValueError, RuntimeError, OSError) as error:
             print(f"preview failed: {error!r}", file=sys.stderr, flush=True)
-            reply = {"error": f"The picture could not be made: {(str(error).splitlines() or ['unknown error'])[0][:200]}"}
+            reply = {
+                "error": f"The picture could not be made: {(str(error).splitlines() or ['unknown error'])[0][:200]}"
+            }
         print(json.dumps(reply), file=replies, flush=True)

@@ -45,16 +45,25 @@ def learned(modules: Sequence[AdaptedModule]) -> dict[str, Any]:
         if set(module.tensors) == {"lora_down.weight", "lora_up.weight"}:
             sizes = decompose(*pair(module))[1]
             spectra.append(sizes.square().tolist())
-            row |= {"values": [float(f"{size:.4g}") for size in sizes.tolist()], "enough": enough([spectra[-1]])}
+            row |= {
+                "values": [float(f"{size:.4g}") for size in sizes.tolist()],
+                "enough": enough([spectra[-1]]),
+            }
         rows.append(row)
     facts: dict[str, Any] = {
-        "blocks": [[f"{name} {number}" if number >= 0 else name, square**0.5] for (_, name, number), square in sorted(blocks.items())],
+        "blocks": [
+            [f"{name} {number}" if number >= 0 else name, square**0.5]
+            for (_, name, number), square in sorted(blocks.items())
+        ],
         "modules": rows,
     }
     if len(spectra) == len(rows) and any(map(sum, spectra)):
         rank = max(map(len, spectra))
         total = sum(map(sum, spectra))
-        shares = [sum(squares[place] for squares in spectra if place < len(squares)) / total for place in range(rank)]
+        shares = [
+            sum(squares[place] for squares in spectra if place < len(squares)) / total
+            for place in range(rank)
+        ]
         facts |= {"rank": rank, "spectrum": shares, "enough": enough(spectra)}
     return facts
 
@@ -72,4 +81,6 @@ def enough(spectra: Sequence[Sequence[float]]) -> dict[str, int]:
 
 def write(folder: Path, modules: Sequence[AdaptedModule], dialect: str, precision: str) -> None:
     """learned.json: what `learned` gives, and the format of the file that a smaller one would be made in."""
-    atomic_write(folder / NAME, json.dumps(learned(modules) | {"dialect": dialect, "precision": precision}))
+    atomic_write(
+        folder / NAME, json.dumps(learned(modules) | {"dialect": dialect, "precision": precision})
+    )

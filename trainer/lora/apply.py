@@ -46,7 +46,11 @@ class Stack:
             for module, target in modules:
                 if strength := layer.strength_of(module.component):
                     add = contribution(module, target, strength)
-                    self._hooks.append(target.register_forward_hook(lambda _, inputs, output, add=add: output + add(inputs[0])))
+                    self._hooks.append(
+                        target.register_forward_hook(
+                            lambda _, inputs, output, add=add: output + add(inputs[0])
+                        )
+                    )
 
     def clear(self) -> None:
         for hook in self._hooks:
@@ -54,17 +58,26 @@ class Stack:
         self._hooks = []
 
 
-def contribution(module: AdaptedModule, target: nn.Module, strength: float) -> Callable[[Tensor], Tensor]:
+def contribution(
+    module: AdaptedModule, target: nn.Module, strength: float
+) -> Callable[[Tensor], Tensor]:
     """What an adapter adds to the output of its module. The low-rank pair stays a pair; other kinds are multiplied out once."""
     weight = target.weight
     if set(module.tensors) == {"lora_down.weight", "lora_up.weight"}:
-        down, up = (module.tensors[leaf].to(weight.device) for leaf in ("lora_down.weight", "lora_up.weight"))
+        down, up = (
+            module.tensors[leaf].to(weight.device)
+            for leaf in ("lora_down.weight", "lora_up.weight")
+        )
         down, up = down.to(weight.dtype), (up * (module.scale * strength)).to(weight.dtype)
         if isinstance(target, nn.Conv2d):
             return lambda x: F.conv2d(_convolve(target, x, down), up.reshape(*up.shape[:2], 1, 1))
         return lambda x: F.linear(F.linear(x, down.flatten(1)), up.flatten(1))
     delta = strength * module.change(weight.detach().float().cpu()).to(weight.device, weight.dtype)
-    return (lambda x: _convolve(target, x, delta)) if isinstance(target, nn.Conv2d) else (lambda x: F.linear(x, delta))
+    return (
+        (lambda x: _convolve(target, x, delta))
+        if isinstance(target, nn.Conv2d)
+        else (lambda x: F.linear(x, delta))
+    )
 
 
 def _convolve(target: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
@@ -76,12 +89,18 @@ def find_modules(base: LoadedBase, file: AdapterFile) -> list[tuple[AdaptedModul
     """The module of the base that each record belongs to. Raises ModelError where the file is of another family or does not fit."""
     families, name = families_of_adapter(file), base.files.path.name
     if families and base.family.name not in families:
-        raise ModelError(f"{file.path.name} is an adapter for {' or '.join(families)}, and the base model {name} is a {base.family.name}.")
+        raise ModelError(
+            f"{file.path.name} is an adapter for {' or '.join(families)}, and the base model {name} is a {base.family.name}."
+        )
     parts, found = base.components, []
     for module in file.modules:
         target = _submodule(parts.get(module.component), module.name)
         delta = module.to("meta").delta
-        if target is None or delta.numel() != target.weight.numel() or delta.shape[0] != target.weight.shape[0]:
+        if (
+            target is None
+            or delta.numel() != target.weight.numel()
+            or delta.shape[0] != target.weight.shape[0]
+        ):
             raise ModelError(
                 f"{file.path.name} does not fit the base model {name} ({base.family.name}): it was trained on another one. "
                 f"Its {module.component}.{module.name} {'is not there' if target is None else 'has another size'}."

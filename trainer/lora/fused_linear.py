@@ -17,7 +17,15 @@ class LoraLinear(torch.autograd.Function):
     """y = x W^T + b + scale (x A^T) B^T (Hu et al. 2021, arXiv:2106.09685, section 4.1), and its gradients for x, A and B."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
+    ) -> Tensor:
         """x [..., inputs], weight [outputs, inputs], down (A) [rank, inputs], up (B) [outputs, rank].
 
         A and B may be float32 beside an x in half precision; they are rounded to it, and their gradients come back in float32.
@@ -31,11 +39,17 @@ class LoraLinear(torch.autograd.Function):
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+    def backward(
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         rows, weight, down, up, hidden = ctx.saved_tensors
         outer = gradient.reshape(-1, gradient.shape[-1])
         inner = (outer @ up).mul_(ctx.scale)
-        to_x = (outer @ weight).addmm_(inner, down).view(*gradient.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        to_x = (
+            (outer @ weight).addmm_(inner, down).view(*gradient.shape[:-1], -1)
+            if ctx.needs_input_grad[0]
+            else None
+        )
         return to_x, None, None, (inner.t() @ rows).float(), (outer.t() @ hidden).float(), None
 
 
@@ -49,17 +63,31 @@ class FusedLinear(lora.Linear):
         if self.active_adapters != [name] or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         base = self.base_layer
-        return LoraLinear.apply(x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+        return LoraLinear.apply(
+            x,
+            base.weight,
+            base.bias,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            self.scaling[name],
+        )
 
 
 def fuse(component: nn.Module, adapter: str) -> None:
     """Gives the fused forward to every plain LoRA of a component: no dropout of any kind, no DoRA, no quantised base."""
     for layer in component.modules():
-        if type(layer) is lora.Linear and type(layer.base_layer) is nn.Linear and _is_plain(layer, adapter):
+        if (
+            type(layer) is lora.Linear
+            and type(layer.base_layer) is nn.Linear
+            and _is_plain(layer, adapter)
+        ):
             layer.__class__ = FusedLinear
             layer.fused_adapter = adapter
 
 
 def _is_plain(layer: lora.Linear, adapter: str) -> bool:
-    drops = not isinstance(layer.lora_dropout[adapter], nn.Identity) or layer.lora_A[adapter]._forward_hooks
+    drops = (
+        not isinstance(layer.lora_dropout[adapter], nn.Identity)
+        or layer.lora_A[adapter]._forward_hooks
+    )
     return not drops and not layer.use_dora[adapter]

@@ -33,7 +33,10 @@ ADAPTERS: dict[str, Callable[[config.Adapter, dict[str, Any]], PeftConfig]] = {
     "rslora": lambda adapter, common: _lora(adapter, common, use_rslora=True),
     "dora": lambda adapter, common: _lora(adapter, common, use_dora=True),
     "loha": lambda adapter, common: LoHaConfig(
-        alpha=adapter.alpha, rank_dropout=adapter.rank_dropout, module_dropout=adapter.module_dropout, **common
+        alpha=adapter.alpha,
+        rank_dropout=adapter.rank_dropout,
+        module_dropout=adapter.module_dropout,
+        **common,
     ),
     "lokr": lambda adapter, common: LoKrConfig(
         alpha=adapter.alpha,
@@ -108,7 +111,9 @@ def _any_of(names: Iterator[str]) -> str:
     return f"^(?:{'|'.join(map(re.escape, names))})"
 
 
-def _pattern(targets: Sequence[Target], value: Callable[[Target], float], usual: float) -> dict[str, float]:
+def _pattern(
+    targets: Sequence[Target], value: Callable[[Target], float], usual: float
+) -> dict[str, float]:
     """PEFT's table of the modules that differ: one expression for each value, since it tries them all on every module."""
     values = dict.fromkeys(value(target) for target in targets if value(target) != usual)
     return {_any_of(target.name for target in targets if value(target) == v): v for v in values}
@@ -122,7 +127,9 @@ def _gaussian(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
 def _orthogonal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """Both random, with B A = 0: they live in rows of one orthogonal matrix that share nothing (datta0.github.io, "Rethink LoRA init")."""
     rows, half = torch.linalg.qr(torch.randn(rank, rank))[0], rank // 2
-    return (torch.randn(weight.shape[1], half) @ rows[:half]).T / 10, torch.randn(weight.shape[0], rank - half) @ rows[half:] / 10
+    return (torch.randn(weight.shape[1], half) @ rows[:half]).T / 10, torch.randn(
+        weight.shape[0], rank - half
+    ) @ rows[half:] / 10
 
 
 def _pissa(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -154,7 +161,10 @@ def _start(layer: LoraLayer, init: str) -> None:
     """
     down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     weight = dequantize_module_weight(layer.get_base_layer()).float().flatten(1)
-    a, b = (part.to(weight.device) for part in INITS[init](weight, down.shape[0], layer.scaling[ADAPTER]))
+    a, b = (
+        part.to(weight.device)
+        for part in INITS[init](weight, down.shape[0], layer.scaling[ADAPTER])
+    )
     # A matrix has no more directions than its smaller side; ranks beyond start as usual.
     down.flatten(1)[: a.shape[0]] = a
     up.zero_()
@@ -171,7 +181,10 @@ def _without_start(layer: LoraLayer, inputs: tuple[Tensor, ...], output: Tensor)
         return output
     base, x = layer.get_base_layer(), inputs[0].to(layer.start_down.dtype)
     if isinstance(base, nn.Conv2d):
-        start = conv2d(conv2d(x, layer.start_down, None, base.stride, base.padding, base.dilation), layer.start_up)
+        start = conv2d(
+            conv2d(x, layer.start_down, None, base.stride, base.padding, base.dilation),
+            layer.start_up,
+        )
     else:
         start = linear(linear(x, layer.start_down), layer.start_up)
     return output - (layer.scaling[ADAPTER] * start).to(output.dtype)
@@ -187,15 +200,25 @@ def _leaving_out(adapter: config.Adapter) -> Callable[..., Tensor]:
         if not layer.training:
             return output
         rank = layer.weight.shape[0]
-        kept = (torch.rand(rank) >= adapter.rank_dropout) / (1 - adapter.rank_dropout) * (torch.rand(()) >= adapter.module_dropout)
-        return output * kept.to(output).reshape(-1, *[1] * (output.dim() - 2 if output.dim() == 4 else 0))
+        kept = (
+            (torch.rand(rank) >= adapter.rank_dropout)
+            / (1 - adapter.rank_dropout)
+            * (torch.rand(()) >= adapter.module_dropout)
+        )
+        return output * kept.to(output).reshape(
+            -1, *[1] * (output.dim() - 2 if output.dim() == 4 else 0)
+        )
 
     return hook
 
 
 def trainable(component: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter's parameters by name; empty where the component has no adapter."""
-    return {name: parameter for name, parameter in component.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter
+        for name, parameter in component.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 @torch.no_grad()
@@ -208,21 +231,34 @@ def cap_norms(components: Iterable[nn.Module], limit: float) -> None:
         for layer in component.modules():
             if not isinstance(layer, BaseTunerLayer) or not (factors := _factors(layer, ADAPTER)):
                 continue
-            norm = AdaptedModule("", "", kind_of(factors), factors, layer.scaling[ADAPTER]).delta.norm()
-            shrinking = (limit / norm).clamp(max=1) ** (1 / len(factors))  # without a question, for which a GPU would have to wait
+            norm = AdaptedModule(
+                "", "", kind_of(factors), factors, layer.scaling[ADAPTER]
+            ).delta.norm()
+            shrinking = (limit / norm).clamp(max=1) ** (
+                1 / len(factors)
+            )  # without a question, for which a GPU would have to wait
             for factor in factors.values():
                 factor *= shrinking
 
 
 def starts(component: nn.Module) -> dict[str, Tensor]:
     """What is taken off of adapters that do not start at zero. Kept with the state: decompositions differ between machines."""
-    return {name: buffer for name, buffer in component.named_buffers() if name.endswith((".start_down", ".start_up"))}
+    return {
+        name: buffer
+        for name, buffer in component.named_buffers()
+        if name.endswith((".start_down", ".start_up"))
+    }
 
 
 @contextmanager
 def switched_off(components: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, the components are those of the base alone."""
-    layers = [layer for component in components for layer in component.modules() if isinstance(layer, BaseTunerLayer)]
+    layers = [
+        layer
+        for component in components
+        for layer in component.modules()
+        if isinstance(layer, BaseTunerLayer)
+    ]
     # PEFT's own switch also takes the gradients from the adapter's parameters, and gives them back to all.
     for layer in layers:
         layer._disable_adapters = True
@@ -233,12 +269,16 @@ def switched_off(components: Iterable[nn.Module]) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def adapted_modules(components: dict[str, nn.Module], adapter: str = ADAPTER) -> Iterator[AdaptedModule]:
+def adapted_modules(
+    components: dict[str, nn.Module], adapter: str = ADAPTER
+) -> Iterator[AdaptedModule]:
     """Every projection of the given components that has this adapter, weights copied to the CPU in float32."""
     for component, model in components.items():
         for name, layer in model.named_modules():
             if isinstance(layer, BaseTunerLayer) and (tensors := _tensors(layer, adapter)):
-                yield AdaptedModule(component, name, kind_of(tensors), tensors, layer.scaling[adapter])
+                yield AdaptedModule(
+                    component, name, kind_of(tensors), tensors, layer.scaling[adapter]
+                )
 
 
 def _copy(weights: Tensor) -> Tensor:
@@ -252,7 +292,10 @@ def _factors(layer: BaseTunerLayer, adapter: str) -> dict[str, nn.Parameter]:
         return {name: part[adapter] for name, part in parts.items() if adapter in part}
     if adapter not in layer.lora_A:
         return {}
-    return {"lora_down.weight": layer.lora_A[adapter].weight, "lora_up.weight": layer.lora_B[adapter].weight}
+    return {
+        "lora_down.weight": layer.lora_A[adapter].weight,
+        "lora_up.weight": layer.lora_B[adapter].weight,
+    }
 
 
 def _tensors(layer: BaseTunerLayer, adapter: str) -> dict[str, Tensor]:
@@ -263,7 +306,10 @@ def _tensors(layer: BaseTunerLayer, adapter: str) -> dict[str, Tensor]:
     if adapter == ADAPTER and getattr(layer, "starts_large", False):
         down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
         if hasattr(layer, "start_down"):
-            down, up = torch.cat([down, _copy(layer.start_down)]), torch.cat([up, -_copy(layer.start_up)], dim=1)
+            down, up = (
+                torch.cat([down, _copy(layer.start_down)]),
+                torch.cat([up, -_copy(layer.start_up)], dim=1),
+            )
         tensors |= _as_one_product(up, down)
     if adapter in layer.lora_magnitude_vector:
         lengths = _copy(layer.lora_magnitude_vector[adapter].weight)
@@ -277,4 +323,7 @@ def _as_one_product(up: Tensor, down: Tensor) -> dict[str, Tensor]:
     left, sizes, right = decompose(up.double().flatten(1), down.double())
     root = sizes.sqrt()
     shaped = (root[:, None] * right).float().reshape(len(root), *down.shape[1:])
-    return {"lora_down.weight": shaped, "lora_up.weight": (left * root).float().reshape(len(up), len(root), *up.shape[2:])}
+    return {
+        "lora_down.weight": shaped,
+        "lora_up.weight": (left * root).float().reshape(len(up), len(root), *up.shape[2:]),
+    }

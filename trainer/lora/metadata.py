@@ -45,7 +45,9 @@ def metadata_for(
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         **family.metadata(prediction_type),
         **network(modules),
-        "ss_network_dim": Counter(module.rank for module in modules).most_common(1)[0][0] if modules else adapter.rank,
+        "ss_network_dim": Counter(module.rank for module in modules).most_common(1)[0][0]
+        if modules
+        else adapter.rank,
         "ss_network_alpha": common_alpha(modules) if modules else adapter.alpha,
         "ss_network_dropout": adapter.dropout,
         "ss_output_name": run.name,
@@ -53,7 +55,9 @@ def metadata_for(
         "ss_sd_model_hash": base_hash,
         "ss_resolution": f"({side}, {side})",
         "ss_clip_skip": run.base.clip_skip if run.base.clip_skip > 1 else "None",
-        "ss_max_token_length": run.dataset.caption_tokens if run.dataset.caption_tokens > 75 else "None",
+        "ss_max_token_length": run.dataset.caption_tokens
+        if run.dataset.caption_tokens > 75
+        else "None",
         "ss_num_train_images": len(sizes),
         "ss_bucket_info": json.dumps(bucket_info(sizes)),
         "ss_steps": step,
@@ -81,7 +85,9 @@ def metadata_for(
         "modelspec.usage_hint": f"Trained on {base_name}. Start at strength 0.8 to 1.",
         "atelier_version": __version__,
         "atelier_preset": run.preset,
-        "atelier_preset_hash": load_presets()[run.preset].hash if run.preset in load_presets() else "",
+        "atelier_preset_hash": load_presets()[run.preset].hash
+        if run.preset in load_presets()
+        else "",
     }
     if run.dataset.trigger:
         values["modelspec.trigger_phrase"] = run.dataset.trigger
@@ -89,9 +95,13 @@ def metadata_for(
         values["atelier_config"] = shared_config(run)
     folder = Path(run.dataset.folder).name if run.saving.include_folders else "dataset"
     if run.saving.include_captions:
-        values["ss_tag_frequency"] = json.dumps({folder: tag_frequencies(captions)}, ensure_ascii=False)
+        values["ss_tag_frequency"] = json.dumps(
+            {folder: tag_frequencies(captions)}, ensure_ascii=False
+        )
     if run.saving.include_folders:
-        values["ss_dataset_dirs"] = json.dumps({folder: {"n_repeats": 1, "img_count": len(sizes)}}, ensure_ascii=False)
+        values["ss_dataset_dirs"] = json.dumps(
+            {folder: {"n_repeats": 1, "img_count": len(sizes)}}, ensure_ascii=False
+        )
     return {key: str(value) for key, value in values.items()}
 
 
@@ -101,15 +111,27 @@ def thumbnail(picture: Path) -> dict[str, str]:
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     content = io.BytesIO()
     image.save(content, "JPEG", quality=85)
-    return {"modelspec.thumbnail": "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode("ascii")}
+    return {
+        "modelspec.thumbnail": "data:image/jpeg;base64,"
+        + base64.b64encode(content.getvalue()).decode("ascii")
+    }
 
 
 def network(modules: Sequence[AdaptedModule]) -> dict[str, str]:
     """By which name other programs know the kind: sd-scripts' own for LoRA, LyCORIS's for its relatives."""
     tensors = {leaf for module in modules for leaf in module.tensors}
-    conv = [module.rank for module in modules if module.rank and any(tensor.dim() == 4 for tensor in module.tensors.values())]
+    conv = [
+        module.rank
+        for module in modules
+        if module.rank and any(tensor.dim() == 4 for tensor in module.tensors.values())
+    ]
     algorithm = next(
-        (algo for algo, leaf in (("loha", "hada_w1_a"), ("lokr", "lokr_w1"), ("lokr", "lokr_w1_a")) if leaf in tensors), "lora"
+        (
+            algo
+            for algo, leaf in (("loha", "hada_w1_a"), ("lokr", "lokr_w1"), ("lokr", "lokr_w1_a"))
+            if leaf in tensors
+        ),
+        "lora",
     )
     arguments: dict[str, str] = {"conv_dim": str(max(conv))} if conv else {}
     if algorithm == "lora" and "dora_scale" not in tensors:
@@ -120,7 +142,12 @@ def network(modules: Sequence[AdaptedModule]) -> dict[str, str]:
 
 def bucket_info(sizes: Iterable[tuple[int, int]]) -> dict[str, Any]:
     counts = Counter(sizes)
-    return {"buckets": {str(i): {"resolution": [*size], "count": counts[size]} for i, size in enumerate(sorted(counts))}}
+    return {
+        "buckets": {
+            str(i): {"resolution": [*size], "count": counts[size]}
+            for i, size in enumerate(sorted(counts))
+        }
+    }
 
 
 def shared_config(run: RunConfig) -> str:
@@ -152,12 +179,25 @@ def _without_home(path: str) -> str:
 
 def tag_frequencies(captions: Iterable[str]) -> dict[str, int]:
     """How often each comma-separated part of the captions occurs."""
-    return dict(Counter(tag for caption in captions for tag in (part.strip() for part in caption.split(",")) if tag).most_common())
+    return dict(
+        Counter(
+            tag
+            for caption in captions
+            for tag in (part.strip() for part in caption.split(","))
+            if tag
+        ).most_common()
+    )
 
 
-def metadata_of_tool(name: str, modules: Sequence[AdaptedModule], files: Sequence[AdapterFile], family: ModelFamily) -> dict[str, str]:
+def metadata_of_tool(
+    name: str, modules: Sequence[AdaptedModule], files: Sequence[AdapterFile], family: ModelFamily
+) -> dict[str, str]:
     """Of a file made from others: what they have in common, and their names. A single one hands on all but its hashes and thumbnail."""
-    common = dict(set.intersection(*(set(file.metadata.items()) for file in files))) if files else family.metadata("epsilon")
+    common = (
+        dict(set.intersection(*(set(file.metadata.items()) for file in files)))
+        if files
+        else family.metadata("epsilon")
+    )
     own = {
         **network(modules),
         "ss_network_dim": Counter(module.rank for module in modules).most_common(1)[0][0],
@@ -167,7 +207,11 @@ def metadata_of_tool(name: str, modules: Sequence[AdaptedModule], files: Sequenc
         "atelier_made_from": ", ".join(file.path.stem for file in files),
         "atelier_version": __version__,
     }
-    passed_on = {key: value for key, value in common.items() if "hash" not in key or key.startswith("atelier")}
+    passed_on = {
+        key: value
+        for key, value in common.items()
+        if "hash" not in key or key.startswith("atelier")
+    }
     passed_on.pop("modelspec.thumbnail", None)  # it shows what the other file draws
     passed_on.pop("lora_adapter_metadata", None)  # its alphas were those of the other file
     return {key: str(value) for key, value in (passed_on | own).items()}

@@ -12,7 +12,16 @@ from trainer.models.safetensors_header import TensorInfo
 
 # Ends of the paths of the projections, in diffusers' and transformers' names.
 # Those of the text's stream in Stable Diffusion 3 beside those of the picture's.
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+ATTENTION = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+)
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 PROJECTIONS = ("proj_in", "proj_out", "time_emb_proj", "context_embedder")
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
@@ -25,7 +34,11 @@ DENOISER = {
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 TEXT_ENCODER = {"attention": TEXT_ATTENTION, "all": (*TEXT_ATTENTION, "mlp.fc1", "mlp.fc2")}
 
-NO_PROJECTION = ("token_embedding", "position_embedding", "text_projection")  # tables, and a layer that loaders refuse an adapter for
+NO_PROJECTION = (
+    "token_embedding",
+    "position_embedding",
+    "text_projection",
+)  # tables, and a layer that loaders refuse an adapter for
 PATTERN_SECONDS = 0.2  # for one name; a pattern can come from a stranger, and some take years
 
 
@@ -43,11 +56,21 @@ class Target:
 
 def projections(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
     """Path -> shape of the weight, of every projection that a file of weights holds."""
-    named = ((name.removesuffix(".weight"), info.shape) for name, info in tensors.items() if name.endswith(".weight"))
-    return {name: shape for name, shape in named if len(shape) in (2, 4) and not name.endswith(NO_PROJECTION)}
+    named = (
+        (name.removesuffix(".weight"), info.shape)
+        for name, info in tensors.items()
+        if name.endswith(".weight")
+    )
+    return {
+        name: shape
+        for name, shape in named
+        if len(shape) in (2, 4) and not name.endswith(NO_PROJECTION)
+    }
 
 
-def choose_targets(adapter: Adapter, component: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Target]:
+def choose_targets(
+    adapter: Adapter, component: str, shapes: Mapping[str, tuple[int, ...]]
+) -> list[Target]:
     """The projections of a component that get an adapter. Raises ConfigError where a setting fits none."""
     return [
         Target(name, shape, rank, alpha)
@@ -103,7 +126,9 @@ def _inside(name: str, path: str) -> bool:
 
 def check_names(adapter: Adapter, paths: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
     """Raises ConfigError for a name in adapter.ranks or adapter.alphas that no projection of any component has."""
-    everything = [f"{component}.{_plain(name)}" for component, shapes in paths.items() for name in shapes]
+    everything = [
+        f"{component}.{_plain(name)}" for component, shapes in paths.items() for name in shapes
+    ]
     for setting in ("ranks", "alphas"):
         for name in numbers_by_name(getattr(adapter, setting)):
             if not any(_inside(name, path) for path in everything):
@@ -119,7 +144,9 @@ def _nothing(adapter: Adapter, component: str) -> list[Target]:
             f"adapter.target_pattern ({adapter.target_pattern}) fits no module of the {component}. "
             "It is searched in paths such as mid_block.attentions.0.transformer_blocks.0.attn1.to_q."
         )
-    raise ConfigError(f"No module of the {component} is left to train: adapter.ranks sets all of them to 0, or the base has other names.")
+    raise ConfigError(
+        f"No module of the {component} is left to train: adapter.ranks sets all of them to 0, or the base has other names."
+    )
 
 
 def factorization(size: int, factor: int) -> tuple[int, int]:
@@ -138,8 +165,14 @@ def adapter_parameters(adapter: Adapter, target: Target) -> int:
     if adapter.kind == "loha":
         return 2 * target.rank * (outputs + inputs * kernel)
     if adapter.kind == "lokr":
-        (out_small, out_large), (in_small, in_large) = (factorization(side, adapter.lokr_factor) for side in (outputs, inputs))
+        (out_small, out_large), (in_small, in_large) = (
+            factorization(side, adapter.lokr_factor) for side in (outputs, inputs)
+        )
         whole = target.rank >= max(out_large, in_large) / 2
-        second = out_large * in_large * kernel if whole else target.rank * (out_large + in_large * kernel)
+        second = (
+            out_large * in_large * kernel
+            if whole
+            else target.rank * (out_large + in_large * kernel)
+        )
         return out_small * in_small + second
     return target.rank * (outputs + inputs * kernel) + (outputs if adapter.kind == "dora" else 0)

@@ -63,23 +63,44 @@ def put_on(base: LoadedBase, embeddings: Sequence[Embedding]) -> LoadedBase:
 
     Raises ModelError, and leaves the base as it was, where an embedding does not fit.
     """
-    by_word = {embedding.word: embedding for embedding in embeddings}  # of two for a word the later one
+    by_word = {
+        embedding.word: embedding for embedding in embeddings
+    }  # of two for a word the later one
     readers = _readers(base)
     for embedding in by_word.values():
         for part, (_, encoder) in readers.items():
-            if part not in embedding.rows or embedding.rows[part].shape[1] != _table(encoder).embedding_dim:
-                raise ModelError(f"The embedding of {embedding.word} does not fit {base.files.path.name}: it is for another kind of base.")
+            if (
+                part not in embedding.rows
+                or embedding.rows[part].shape[1] != _table(encoder).embedding_dim
+            ):
+                raise ModelError(
+                    f"The embedding of {embedding.word} does not fit {base.files.path.name}: it is for another kind of base."
+                )
     for part, (tokenizer, encoder) in readers.items():
         words = []
         for word, embedding in by_word.items():
             tokens = placeholders(word, embedding.vectors)
             tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
-            words.append((tokenizer.convert_tokens_to_ids(tokens[0]), embedding.rows[part].to(encoder.device)))
-        encoder.set_input_embeddings(WiderTable(_table(encoder), words) if words else _table(encoder))
+            words.append(
+                (
+                    tokenizer.convert_tokens_to_ids(tokens[0]),
+                    embedding.rows[part].to(encoder.device),
+                )
+            )
+        encoder.set_input_embeddings(
+            WiderTable(_table(encoder), words) if words else _table(encoder)
+        )
         for module in encoder.modules():
-            if getattr(module, "eos_token_id", None) == LEGACY_END:  # the pooled output would be taken at the new word
+            if (
+                getattr(module, "eos_token_id", None) == LEGACY_END
+            ):  # the pooled output would be taken at the new word
                 module.eos_token_id = tokenizer.eos_token_id
-    return replace(base, reading=replace(base.reading, words=tuple((word, e.vectors) for word, e in by_word.items())))
+    return replace(
+        base,
+        reading=replace(
+            base.reading, words=tuple((word, e.vectors) for word, e in by_word.items())
+        ),
+    )
 
 
 def _table(encoder: nn.Module) -> nn.Embedding:
@@ -90,24 +111,41 @@ def _table(encoder: nn.Module) -> nn.Embedding:
 def _readers(base: LoadedBase) -> dict[str, tuple[Any, nn.Module]]:
     """Tokenizer and encoder by the encoder's name in the pipeline; those of CLIP."""
     encoders = base.family.trainable_text_encoders(base.pipe)
-    return {part: (getattr(base.pipe, part.replace("text_encoder", "tokenizer")), encoder) for part, encoder in encoders.items()}
+    return {
+        part: (getattr(base.pipe, part.replace("text_encoder", "tokenizer")), encoder)
+        for part, encoder in encoders.items()
+    }
 
 
 def fresh(run: RunConfig, base: LoadedBase) -> Embedding:
     """As the settings have it begin: the tokens of the words it starts as, spread over its vectors, or the embedding of the adapter that
     the run goes on from. Raises ConfigError where that has another number of vectors, or nothing reads them."""
     if not _readers(base):
-        raise ConfigError(f"adapter.trigger_vectors: no CLIP text encoder reads the captions of {base.family.name}; set it to 0.")
-    start, vectors, rows = run.adapter.trigger_init or run.dataset.trigger, run.adapter.trigger_vectors, {}
-    earlier = read_beside([Path(run.adapter.start_from).expanduser()] if run.adapter.start_from else [], base.family)
+        raise ConfigError(
+            f"adapter.trigger_vectors: no CLIP text encoder reads the captions of {base.family.name}; set it to 0."
+        )
+    start, vectors, rows = (
+        run.adapter.trigger_init or run.dataset.trigger,
+        run.adapter.trigger_vectors,
+        {},
+    )
+    earlier = read_beside(
+        [Path(run.adapter.start_from).expanduser()] if run.adapter.start_from else [], base.family
+    )
     if earlier and earlier[0].vectors != vectors:
         raise ConfigError(
             f"adapter.trigger_vectors is {vectors}, but the embedding beside adapter.start_from has {earlier[0].vectors}; set it to that."
         )
     for part, (tokenizer, encoder) in _readers(base).items():
         tokens = tokenizer(start, add_special_tokens=False).input_ids or [tokenizer.unk_token_id]
-        chosen = torch.tensor([tokens[i * len(tokens) // vectors] for i in range(vectors)], device=encoder.device)
-        begin = earlier[0].rows[part].to(encoder.device) if earlier else _table(encoder)(chosen).detach().float().clone()
+        chosen = torch.tensor(
+            [tokens[i * len(tokens) // vectors] for i in range(vectors)], device=encoder.device
+        )
+        begin = (
+            earlier[0].rows[part].to(encoder.device)
+            if earlier
+            else _table(encoder)(chosen).detach().float().clone()
+        )
         rows[part] = nn.Parameter(begin)
     return Embedding(run.dataset.trigger, rows)
 
@@ -115,17 +153,35 @@ def fresh(run: RunConfig, base: LoadedBase) -> Embedding:
 # Files
 
 
-def save_embedding(path: Path, embedding: Embedding, family: ModelFamily, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+def save_embedding(
+    path: Path,
+    embedding: Embedding,
+    family: ModelFamily,
+    dtype: torch.dtype,
+    metadata: Mapping[str, str],
+) -> None:
     """The form of A1111 and ComfyUI, read back and compared. Raises ModelError where the file is not what was learned."""
-    tensors = {key: embedding.rows[part].detach().cpu().to(dtype).contiguous() for part, key in family.embedding_keys.items()}
+    tensors = {
+        key: embedding.rows[part].detach().cpu().to(dtype).contiguous()
+        for part, key in family.embedding_keys.items()
+    }
     told = {key: value for key, value in metadata.items() if not key.startswith("ss_network")}
     architecture = told.get("modelspec.architecture", "").replace("/lora", "/textual-inversion")
-    atomic_write(path, serialize(tensors, told | {TRIGGER: embedding.word, "modelspec.architecture": architecture}))
+    atomic_write(
+        path,
+        serialize(
+            tensors, told | {TRIGGER: embedding.word, "modelspec.architecture": architecture}
+        ),
+    )
     found = read_embedding(path, family)
     for part, rows in found.rows.items():
         learned = embedding.rows[part].detach().cpu().float()
-        if found.word != embedding.word or not float((rows - learned).norm()) <= FILE_ERROR_LIMIT * float(learned.norm()):
-            raise ModelError(f"The saved file {path.name} is not what was learned (in its {family.embedding_keys[part]}).")
+        if found.word != embedding.word or not float(
+            (rows - learned).norm()
+        ) <= FILE_ERROR_LIMIT * float(learned.norm()):
+            raise ModelError(
+                f"The saved file {path.name} is not what was learned (in its {family.embedding_keys[part]})."
+            )
 
 
 def read_embedding(path: Path, family: ModelFamily) -> Embedding:
@@ -133,7 +189,9 @@ def read_embedding(path: Path, family: ModelFamily) -> Embedding:
     try:
         tensors = load_tensors(path.read_bytes())
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"The embedding {path.name} cannot be read ({str(error)[:100]}). Save it anew, or take it away.") from None
+        raise ModelError(
+            f"The embedding {path.name} cannot be read ({str(error)[:100]}). Save it anew, or take it away."
+        ) from None
     keys = family.embedding_keys
     if (
         set(tensors) != set(keys.values())
@@ -143,7 +201,10 @@ def read_embedding(path: Path, family: ModelFamily) -> Embedding:
         raise ModelError(
             f"The embedding {path.name} is not one for {family.name}: it should hold {' and '.join(keys.values())}, [vectors, width]."
         )
-    return Embedding(read_header(path).metadata.get(TRIGGER) or path.stem, {part: tensors[key].float() for part, key in keys.items()})
+    return Embedding(
+        read_header(path).metadata.get(TRIGGER) or path.stem,
+        {part: tensors[key].float() for part, key in keys.items()},
+    )
 
 
 def read_beside(adapters: Iterable[Path], family: ModelFamily) -> list[Embedding]:

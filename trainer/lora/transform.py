@@ -42,7 +42,9 @@ def family_for(file: AdapterFile, name: str = "") -> ModelFamily:
         return FAMILIES[name or found[0]]
     if found and len({FAMILIES[key].export_key("text_encoder", "x") for key in found}) == 1:
         return FAMILIES[found[0]]  # of the sizes of one family, which are named alike
-    raise ModelError(f"{file.path.name} does not tell its family; say it with --family ({', '.join(FAMILIES)}).")
+    raise ModelError(
+        f"{file.path.name} does not tell its family; say it with --family ({', '.join(FAMILIES)})."
+    )
 
 
 def quiet(done: int, total: int) -> None:
@@ -53,9 +55,13 @@ def pair(module: AdaptedModule) -> tuple[Tensor, Tensor]:
     """delta W as up [out, r] @ down [r, in, ...], float64. Whole products are split by SVD, exactly but for rounding."""
     module = module.to(torch.float64)
     if "dora_scale" in module.tensors:
-        raise ModelError(f"The DoRA on {module.name} cannot be added to others without its base, whose lengths it sets; merge it instead.")
+        raise ModelError(
+            f"The DoRA on {module.name} cannot be added to others without its base, whose lengths it sets; merge it instead."
+        )
     if set(module.tensors) == {"lora_down.weight", "lora_up.weight"}:
-        return module.scale * module.tensors["lora_up.weight"].flatten(1), module.tensors["lora_down.weight"]
+        return module.scale * module.tensors["lora_up.weight"].flatten(1), module.tensors[
+            "lora_down.weight"
+        ]
     delta = module.delta
     left, sizes, right = torch.linalg.svd(delta.flatten(1), full_matrices=False)
     rank = max(1, int((sizes > NOTHING * sizes[0]).sum()))
@@ -65,7 +71,13 @@ def pair(module: AdaptedModule) -> tuple[Tensor, Tensor]:
 def as_module(component: str, name: str, up: Tensor, down: Tensor) -> AdaptedModule:
     """A LoRA of scale 1, with alpha = rank."""
     up = up.reshape(*up.shape, *[1] * (down.dim() - 2))
-    return AdaptedModule(component, name, "lora", {"lora_down.weight": down.float(), "lora_up.weight": up.float()}, 1.0)
+    return AdaptedModule(
+        component,
+        name,
+        "lora",
+        {"lora_down.weight": down.float(), "lora_up.weight": up.float()},
+        1.0,
+    )
 
 
 def compose(layers: Sequence[Layer]) -> list[AdaptedModule]:
@@ -79,8 +91,17 @@ def compose(layers: Sequence[Layer]) -> list[AdaptedModule]:
     composed = []
     for (component, name), found in pairs.items():
         if len({(up.shape[0], down.shape[1:]) for up, down in found}) > 1:
-            raise ModelError(f"The adapters do not fit each other: {component}.{name} has several sizes. They are of different bases.")
-        composed.append(as_module(component, name, torch.cat([up for up, _ in found], 1), torch.cat([down for _, down in found])))
+            raise ModelError(
+                f"The adapters do not fit each other: {component}.{name} has several sizes. They are of different bases."
+            )
+        composed.append(
+            as_module(
+                component,
+                name,
+                torch.cat([up for up, _ in found], 1),
+                torch.cat([down for _, down in found]),
+            )
+        )
     return composed
 
 
@@ -144,14 +165,24 @@ def energy_by_rank(modules: Sequence[AdaptedModule]) -> list[tuple[int, float, f
 
 
 @torch.no_grad()
-def merge(base: LoadedBase, layers: Sequence[Layer], progress: Progress = quiet) -> dict[tuple[str, str], Tensor]:
+def merge(
+    base: LoadedBase, layers: Sequence[Layer], progress: Progress = quiet
+) -> dict[tuple[str, str], Tensor]:
     """Adds the adapters to the weights of the base. Returns what was added, by (component, path in it), float64.
 
     Each adapter sees the base as it was, so that their order does not matter.
     """
-    places = {id(part): (name, path) for name, whole in base.components.items() for path, part in whole.named_modules()}
+    places = {
+        id(part): (name, path)
+        for name, whole in base.components.items()
+        for path, part in whole.named_modules()
+    }
     targets: dict[int, tuple[nn.Module, Tensor]] = {}
-    found = [(layer, module, target) for layer in layers for module, target in find_modules(base, layer.file)]
+    found = [
+        (layer, module, target)
+        for layer in layers
+        for module, target in find_modules(base, layer.file)
+    ]
     for done, (layer, module, target) in enumerate(found):
         progress(done, len(found))
         if strength := layer.strength_of(module.component):
@@ -174,7 +205,9 @@ def proof(merged: LoadedBase, plain: LoadedBase, added: dict[tuple[str, str], Te
             left = merged.components[name].state_dict()[path].double() - weight.double()
             if leaf == "weight" and (name, module) in added:
                 left = left - added[name, module]
-            worst = max(worst, float(left.abs().max() / weight.double().abs().max().clamp(min=1e-12)))
+            worst = max(
+                worst, float(left.abs().max() / weight.double().abs().max().clamp(min=1e-12))
+            )
     return worst
 
 
@@ -186,11 +219,18 @@ def save_base(base: LoadedBase, folder: Path, dtype: torch.dtype) -> None:
 
 
 def extract(
-    plain: LoadedBase, tuned: LoadedBase, rank: int, energy: float = 1.0, conv: bool = False, progress: Progress = quiet
+    plain: LoadedBase,
+    tuned: LoadedBase,
+    rank: int,
+    energy: float = 1.0,
+    conv: bool = False,
+    progress: Progress = quiet,
 ) -> tuple[list[AdaptedModule], list[Kept]]:
     """The nearest LoRA to the difference of two bases, on all linear layers, and on the convolutions too where wanted."""
     if plain.family.name != tuned.family.name:
-        raise ModelError(f"The bases are of two families, {plain.family.name} and {tuned.family.name}; a difference is only within one.")
+        raise ModelError(
+            f"The bases are of two families, {plain.family.name} and {tuned.family.name}; a difference is only within one."
+        )
     found = list(differences(plain, tuned, conv))
     if not found:
         raise ModelError("The two bases do not differ in any layer that an adapter reaches.")
@@ -200,13 +240,22 @@ def extract(
         left, sizes, right = torch.linalg.svd(delta.flatten(1), full_matrices=False)
         own, share = choose_rank(sizes, rank, energy)
         root = sizes[:own].sqrt()
-        modules.append(as_module(component, name, left[:, :own] * root, (root[:, None] * right[:own]).reshape(own, *delta.shape[1:])))
+        modules.append(
+            as_module(
+                component,
+                name,
+                left[:, :own] * root,
+                (root[:, None] * right[:own]).reshape(own, *delta.shape[1:]),
+            )
+        )
         kept.append(Kept(component, name, own, share, float(sizes.square().sum())))
     progress(len(found), len(found))
     return modules, kept
 
 
-def differences(plain: LoadedBase, tuned: LoadedBase, conv: bool) -> Iterator[tuple[str, str, Tensor]]:
+def differences(
+    plain: LoadedBase, tuned: LoadedBase, conv: bool
+) -> Iterator[tuple[str, str, Tensor]]:
     """(component, path, tuned minus plain) where they differ, float64, in what may have an adapter."""
     family = plain.family
     for component in (family.denoiser_name, *family.trainable_text_encoders(plain.pipe)):
@@ -215,13 +264,17 @@ def differences(plain: LoadedBase, tuned: LoadedBase, conv: bool) -> Iterator[tu
             if isinstance(layer, nn.Linear) or (conv and isinstance(layer, nn.Conv2d)):
                 weight = other.get_submodule(name).weight
                 if weight.shape != layer.weight.shape:
-                    raise ModelError(f"The bases differ in size at {component}.{name}; they are no two editions of one model.")
+                    raise ModelError(
+                        f"The bases differ in size at {component}.{name}; they are no two editions of one model."
+                    )
                 delta = (weight.double() - layer.weight.double()).detach()
                 if delta.any():
                     yield component, name, delta
 
 
-def merged_checkpoint(source: Path, plain: LoadedBase, added: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
+def merged_checkpoint(
+    source: Path, plain: LoadedBase, added: Mapping[tuple[str, str], Tensor]
+) -> dict[str, Tensor]:
     """The tensors of a single-file base with the adapters in it, each in its own precision; those of other layers stay to the bit.
 
     Raises ModelError where a layer is not found by its value: a checkpoint of another layout is not guessed at.
@@ -240,5 +293,7 @@ def merged_checkpoint(source: Path, plain: LoadedBase, added: Mapping[tuple[str,
                 part.copy_(part.double() + change.reshape(part.shape))  # a chunk is a view
                 break
         else:
-            raise ModelError(f"{source.name} has no place for {component}.{module}; merge into a diffusers folder instead.")
+            raise ModelError(
+                f"{source.name} has no place for {component}.{module}; merge into a diffusers folder instead."
+            )
     return tensors

@@ -29,7 +29,12 @@ def settings_from(adapter: config.Adapter, file: AdapterFile, base: LoadedBase) 
     conv_ranks = [module.rank for module in file.modules if module.rank and _is_conv(module)]
     rank = max(ranks or conv_ranks or [adapter.rank])
     return adapter.model_copy(
-        update={"rank": rank, "alpha": common_alpha(file.modules), "conv_rank": max(conv_ranks, default=0), "ranks": ""}
+        update={
+            "rank": rank,
+            "alpha": common_alpha(file.modules),
+            "conv_rank": max(conv_ranks, default=0),
+            "ranks": "",
+        }
     )
 
 
@@ -79,7 +84,11 @@ def _layer(component: nn.Module, name: str) -> nn.Module:
 def _start_pair(file: AdapterFile, module: AdaptedModule, layer: LoraLayer, factor: float) -> None:
     down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     own_down, own_up = (module.tensors[leaf] for leaf in ("lora_down.weight", "lora_up.weight"))
-    if "lora_mid.weight" in module.tensors or own_down.shape[1:] != down.shape[1:] or own_down.shape[0] > down.shape[0]:
+    if (
+        "lora_mid.weight" in module.tensors
+        or own_down.shape[1:] != down.shape[1:]
+        or own_down.shape[0] > down.shape[0]
+    ):
         raise ModelError(
             f"{file.path.name} cannot be gone on with: {module.name} has a form that is not trained here (shape {[*own_down.shape]})."
         )
@@ -92,7 +101,9 @@ def _start_pair(file: AdapterFile, module: AdaptedModule, layer: LoraLayer, fact
         lengths.copy_(module.tensors["dora_scale"].reshape(lengths.shape))
 
 
-def _start_product(file: AdapterFile, module: AdaptedModule, layer: nn.Module, factor: float) -> None:
+def _start_product(
+    file: AdapterFile, module: AdaptedModule, layer: nn.Module, factor: float
+) -> None:
     for leaf, tensor in module.tensors.items():
         weights = getattr(layer, leaf, {})
         if ADAPTER not in weights or weights[ADAPTER].shape != tensor.shape:
@@ -100,4 +111,6 @@ def _start_product(file: AdapterFile, module: AdaptedModule, layer: nn.Module, f
                 f"{file.path.name} cannot be gone on with: {leaf} of {module.name} has the shape {[*tensor.shape]}, "
                 "which these settings do not give."
             )
-        weights[ADAPTER].copy_(tensor * factor if leaf in ("hada_w1_a", "lokr_w1", "lokr_w1_a") else tensor)
+        weights[ADAPTER].copy_(
+            tensor * factor if leaf in ("hada_w1_a", "lokr_w1", "lokr_w1_a") else tensor
+        )

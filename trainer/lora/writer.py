@@ -36,7 +36,12 @@ ENCODER_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def save_adapter(
-    path: Path, dialect: str, modules: Sequence[AdaptedModule], family: ModelFamily, dtype: torch.dtype, metadata: dict[str, str]
+    path: Path,
+    dialect: str,
+    modules: Sequence[AdaptedModule],
+    family: ModelFamily,
+    dtype: torch.dtype,
+    metadata: dict[str, str],
 ) -> None:
     """Writes a file, or PEFT's folder, whole or not at all. Raises ModelError where the dialect has no words for the adapter's kind."""
     if dialect == "peft":
@@ -44,7 +49,9 @@ def save_adapter(
         with atomic_folder(path) as folder:
             for component, (tensors, config) in parts.items():
                 (folder / component).mkdir()
-                (folder / component / PEFT_CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+                (folder / component / PEFT_CONFIG).write_text(
+                    json.dumps(config, indent=1), encoding="utf-8"
+                )
                 (folder / component / PEFT_WEIGHTS).write_bytes(serialize(tensors, metadata))
     else:
         atomic_write(path, serialize(WRITERS[dialect](modules, family, dtype), metadata))
@@ -60,10 +67,14 @@ def serialize(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
         )
     plain = save(tensors)
     digest = hashlib.sha256(plain[8 + struct.unpack("<Q", plain[:8])[0] :]).hexdigest()
-    return save(tensors, {**metadata, "sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"})
+    return save(
+        tensors, {**metadata, "sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
+    )
 
 
-def to_kohya(modules: Iterable[AdaptedModule], family: ModelFamily, dtype: torch.dtype) -> dict[str, Tensor]:
+def to_kohya(
+    modules: Iterable[AdaptedModule], family: ModelFamily, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """LyCORIS's tensors behind each module's key, and one value of alpha for the whole file, since some readers look at one only.
 
     Where a module's scale is not alpha / rank the difference is folded into one of its factors, in float32.
@@ -75,7 +86,9 @@ def to_kohya(modules: Iterable[AdaptedModule], family: ModelFamily, dtype: torch
         key = family.export_key(module.component, module.name)
         # A LoKr of two whole factors has no rank, and readers take its scale as 1.
         folded = fold(module, module.scale * module.rank / alpha if module.rank else module.scale)
-        tensors |= {f"{key}.{leaf}": tensor for leaf, tensor in _rounded(folded.tensors, dtype).items()}
+        tensors |= {
+            f"{key}.{leaf}": tensor for leaf, tensor in _rounded(folded.tensors, dtype).items()
+        }
         tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     return tensors
 
@@ -86,14 +99,21 @@ def _rounded(factors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Ten
     After a few steps B is smaller than fp16 can tell apart; then the largest factor lends it a power of two, which leaves the product as
     it is. The lengths of a DoRA stay exact: they multiply all of W, so their rounding would be as large as what was learned.
     """
-    peaks = {leaf: float(tensor.abs().max()) for leaf, tensor in factors.items() if leaf != "dora_scale"}
+    peaks = {
+        leaf: float(tensor.abs().max()) for leaf, tensor in factors.items() if leaf != "dora_scale"
+    }
     smallest, largest = min(peaks, key=peaks.__getitem__), max(peaks, key=peaks.__getitem__)
     lent = {}
-    if dtype == torch.float16 and 0 < peaks[smallest] < SMALL_IN_FP16 and math.isfinite(peaks[largest]):
+    if (
+        dtype == torch.float16
+        and 0 < peaks[smallest] < SMALL_IN_FP16
+        and math.isfinite(peaks[largest])
+    ):
         power = 2.0 ** round(math.log2(peaks[largest] / peaks[smallest]) / 2)
         lent = {smallest: factors[smallest] * power, largest: factors[largest] / power}
     return {
-        leaf: tensor.to(torch.float32 if leaf == "dora_scale" else dtype).contiguous() for leaf, tensor in ({**factors, **lent}).items()
+        leaf: tensor.to(torch.float32 if leaf == "dora_scale" else dtype).contiguous()
+        for leaf, tensor in ({**factors, **lent}).items()
     }
 
 
@@ -107,7 +127,9 @@ def _pair_kind(module: AdaptedModule) -> str:
     return "lora" if DOWN in module.tensors else module.kind
 
 
-def _with_whole_attentions(modules: Iterable[AdaptedModule], family: ModelFamily) -> list[AdaptedModule]:
+def _with_whole_attentions(
+    modules: Iterable[AdaptedModule], family: ModelFamily
+) -> list[AdaptedModule]:
     """A1111 fuses q, k, v and out of OpenCLIP's encoders and passes over an attention that lacks one: the missing ones get a zero B.
 
     A DoRA cannot be padded, since its lengths are those of the base.
@@ -127,7 +149,10 @@ def _with_whole_attentions(modules: Iterable[AdaptedModule], family: ModelFamily
             if (module.component, name) not in there:
                 there.add((module.component, name))
                 outputs, inputs = module.to("meta").delta.shape
-                tensors = {DOWN: torch.zeros(module.rank or 1, inputs), UP: torch.zeros(outputs, module.rank or 1)}
+                tensors = {
+                    DOWN: torch.zeros(module.rank or 1, inputs),
+                    UP: torch.zeros(outputs, module.rank or 1),
+                }
                 padded.append(AdaptedModule(module.component, name, "lora", tensors, module.scale))
     return padded
 
@@ -137,18 +162,36 @@ def _fused(modules: Iterable[AdaptedModule], family: ModelFamily) -> list[Adapte
     whole: list[AdaptedModule] = []
     thirds: dict[str, dict[int, AdaptedModule]] = {}
     for module in modules:
-        path, third = family.fused(module.name) if module.component == family.denoiser_name else (module.name, None)
+        path, third = (
+            family.fused(module.name)
+            if module.component == family.denoiser_name
+            else (module.name, None)
+        )
         if third is None:
             whole.append(replace(module, name=path))
         else:
             thirds.setdefault(path, {})[third] = module
     for path, parts in thirds.items():
-        if any(_pair_kind(part) != "lora" or part.tensors[DOWN].dim() != 2 for part in parts.values()):
-            raise ModelError(f"kohya's dialect of {family.name} fuses q, k and v, which only LoRA allows; choose another dialect.")
+        if any(
+            _pair_kind(part) != "lora" or part.tensors[DOWN].dim() != 2 for part in parts.values()
+        ):
+            raise ModelError(
+                f"kohya's dialect of {family.name} fuses q, k and v, which only LoRA allows; choose another dialect."
+            )
         outputs = next(iter(parts.values())).tensors[UP].shape[0]
-        ups = [p.tensors[UP] * p.scale if (p := parts.get(i)) else torch.zeros(outputs, 0) for i in range(3)]
-        tensors = {DOWN: torch.cat([parts[i].tensors[DOWN] for i in sorted(parts)]), UP: torch.block_diag(*ups)}
-        lengths = [parts[i].tensors["dora_scale"] for i in sorted(parts) if "dora_scale" in parts[i].tensors]
+        ups = [
+            p.tensors[UP] * p.scale if (p := parts.get(i)) else torch.zeros(outputs, 0)
+            for i in range(3)
+        ]
+        tensors = {
+            DOWN: torch.cat([parts[i].tensors[DOWN] for i in sorted(parts)]),
+            UP: torch.block_diag(*ups),
+        }
+        lengths = [
+            parts[i].tensors["dora_scale"]
+            for i in sorted(parts)
+            if "dora_scale" in parts[i].tensors
+        ]
         if lengths and len(lengths) < len(ups):
             raise ModelError(
                 f"A DoRA on a part of q, k and v cannot be fused for kohya's dialect of {family.name}; choose another dialect."
@@ -159,7 +202,9 @@ def _fused(modules: Iterable[AdaptedModule], family: ModelFamily) -> list[Adapte
     return whole
 
 
-def to_diffusers(modules: Iterable[AdaptedModule], family: ModelFamily, dtype: torch.dtype) -> dict[str, Tensor]:
+def to_diffusers(
+    modules: Iterable[AdaptedModule], family: ModelFamily, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Pairs under the names of diffusers. There is no alpha: the whole scale is in B, so that every reader's default of 1 is right."""
     tensors: dict[str, Tensor] = {}
     for module in modules:
@@ -176,7 +221,9 @@ def to_diffusers(modules: Iterable[AdaptedModule], family: ModelFamily, dtype: t
 def _plain_pair(module: AdaptedModule, dialect: str) -> dict[str, Tensor]:
     """A and B with the scale in B and Tucker's core in A."""
     if DOWN not in module.tensors:
-        raise ModelError(f"A {module.kind} has no form in the {dialect} dialect. Choose kohya, or resize it to a LoRA first.")
+        raise ModelError(
+            f"A {module.kind} has no form in the {dialect} dialect. Choose kohya, or resize it to a LoRA first."
+        )
     down, up = module.tensors[DOWN], module.tensors[UP] * module.scale
     if "lora_mid.weight" in module.tensors:
         down = torch.einsum("rsij,sc->rcij", module.tensors["lora_mid.weight"], down.flatten(1))
@@ -187,7 +234,9 @@ def _magnitude(module: AdaptedModule) -> Tensor:
     """The lengths in PEFT's shape: [out], for a convolution [1, out, 1, 1]. LyCORIS's [1, in] has no form there."""
     lengths = module.tensors["dora_scale"].float()
     if lengths.shape[0] != module.tensors[UP].shape[0]:
-        raise ModelError(f"The DoRA on {module.name} has lengths by input, which only kohya's dialect has a form for.")
+        raise ModelError(
+            f"The DoRA on {module.name} has lengths by input, which only kohya's dialect has a form for."
+        )
     return lengths.flatten() if lengths.dim() <= 2 else lengths.reshape(1, -1, 1, 1)
 
 
@@ -198,7 +247,9 @@ def to_peft(
     parts: dict[str, list[AdaptedModule]] = {}
     for module in modules:
         parts.setdefault(module.component, []).append(module)
-    return {component: _peft_part(component, found, family, dtype) for component, found in parts.items()}
+    return {
+        component: _peft_part(component, found, family, dtype) for component, found in parts.items()
+    }
 
 
 def _peft_part(
@@ -208,7 +259,9 @@ def _peft_part(
     ranks: dict[str, int | None] = {}
     kinds = {_pair_kind(module) for module in modules}
     if len(kinds) > 1 or "lokr" in kinds:
-        raise ModelError(f"PEFT's folder has no exact form for {' and '.join(sorted(kinds))}. Choose kohya, or resize it to a LoRA first.")
+        raise ModelError(
+            f"PEFT's folder has no exact form for {' and '.join(sorted(kinds))}. Choose kohya, or resize it to a LoRA first."
+        )
     for module in modules:
         name = _name_in_transformers(component, module.name, family)
         key = f"base_model.model.{name}"
@@ -234,9 +287,18 @@ def _peft_part(
     }
     if "loha" in kinds:
         effective = any("hada_t1" in module.tensors for module in modules)
-        return tensors, config | {"peft_type": "LOHA", "alpha": rank, "use_effective_conv2d": effective}
+        return tensors, config | {
+            "peft_type": "LOHA",
+            "alpha": rank,
+            "use_effective_conv2d": effective,
+        }
     dora = any("dora_scale" in module.tensors for module in modules)
-    return tensors, config | {"lora_alpha": rank, "use_dora": dora, "bias": "none", "init_lora_weights": True}
+    return tensors, config | {
+        "lora_alpha": rank,
+        "use_dora": dora,
+        "bias": "none",
+        "init_lora_weights": True,
+    }
 
 
 def _name_in_transformers(component: str, name: str, family: ModelFamily) -> str:
@@ -249,7 +311,9 @@ def _name_in_transformers(component: str, name: str, family: ModelFamily) -> str
     return f"text_model.{bare}" if has_projection and bare != "text_projection" else bare
 
 
-WRITERS: dict[str, Callable[[Iterable[AdaptedModule], ModelFamily, torch.dtype], dict[str, Tensor]]] = {
+WRITERS: dict[
+    str, Callable[[Iterable[AdaptedModule], ModelFamily, torch.dtype], dict[str, Tensor]]
+] = {
     "kohya": to_kohya,
     "diffusers": to_diffusers,
 }
@@ -261,20 +325,32 @@ def verify(path: Path, modules: Iterable[AdaptedModule]) -> AdapterFile:
     wanted = {(m.component, m.name.removeprefix("text_model.")): m for m in modules}
     found = {(m.component, m.name): m for m in file.modules}
     if missing := [key for key in wanted if key not in found]:
-        raise ModelError(f"The saved file {path.name} lacks {len(missing)} of {len(wanted)} modules, such as {'.'.join(missing[0])}.")
+        raise ModelError(
+            f"The saved file {path.name} lacks {len(missing)} of {len(wanted)} modules, such as {'.'.join(missing[0])}."
+        )
     if extra := [key for key in found if key not in wanted and found[key].delta.any()]:
-        raise ModelError(f"The saved file {path.name} changes {'.'.join(extra[0])}, which was not trained.")
+        raise ModelError(
+            f"The saved file {path.name} changes {'.'.join(extra[0])}, which was not trained."
+        )
     norms = {key: float(direction(module).norm()) for key, module in wanted.items()}
     negligible = (
         max(norms.values()) / 1000 or 1.0
     )  # a query over a single token gets no gradient: what is left of it rounds to nothing in fp16
     for key, module in wanted.items():
-        error = float((direction(found[key]) - direction(module)).norm()) / max(norms[key], negligible)
-        lengths = [m.tensors["dora_scale"].flatten() for m in (found[key], module) if "dora_scale" in m.tensors]
+        error = float((direction(found[key]) - direction(module)).norm()) / max(
+            norms[key], negligible
+        )
+        lengths = [
+            m.tensors["dora_scale"].flatten()
+            for m in (found[key], module)
+            if "dora_scale" in m.tensors
+        ]
         if len(lengths) == 2:
             error = max(error, float((lengths[0] - lengths[1]).norm() / lengths[1].norm()))
         if not error <= FILE_ERROR_LIMIT or len(lengths) == 1:
-            raise ModelError(f"The saved file {path.name} does not do what was trained (off by {error:.1%} in {'.'.join(key)}).")
+            raise ModelError(
+                f"The saved file {path.name} does not do what was trained (off by {error:.1%} in {'.'.join(key)})."
+            )
     return file
 
 
@@ -289,7 +365,9 @@ def copy_adapter(source: Path, target: Path, added: Mapping[str, str] | None = N
         with atomic_folder(target) as folder:
             copytree(source, folder, dirs_exist_ok=True)
     else:
-        atomic_write(target, _with_metadata(source.read_bytes(), added) if added else source.read_bytes())
+        atomic_write(
+            target, _with_metadata(source.read_bytes(), added) if added else source.read_bytes()
+        )
 
 
 def _with_metadata(content: bytes, added: Mapping[str, str]) -> bytes:

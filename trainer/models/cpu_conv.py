@@ -24,9 +24,15 @@ class MatrixConv2d(nn.Conv2d):
         few = self.weight.numel() > WEIGHTS_PER_POSITION * batch * height * width
         if not few or x.device.type != "cpu" or x.dtype != torch.float32:
             return super().forward(x)
-        columns = unfold(x, self.kernel_size, padding=self.padding).transpose(0, 1).flatten(1)  # [inputs * 9, B * H * W]
+        columns = (
+            unfold(x, self.kernel_size, padding=self.padding).transpose(0, 1).flatten(1)
+        )  # [inputs * 9, B * H * W]
         weight = self.weight.flatten(1)
-        product = weight @ columns if self.bias is None else torch.addmm(self.bias[:, None], weight, columns)
+        product = (
+            weight @ columns
+            if self.bias is None
+            else torch.addmm(self.bias[:, None], weight, columns)
+        )
         return product.view(-1, batch, height, width).transpose(0, 1).contiguous()
 
 
@@ -39,4 +45,8 @@ def use_matrix_products(denoiser: nn.Module) -> None:
 
 def _keeps_size(layer: nn.Conv2d) -> bool:
     of_one_group = layer.weight.shape[1:] == (layer.in_channels, 3, 3)
-    return of_one_group and layer.padding == layer.stride == layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    return (
+        of_one_group
+        and layer.padding == layer.stride == layer.dilation == (1, 1)
+        and layer.padding_mode == "zeros"
+    )

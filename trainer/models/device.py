@@ -26,7 +26,11 @@ def choose_device() -> torch.device:
     Of several processes that train as one each has its own GPU.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
     return Accelerator(mixed_precision="no").device
 
 
@@ -34,7 +38,9 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GB"
-    return {"mps": "Apple GPU"}.get(device.type, f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)")
+    return {"mps": "Apple GPU"}.get(
+        device.type, f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    )
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
@@ -44,23 +50,36 @@ def choose_precision(wanted: str, device: torch.device) -> str:
             return "fp32"
         return "bf16" if _has_bf16(device) else "fp32" if _is_gtx16(device) else "fp16"
     if wanted == "bf16" and device.type == "cuda" and not _has_bf16(device):
-        raise ConfigError(f"base.precision = bf16 does not work on {device_name(device)}; use auto or fp16.")
+        raise ConfigError(
+            f"base.precision = bf16 does not work on {device_name(device)}; use auto or fp16."
+        )
     if wanted == "fp16" and device.type == "cuda" and _is_gtx16(device):
-        raise ConfigError(f"base.precision = fp16 gives wrong numbers on {device_name(device)}; use auto or fp32.")
+        raise ConfigError(
+            f"base.precision = fp16 gives wrong numbers on {device_name(device)}; use auto or fp32."
+        )
     return wanted
 
 
 def _has_bf16(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)  # older cards say yes, and emulate it slowly
+    return torch.cuda.get_device_capability(device) >= (
+        8,
+        0,
+    )  # older cards say yes, and emulate it slowly
 
 
 def _is_gtx16(device: torch.device) -> bool:
-    return "GTX 16" in torch.cuda.get_device_name(device)  # fp16 gives NaN there (pytorch issues 58123, 77955)
+    return "GTX 16" in torch.cuda.get_device_name(
+        device
+    )  # fp16 gives NaN there (pytorch issues 58123, 77955)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on the device. With CUDA, for which pageable memory would have to wait, the host goes on at once."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )
 
 
 def ran_out(error: BaseException) -> bool:
@@ -76,7 +95,9 @@ class Readout:
 
     def __init__(self, *scalars: Tensor):
         on_cuda = scalars[0].is_cuda
-        self._values = torch.stack([scalar.detach().float() for scalar in scalars]).to("cpu", non_blocking=on_cuda)
+        self._values = torch.stack([scalar.detach().float() for scalar in scalars]).to(
+            "cpu", non_blocking=on_cuda
+        )
         self._arrival = torch.cuda.Event(blocking=True) if on_cuda else None
         if self._arrival:
             self._arrival.record()

@@ -24,7 +24,11 @@ from trainer.runs.events import Progress
 # The folders of the parts only: repositories also hold single files, other formats and older VAEs. No code, and no pickle.
 MODEL_FILES = [
     "model_index.json",
-    *(f"{part}/{files}" for part in sorted(ALL_PARTS) for files in ("*.json", "merges.txt", "*.model", "*.safetensors")),
+    *(
+        f"{part}/{files}"
+        for part in sorted(ALL_PARTS)
+        for files in ("*.json", "merges.txt", "*.model", "*.safetensors")
+    ),
 ]
 VAE_FILES = ["config.json", "*.safetensors"]
 Report = Callable[[Progress], Any]
@@ -35,9 +39,19 @@ def wanted_files(names: Collection[str], patterns: Collection[str] = MODEL_FILES
 
     A folder counts as downloaded once that one is there, so an interrupted download is gone on with.
     """
-    kept = [name for name in sorted(names) if any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)]
+    kept = [
+        name
+        for name in sorted(names)
+        if any(
+            fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns
+        )
+    ]
     plain = {name for name in kept if not re.search(r"\.(fp16|non_ema)[.\-]", name)}
-    kept = [name for name in kept if ".non_ema" not in name and (name in plain or name.replace(".fp16", "", 1) not in plain)]
+    kept = [
+        name
+        for name in kept
+        if ".non_ema" not in name and (name in plain or name.replace(".fp16", "", 1) not in plain)
+    ]
     first = next(iter(patterns))
     return sorted(kept, key=lambda name: name == first)
 
@@ -46,14 +60,18 @@ def download(model: str, revision: str, patterns: Collection[str], report: Repor
     """The folder of a model in the cache, with what it lacks downloaded. Raises ModelError in a sentence."""
     first = next(iter(patterns))
     try:
-        listed = HfApi().model_info(model, revision=revision or None, files_metadata=True).siblings or []
+        listed = (
+            HfApi().model_info(model, revision=revision or None, files_metadata=True).siblings or []
+        )
         sizes = {file.rfilename: file.size or 0 for file in listed}
         wanted = wanted_files(sizes, patterns)
         if first not in wanted:
             raise ModelError(_without(model, first, sizes))
         done, total = 0, sum(sizes[name] for name in wanted)
         for name in wanted:
-            path = hf_hub_download(model, name, revision=revision or None, tqdm_class=_counter(done, total, report))
+            path = hf_hub_download(
+                model, name, revision=revision or None, tqdm_class=_counter(done, total, report)
+            )
             done += sizes[name]
             report(_progress(done, total))
         return Path(path).parent
@@ -83,7 +101,9 @@ def _counter(before: int, total: int, report: Report) -> type[tqdm]:
 def _without(model: str, first: str, names: Collection[str]) -> str:
     single = sorted(name for name in names if name.endswith(".safetensors"))
     advice = f"download {single[0]} by hand and give its path" if single else "choose another"
-    return f"The repository {model} has no {first}, so it is no model in diffusers' layout; {advice}."
+    return (
+        f"The repository {model} has no {first}, so it is no model in diffusers' layout; {advice}."
+    )
 
 
 def _why(model: str, revision: str, error: Exception) -> str:
@@ -97,7 +117,9 @@ def _why(model: str, revision: str, error: Exception) -> str:
     elif isinstance(error, RepositoryNotFoundError):
         reason = "there is no such model, or it is private and HF_TOKEN has no right to it"
     else:
-        reason = re.sub(r"https?://\S+", "the hub", (str(error).splitlines() or [type(error).__name__])[0])[:200]
+        reason = re.sub(
+            r"https?://\S+", "the hub", (str(error).splitlines() or [type(error).__name__])[0]
+        )[:200]
     return (
         f"The model {model} is not on this machine and could not be downloaded ({reason}). "
         "Check its name and the network, or give the path of a model on this machine."

@@ -19,7 +19,9 @@ def settle() -> None:
     if not torch.cuda.is_available():
         diffusers_imports._xformers_available = False
         keep_freed_memory()
-    torch.backends.cuda.matmul.allow_tf32 = True  # for what stays in float32, as torch has it for convolutions by itself
+    torch.backends.cuda.matmul.allow_tf32 = (
+        True  # for what stays in float32, as torch has it for convolutions by itself
+    )
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()

@@ -17,7 +17,20 @@ from trainer.errors import ModelError
 HEADER_LIMIT = 16 * 2**20  # bytes; the header of SDXL, the largest we read, has 0.4 million
 TENSOR_LIMIT = 20_000  # SDXL in one file has 2,515
 DIMENSION_LIMIT = 8  # no weight has more than 5
-ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+ITEM_SIZE = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
 NAME = re.compile(r"[A-Za-z0-9_.\-]{1,512}")
 
 
@@ -56,10 +69,14 @@ def read_header(path: Path) -> Header:
     if not isinstance(data, dict):
         raise _refuse(path, "its header is no table of tensors")
     metadata = data.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
         raise _refuse(path, "its metadata is no table of texts")
     if len(data) > TENSOR_LIMIT:
-        raise _refuse(path, f"it claims {len(data):,} tensors; no model has more than {TENSOR_LIMIT:,}")
+        raise _refuse(
+            path, f"it claims {len(data):,} tensors; no model has more than {TENSOR_LIMIT:,}"
+        )
     return Header(_check_tensors(path, data, size - 8 - length), metadata)
 
 
@@ -69,12 +86,20 @@ def _check_tensors(path: Path, data: dict[str, Any], body: int) -> dict[str, Ten
         if not NAME.fullmatch(name):
             raise _refuse(path, "a tensor has an unusual name")
         try:
-            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            dtype, shape, (begin, end) = (
+                entry["dtype"],
+                tuple(entry["shape"]),
+                entry["data_offsets"],
+            )
             numbers = [*shape, begin, end]
         except (TypeError, KeyError, ValueError):
             raise _refuse(path, f"the tensor {name} is described wrongly") from None
         known = isinstance(dtype, str) and dtype in ITEM_SIZE
-        if not known or len(shape) > DIMENSION_LIMIT or any(type(n) is not int or not 0 <= n < 2**48 for n in numbers):
+        if (
+            not known
+            or len(shape) > DIMENSION_LIMIT
+            or any(type(n) is not int or not 0 <= n < 2**48 for n in numbers)
+        ):
             raise _refuse(path, f"the tensor {name} has an unknown type or impossible size")
         if (0 in shape and shape != (0,)) or math.prod(shape) * ITEM_SIZE[dtype] != end - begin:
             raise _refuse(path, f"the size of the tensor {name} does not fit its data")
@@ -99,7 +124,9 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _what_it_is(prefix: bytes) -> str:
     if prefix.startswith(b"PK") or prefix.startswith(b"\x80"):
-        return "it is a pickle file, which can run code when opened; convert it to .safetensors first"
+        return (
+            "it is a pickle file, which can run code when opened; convert it to .safetensors first"
+        )
     if prefix.startswith(b"GGUF"):
         return "it is a GGUF file; get the .safetensors edition of the model"
     if prefix.lstrip().startswith(b"<"):

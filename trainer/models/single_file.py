@@ -23,7 +23,9 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 XL_CLIP, XL_OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 REFINER_CLIP = "conditioner.embedders.0.model."
-SD3_CLIP_L, SD3_CLIP_G, SD3_T5 = (f"text_encoders.{part}.transformer." for part in ("clip_l", "clip_g", "t5xxl"))
+SD3_CLIP_L, SD3_CLIP_G, SD3_T5 = (
+    f"text_encoders.{part}.transformer." for part in ("clip_l", "clip_g", "t5xxl")
+)
 SD3_TEMPLATES = ("sd3m", "sd35m", "sd35l")
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 BLOCK_LIMIT = 64  # Stable Diffusion 3.5 large has 38 blocks
@@ -34,7 +36,9 @@ INPUT_CHANNELS = {
     8: "an instruct-pix2pix or similar editing model (8 input channels)",
     9: "an inpainting model (9 input channels)",
 }
-DISTILLED = re.compile(r"(?<![a-z])(turbo|lightning|hyper|lcm|dmd2?|schnell)(?![a-z])", re.IGNORECASE)
+DISTILLED = re.compile(
+    r"(?<![a-z])(turbo|lightning|hyper|lcm|dmd2?|schnell)(?![a-z])", re.IGNORECASE
+)
 SD2_PROBE = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 Tensors = Mapping[str, TensorInfo]
 
@@ -69,25 +73,38 @@ def read_checkpoint(path: Path) -> Checkpoint:
         prediction_type = _said(header) or _sd2_prediction(path, header.tensors)
         template = "sd21-base" if prediction_type == "epsilon" else "sd21"
     elif denoiser == "unet":
-        prediction_type = _said(header) or ("v_prediction" if "v_pred" in header.tensors else "epsilon")
+        prediction_type = _said(header) or (
+            "v_prediction" if "v_pred" in header.tensors else "epsilon"
+        )
     index = template_config(template, "model_index.json")
     weights, vae = _below(header.tensors, UNET), _below(header.tensors, VAE)
     public = template_config(template, f"{denoiser}/config.json")
     try:
-        config = unet_config(weights, public) if denoiser == "unet" else transformer_config(weights, public)
+        config = (
+            unet_config(weights, public)
+            if denoiser == "unet"
+            else transformer_config(weights, public)
+        )
         configs = {
             denoiser: config,
             "vae": vae_config(vae, template_config(template, "vae/config.json")),
             "scheduler": template_config(template, "scheduler/scheduler_config.json"),
         }
-        tensors = {denoiser: unet_tensors(weights, config) if denoiser == "unet" else transformer_tensors(weights), "vae": vae}
+        tensors = {
+            denoiser: unet_tensors(weights, config)
+            if denoiser == "unet"
+            else transformer_tensors(weights),
+            "vae": vae,
+        }
         for part, prefix in text_encoders.items():
             names = text_encoder_tensors(_below(header.tensors, prefix))
             configs[part] = text_config(names, template_config(template, f"{part}/config.json"))
             last = f"encoder.layers.{configs[part]['num_hidden_layers']}."  # SD 2.x leaves the last layer of its encoder out
             tensors[part] = {name: info for name, info in names.items() if last not in name}
     except (KeyError, IndexError, ValueError, StopIteration):
-        raise ModelError(f"{path.name} lacks tensors that every such model has; the file is incomplete. Download it again.") from None
+        raise ModelError(
+            f"{path.name} lacks tensors that every such model has; the file is incomplete. Download it again."
+        ) from None
     if denoiser == "unet":
         _check_regular(path.name, weights, config)
         zero_snr = {"rescale_betas_zero_snr": True} if "ztsnr" in header.tensors else {}
@@ -100,7 +117,9 @@ def template_config(template: str, file: str) -> dict[str, Any]:
 
 
 def _below(tensors: Tensors, prefix: str) -> dict[str, TensorInfo]:
-    return {name.removeprefix(prefix): info for name, info in tensors.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): info for name, info in tensors.items() if name.startswith(prefix)
+    }
 
 
 def _family(name: str, tensors: Tensors) -> tuple[str, dict[str, str]]:
@@ -108,10 +127,14 @@ def _family(name: str, tensors: Tensors) -> tuple[str, dict[str, str]]:
     if UNET + "joint_blocks.0.x_block.attn.qkv.weight" in tensors:
         return _sd3_family(name, tensors)
     if UNET + "input_blocks.0.0.weight" not in tensors:
-        raise ModelError(f"{name} is {what_it_is(tensors)}, not a whole Stable Diffusion; give the checkpoint it belongs to as the base.")
+        raise ModelError(
+            f"{name} is {what_it_is(tensors)}, not a whole Stable Diffusion; give the checkpoint it belongs to as the base."
+        )
     shape = tensors[UNET + "input_blocks.0.0.weight"].shape
     if len(shape) != 4:
-        raise ModelError(f"{name} is damaged: its input_blocks.0.0.weight is no convolution. Download it again.")
+        raise ModelError(
+            f"{name} is damaged: its input_blocks.0.0.weight is no convolution. Download it again."
+        )
     channels = shape[1]
     if channels != 4:
         raise ModelError(
@@ -120,23 +143,32 @@ def _family(name: str, tensors: Tensors) -> tuple[str, dict[str, str]]:
         )
     _check_dtypes(name, tensors)
     if any(key.startswith("edm_") for key in tensors):
-        raise ModelError(f"{name} was trained with EDM's noise (it holds edm_ tensors); adapters are trained on epsilon or v prediction.")
+        raise ModelError(
+            f"{name} was trained with EDM's noise (it holds edm_ tensors); adapters are trained on epsilon or v prediction."
+        )
     starts = {
-        prefix: any(key.startswith(prefix) for key in tensors) for prefix in (CLIP, OPEN_CLIP, XL_CLIP, XL_OPEN_CLIP, REFINER_CLIP, VAE)
+        prefix: any(key.startswith(prefix) for key in tensors)
+        for prefix in (CLIP, OPEN_CLIP, XL_CLIP, XL_OPEN_CLIP, REFINER_CLIP, VAE)
     }
     if starts[REFINER_CLIP]:
         raise ModelError(f"{name} is the refiner of Stable Diffusion XL; train on the base model.")
-    lacking = [] if any(starts[prefix] for prefix in (CLIP, OPEN_CLIP, XL_CLIP)) else ["a text encoder"]
+    lacking = (
+        [] if any(starts[prefix] for prefix in (CLIP, OPEN_CLIP, XL_CLIP)) else ["a text encoder"]
+    )
     lacking += [] if starts[VAE] else ["a VAE"]
     if lacking:
-        raise ModelError(f"{name} holds a UNet without {' and '.join(lacking)}; get the full checkpoint, or its diffusers folder.")
+        raise ModelError(
+            f"{name} holds a UNet without {' and '.join(lacking)}; get the full checkpoint, or its diffusers folder."
+        )
     if UNET + "label_emb.0.0.weight" in tensors and starts[XL_CLIP] and starts[XL_OPEN_CLIP]:
         return "sdxl", {"text_encoder": XL_CLIP, "text_encoder_2": XL_OPEN_CLIP}
     if starts[OPEN_CLIP]:
         return "sd21", {"text_encoder": OPEN_CLIP}
     if starts[CLIP]:
         return "sd15", {"text_encoder": CLIP}
-    raise ModelError(f"{name} holds the text encoders of one family and the UNet of another; it is damaged or merged wrongly.")
+    raise ModelError(
+        f"{name} holds the text encoders of one family and the UNet of another; it is damaged or merged wrongly."
+    )
 
 
 def _sd3_family(name: str, tensors: Tensors) -> tuple[str, dict[str, str]]:
@@ -153,14 +185,24 @@ def _sd3_family(name: str, tensors: Tensors) -> tuple[str, dict[str, str]]:
         )
     second = any(".x_block.attn2." in key for key in tensors)
     normed = UNET + "joint_blocks.0.x_block.attn.ln_q.weight" in tensors
-    return "sd35m" if second else "sd35l" if normed else "sd3m", {"text_encoder": SD3_CLIP_L, "text_encoder_2": SD3_CLIP_G}
+    return "sd35m" if second else "sd35l" if normed else "sd3m", {
+        "text_encoder": SD3_CLIP_L,
+        "text_encoder_2": SD3_CLIP_G,
+    }
 
 
 def _check_dtypes(name: str, tensors: Tensors) -> None:
-    coarse = {info.dtype for key, info in tensors.items() if key.startswith(UNET)} - {"F64", "F32", "F16", "BF16"}
+    coarse = {info.dtype for key, info in tensors.items() if key.startswith(UNET)} - {
+        "F64",
+        "F32",
+        "F16",
+        "BF16",
+    }
     if coarse:
         odd = ", ".join(sorted(coarse))
-        raise ModelError(f"The UNet of {name} is stored in {odd}, too coarse to train on; get its fp16, bf16 or fp32 edition.")
+        raise ModelError(
+            f"The UNet of {name} is stored in {odd}, too coarse to train on; get its fp16, bf16 or fp32 edition."
+        )
 
 
 KINDS = {
@@ -187,7 +229,10 @@ def what_it_is(tensors: Tensors) -> str:
 
 def _said(header: Header) -> str | None:
     """The prediction type that the metadata tells (modelspec 1.0)."""
-    architecture, prediction = header.metadata.get("modelspec.architecture", ""), header.metadata.get("modelspec.prediction_type", "")
+    architecture, prediction = (
+        header.metadata.get("modelspec.architecture", ""),
+        header.metadata.get("modelspec.prediction_type", ""),
+    )
     if prediction in ("v", "v_prediction") or "768-v" in architecture:
         return "v_prediction"
     return "epsilon" if prediction in ("epsilon", "eps") or "v2-512" in architecture else None
@@ -200,7 +245,11 @@ def _sd2_prediction(path: Path, tensors: Tensors) -> str | None:
     if SD2_PROBE not in tensors or tensors[SD2_PROBE].dtype not in ("F32", "F16"):
         return None
     with safe_open(path, framework="numpy") as file:
-        return "v_prediction" if np.std(file.get_tensor(SD2_PROBE).astype(np.float64), ddof=1) > 0.09 else "epsilon"
+        return (
+            "v_prediction"
+            if np.std(file.get_tensor(SD2_PROBE).astype(np.float64), ddof=1) > 0.09
+            else "epsilon"
+        )
 
 
 def _notes(path: Path, header: Header) -> tuple[str, ...]:
@@ -210,7 +259,9 @@ def _notes(path: Path, header: Header) -> tuple[str, ...]:
             f"The T5 in {path.name} is left out, since a single file has no vocabulary for it; captions are read with CLIP alone. "
             "With the model as a diffusers folder T5 is used."
         )
-    distilled = DISTILLED.search(path.stem) or DISTILLED.search(header.metadata.get("modelspec.title", ""))
+    distilled = DISTILLED.search(path.stem) or DISTILLED.search(
+        header.metadata.get("modelspec.title", "")
+    )
     if distilled:
         notes.append(
             f"{path.name} calls itself {distilled[0]}: a model distilled to few steps. Training loosens that; "
@@ -232,8 +283,14 @@ def _block(name: str, place: int = 1) -> int:
 
 def unet_config(tensors: Tensors, template: dict[str, Any]) -> dict[str, Any]:
     """Blocks, widths and depths of a UNet with LDM names. Raises KeyError for one that lacks blocks."""
-    downsamplers = sorted(_block(name) for name in tensors if re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name))
-    layers = downsamplers[0] - 1 if downsamplers else max(_block(name) for name in tensors if name.startswith("input_blocks."))
+    downsamplers = sorted(
+        _block(name) for name in tensors if re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name)
+    )
+    layers = (
+        downsamplers[0] - 1
+        if downsamplers
+        else max(_block(name) for name in tensors if name.startswith("input_blocks."))
+    )
     firsts = [(layers + 1) * block + 1 for block in range(len(downsamplers) + 1)]
     channels = [tensors[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in firsts]
     depths = [transformer_depth(tensors, f"input_blocks.{n}.1") for n in firsts]
@@ -243,11 +300,17 @@ def unet_config(tensors: Tensors, template: dict[str, Any]) -> dict[str, Any]:
         "out_channels": tensors["out.2.weight"].shape[0],
         "layers_per_block": layers,
         "block_out_channels": channels,
-        "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths],
-        "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)],
+        "down_block_types": [
+            "CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths
+        ],
+        "up_block_types": [
+            "CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)
+        ],
         "cross_attention_dim": tensors[attention].shape[1],
     }
-    if isinstance(template["attention_head_dim"], list):  # a number of heads there, despite its name; SD 1.x has 8 everywhere
+    if isinstance(
+        template["attention_head_dim"], list
+    ):  # a number of heads there, despite its name; SD 1.x has 8 everywhere
         config["attention_head_dim"] = [max(1, width // HEAD) for width in channels]
     if "transformer_layers_per_block" in template:
         config["transformer_layers_per_block"] = [max(1, depth) for depth in depths]
@@ -258,7 +321,10 @@ def unet_config(tensors: Tensors, template: dict[str, Any]) -> dict[str, Any]:
 
 def transformer_config(tensors: Tensors, template: dict[str, Any]) -> dict[str, Any]:
     """Depth and widths of an MMDiT with the names of its makers (Esser et al. 2024). Raises KeyError for one that lacks blocks."""
-    patches, context = tensors["x_embedder.proj.weight"].shape, tensors["context_embedder.weight"].shape
+    patches, context = (
+        tensors["x_embedder.proj.weight"].shape,
+        tensors["context_embedder.weight"].shape,
+    )
     second = sorted({_block(name) for name in tensors if ".x_block.attn2.qkv.weight" in name})
     config = template | {
         "in_channels": patches[1],
@@ -289,7 +355,10 @@ def _check_regular(name: str, tensors: Tensors, config: Mapping[str, Any]) -> No
         first = (layers + 1) * level + 1
         depth = transformer_depth(tensors, f"input_blocks.{first}.1")
         depths |= {f"input_blocks.{first + layer}.1": depth for layer in range(layers)}
-        depths |= {f"output_blocks.{(layers + 1) * (levels - 1 - level) + layer}.1": depth for layer in range(layers + 1)}
+        depths |= {
+            f"output_blocks.{(layers + 1) * (levels - 1 - level) + layer}.1": depth
+            for layer in range(layers + 1)
+        }
         depths["middle_block.1"] = max(1, depth)
     odd = [place for place, depth in depths.items() if transformer_depth(tensors, place) != depth]
     if odd:
@@ -302,9 +371,15 @@ def _check_regular(name: str, tensors: Tensors, config: Mapping[str, Any]) -> No
 def vae_config(tensors: Tensors, template: dict[str, Any]) -> dict[str, Any]:
     """Widths and depth of a VAE with LDM names. Raises KeyError for one that lacks blocks."""
     levels = 1 + max(_block(name, 2) for name in tensors if name.startswith("encoder.down."))
-    layers = sum(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", name) is not None for name in tensors)
+    layers = sum(
+        re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", name) is not None
+        for name in tensors
+    )
     return template | {
-        "block_out_channels": [tensors[f"encoder.down.{level}.block.{layers - 1}.conv2.weight"].shape[0] for level in range(levels)],
+        "block_out_channels": [
+            tensors[f"encoder.down.{level}.block.{layers - 1}.conv2.weight"].shape[0]
+            for level in range(levels)
+        ],
         "layers_per_block": layers,
         "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
@@ -319,11 +394,14 @@ def text_config(tensors: Tensors, template: dict[str, Any]) -> dict[str, Any]:
     width = tensors["text_model.embeddings.token_embedding.weight"].shape[1]
     config = template | {
         "vocab_size": tensors["text_model.embeddings.token_embedding.weight"].shape[0],
-        "max_position_embeddings": tensors["text_model.embeddings.position_embedding.weight"].shape[0],
+        "max_position_embeddings": tensors["text_model.embeddings.position_embedding.weight"].shape[
+            0
+        ],
         "hidden_size": width,
         "intermediate_size": tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
         "num_attention_heads": max(1, width // HEAD),
-        "num_hidden_layers": layers - (template["num_hidden_layers"] == 23),  # SD 2.x: of the file's 24 the last is unused
+        "num_hidden_layers": layers
+        - (template["num_hidden_layers"] == 23),  # SD 2.x: of the file's 24 the last is unused
     }
     if "text_projection.weight" in tensors:
         config["projection_dim"] = tensors["text_projection.weight"].shape[0]
@@ -370,7 +448,9 @@ def transformer_tensors(tensors: Tensors) -> dict[str, TensorInfo]:
     """Those of an MMDiT with its projections under diffusers' names; query, key and value are one tensor, which counts as three."""
     renamed = {}
     for name, info in tensors.items():
-        match = re.fullmatch(r"joint_blocks\.(\d+)\.(x|context)_block\.(attn2?)\.(qkv|proj)\.(weight|bias)", name)
+        match = re.fullmatch(
+            r"joint_blocks\.(\d+)\.(x|context)_block\.(attn2?)\.(qkv|proj)\.(weight|bias)", name
+        )
         if not match:
             renamed[name] = info
             continue
@@ -380,7 +460,10 @@ def transformer_tensors(tensors: Tensors) -> dict[str, TensorInfo]:
             renamed[f"{place}.{'to_out.0' if stream == 'x' else 'to_add_out'}.{kind}"] = info
         else:
             part = TensorInfo(info.dtype, (info.shape[0] // 3, *info.shape[1:]))
-            renamed |= {f"{place}.{f'to_{x}' if stream == 'x' else f'add_{x}_proj'}.{kind}": part for x in "qkv"}
+            renamed |= {
+                f"{place}.{f'to_{x}' if stream == 'x' else f'add_{x}_proj'}.{kind}": part
+                for x in "qkv"
+            }
     return renamed
 
 
@@ -421,7 +504,9 @@ def text_encoder_tensors(tensors: Tensors) -> dict[str, TensorInfo]:
             name = name.replace(theirs, ours)
         if "in_proj_" in name:
             part = TensorInfo(info.dtype, (info.shape[0] // 3, *info.shape[1:]))
-            renamed |= {name.replace("in_proj_", f"{projection}_proj."): part for projection in "qkv"}
+            renamed |= {
+                name.replace("in_proj_", f"{projection}_proj."): part for projection in "qkv"
+            }
         else:
             renamed["text_projection.weight" if name == "text_projection" else name] = info
     return {name: info for name, info in renamed.items() if name != "logit_scale"}

@@ -13,7 +13,10 @@ from pathlib import Path
 from trainer.runs.atomic_files import WRITING
 from trainer.runs.run_folder import outputs_folder
 
-KEPT = ("removed", "uploads")  # below `cache`: the first is the person's, the second has its own rule
+KEPT = (
+    "removed",
+    "uploads",
+)  # below `cache`: the first is the person's, the second has its own rule
 UPLOAD_AGE = 3600.0  # seconds; a drop that is still arriving is younger
 DEFAULT_LIMIT = 20  # gigabytes; $ATELIER_CACHE_GB
 

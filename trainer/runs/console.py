@@ -26,10 +26,18 @@ class TerminalLog(EventLog):
                 self._say(
                     f"{event.family} on {event.device}, {event.precision}, {event.attention}; {event.pictures} pictures, "
                     f"{event.held_out} more held out, {event.trainable_parameters:,} parameters to train"
-                    + "".join(f"; {count / event.base_parameters[part]:.2%} of the {part}" for part, count in event.parameters.items())
+                    + "".join(
+                        f"; {count / event.base_parameters[part]:.2%} of the {part}"
+                        for part, count in event.parameters.items()
+                    )
                 )
                 self.bar = tqdm(
-                    total=event.total_steps, initial=event.step, unit="step", file=sys.stdout, dynamic_ncols=True, disable=None
+                    total=event.total_steps,
+                    initial=event.step,
+                    unit="step",
+                    file=sys.stdout,
+                    dynamic_ncols=True,
+                    disable=None,
                 )  # a log file wants no bar
             case events.Progress(phase="downloading"):
                 self._say(f"Downloading the base model: {event.done:,}/{event.total:,} MB")
@@ -43,7 +51,11 @@ class TerminalLog(EventLog):
             case events.AdapterSaved():
                 self._say(
                     f"Step {event.step}: saved {event.file}"
-                    + ("" if event.validation_loss is None else f", validation loss {event.validation_loss:.4f}")
+                    + (
+                        ""
+                        if event.validation_loss is None
+                        else f", validation loss {event.validation_loss:.4f}"
+                    )
                 )
                 self._guide()
             case events.Warned() | events.MemoryRelieved() | events.RolledBack():
@@ -51,13 +63,19 @@ class TerminalLog(EventLog):
             case events.Paused():
                 self._say(f"Paused after step {event.step}")
             case events.Stopped():
-                self._say(f"Stopped after step {event.step}; everything is saved, and `resume` goes on from here")
+                self._say(
+                    f"Stopped after step {event.step}; everything is saved, and `resume` goes on from here"
+                )
             case events.Probed() if event.leak is not None and event.leak > LEAKS:
-                self._say(f"Step {event.step}: without its trigger word the adapter changes pictures {event.leak:.0%} as much as with it.")
+                self._say(
+                    f"Step {event.step}: without its trigger word the adapter changes pictures {event.leak:.0%} as much as with it."
+                )
             case events.EndedEarly():
                 self._say(event.message)
             case events.Finished():
-                self._say(f"Finished {event.step} steps in {event.seconds:.0f} s; {event.file} is the save of step {event.file_step}")
+                self._say(
+                    f"Finished {event.step} steps in {event.seconds:.0f} s; {event.file} is the save of step {event.file_step}"
+                )
                 self._guide(ended=True)
 
     def _guide(self, ended: bool = False) -> None:
@@ -68,12 +86,21 @@ class TerminalLog(EventLog):
             self.zone = reading.zone
             self._say(f"{reading.zone.capitalize()}: {reading.sentence}")
             whole = (status.seconds_per_step or 0.0) * status.total_steps
-            changes = what_to_change(config.load(self.path.parent / "run.toml"), reading, whole) if ended else []
+            changes = (
+                what_to_change(config.load(self.path.parent / "run.toml"), reading, whole)
+                if ended
+                else []
+            )
             if changes:
                 self._say(f"For another run: {'; '.join(changes)}.")
 
     def _say(self, line: str) -> None:
-        tqdm.write(line.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8"), file=sys.stdout)
+        tqdm.write(
+            line.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(
+                sys.stdout.encoding or "utf-8"
+            ),
+            file=sys.stdout,
+        )
 
     def close(self) -> None:
         if self.bar is not None:

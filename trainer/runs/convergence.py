@@ -24,7 +24,9 @@ def worse_by(one: Validated, other: Validated) -> tuple[float, float]:
         return one.loss - other.loss, 0.0
     differences = [mine - theirs for mine, theirs in pairs]
     more = fmean(differences)
-    scatter = sum((each - more) ** 2 for each in differences)  # statistics.stdev is exact and slow; the page asks each second
+    scatter = sum(
+        (each - more) ** 2 for each in differences
+    )  # statistics.stdev is exact and slow; the page asks each second
     return more, math.sqrt(scatter / (len(pairs) - 1) / len(pairs))
 
 
@@ -39,7 +41,9 @@ def has_risen(one: Validated, lowest: Validated, first: Validated) -> bool:
 
     With few held-out pictures a loss that is measurably higher on these says little of others; one that is clearly higher says more.
     """
-    return is_worse(one, lowest) and one.loss - lowest.loss > RISEN * max(0.0, first.loss - lowest.loss)
+    return is_worse(one, lowest) and one.loss - lowest.loss > RISEN * max(
+        0.0, first.loss - lowest.loss
+    )
 
 
 def best_save(measured: Sequence[Validated], steps: Container[int]) -> Validated | None:
@@ -87,11 +91,16 @@ def read(measured: Sequence[Validated], ended: bool = False) -> Reading | None:
     While the held-out loss falls, what is learned holds for pictures that were never seen. When it is flat the work is done. When it
     rises while the loss on the training pictures goes on falling, only these are learned (the thresholds were chosen on the small base).
     """
-    training = {point.step: point.training_loss for point in measured if point.training_loss is not None}
+    training = {
+        point.step: point.training_loss for point in measured if point.training_loss is not None
+    }
     points = [point for point in measured if point.step in training]
     if points and not math.isfinite(points[-1].loss):
         return Reading(
-            "learning", 0.05, f"The loss at step {points[-1].step} is no finite number: the learning rate is too high.", "burning"
+            "learning",
+            0.05,
+            f"The loss at step {points[-1].step} is no finite number: the learning rate is too high.",
+            "burning",
         )
     points = [point for point in points if math.isfinite(point.loss)]
     if len(points) < 2:
@@ -111,7 +120,12 @@ def read(measured: Sequence[Validated], ended: bool = False) -> Reading | None:
     risen = (last.loss - lowest.loss) / fallen
     if has_risen(last, lowest, first):
         if training[last.step] > training[lowest.step]:
-            return Reading("learning", 0.05, f"Since step {lowest.step} both losses rise: the learning rate is too high.", "burning")
+            return Reading(
+                "learning",
+                0.05,
+                f"Since step {lowest.step} both losses rise: the learning rate is too high.",
+                "burning",
+            )
         sentence = (
             f"Since step {lowest.step} the loss falls only on the training pictures ({training[last.step] / training[first.step]:.0%} of "
             f"the base's) and rises on the others ({last.loss / lowest.loss - 1:+.0%}): it copies them."
@@ -128,21 +142,43 @@ def read(measured: Sequence[Validated], ended: bool = False) -> Reading | None:
 def what_to_change(run: RunConfig, reading: Reading, seconds: float = 0.0) -> list[str]:
     """The classic rules, with the numbers of this run. `seconds` is how long a whole run takes."""
     adapter, training, found = run.adapter, run.training, []
-    wider = {"attention": "attention+feed-forward", "attention+feed-forward": "linear", "linear": "linear+conv"}.get(adapter.targets)
+    wider = {
+        "attention": "attention+feed-forward",
+        "attention+feed-forward": "linear",
+        "linear": "linear+conv",
+    }.get(adapter.targets)
     if reading.fault == "weak":
-        found += [f"raise the rank ({adapter.rank} to {2 * adapter.rank})"] if adapter.rank < 128 else []
-        found += [f"add targets ({adapter.targets} to {wider})"] if wider and not adapter.target_pattern else []
+        found += (
+            [f"raise the rank ({adapter.rank} to {2 * adapter.rank})"] if adapter.rank < 128 else []
+        )
+        found += (
+            [f"add targets ({adapter.targets} to {wider})"]
+            if wider and not adapter.target_pattern
+            else []
+        )
         higher = 1.5 * training.learning_rate
-        found += [f"raise the learning rate ({training.learning_rate:g} to {higher:.2g})"] if 0 < higher <= 1 else []
+        found += (
+            [f"raise the learning rate ({training.learning_rate:g} to {higher:.2g})"]
+            if 0 < higher <= 1
+            else []
+        )
         found += ["train longer"]
     if reading.fault == "overfit":
         found += ["take the save with the star"] if run.saving.main == "last" else []
         found += ["train fewer steps"]
-        found += [f"lower the rank ({adapter.rank} to {adapter.rank // 2})"] if adapter.rank > 4 else []
-        found += ["more dropout (0.1)"] if adapter.dropout < 0.1 and adapter.kind not in ("loha", "lokr") else []
+        found += (
+            [f"lower the rank ({adapter.rank} to {adapter.rank // 2})"] if adapter.rank > 4 else []
+        )
+        found += (
+            ["more dropout (0.1)"]
+            if adapter.dropout < 0.1 and adapter.kind not in ("loha", "lokr")
+            else []
+        )
         found += ["more pictures"]
     if reading.fault == "burning":
-        found += [f"lower the learning rate ({training.learning_rate:g} to {training.learning_rate / 3:.2g})"]
+        found += [
+            f"lower the learning rate ({training.learning_rate:g} to {training.learning_rate / 3:.2g})"
+        ]
     if seconds > SLOW:
         faster = ["fewer targets"] if adapter.targets != "attention" else []
         faster += ["a lower rank"] if adapter.rank > 16 else []

@@ -72,10 +72,19 @@ KNOWN: list[tuple[str, str]] = [
 
 ERRNO: list[tuple[tuple[int, ...], str]] = [
     (FULL, "The disk is full ({what}). Make room, and press Resume."),
-    (READ_ONLY, "There is no permission to write or read ({what}). Give it, or choose another folder with $ATELIER_OUTPUTS."),
+    (
+        READ_ONLY,
+        "There is no permission to write or read ({what}). Give it, or choose another folder with $ATELIER_OUTPUTS.",
+    ),
     ((errno.ENOENT,), "A file is gone ({what}). Put it back, and press Resume."),
-    ((errno.EMFILE, errno.ENFILE), "Too many files are open ({what}). Close other programs, or raise the limit (ulimit -n)."),
-    ((errno.EIO, errno.ESTALE, errno.ENOTCONN), "The disk or the network drive fails ({what}). Check it; work on a local disk."),
+    (
+        (errno.EMFILE, errno.ENFILE),
+        "Too many files are open ({what}). Close other programs, or raise the limit (ulimit -n).",
+    ),
+    (
+        (errno.EIO, errno.ESTALE, errno.ENOTCONN),
+        "The disk or the network drive fails ({what}). Check it; work on a local disk.",
+    ),
     ((errno.ENAMETOOLONG,), "A name is too long ({what}). Shorten it."),
 ]
 
@@ -88,7 +97,10 @@ def explain(error: BaseException) -> str:
         return f"{KNOWN[0][1]} {KEPT}"
     if isinstance(error, OSError) and error.errno is not None:
         what = ", ".join(str(part) for part in (error.strerror, error.filename) if part)
-        sentence = next((text for numbers, text in ERRNO if error.errno in numbers), "A file could not be read or written ({what}).")
+        sentence = next(
+            (text for numbers, text in ERRNO if error.errno in numbers),
+            "A file could not be read or written ({what}).",
+        )
         return f"{sentence.format(what=what)} {KEPT}"
     said = f"{type(error).__name__}: {error}"
     for pattern, sentence in KNOWN:
@@ -115,7 +127,9 @@ def redacted(text: str) -> str:
     homes = {str(Path.home()), os.path.expanduser("~"), os.environ.get("USERPROFILE", "")}
     for home in sorted((home for home in homes if len(home) > 2), key=len, reverse=True):
         text = text.replace(home, "~")
-    return re.sub(r"((?:/home|/Users)/|[A-Z]:\\Users\\)[^/\\\s:\"']+", r"\1<user>", without_secrets(text))
+    return re.sub(
+        r"((?:/home|/Users)/|[A-Z]:\\Users\\)[^/\\\s:\"']+", r"\1<user>", without_secrets(text)
+    )
 
 
 def environment() -> str:
@@ -127,14 +141,20 @@ def environment() -> str:
             lines.append(f"{name} is not installed")
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
-        lines.append(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {torch.cuda.mem_get_info()[0] / 2**30:.1f} GB free")
+        lines.append(
+            f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {torch.cuda.mem_get_info()[0] / 2**30:.1f} GB free"
+        )
     return "\n".join(lines)
 
 
 def write_report(folder: Path, sentence: str, error: BaseException | None = None) -> None:
     """Writes report.txt into the run folder: the sentence, the traceback, the environment, the settings and the end of the log."""
     log = folder / "log.txt"
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:] if log.is_file() else []
+    lines = (
+        log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+        if log.is_file()
+        else []
+    )
     sections = {
         "What happened": sentence,
         "Traceback": "".join(traceback.format_exception(error)) if error else "",
@@ -142,5 +162,9 @@ def write_report(folder: Path, sentence: str, error: BaseException | None = None
         "Settings": (folder / "run.toml").read_text(encoding="utf-8", errors="replace"),
         f"Last {LOG_LINES} lines of the log": "\n".join(lines),
     }
-    text = "\n\n".join(f"{title}\n{'-' * len(title)}\n{content.strip()}" for title, content in sections.items() if content.strip())
+    text = "\n\n".join(
+        f"{title}\n{'-' * len(title)}\n{content.strip()}"
+        for title, content in sections.items()
+        if content.strip()
+    )
     atomic_write(folder / NAME, redacted(text) + "\n")

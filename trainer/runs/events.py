@@ -231,7 +231,9 @@ class EventLog:
             self._write(b"\n")  # a line cut by a power loss must not swallow the first one after it
 
     def append(self, event: Event) -> None:
-        line = json.dumps({"event": type(event).__name__, **asdict(event)}, ensure_ascii=True) + "\n"
+        line = (
+            json.dumps({"event": type(event).__name__, **asdict(event)}, ensure_ascii=True) + "\n"
+        )
         self._write(line.encode("ascii"))
         for listener in tuple(self.listeners):
             listener(event)

@@ -70,7 +70,9 @@ def slug(name: str) -> str:
 
 def embedding_of(adapter: Path) -> Path:
     """Where the trigger's embedding of an adapter file lies: maya.safetensors -> maya-embedding.safetensors, for every dialect of it."""
-    return adapter.with_name(re.sub("-(kohya|diffusers|peft)$", "", adapter.stem) + "-embedding.safetensors")
+    return adapter.with_name(
+        re.sub("-(kohya|diffusers|peft)$", "", adapter.stem) + "-embedding.safetensors"
+    )
 
 
 def create(run: config.RunConfig, parent: Path | None = None) -> Path:
@@ -84,7 +86,9 @@ def create(run: config.RunConfig, parent: Path | None = None) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise StateError(f"The run folder {folder} cannot be made: {error.strerror}. Choose a place that can be written to.") from None
+            raise StateError(
+                f"The run folder {folder} cannot be made: {error.strerror}. Choose a place that can be written to."
+            ) from None
         atomic_write(folder / "run.toml", config.to_toml(run))
         return folder
     raise StateError(f"There are too many runs named {stem}; choose another name.")
@@ -99,12 +103,25 @@ def acquire(folder: Path) -> FileLock:
     """Takes the run for this process. Raises StateError when another trainer has it."""
     taken = lock(folder)
     try:
-        taken.acquire(timeout=1)  # the page tries the lock for a moment to see whether the run is alive
+        taken.acquire(
+            timeout=1
+        )  # the page tries the lock for a moment to see whether the run is alive
     except Timeout:
-        owner = next((e.pid for e in reversed(list(events.read_events(folder / "events.jsonl"))) if isinstance(e, events.Launched)), "?")
-        raise StateError(f"The run {folder.name} is already being trained by process {owner}; wait for it or stop it first.") from None
+        owner = next(
+            (
+                e.pid
+                for e in reversed(list(events.read_events(folder / "events.jsonl")))
+                if isinstance(e, events.Launched)
+            ),
+            "?",
+        )
+        raise StateError(
+            f"The run {folder.name} is already being trained by process {owner}; wait for it or stop it first."
+        ) from None
     except OSError as error:
-        raise StateError(f"The run folder {folder} cannot be written to: {error.strerror}.") from None
+        raise StateError(
+            f"The run folder {folder} cannot be written to: {error.strerror}."
+        ) from None
     return taken
 
 
@@ -215,7 +232,16 @@ class RunStatus:
 
     @property
     def is_active(self) -> bool:
-        return self.state in ("waiting", "loading", "downloading", "caching", "sampling", "training", "paused", "stopping")
+        return self.state in (
+            "waiting",
+            "loading",
+            "downloading",
+            "caching",
+            "sampling",
+            "training",
+            "paused",
+            "stopping",
+        )
 
     @property
     def can_resume(self) -> bool:
@@ -238,7 +264,9 @@ class RunStatus:
         if speed is None:
             return None
         saves = self.started.saves if self.started else 0
-        saves_left = saves - max(0, self.step - 1) * saves // max(1, self.total_steps)  # one is counted until it is done
+        saves_left = saves - max(0, self.step - 1) * saves // max(
+            1, self.total_steps
+        )  # one is counted until it is done
         station = statistics.median(self.stations) if self.stations else 0.0
         return speed * (self.total_steps - self.step) + station * saves_left
 
@@ -276,7 +304,9 @@ class Replay:
             result.state = "queued"
         elif not alive and result.is_active:
             result.state = "interrupted"
-            result.message = f"{_how_it_ended(self.folder, result)} The last state is kept; press Resume."
+            result.message = (
+                f"{_how_it_ended(self.folder, result)} The last state is kept; press Resume."
+            )
         elif alive and requested(self.folder, "stop") and result.is_active:
             result.state = "stopping"
         return result
@@ -287,7 +317,9 @@ class Replay:
             return self._begin(0)
         with open(path, "rb") as file:
             found = os.fstat(file.fileno())
-            if found.st_ino != self._inode or found.st_size < self._offset:  # another run under the same name
+            if (
+                found.st_ino != self._inode or found.st_size < self._offset
+            ):  # another run under the same name
                 self._begin(found.st_ino)
             file.seek(self._offset)
             for line in file:
@@ -326,7 +358,9 @@ def exit_sentence(code: int) -> str:
     if code in (-signal.SIGTERM, -2):
         return "The trainer was told to end before it could save."
     if code in (-9, 137):
-        return "The trainer was killed: by the system for want of memory (most often), or by a person."
+        return (
+            "The trainer was killed: by the system for want of memory (most often), or by a person."
+        )
     if code in (-4, -6, -7, -8, -11, 0xC0000005, 0xC0000409, 0xC000001D, 139, 134):
         return f"The trainer crashed in the code of a library or driver (exit code {code:#x}); update the GPU driver if that repeats."
     return f"The trainer ended with exit code {code} without a word; its log may say more."
@@ -335,12 +369,21 @@ def exit_sentence(code: int) -> str:
 def _apply(result: RunStatus, event: events.Event) -> None:
     match event:
         case events.Launched():
-            result.state, result.message, result.launched_at, result.finished = "loading", "", event.time, None
+            result.state, result.message, result.launched_at, result.finished = (
+                "loading",
+                "",
+                event.time,
+                None,
+            )
             result.exit_code, result.boot, result.file = None, event.boot, ""
         case events.TrainerDied():
             result.exit_code = event.exit_code
         case events.Progress():
-            result.state, result.phase_done, result.phase_total = event.phase, event.done, event.total
+            result.state, result.phase_done, result.phase_total = (
+                event.phase,
+                event.done,
+                event.total,
+            )
         case events.Started():
             result.started, result.total_steps = event, event.total_steps
             result.last_step_at, result.at_station = event.time, False
@@ -355,14 +398,20 @@ def _apply(result: RunStatus, event: events.Event) -> None:
             result.learning_rates.append((event.step, event.learning_rate))
             result.step_seconds.append(event.seconds)
         case events.Validated():
-            result.measured = [point for point in result.measured if point.step != event.step] + [event]
+            result.measured = [point for point in result.measured if point.step != event.step] + [
+                event
+            ]
             result.at_station = True
         case events.SampleSaved():
-            result.samples = [saved for saved in result.samples if saved.file != event.file] + [event]
+            result.samples = [saved for saved in result.samples if saved.file != event.file] + [
+                event
+            ]
         case events.Probed():
             result.probes = [probe for probe in result.probes if probe.step != event.step] + [event]
         case events.AdapterSaved():
-            result.adapters = [saved for saved in result.adapters if saved.file != event.file] + [event]
+            result.adapters = [saved for saved in result.adapters if saved.file != event.file] + [
+                event
+            ]
         case events.Warned() | events.MemoryRelieved():
             result.warnings.append(event.message)
         case events.RolledBack():
@@ -375,7 +424,12 @@ def _apply(result: RunStatus, event: events.Event) -> None:
         case events.Continued():
             result.state = "training"
         case events.Stopped():
-            result.state, result.step, result.file, result.file_step = "stopped", event.step, event.file, event.file_step or event.step
+            result.state, result.step, result.file, result.file_step = (
+                "stopped",
+                event.step,
+                event.file,
+                event.file_step or event.step,
+            )
         case events.Failed():
             result.state, result.message = "failed", event.message
         case events.Finished():
@@ -395,7 +449,9 @@ def _forget_after(result: RunStatus, step: int) -> None:
 
 def list_runs(parent: Path | None = None) -> list[Path]:
     """Run folders, newest first (by the date in their name, then by their number)."""
-    return sorted(any_order(parent), key=lambda folder: (_created(folder), folder.name), reverse=True)
+    return sorted(
+        any_order(parent), key=lambda folder: (_created(folder), folder.name), reverse=True
+    )
 
 
 def any_order(parent: Path | None = None) -> Iterator[Path]:

@@ -38,12 +38,16 @@ class Reporter:
     def __init__(self, run: RunConfig, folder: Path, log: EventLog):
         name = run.saving.tracking
         if find_spec(name) is None:
-            raise ConfigError(f"saving.tracking = {name} needs the package {name}: run `pip install {name}`, or choose none.")
+            raise ConfigError(
+                f"saving.tracking = {name} needs the package {name}: run `pip install {name}`, or choose none."
+            )
         self.name, self.folder, self.log, self.tracker = name, folder, log, None
         try:
             self.tracker = build(name, folder)
             self.tracker.start()
-            self.tracker.store_init_configuration({path: flat(config.get(run, path)) for path, _ in config.fields()})
+            self.tracker.store_init_configuration(
+                {path: flat(config.get(run, path)) for path, _ in config.fields()}
+            )
         except Exception as error:  # signed out, offline, a full disk: whatever a tracker's library raises, the training goes on
             self._give_up(error)
 
@@ -65,7 +69,11 @@ class Reporter:
 
     def _give_up(self, error: Exception) -> None:
         self.tracker = None
-        self.log.append(Warned(f"Nothing more is reported to {self.name} ({str(error)[:200]}); the training goes on."))
+        self.log.append(
+            Warned(
+                f"Nothing more is reported to {self.name} ({str(error)[:200]}); the training goes on."
+            )
+        )
 
 
 def build(name: str, folder: Path):
@@ -89,7 +97,14 @@ def flat(value: object) -> object:
 def report(tracker, event: Event, folder: Path) -> None:
     match event:
         case events.StepDone():
-            tracker.log({"loss": event.loss, "learning_rate": event.learning_rate, "seconds_per_step": event.seconds}, step=event.step)
+            tracker.log(
+                {
+                    "loss": event.loss,
+                    "learning_rate": event.learning_rate,
+                    "seconds_per_step": event.seconds,
+                },
+                step=event.step,
+            )
         case events.Validated():
             tracker.log({"validation_loss": event.loss}, step=event.step)
         case events.SampleSaved() if hasattr(tracker, "log_images"):
@@ -97,7 +112,11 @@ def report(tracker, event: Event, folder: Path) -> None:
             from PIL import Image
 
             with Image.open(folder / event.file) as image:
-                tracker.log_images({event.prompt[:80]: numpy.asarray(image.convert("RGB"))[None]}, step=event.step, **image_layout(tracker))
+                tracker.log_images(
+                    {event.prompt[:80]: numpy.asarray(image.convert("RGB"))[None]},
+                    step=event.step,
+                    **image_layout(tracker),
+                )
 
 
 def image_layout(tracker) -> dict[str, str]:

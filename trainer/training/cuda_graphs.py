@@ -22,9 +22,15 @@ class _Predict(nn.Module):
         super().__init__()
         self.family, self.denoiser, self.names = family, denoiser, names
 
-    def forward(self, noisy_latents: Tensor, timesteps: Tensor, size_ids: Tensor, *conditioning: Tensor) -> Tensor:
+    def forward(
+        self, noisy_latents: Tensor, timesteps: Tensor, size_ids: Tensor, *conditioning: Tensor
+    ) -> Tensor:
         noised = Noised(noisy_latents, timesteps, noisy_latents)
-        return self.family.predict(self.denoiser, noised, Batch(noisy_latents, dict(zip(self.names, conditioning, strict=True)), size_ids))
+        return self.family.predict(
+            self.denoiser,
+            noised,
+            Batch(noisy_latents, dict(zip(self.names, conditioning, strict=True)), size_ids),
+        )
 
 
 class GraphedPredict:
@@ -44,11 +50,26 @@ class GraphedPredict:
 
     def __call__(self, noised: Noised, batch: Batch) -> Tensor:
         names = sorted(batch.conditioning)
-        arguments = (noised.noisy_latents, noised.timesteps, batch.size_ids, *(batch.conditioning[name] for name in names))
-        key = tuple((tuple(argument.shape), argument.dtype, argument.requires_grad) for argument in arguments)
-        if not torch.is_grad_enabled() or self.awaits_backward:  # a graph's activations last until it runs again
+        arguments = (
+            noised.noisy_latents,
+            noised.timesteps,
+            batch.size_ids,
+            *(batch.conditioning[name] for name in names),
+        )
+        key = tuple(
+            (tuple(argument.shape), argument.dtype, argument.requires_grad)
+            for argument in arguments
+        )
+        if (
+            not torch.is_grad_enabled() or self.awaits_backward
+        ):  # a graph's activations last until it runs again
             return self.family.predict(self.denoiser, noised, batch)
-        if key in self.seen and key not in self.graphs and not self.refusal and len(self.graphs) < MOST_SHAPES:
+        if (
+            key in self.seen
+            and key not in self.graphs
+            and not self.refusal
+            and len(self.graphs) < MOST_SHAPES
+        ):
             self._record(key, names, arguments)
         self.seen.add(key)
         if key not in self.graphs:
@@ -61,12 +82,21 @@ class GraphedPredict:
     def _backward_done(self, gradient: Tensor) -> None:
         self.awaits_backward = False
 
-    def _record(self, key: tuple[Any, ...], names: list[str], arguments: tuple[Tensor, ...]) -> None:
-        examples = tuple(argument.detach().clone().requires_grad_(argument.requires_grad) for argument in arguments)
+    def _record(
+        self, key: tuple[Any, ...], names: list[str], arguments: tuple[Tensor, ...]
+    ) -> None:
+        examples = tuple(
+            argument.detach().clone().requires_grad_(argument.requires_grad)
+            for argument in arguments
+        )
         module = _Predict(self.family, self.denoiser, names).train()
-        pool = next(iter(self.graphs.values())).pool if self.graphs else torch.cuda.graph_pool_handle()
+        pool = (
+            next(iter(self.graphs.values())).pool if self.graphs else torch.cuda.graph_pool_handle()
+        )
         try:
-            graphed = torch.cuda.make_graphed_callables(module, examples, allow_unused_input=True, pool=pool)
+            graphed = torch.cuda.make_graphed_callables(
+                module, examples, allow_unused_input=True, pool=pool
+            )
         except RuntimeError as error:  # also where memory is too short for the recording: the step itself may well fit
             self.refusal = str(error).splitlines()[0][:200]
             torch.cuda.empty_cache()

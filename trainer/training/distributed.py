@@ -20,7 +20,9 @@ from torch import Tensor
 
 from trainer.errors import ConfigError, ProcessLost
 
-PATIENCE = timedelta(hours=24)  # with rank 0, which may be caching a large dataset; a process that ends is noticed at once
+PATIENCE = timedelta(
+    hours=24
+)  # with rank 0, which may be caching a large dataset; a process that ends is noticed at once
 TEXT_BYTES = 4096
 
 
@@ -102,7 +104,9 @@ class World:
         *sums, there, total = flat.split([*(p.numel() for p in parameters), len(parameters), 1])
         for parameter, summed, count in zip(parameters, sums, there.tolist(), strict=True):
             if parameter.grad is not None:
-                parameter.grad.copy_(summed.view_as(parameter))  # in its own memory, which a CUDA graph knows
+                parameter.grad.copy_(
+                    summed.view_as(parameter)
+                )  # in its own memory, which a CUDA graph knows
             elif count:
                 parameter.grad = summed.view_as(parameter).clone()
         return total[0]

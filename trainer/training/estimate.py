@@ -29,7 +29,14 @@ def total_steps(run: RunConfig, views: int) -> int:
     training = run.training
     if training.steps:
         return training.steps
-    return max(1, math.ceil(views * training.views_per_picture / (training.batch_size * training.gradient_accumulation_steps)))
+    return max(
+        1,
+        math.ceil(
+            views
+            * training.views_per_picture
+            / (training.batch_size * training.gradient_accumulation_steps)
+        ),
+    )
 
 
 def steps_for(run: RunConfig, repeats: Sequence[int]) -> int:
@@ -58,7 +65,9 @@ def parameters_by_component(run: RunConfig) -> dict[str, int] | None:
     if folder is None:
         return None
     base, training = inspect(folder, run.base.t5), run.training
-    parts = [part for part in (base.denoiser, *base.trainable_text_encoders) if training.rate_of(part)]
+    parts = [
+        part for part in (base.denoiser, *base.trainable_text_encoders) if training.rate_of(part)
+    ]
     shapes = {part: targets.projections(base.tensors[part]) for part in parts}
     targets.check_names(run.adapter, shapes)
     return {part: adapter_parameters(run.adapter, part, base.tensors[part]) for part in parts}
@@ -70,7 +79,12 @@ def trigger_parameters(run: RunConfig) -> int:
     if folder is None:
         return 0
     base = inspect(folder, run.base.t5)
-    tables = [info for part in base.trainable_text_encoders for name, info in base.tensors[part].items() if TOKEN_TABLE in name]
+    tables = [
+        info
+        for part in base.trainable_text_encoders
+        for name, info in base.tensors[part].items()
+        if TOKEN_TABLE in name
+    ]
     return run.adapter.trigger_vectors * sum(table.shape[1] for table in tables)
 
 
@@ -96,12 +110,18 @@ def disk_bytes(run: RunConfig) -> float:
         parameters = trainable_parameters(run) or 0
     except ModelError:  # told where the base is loaded
         parameters = 0
-    pictures = sum(path.suffix.lower() in PICTURE_SUFFIXES for path in Path(run.dataset.folder).rglob("*"))
+    pictures = sum(
+        path.suffix.lower() in PICTURE_SUFFIXES for path in Path(run.dataset.folder).rglob("*")
+    )
     area, saves = run.dataset.resolution**2, run.saving.saves + 1
     seen = looks_per_picture(run) * sum(side**2 for side in resolutions(run))
-    states = 3 * 4 * parameters * (3 + (1 if run.training.ema_decay else 0))  # weights and two moments in float32
+    states = (
+        3 * 4 * parameters * (3 + (1 if run.training.ema_decay else 0))
+    )  # weights and two moments in float32
     adapters = saves * parameters * FILE_BYTES[run.saving.precision]
-    cached = pictures * (seen / 64 * 16 * 2 * 4 + 2 * 77 * 4096 * 4)  # latents of up to 16 channels, embeddings of up to 4096 numbers
+    cached = pictures * (
+        seen / 64 * 16 * 2 * 4 + 2 * 77 * 4096 * 4
+    )  # latents of up to 16 channels, embeddings of up to 4096 numbers
     return states + adapters + saves * max(2, len(run.sampling.prompts)) * area * 3 + cached + 2**22
 
 
@@ -165,13 +185,21 @@ class Costs:
 
 
 COSTS = {
-    "StableDiffusionPipeline": Costs(305, 80, 0.51, 0.68, {"unet": 860e6, "text_encoder": 123e6, "vae": 84e6}, 320, 0.31, 512),
+    "StableDiffusionPipeline": Costs(
+        305, 80, 0.51, 0.68, {"unet": 860e6, "text_encoder": 123e6, "vae": 84e6}, 320, 0.31, 512
+    ),
     "StableDiffusion3Pipeline": Costs(
         154,
         15,
         0.71,
         0.99,
-        {"transformer": 2243e6, "text_encoder": 123e6, "text_encoder_2": 695e6, "text_encoder_3": 4762e6, "vae": 84e6},
+        {
+            "transformer": 2243e6,
+            "text_encoder": 123e6,
+            "text_encoder_2": 695e6,
+            "text_encoder_3": 4762e6,
+            "vae": 84e6,
+        },
         1536,
         1.0,
         1024,
@@ -195,7 +223,10 @@ FRAGMENTS = 1.08  # what the allocator cannot use, as a factor on activations
 ADAPTER_BYTES = 16  # per parameter: weight, gradient and two moments of AdamW, all float32
 TEXT_KEPT = 0.4  # bytes that a trained text encoder keeps per parameter and image
 FORWARD_KEPT = 12  # as Costs.kept, where no gradient is wanted
-VAE_ENCODE, VAE_DECODE = 5, 8  # feature maps of full size and first width (float32) alive at the peak
+VAE_ENCODE, VAE_DECODE = (
+    5,
+    8,
+)  # feature maps of full size and first width (float32) alive at the peak
 VAE_WIDTH = 128
 VAE_TILES = 2  # along a side of a picture of the VAE's own size, where it works tile by tile
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -246,7 +277,9 @@ class Size:
 
     @property
     def text_encoders(self) -> float:
-        return sum(count for part, count in self.parameters.items() if part.startswith("text_encoder"))
+        return sum(
+            count for part, count in self.parameters.items() if part.startswith("text_encoder")
+        )
 
 
 def size_of(run: RunConfig) -> Size:
@@ -254,20 +287,31 @@ def size_of(run: RunConfig) -> Size:
     folder = locate(run.base)
     if folder is None:
         costs = COSTS[kind_by_name(run.base.model)]
-        parameters = {part: count for part, count in costs.parameters.items() if run.base.t5 or part not in T5_PARTS}
+        parameters = {
+            part: count
+            for part, count in costs.parameters.items()
+            if run.base.t5 or part not in T5_PARTS
+        }
         return Size(costs, parameters, costs.width, costs.latent_step, costs.vae_side)
     return _measured_size(inspect(folder, run.base.t5))
 
 
 def kind_by_name(model: str) -> str:
     """The pipeline of a model that is not on this machine."""
-    found = (pipeline for pipeline, costs in COSTS.items() if any(word in model.lower() for word in costs.named))
+    found = (
+        pipeline
+        for pipeline, costs in COSTS.items()
+        if any(word in model.lower() for word in costs.named)
+    )
     return next(found, "StableDiffusionPipeline")
 
 
 def _measured_size(base: BaseFiles) -> Size:
     costs = COSTS[base.pipeline]
-    counted = {part: float(sum(info.numel for info in tensors.values())) for part, tensors in base.tensors.items()}
+    counted = {
+        part: float(sum(info.numel for info in tensors.values()))
+        for part, tensors in base.tensors.items()
+    }
     levels = base.configs["vae"].get("block_out_channels") or [VAE_WIDTH] * 4
     denoiser = base.configs.get("transformer") or base.configs.get("unet") or {}
     widths = denoiser.get("block_out_channels") or [costs.width]
@@ -288,7 +332,11 @@ def memory(run: RunConfig, device: str) -> Memory:
     linear = QUANTIZED_BYTES.get(run.base.quantization, bytes_each)
     linear_share = size.costs.linear_share
     per_weight = linear_share * linear + (1 - linear_share) * bytes_each
-    weights = {"denoiser": size.denoiser * per_weight, "text": size.text_encoders * bytes_each, "vae": size.parameters.get("vae", 0) * 4}
+    weights = {
+        "denoiser": size.denoiser * per_weight,
+        "text": size.text_encoders * bytes_each,
+        "vae": size.parameters.get("vae", 0) * 4,
+    }
     side, largest = run.dataset.resolution, max(resolutions(run))
     per_pixel = size.width * bytes_each * FRAGMENTS / size.latent_step**2
     feature_map = size.vae_width * 4 * FRAGMENTS  # bytes by pixel
@@ -296,17 +344,28 @@ def memory(run: RunConfig, device: str) -> Memory:
     encoding = VAE_ENCODE * largest**2 * feature_map
     decoding = VAE_DECODE * min(tile, side) ** 2 * feature_map
     kept = size.costs.kept_checkpointed if training.gradient_checkpointing else size.costs.kept
-    learned = run.adapter.trigger_vectors or any(map(training.rate_of, ("text_encoder", "text_encoder_2")))
+    learned = run.adapter.trigger_vectors or any(
+        map(training.rate_of, ("text_encoder", "text_encoder_2"))
+    )
     trained_text = size.text_encoders if learned else 0
     adapter = _adapter_parameters(run, size) * ADAPTER_BYTES
     base = LIBRARIES_BYTES[device]
     resident = base + weights["denoiser"] + adapter
-    text = weights["text"] if learned or run.dataset.captions_vary else 0  # else all texts are encoded once
-    activations = pictures_per_pass(run) * (kept * per_pixel * largest**2 + trained_text * TEXT_KEPT)
+    text = (
+        weights["text"] if learned or run.dataset.captions_vary else 0
+    )  # else all texts are encoded once
+    activations = pictures_per_pass(run) * (
+        kept * per_pixel * largest**2 + trained_text * TEXT_KEPT
+    )
     drawing = max(2 * FORWARD_KEPT * per_pixel * side**2, decoding)
     if device == "cpu":
         everything = base + sum(weights.values())
-        return Memory(everything, everything + encoding, everything + adapter + activations, everything + adapter + drawing)
+        return Memory(
+            everything,
+            everything + encoding,
+            everything + adapter + activations,
+            everything + adapter + drawing,
+        )
     return Memory(
         load=base,
         cache=base + max(weights["vae"] + encoding, weights["text"]),
@@ -357,7 +416,10 @@ def fit(run: RunConfig, device: str, available: float) -> dict[str, object]:
     batch = run.training.batch_size
     while not fits() and batch > 1:
         batch = max(n for n in range(1, batch) if effective % n == 0)
-        changes |= {"training.batch_size": batch, "training.gradient_accumulation_steps": effective // batch}
+        changes |= {
+            "training.batch_size": batch,
+            "training.gradient_accumulation_steps": effective // batch,
+        }
     if device == "cuda" and can_quantize(run):
         for how in ("8bit", "4bit"):
             if not fits():
@@ -376,9 +438,16 @@ def can_quantize(run: RunConfig) -> bool:
 def expected_seconds_per_step(run: RunConfig, device: str, cores: int = 1) -> float:
     """A first guess from counted operations, good to a factor of two or three; only until a step was measured."""
     size, training = size_of(run), run.training
-    each = size.costs.operations_checkpointed if training.gradient_checkpointing else size.costs.operations
+    each = (
+        size.costs.operations_checkpointed
+        if training.gradient_checkpointing
+        else size.costs.operations
+    )
     positions = fmean(side**2 for side in resolutions(run)) / size.latent_step**2
-    passes, images = training.gradient_accumulation_steps * passes_per_picture(run), training.batch_size
+    passes, images = (
+        training.gradient_accumulation_steps * passes_per_picture(run),
+        training.batch_size,
+    )
     operations = each * positions * size.denoiser * images * passes
     speed = OPERATIONS_PER_SECOND[device] * (max(1, cores) ** 0.8 if device == "cpu" else 1)
     return (operations / speed + STEP_OVERHEAD[device] * passes) / training.devices

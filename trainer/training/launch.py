@@ -35,7 +35,18 @@ def start_several(count: int, folder: Path) -> int:
         STARTED: "1",
         "PYTHONSAFEPATH": "1",  # the working directory, a data folder, is no place to import from
     }
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+    ]
     windows = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
-    detached: dict[str, Any] = {"creationflags": windows} if windows else {"start_new_session": True}
-    return subprocess.Popen([*launcher, "-m", "trainer", "resume", str(folder)], env=environment, **detached).wait()
+    detached: dict[str, Any] = (
+        {"creationflags": windows} if windows else {"start_new_session": True}
+    )
+    return subprocess.Popen(
+        [*launcher, "-m", "trainer", "resume", str(folder)], env=environment, **detached
+    ).wait()

@@ -82,14 +82,22 @@ def train(run: RunConfig, folder: Path, log: EventLog, world: World | None = Non
     Where several processes train as one, all go through this loop and take the same turns in it; only the first one writes.
     """
     world = world or World()
-    ladder = oom_fallbacks.Ladder(run, log, oom_fallbacks.earlier(events.read_events(folder / "events.jsonl")))
+    ladder = oom_fallbacks.Ladder(
+        run, log, oom_fallbacks.earlier(events.read_events(folder / "events.jsonl"))
+    )
     session = prepare(run, folder, log, ladder, world)
     ladder.use = partial(relieve, session)
     facts, step = restore(session)
     clock = time.monotonic() - facts["elapsed"]
     log.append(started_event(session, step))
-    saves, buckets, first_step = estimate.save_steps(session.total_steps, run.saving.saves), session.buckets, step
-    scaler = torch.amp.GradScaler(session.device.type, enabled=session.precision == "fp16", init_scale=facts["loss_scale"])
+    saves, buckets, first_step = (
+        estimate.save_steps(session.total_steps, run.saving.saves),
+        session.buckets,
+        step,
+    )
+    scaler = torch.amp.GradScaler(
+        session.device.type, enabled=session.precision == "fp16", init_scale=facts["loss_scale"]
+    )
     if step == 0 and world.is_main:
         measure(session, 0)
         sample(session, 0)
@@ -97,9 +105,14 @@ def train(run: RunConfig, folder: Path, log: EventLog, world: World | None = Non
     while True:
         # Keep what the last step left.
         with keeping_the_last_whole_step(session, step, facts):
-            ending = step == session.total_steps or world.agree(run_folder.requested(folder, "stop"))
+            ending = step == session.total_steps or world.agree(
+                run_folder.requested(folder, "stop")
+            )
         keeping = step in saves or ending or step % run.saving.state_every == 0
-        if taken and (keeping or any(run_folder.requested(folder, what) for what in ("save", "sample", "pause"))):
+        if taken and (
+            keeping
+            or any(run_folder.requested(folder, what) for what in ("save", "sample", "pause"))
+        ):
             settle(session, buckets, taken, facts)
         if facts["bad_steps"] >= BAD_STEPS_IN_A_ROW or (keeping and not finite_weights(session)):
             step = roll_back(session, buckets, step - len(taken), facts)
@@ -123,12 +136,21 @@ def train(run: RunConfig, folder: Path, log: EventLog, world: World | None = Non
         step += 1
         begin = time.monotonic()
         ladder.catch_up("step", step)
-        learning_rate = set_learning_rate(session.optimizer, facts["lr_scale"] * lr_factor(run, step, session.total_steps))
-        loss = ladder.attempt("step", step, partial(forward_backward, session, buckets, step, scaler), run.training.batch_size)
+        learning_rate = set_learning_rate(
+            session.optimizer, facts["lr_scale"] * lr_factor(run, step, session.total_steps)
+        )
+        loss = ladder.attempt(
+            "step",
+            step,
+            partial(forward_backward, session, buckets, step, scaler),
+            run.training.batch_size,
+        )
         with keeping_the_last_whole_step(session, step - 1, facts):
             loss = world.sum_gradients(list(session.parameters.values()), loss)
         finite = finite_gradients(session, scaler) & torch.isfinite(loss)
-        if step == first_step + 1 and finite and loss:  # which is weighed with 0 where a schedule ends without any signal
+        if (
+            step == first_step + 1 and finite and loss
+        ):  # which is weighed with 0 where a schedule ends without any signal
             check_gradients_arrive(session, step)
         taken.append(take_step(session, scaler, step, begin, learning_rate, loss, finite))
         settle(session, buckets, taken, facts, leaving=int(runs_ahead(session, scaler)))
@@ -168,7 +190,9 @@ def put_back(session: Session, state: State) -> None:
     else:
         restore_optimizer(session.optimizer, state.optimizer, state.facts["optimizer"])
     if session.average:
-        session.average.shadow_params = [state.average[name].to(session.device) for name in session.parameters]
+        session.average.shadow_params = [
+            state.average[name].to(session.device) for name in session.parameters
+        ]
         session.average.optimization_step = state.facts["averaged_steps"]
 
 
@@ -179,29 +203,44 @@ def started_event(session: Session, step: int) -> Started:
         pictures=len(names := {e.name for e in session.examples}),
         held_out=len({e.name for e in session.held_out} - names),
         trainable_parameters=sum(p.numel() for p in session.parameters.values()),
-        parameters={name: sum(p.numel() for p in inject.trainable(module).values()) for name, module in session.components.items()},
-        base_parameters={name: estimate.base_parameters(session.base.files, name) for name in session.components},
+        parameters={
+            name: sum(p.numel() for p in inject.trainable(module).values())
+            for name, module in session.components.items()
+        },
+        base_parameters={
+            name: estimate.base_parameters(session.base.files, name) for name in session.components
+        },
         device=f"{session.world.size} x " * (session.world.size > 1) + device_name(session.device),
         precision=session.precision,
         attention=session.attention,
         family=session.base.family.name,
         saves=session.run.saving.saves,
-        images_per_step=session.run.training.batch_size * session.run.training.gradient_accumulation_steps,
+        images_per_step=session.run.training.batch_size
+        * session.run.training.gradient_accumulation_steps,
     )
 
 
-def forward_backward(session: Session, buckets: list[list[int]], step: int, scaler: torch.amp.GradScaler) -> torch.Tensor:
+def forward_backward(
+    session: Session, buckets: list[list[int]], step: int, scaler: torch.amp.GradScaler
+) -> torch.Tensor:
     """Sums the gradients of this process's share of the microbatches of a step. Returns its share of their mean loss, without gradients."""
     count, splits = session.run.training.gradient_accumulation_steps, session.ladder.pieces["step"]
     clear_gradients(session)  # of a try that ran out of memory
-    for parameter in (p for name, group in session.groups.items() if not session.learns(name, step) for p in group.values()):
+    for parameter in (
+        p
+        for name, group in session.groups.items()
+        if not session.learns(name, step)
+        for p in group.values()
+    ):
         parameter.grad = None  # on zeros the optimiser would go on moving it by its momentum
     for name, module in session.components.items():
         module.train(session.learns(name, step))
     total = torch.zeros((), device=session.device)
     for part, piece, pieces in session.world.shares(count):
         for split in range(splits):
-            losses = microbatch_losses(session, buckets, (step - 1) * count + part, piece * splits + split, pieces * splits)
+            losses = microbatch_losses(
+                session, buckets, (step - 1) * count + part, piece * splits + split, pieces * splits
+            )
             while True:
                 with keeping_activations(session):
                     loss = next(losses, None)
@@ -222,7 +261,9 @@ def keeping_activations(session: Session) -> AbstractContextManager:
 
 
 def clear_gradients(session: Session) -> None:
-    session.optimizer.zero_grad(set_to_none=session.device.type != "cuda")  # there GraphedPredict needs them to stay
+    session.optimizer.zero_grad(
+        set_to_none=session.device.type != "cuda"
+    )  # there GraphedPredict needs them to stay
 
 
 def finite_gradients(session: Session, scaler: torch.amp.GradScaler) -> torch.Tensor:
@@ -251,12 +292,22 @@ def runs_ahead(session: Session, scaler: torch.amp.GradScaler) -> bool:
 
     That takes an optimiser that leaves out a step by itself: torch's fused ones do, as for a gradient scaler.
     """
-    leaves_out = getattr(session.optimizer, "_step_supports_amp_scaling", False) and not scaler.is_enabled() and not session.average
+    leaves_out = (
+        getattr(session.optimizer, "_step_supports_amp_scaling", False)
+        and not scaler.is_enabled()
+        and not session.average
+    )
     return leaves_out and session.device.type == "cuda" and session.world.size == 1
 
 
 def take_step(
-    session: Session, scaler: torch.amp.GradScaler, step: int, begun: float, learning_rate: float, loss: torch.Tensor, finite: torch.Tensor
+    session: Session,
+    scaler: torch.amp.GradScaler,
+    step: int,
+    begun: float,
+    learning_rate: float,
+    loss: torch.Tensor,
+    finite: torch.Tensor,
 ) -> StepTaken:
     """Moves the weights where the numbers are finite, and clears the gradients. Where the host runs ahead, nothing waits for the device."""
     ahead = runs_ahead(session, scaler)
@@ -276,7 +327,13 @@ def take_step(
     return StepTaken(step, begun, learning_rate, Readout(loss, finite), may_overflow)
 
 
-def settle(session: Session, buckets: list[list[int]], taken: list[StepTaken], facts: dict, leaving: int = 0) -> None:
+def settle(
+    session: Session,
+    buckets: list[list[int]],
+    taken: list[StepTaken],
+    facts: dict,
+    leaving: int = 0,
+) -> None:
     """Tells how the steps went, but for the newest `leaving`, and counts those in a row that were not finite."""
     while len(taken) > leaving and facts["bad_steps"] < BAD_STEPS_IN_A_ROW:
         done = taken.pop(0)
@@ -290,7 +347,11 @@ def settle(session: Session, buckets: list[list[int]], taken: list[StepTaken], f
             session.log.append(StepDone(done.step, loss, done.learning_rate, end - done.begun))
         elif facts["bad_steps"] < BAD_STEPS_IN_A_ROW:
             cause = find_cause(session, buckets, done.step)
-            session.log.append(Warned(f"Step {done.step} was skipped: its loss or gradients were not finite. {cause}"))
+            session.log.append(
+                Warned(
+                    f"Step {done.step} was skipped: its loss or gradients were not finite. {cause}"
+                )
+            )
         for later in taken:
             later.begun = end
 
@@ -306,7 +367,10 @@ def check_gradients_arrive(session: Session, step: int) -> None:
     dropping = session.run.dataset.caption_dropout > 0
     for part, module in session.components.items():
         gradients = [p.grad for name, p in inject.trainable(module).items()]
-        arrived = any(g is not None and (bool(g.any()) or (dropping and part not in DENOISERS)) for g in gradients)
+        arrived = any(
+            g is not None and (bool(g.any()) or (dropping and part not in DENOISERS))
+            for g in gradients
+        )
         if session.learns(part, step) and not arrived:
             raise NotLearning(
                 f"No gradient reached the adapter in the {part}, so nothing can be learned. "
@@ -326,10 +390,16 @@ def roll_back(session: Session, buckets: list[list[int]], step: int, facts: dict
     cause = find_cause(session, buckets, step)
     state, _ = load_state(session.folder, lambda state: not state.facts.get("bad_steps"))
     if state is None or facts["rollbacks"] >= ROLLBACKS:
-        raise NotLearning(f"The numbers of the training were not finite any more, up to step {step}. {cause} The last state is kept.")
+        raise NotLearning(
+            f"The numbers of the training were not finite any more, up to step {step}. {cause} The last state is kept."
+        )
     session.world.meet()  # all have read it; it is written anew next
     put_back(session, state)
-    facts |= {"lr_scale": facts["lr_scale"] * LOWER, "rollbacks": facts["rollbacks"] + 1, "bad_steps": 0}
+    facts |= {
+        "lr_scale": facts["lr_scale"] * LOWER,
+        "rollbacks": facts["rollbacks"] + 1,
+        "bad_steps": 0,
+    }
     # Told before the state is written: from it a resumed run knows which measures against want of memory that state was kept with.
     session.log.append(
         RolledBack(
@@ -347,17 +417,33 @@ def roll_back(session: Session, buckets: list[list[int]], step: int, facts: dict
 def find_cause(session: Session, buckets: list[list[int]], step: int) -> str:
     """What made the numbers of a step not finite, told by its pictures on the base without the adapter; and what to do."""
     training = session.run.training
-    parts = range((step - 1) * training.gradient_accumulation_steps, step * training.gradient_accumulation_steps)
-    seen = [session.examples[i] for part in parts for i in batch_at(buckets, training.batch_size, training.seed, part)]
+    parts = range(
+        (step - 1) * training.gradient_accumulation_steps,
+        step * training.gradient_accumulation_steps,
+    )
+    seen = [
+        session.examples[i]
+        for part in parts
+        for i in batch_at(buckets, training.batch_size, training.seed, part)
+    ]
     for module in session.components.values():
         module.disable_adapters()
     try:
         for example in seen:
-            if not all(torch.isfinite(tensor).all() for view in example.views for tensor in (view.mean, view.std)):
+            if not all(
+                torch.isfinite(tensor).all()
+                for view in example.views
+                for tensor in (view.mean, view.std)
+            ):
                 return f"The latents of {example.name} are not finite: save that picture anew, or leave it out."
             if not torch.isfinite(fixed_losses(session, example)).all():
-                return f"The base itself gives no finite numbers for {example.name} in {session.precision}: " + (
-                    "leave that picture out." if session.precision == "fp32" else "use base.precision = fp32, or leave that picture out."
+                return (
+                    f"The base itself gives no finite numbers for {example.name} in {session.precision}: "
+                    + (
+                        "leave that picture out."
+                        if session.precision == "fp32"
+                        else "use base.precision = fp32, or leave that picture out."
+                    )
                 )
     finally:
         for module in session.components.values():
@@ -374,7 +460,12 @@ def relieve(session: Session, rung: str) -> bool:
         denoiser.enable_gradient_checkpointing()
         return True
     alone = session.world.size == 1  # all must take the same steps
-    if rung == oom_fallbacks.EIGHT_BIT and session.run.training.optimizer == "adamw" and alone and not session.eight_bit:
+    if (
+        rung == oom_fallbacks.EIGHT_BIT
+        and session.run.training.optimizer == "adamw"
+        and alone
+        and not session.eight_bit
+    ):
         smaller = replace(session.run, {"training.optimizer": "adamw8bit"})
         try:
             try_optimizer(smaller, session.device)
@@ -401,7 +492,10 @@ def answer_requests(session: Session, step: int, facts: dict) -> None:
 
 def wait_while_paused(session: Session, step: int) -> None:
     def is_paused() -> bool:
-        return session.world.agree(run_folder.requested(session.folder, "pause") and not run_folder.requested(session.folder, "stop"))
+        return session.world.agree(
+            run_folder.requested(session.folder, "pause")
+            and not run_folder.requested(session.folder, "stop")
+        )
 
     if not is_paused():
         return
@@ -424,10 +518,15 @@ def keeping_the_last_whole_step(session: Session, step: int, facts: dict) -> Ite
 def keep_state(session: Session, step: int, facts: dict) -> None:
     if not session.world.is_main:
         return
-    adapter = {name: parameter.detach().cpu().contiguous() for name, parameter in session.kept.items()}
+    adapter = {
+        name: parameter.detach().cpu().contiguous() for name, parameter in session.kept.items()
+    }
     average = {}
     if session.average:
-        average = {name: tensor.cpu() for name, tensor in zip(session.parameters, session.average.shadow_params, strict=True)}
+        average = {
+            name: tensor.cpu()
+            for name, tensor in zip(session.parameters, session.average.shadow_params, strict=True)
+        }
         facts["averaged_steps"] = session.average.optimization_step
     tensors, facts["optimizer"] = optimizer_state(session.optimizer)
     save_state(session.folder, State(step, adapter, tensors, average, facts))
@@ -463,10 +562,18 @@ def measure(session: Session, step: int) -> float | None:
     """The validation loss; None, with a warning, where it needs more memory than there is."""
     session.ladder.catch_up("validate", step)
     try:
-        parts = session.ladder.attempt("validate", step, lambda: validation_losses(session), VALIDATION_TIMESTEPS)
-        compared = session.ladder.attempt("validate", step, lambda: training_loss(session), VALIDATION_TIMESTEPS)
+        parts = session.ladder.attempt(
+            "validate", step, lambda: validation_losses(session), VALIDATION_TIMESTEPS
+        )
+        compared = session.ladder.attempt(
+            "validate", step, lambda: training_loss(session), VALIDATION_TIMESTEPS
+        )
     except OutOfMemory:
-        session.log.append(Warned(f"The validation loss of step {step} could not be measured for want of memory; the training goes on."))
+        session.log.append(
+            Warned(
+                f"The validation loss of step {step} could not be measured for want of memory; the training goes on."
+            )
+        )
         return None
     loss = fmean(parts)
     session.log.append(Validated(step, loss, parts, compared))
@@ -481,7 +588,10 @@ def ends_early(session: Session, step: int, saves: Sequence[int]) -> bool:
         return False
     status = run_folder.status(session.folder)
     measured = [point for point in status.measured if point.step in saves]
-    if not session.world.agree(bool(status.started and status.started.held_out) and convergence.has_run_dry(measured, patience)):
+    if not session.world.agree(
+        bool(status.started and status.started.held_out)
+        and convergence.has_run_dry(measured, patience)
+    ):
         return False
     best = status.best_step or step
     session.log.append(
@@ -515,11 +625,20 @@ def keep_adapter(session: Session, step: int, facts: dict) -> None:
     )
     names = adapter_names(session, step)
     for dialect, name in names.items():
-        writer.save_adapter(session.folder / name, dialect, modules, base.family, DTYPES[run.saving.precision], values)
+        writer.save_adapter(
+            session.folder / name,
+            dialect,
+            modules,
+            base.family,
+            DTYPES[run.saving.precision],
+            values,
+        )
         writer.verify(session.folder / name, modules)
     if session.trigger:
         path = run_folder.embedding_of(session.folder / next(iter(names.values())))
-        textual_inversion.save_embedding(path, session.trigger, base.family, DTYPES[run.saving.precision], values)
+        textual_inversion.save_embedding(
+            path, session.trigger, base.family, DTYPES[run.saving.precision], values
+        )
     session.log.append(AdapterSaved(step, next(iter(names.values())), measure(session, step)))
 
 
@@ -528,7 +647,11 @@ def adapter_names(session: Session, step: int | None = None) -> dict[str, str]:
     stem = f"{run_folder.slug(session.run.name)}{'' if step is None else f'-{step:06d}'}"
     dialects: tuple[str, ...] = session.run.saving.dialects or (session.base.family.dialect,)
     first = next(dialect for dialect in dialects if dialect != "peft")
-    others = {dialect: f"{stem}-{dialect}{'' if dialect == 'peft' else '.safetensors'}" for dialect in dialects if dialect != first}
+    others = {
+        dialect: f"{stem}-{dialect}{'' if dialect == 'peft' else '.safetensors'}"
+        for dialect in dialects
+        if dialect != first
+    }
     return {first: f"{stem}.safetensors", **others}
 
 
@@ -541,7 +664,9 @@ def saved_files(session: Session, step: int | None = None) -> list[Path]:
 def sample(session: Session, step: int) -> None:
     """One picture a prompt, and what they give away. A failure here is a warning: the training itself is fine."""
     chosen, pipe, side = session.run.sampling, session.base.pipe, session.run.dataset.resolution
-    text_encoders = session.base.family.text_encoders(pipe).values() if session.texts is None else ()
+    text_encoders = (
+        session.base.family.text_encoders(pipe).values() if session.texts is None else ()
+    )
     homes = {part: part.device for part in (pipe.vae, *text_encoders)}
     prompts, drawn = sample_prompts(session.run, session.examples), []
     session.ladder.catch_up("sample", step)
@@ -550,7 +675,14 @@ def sample(session: Session, step: int) -> None:
         oom_fallbacks.set_tiling(pipe.vae, chosen.vae_tiling or "sample" in session.ladder.tiled)
         for part in homes:
             part.to(session.device)
-        return generate(session.base, **settings, width=side, height=side, sampler=chosen.sampler, texts=session.texts)
+        return generate(
+            session.base,
+            **settings,
+            width=side,
+            height=side,
+            sampler=chosen.sampler,
+            texts=session.texts,
+        )
 
     def make(prompt: str, seed: int, file: str) -> Image.Image:
         settings: dict[str, Any] = {
@@ -561,7 +693,13 @@ def sample(session: Session, step: int) -> None:
             "guidance_scale": chosen.guidance_scale,
         }
         image = session.ladder.attempt("sample", step, partial(draw, settings))
-        save_sample(session.folder / file, image, **settings, sampler=sampler_name(pipe, chosen.sampler), note=f"Step: {step}")
+        save_sample(
+            session.folder / file,
+            image,
+            **settings,
+            sampler=sampler_name(pipe, chosen.sampler),
+            note=f"Step: {step}",
+        )
         return image
 
     try:
@@ -571,7 +709,9 @@ def sample(session: Session, step: int) -> None:
             drawn.append(make(prompt, chosen.seed + index, file))
             session.log.append(SampleSaved(step, prompt, chosen.seed + index, file))
         session.log.append(probed(session, step, prompts[0], drawn, make))
-    except Exception as error:  # whatever it is, the training itself is fine; the log has the details
+    except (
+        Exception
+    ) as error:  # whatever it is, the training itself is fine; the log has the details
         traceback.print_exc()
         what = f"The samples of step {step} could not all be made and measured"
         session.log.append(Warned(f"{what} ({str(error)[:200]}); the training goes on."))
@@ -584,7 +724,13 @@ def sample_file(step: int, name: int | str) -> str:
     return f"samples/{step:06d}-{name}{run_folder.SAMPLE_SUFFIX}"
 
 
-def probed(session: Session, step: int, prompt: str, drawn: Sequence[Image.Image], make: Callable[[str, int, str], Image.Image]) -> Probed:
+def probed(
+    session: Session,
+    step: int,
+    prompt: str,
+    drawn: Sequence[Image.Image],
+    make: Callable[[str, int, str], Image.Image],
+) -> Probed:
     """Draws the first prompt without its trigger and compares it with the base's; how near the samples come to the training pictures."""
     dataset, seed = session.run.dataset, session.run.sampling.seed
     facts: dict[str, Any] = {}
@@ -596,8 +742,12 @@ def probed(session: Session, step: int, prompt: str, drawn: Sequence[Image.Image
         if step and all(path.is_file() for path in of_base):
             first, second = (Image.open(path) for path in of_base)
             facts["leak"] = sample_checks.leak((first, drawn[0]), (second, picture))
-    pictures = [example.mean for example in session.examples if example.resolution == dataset.resolution]
-    if found := sample_checks.likeness(sample_checks.latents_of(session.base.pipe, drawn), pictures):
+    pictures = [
+        example.mean for example in session.examples if example.resolution == dataset.resolution
+    ]
+    if found := sample_checks.likeness(
+        sample_checks.latents_of(session.base.pipe, drawn), pictures
+    ):
         facts |= {"likeness": found[0], "likeness_between": found[1]}
     return Probed(step, **facts)
 
@@ -614,12 +764,21 @@ def finish(session: Session, step: int, clock: float) -> Path:
     if not all(path.exists() for path in saved_files(session, chosen)):
         chosen = step  # that save was taken away meanwhile
     picture = next((sample.file for sample in status.samples if sample.step == chosen), "")
-    added = metadata.thumbnail(session.folder / picture) if picture and session.run.saving.include_thumbnail else None
+    added = (
+        metadata.thumbnail(session.folder / picture)
+        if picture and session.run.saving.include_thumbnail
+        else None
+    )
     files = saved_files(session)
     for source, target in zip(saved_files(session, chosen), files, strict=True):
         writer.copy_adapter(source, target, added)
     file = files[0]
-    analysis.write(session.folder, read_adapter(file).modules, next(iter(adapter_names(session))), session.run.saving.precision)
+    analysis.write(
+        session.folder,
+        read_adapter(file).modules,
+        next(iter(adapter_names(session))),
+        session.run.saving.precision,
+    )
     if step < session.total_steps and not status.ended_early:
         run_folder.withdraw(session.folder, "stop")
         session.log.append(Stopped(step, file.name, chosen))
@@ -632,4 +791,6 @@ def finish(session: Session, step: int, clock: float) -> Path:
 def check_adapter_acts(session: Session) -> None:
     for part, component in session.components.items():
         if not any(module.delta.any() for module in inject.adapted_modules({part: component})):
-            raise NotLearning(f"The adapter changes nothing in the {part}: it was trained too short or with too low a learning rate.")
+            raise NotLearning(
+                f"The adapter changes nothing in the {part}: it was trained too short or with too low a learning rate."
+            )

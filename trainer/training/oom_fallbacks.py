@@ -19,7 +19,13 @@ from trainer.training.estimate import VAE_TILES
 
 T = TypeVar("T")
 
-FREE, TILE, CHECKPOINT, SPLIT, EIGHT_BIT = "free caches", "VAE tiling", "gradient checkpointing", "smaller microbatches", "8-bit optimiser"
+FREE, TILE, CHECKPOINT, SPLIT, EIGHT_BIT = (
+    "free caches",
+    "VAE tiling",
+    "gradient checkpointing",
+    "smaller microbatches",
+    "8-bit optimiser",
+)
 LADDER = {
     "load": (FREE,),
     "cache": (FREE, TILE),
@@ -72,7 +78,11 @@ class Ladder:
             if not rung:
                 raise OutOfMemory(advice(self.run)) from None
             release()
-            self.log.append(MemoryRelieved(step, phase, rung, f"Memory ran out ({phase}, step {step}): {SENTENCES[rung]}."))
+            self.log.append(
+                MemoryRelieved(
+                    step, phase, rung, f"Memory ran out ({phase}, step {step}): {SENTENCES[rung]}."
+                )
+            )
 
     def catch_up(self, phase: str, step: int) -> None:
         """Takes what an earlier life of the run had taken by this step."""
@@ -117,7 +127,10 @@ def set_tiling(vae: Any, tiled: bool) -> None:
         if switch is not None:
             switch()
     side = vae.config.sample_size // VAE_TILES
-    vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // 2 ** (len(vae.config.block_out_channels) - 1)
+    vae.tile_sample_min_size, vae.tile_latent_min_size = (
+        side,
+        side // 2 ** (len(vae.config.block_out_channels) - 1),
+    )
 
 
 def release() -> None:

@@ -18,7 +18,11 @@ Maker = Callable[..., torch.optim.Optimizer]
 
 def _adamw() -> Maker:
     """In one kernel for all weights on CUDA: an adapter has hundreds of small ones."""
-    return partial(torch.optim.AdamW, fused=True) if torch.cuda.is_available() else partial(torch.optim.AdamW, foreach=True)
+    return (
+        partial(torch.optim.AdamW, fused=True)
+        if torch.cuda.is_available()
+        else partial(torch.optim.AdamW, foreach=True)
+    )
 
 
 def _adamw8bit() -> Maker:
@@ -43,7 +47,9 @@ def _collection(name: str) -> Maker:
     names = [n for n in get_supported_optimizers() if "_" not in n]
     if name.lower() not in names:  # also keeps out its prefixes, which load other packages
         near = difflib.get_close_matches(name.lower(), names) or names
-        raise ConfigError(f"training.optimizer_name: the collection has no {name!r}; it has {', '.join(near)}.")
+        raise ConfigError(
+            f"training.optimizer_name: the collection has no {name!r}; it has {', '.join(near)}."
+        )
     return load_optimizer(name)
 
 
@@ -63,29 +69,57 @@ SCHEDULES: dict[str, Callable[[float, RunConfig], float]] = {
     "linear": lambda progress, run: 1.0 - progress,
     "cosine": lambda progress, run: 0.5 * (1 + math.cos(math.pi * progress)),
     "cosine_with_restarts": lambda progress, run: (
-        0.0 if progress == 1 else 0.5 * (1 + math.cos(math.pi * (progress * run.training.lr_cycles % 1)))
+        0.0
+        if progress == 1
+        else 0.5 * (1 + math.cos(math.pi * (progress * run.training.lr_cycles % 1)))
     ),
     "polynomial": lambda progress, run: (1.0 - progress) ** run.training.lr_power,
 }
 
 
-def build_optimizer(parameters: Iterable[tuple[list[nn.Parameter], float]], run: RunConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    parameters: Iterable[tuple[list[nn.Parameter], float]], run: RunConfig
+) -> torch.optim.Optimizer:
     """One group for each (parameters, learning rate); groups with a rate of 0 are left out.
 
     Raises ConfigError for arguments that the optimiser does not take, ImportError where it cannot work on this machine.
     """
-    groups = [{"params": group, "lr": rate, "initial_lr": rate} for group, rate in parameters if rate > 0 and group]
-    maker, arguments = OPTIMIZERS[run.training.optimizer](run), optimizer_arguments(run.training.optimizer_args)
-    taken = [p.name for p in inspect.signature(maker).parameters.values() if p.kind is not p.VAR_KEYWORD and p.name != "params"]
+    groups = [
+        {"params": group, "lr": rate, "initial_lr": rate}
+        for group, rate in parameters
+        if rate > 0 and group
+    ]
+    maker, arguments = (
+        OPTIMIZERS[run.training.optimizer](run),
+        optimizer_arguments(run.training.optimizer_args),
+    )
+    taken = [
+        p.name
+        for p in inspect.signature(maker).parameters.values()
+        if p.kind is not p.VAR_KEYWORD and p.name != "params"
+    ]
     if unknown := [name for name in arguments if name not in taken]:
-        raise ConfigError(f"training.optimizer_args: {run.training.optimizer} takes no {', '.join(unknown)}; it takes {', '.join(taken)}.")
+        raise ConfigError(
+            f"training.optimizer_args: {run.training.optimizer} takes no {', '.join(unknown)}; it takes {', '.join(taken)}."
+        )
     if "weight_decay" in taken:
         arguments["weight_decay"] = run.training.weight_decay
     try:
-        return maker(groups, **({"lr": groups[0]["lr"]} if groups and "lr" in taken else {}), **arguments)
-    except (ValueError, TypeError, AttributeError, AssertionError, NotImplementedError, ImportError) as error:
+        return maker(
+            groups, **({"lr": groups[0]["lr"]} if groups and "lr" in taken else {}), **arguments
+        )
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        NotImplementedError,
+        ImportError,
+    ) as error:
         name = run.training.optimizer_name or run.training.optimizer
-        raise ConfigError(f"training.optimizer: {name} cannot be made from these settings ({str(error)[:200]}).") from None
+        raise ConfigError(
+            f"training.optimizer: {name} cannot be made from these settings ({str(error)[:200]})."
+        ) from None
 
 
 def try_optimizer(run: RunConfig, device: torch.device) -> None:
@@ -104,19 +138,32 @@ def try_optimizer(run: RunConfig, device: torch.device) -> None:
             resumed = build_optimizer([(others, 1e-3)], run)
             restore_optimizer(resumed, *optimizer_state(interrupted))
             _dummy_step(resumed, others, 2)
-        except Exception as error:  # whatever a library of so many optimisers may raise, it cannot be used
+        except (
+            Exception
+        ) as error:  # whatever a library of so many optimisers may raise, it cannot be used
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise ConfigError(f"training.optimizer: {name} cannot train an adapter ({reason}); choose another.") from error
+            raise ConfigError(
+                f"training.optimizer: {name} cannot train an adapter ({reason}); choose another."
+            ) from error
         if not all(torch.isfinite(w).all() for w in weights):
-            raise ConfigError(f"training.optimizer: {name} gives numbers that are not finite in its first steps; choose another.")
-        if not all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(weights, others, strict=True)):
-            raise ConfigError(f"training.optimizer: a training with {name} could not be resumed after an interruption; choose another.")
+            raise ConfigError(
+                f"training.optimizer: {name} gives numbers that are not finite in its first steps; choose another."
+            )
+        if not all(
+            torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(weights, others, strict=True)
+        ):
+            raise ConfigError(
+                f"training.optimizer: a training with {name} could not be resumed after an interruption; choose another."
+            )
 
 
 def _dummy(device: torch.device) -> list[nn.Parameter]:
     """A and B of a LoRA, of 4096 weights each: from there on bitsandbytes uses 8 bits."""
     draws = torch.Generator().manual_seed(0)
-    return [nn.Parameter(w.to(device)) for w in (0.1 * torch.randn(8, 512, generator=draws), torch.zeros(512, 8))]
+    return [
+        nn.Parameter(w.to(device))
+        for w in (0.1 * torch.randn(8, 512, generator=draws), torch.zeros(512, 8))
+    ]
 
 
 def _dummy_step(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], step: int) -> None:
@@ -132,7 +179,9 @@ def warmup_steps(run: RunConfig, total: int) -> int:
     warmup = run.training.warmup
     steps = math.ceil(warmup * total) if warmup < 1 else int(warmup)
     if warmup >= 1 and steps >= total:
-        raise ConfigError(f"training.warmup: a warm-up of {steps} steps does not fit into a run of {total}; make it shorter.")
+        raise ConfigError(
+            f"training.warmup: a warm-up of {steps} steps does not fit into a run of {total}; make it shorter."
+        )
     return steps
 
 
@@ -145,7 +194,9 @@ def lr_factor(run: RunConfig, step: int, total: int) -> float:
     warmup = warmup_steps(run, total)
     if step <= warmup:
         return step / (warmup + 1)
-    return SCHEDULES[run.training.lr_schedule]((step - 1 - warmup) / max(1, total - 1 - warmup), run)
+    return SCHEDULES[run.training.lr_schedule](
+        (step - 1 - warmup) / max(1, total - 1 - warmup), run
+    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
@@ -160,16 +211,24 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     tensors: dict[str, Tensor] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     memory = {
-        str(index): _plain(dict(optimizer.state[p]), str(index), tensors) for index, p in enumerate(parameters) if p in optimizer.state
+        str(index): _plain(dict(optimizer.state[p]), str(index), tensors)
+        for index, p in enumerate(parameters)
+        if p in optimizer.state
     }
     groups = [
-        _plain({name: value for name, value in group.items() if name != "params"}, f"group{number}", tensors)
+        _plain(
+            {name: value for name, value in group.items() if name != "params"},
+            f"group{number}",
+            tensors,
+        )
         for number, group in enumerate(optimizer.param_groups)
     ]
     return tensors, {"class": type(optimizer).__name__, "memory": memory, "groups": groups}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
+) -> None:
     """Puts back what `optimizer_state` gave, to the bit: torch's own loading would turn counters and bytes into floats."""
     if rest["class"] != type(optimizer).__name__:
         raise StateError(
@@ -194,9 +253,17 @@ def _plain(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         tensors[place] = value.detach().cpu().contiguous().clone()
         return {"tensor": place, "on_cpu": value.device.type == "cpu"}
     if isinstance(value, Mapping):
-        return {"items": [[key, _plain(inner, f"{place}.{key}", tensors)] for key, inner in value.items()]}
+        return {
+            "items": [
+                [key, _plain(inner, f"{place}.{key}", tensors)] for key, inner in value.items()
+            ]
+        }
     if isinstance(value, (list, tuple)):
-        return {"tuple" if isinstance(value, tuple) else "list": [_plain(inner, f"{place}.{i}", tensors) for i, inner in enumerate(value)]}
+        return {
+            "tuple" if isinstance(value, tuple) else "list": [
+                _plain(inner, f"{place}.{i}", tensors) for i, inner in enumerate(value)
+            ]
+        }
     if value is None or type(value) in (bool, int, float, str):
         return value
     raise StateError(f"the optimiser remembers a {type(value).__name__}, which cannot be stored")
@@ -210,4 +277,6 @@ def _restored(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -
         return tensors[content].clone().to("cpu" if value["on_cpu"] else device)
     if kind == "items":
         return {key: _restored(inner, tensors, device) for key, inner in content}
-    return {"list": list, "tuple": tuple}[kind](_restored(inner, tensors, device) for inner in content)
+    return {"list": list, "tuple": tuple}[kind](
+        _restored(inner, tensors, device) for inner in content
+    )

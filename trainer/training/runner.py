@@ -65,15 +65,27 @@ def run(what: RunConfig | Path, progress: Callable[[Event], None] | None = None)
 
 def with_whole_paths(run: config.RunConfig) -> config.RunConfig:
     """A run must be found again from any working directory."""
-    paths = {path: config.get(run, path) for path in ("dataset.folder", "base.model", "base.vae", "adapter.start_from")}
-    changes = {path: str(Path(value).resolve()) for path, value in paths.items() if value and Path(value).exists()}
+    paths = {
+        path: config.get(run, path)
+        for path in ("dataset.folder", "base.model", "base.vae", "adapter.start_from")
+    }
+    changes = {
+        path: str(Path(value).resolve())
+        for path, value in paths.items()
+        if value and Path(value).exists()
+    }
     if run.dataset.regularisation_folder:  # need not be there yet
-        changes["dataset.regularisation_folder"] = str(Path(run.dataset.regularisation_folder).resolve())
+        changes["dataset.regularisation_folder"] = str(
+            Path(run.dataset.regularisation_folder).resolve()
+        )
     return config.replace(run, changes)
 
 
 def run_in(
-    folder: Path, world: "World | None" = None, log: type[EventLog] = TerminalLog, progress: Callable[[Event], None] | None = None
+    folder: Path,
+    world: "World | None" = None,
+    log: type[EventLog] = TerminalLog,
+    progress: Callable[[Event], None] | None = None,
 ) -> int:
     """Starts or continues the run of a folder in this process, which holds its lock until the end. Returns the exit code.
 
@@ -90,7 +102,10 @@ def run_in(
             code = launch.start_several(run.training.devices, folder)
         return STOPPED if run_folder.status(folder).state == "stopped" else code
     if launch.rank() > 0:
-        for name in (signal.SIGINT, signal.SIGTERM):  # the first process is told too, and stops all at the same step
+        for name in (
+            signal.SIGINT,
+            signal.SIGTERM,
+        ):  # the first process is told too, and stops all at the same step
             signal.signal(name, signal.SIG_IGN)
         return _train(run, folder, SilentLog(), world)
     lock, device = run_folder.acquire(folder), run_folder.device_lock()
@@ -103,7 +118,9 @@ def run_in(
         _put_aside(folder)
     (folder / error_messages.NAME).unlink(missing_ok=True)  # of an earlier failure
     events.append(Launched(os.getpid(), __version__, run_folder.boot_id()))
-    run_folder.withdraw(folder, "queued")  # only now: before, the page would take it for withdrawn by the person
+    run_folder.withdraw(
+        folder, "queued"
+    )  # only now: before, the page would take it for withdrawn by the person
     try:
         with _signals_stop(folder):
             if not _wait_for(device, folder, events):
@@ -128,7 +145,10 @@ def _signals_stop(folder: Path) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {name: signal.signal(name, lambda *_: run_folder.request(folder, "stop")) for name in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        name: signal.signal(name, lambda *_: run_folder.request(folder, "stop"))
+        for name in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
@@ -155,7 +175,9 @@ def _wait_for(device: FileLock, folder: Path, log: EventLog) -> bool:
 def _train(run: config.RunConfig, folder: Path, log: EventLog, world: "World | None") -> int:
     from trainer.models import libraries  # seconds, which wrong usage need not wait for
 
-    faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash in native code leaves at least its place in the log
+    faulthandler.enable(
+        sys.__stderr__ or sys.stderr
+    )  # a crash in native code leaves at least its place in the log
     libraries.settle()
     from trainer.runs import trackers
     from trainer.training import oom_fallbacks
@@ -168,11 +190,16 @@ def _train(run: config.RunConfig, folder: Path, log: EventLog, world: "World | N
         with trackers.tracked(run, folder, log) if is_main else nullcontext():
             chosen = train(run, folder, log, world)
     except Exception as error:  # the one place where any error becomes a sentence
-        sentence = error_messages.without_secrets(oom_fallbacks.advice(run) if ran_out(error) else error_messages.explain(error))
+        sentence = error_messages.without_secrets(
+            oom_fallbacks.advice(run) if ran_out(error) else error_messages.explain(error)
+        )
         if is_main:
             _fail(folder, log, sentence, error)
         else:
-            print(f"\nProcess {launch.rank() + 1}: {error_messages.without_secrets(traceback.format_exc())}\n{sentence}", file=sys.stderr)
+            print(
+                f"\nProcess {launch.rank() + 1}: {error_messages.without_secrets(traceback.format_exc())}\n{sentence}",
+                file=sys.stderr,
+            )
         return 1
     finally:
         oom_fallbacks.release()  # of the model, which the next run of a sweep or a notebook has no room beside
@@ -187,7 +214,10 @@ def _train(run: config.RunConfig, folder: Path, log: EventLog, world: "World | N
 def _fail(folder: Path, log: EventLog, sentence: str, error: Exception) -> None:
     """Says it everywhere, as far as the disk lets it. The traceback of what nobody foresaw goes to the log as well."""
     if not isinstance(error, TrainerError):
-        print(error_messages.without_secrets("".join(traceback.format_exception(error))), file=sys.stderr)
+        print(
+            error_messages.without_secrets("".join(traceback.format_exception(error))),
+            file=sys.stderr,
+        )
     print(f"\n{sentence}", file=sys.stderr)
     try:
         log.append(Failed(sentence))

@@ -85,7 +85,11 @@ class Session:
     @property
     def kept(self) -> dict[str, Tensor]:
         """What a state holds of the adapter: what is trained, and what it started from where that is not zero."""
-        starts = {f"{part}.{name}": b for part, module in self.components.items() for name, b in inject.starts(module).items()}
+        starts = {
+            f"{part}.{name}": b
+            for part, module in self.components.items()
+            for name, b in inject.starts(module).items()
+        }
         return self.parameters | starts
 
     @property
@@ -98,11 +102,17 @@ class Session:
 
     def learns(self, component: str, step: int) -> bool:
         """Whether a component is trained in this step: the text encoders may stop before the denoiser."""
-        return component in DENOISERS or step <= math.ceil(self.run.training.text_encoder_until * self.total_steps)
+        return component in DENOISERS or step <= math.ceil(
+            self.run.training.text_encoder_until * self.total_steps
+        )
 
     def dataset_fingerprints(self) -> dict[str, str]:
-        own = {f"{e.name} at {e.resolution}": e.fingerprint for e in [*self.examples, *self.held_out]}
-        return own | {f"class picture {e.name} at {e.resolution}": e.fingerprint for e in self.class_examples}
+        own = {
+            f"{e.name} at {e.resolution}": e.fingerprint for e in [*self.examples, *self.held_out]
+        }
+        return own | {
+            f"class picture {e.name} at {e.resolution}": e.fingerprint for e in self.class_examples
+        }
 
 
 def shape_buckets(examples: Sequence[Example]) -> list[list[int]]:
@@ -117,7 +127,13 @@ def to_device(conditioning: Conditioning, device: torch.device) -> Conditioning:
     return {name: tensor.to(device) for name, tensor in conditioning.items()}
 
 
-def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None = None, world: World | None = None) -> Session:
+def prepare(
+    run: RunConfig,
+    folder: Path,
+    log: EventLog,
+    ladder: Ladder | None = None,
+    world: World | None = None,
+) -> Session:
     """Loads, checks, caches and injects. Raises TrainerError in a sentence for whatever cannot work."""
     ladder, world = ladder or Ladder(run, log), world or World()
     world.check(run.training.batch_size, run.training.gradient_accumulation_steps)
@@ -141,8 +157,14 @@ def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None =
     precision = choose_precision(run.base.precision, device)
     if run.base.quantization != "none":  # before the long work
         quantization.working(run.base.quantization, DTYPES[precision], device)
-    with world.main_first() if world.agree(locate(run.base) is None) else nullcontext():  # one downloads it, all read it
-        base = ladder.attempt("load", 0, lambda: load_base(run.base, DTYPES[precision], run.dataset.caption_tokens, report))
+    with (
+        world.main_first() if world.agree(locate(run.base) is None) else nullcontext()
+    ):  # one downloads it, all read it
+        base = ladder.attempt(
+            "load",
+            0,
+            lambda: load_base(run.base, DTYPES[precision], run.dataset.caption_tokens, report),
+        )
     for note in base.files.notes:
         log.append(Warned(note))
     objective = base.family.objective(base.pipe)
@@ -161,14 +183,34 @@ def prepare(run: RunConfig, folder: Path, log: EventLog, ladder: Ladder | None =
             "cache", 0, lambda: _encode_all(run, base, items, device, log, "cache" in ladder.tiled)
         )
     if run.training.early_stop and {e.name for e in held_out} & {e.name for e in examples}:
-        log.append(Warned("training.early_stop does nothing here: too few pictures to hold some out, so the run goes to its end."))
-    return assemble(run, folder, log, ladder, device, precision, base, examples, held_out, class_examples, texts, world)
+        log.append(
+            Warned(
+                "training.early_stop does nothing here: too few pictures to hold some out, so the run goes to its end."
+            )
+        )
+    return assemble(
+        run,
+        folder,
+        log,
+        ladder,
+        device,
+        precision,
+        base,
+        examples,
+        held_out,
+        class_examples,
+        texts,
+        world,
+    )
 
 
 def _check_before_the_long_work(run: RunConfig, base: LoadedBase, device: torch.device) -> None:
     """What would only be told when all pictures are encoded. Raises TrainerError."""
     components, adapter, file = _chosen(run, base)
-    targets = {name: {target.name for target in inject.targets_of(module, name, adapter)} for name, module in components.items()}
+    targets = {
+        name: {target.name for target in inject.targets_of(module, name, adapter)}
+        for name, module in components.items()
+    }
     if file:
         check_covered(file, targets)
     sampler_name(base.pipe, run.sampling.sampler)
@@ -195,10 +237,14 @@ def assemble(
     """The second half, where all that is trained on is there: the adapter, the optimiser, and the fastest way through the denoiser."""
     attention, why = choose_attention(base.denoiser, device, DTYPES[precision])
     use_attention(base.denoiser, attention)
-    components, adapter, file = _chosen(run, base)  # told by the weights as they are stored, so before they are quantised
+    components, adapter, file = _chosen(
+        run, base
+    )  # told by the weights as they are stored, so before they are quantised
     if run.base.quantization != "none":
         quantization.quantize(base.denoiser, run.base.quantization, DTYPES[precision], device)
-        ladder.attempt("load", 0, lambda: base.denoiser.to(device))  # there the weights are rounded, before an adapter is put on them
+        ladder.attempt(
+            "load", 0, lambda: base.denoiser.to(device)
+        )  # there the weights are rounded, before an adapter is put on them
     for name, module in components.items():
         inject.inject(module, name, adapter, run.training.seed)
     if file:
@@ -209,7 +255,9 @@ def assemble(
     base = textual_inversion.put_on(base, [trigger]) if trigger else base
     if device.type == "cpu":
         use_matrix_products(base.denoiser)
-    layout = torch.channels_last if device.type == "cuda" else torch.preserve_format  # what its convolutions are fastest in
+    layout = (
+        torch.channels_last if device.type == "cuda" else torch.preserve_format
+    )  # what its convolutions are fastest in
     ladder.attempt("load", 0, lambda: base.denoiser.to(device, memory_format=layout))
     views = sum(example.repeats for example in examples)
     total_steps = estimate.total_steps(run, views)
@@ -230,14 +278,18 @@ def assemble(
         trigger=trigger,
         groups=groups,
         optimizer=optimizer_for(run, groups, device, log),
-        average=EMAModel(parameters, decay=run.training.ema_decay) if run.training.ema_decay else None,
+        average=EMAModel(parameters, decay=run.training.ema_decay)
+        if run.training.ema_decay
+        else None,
         examples=examples,
         held_out=held_out,
         class_examples=class_examples,
         texts=texts,
         total_steps=total_steps,
         ladder=ladder,
-        predict=GraphedPredict(base.family, base.denoiser) if graphed else partial(base.family.predict, base.denoiser),
+        predict=GraphedPredict(base.family, base.denoiser)
+        if graphed
+        else partial(base.family.predict, base.denoiser),
         world=world or World(),
     )
 
@@ -250,7 +302,12 @@ def _can_be_recorded(run: RunConfig) -> bool:
 
 
 def _encode_all(
-    run: RunConfig, base: LoadedBase, items: Sequence[DatasetItem], device: torch.device, log: EventLog, tiled: bool
+    run: RunConfig,
+    base: LoadedBase,
+    items: Sequence[DatasetItem],
+    device: torch.device,
+    log: EventLog,
+    tiled: bool,
 ) -> tuple[list[Example], list[Example], list[Example], dict[str, Conditioning] | None]:
     """The pictures, those held out, the class pictures, and the conditioning of all texts where it does not change."""
     pipe, (vae_hash, encoder_hash) = base.pipe, base_hashes(base)
@@ -258,25 +315,41 @@ def _encode_all(
     text_encoders = base.family.text_encoders(pipe).values()
     pipe.vae.to(device)
     set_tiling(pipe.vae, tiled)
-    vae_hash += " tiled" if tiled else ""  # other latents than those of the whole picture, if only a little
+    vae_hash += (
+        " tiled" if tiled else ""
+    )  # other latents than those of the whole picture, if only a little
     class_items = class_images.collect(run, base, device, log)
-    examples, held_out = hold_out(run, make_examples(run, base, items, Path(run.dataset.folder), vae_hash, log))
+    examples, held_out = hold_out(
+        run, make_examples(run, base, items, Path(run.dataset.folder), vae_hash, log)
+    )
     class_examples = []
     if class_items:
         class_examples = make_examples(
-            class_images.settings(run), base, class_items, Path(run.dataset.regularisation_folder), vae_hash, log
+            class_images.settings(run),
+            base,
+            class_items,
+            Path(run.dataset.regularisation_folder),
+            vae_hash,
+            log,
         )
-    pipe.vae.to("cpu")  # the text encoders follow it: together they would take more than either needs
+    pipe.vae.to(
+        "cpu"
+    )  # the text encoders follow it: together they would take more than either needs
     for part in text_encoders:
         part.to(device)
-    learned = run.adapter.trigger_vectors or any(map(run.training.rate_of, base.family.trainable_text_encoders(pipe)))
+    learned = run.adapter.trigger_vectors or any(
+        map(run.training.rate_of, base.family.trainable_text_encoders(pipe))
+    )
     if learned or run.dataset.captions_vary:
         return examples, held_out, class_examples, None
     captions = ["", *(e.caption for e in [*examples, *held_out, *class_examples])]
     if run.objective.prior_preservation:
         captions += [without_trigger(caption, run.dataset) for caption in captions]
     prompts = sample_prompts(run, examples)
-    prompts += [run.sampling.negative_prompt, *(without_trigger(prompt, run.dataset) for prompt in prompts)]
+    prompts += [
+        run.sampling.negative_prompt,
+        *(without_trigger(prompt, run.dataset) for prompt in prompts),
+    ]
     texts = encode_texts(base, [*captions, *prompts], encoder_hash)
     for part in text_encoders:
         part.to("cpu")
@@ -285,7 +358,10 @@ def _encode_all(
 
 def sample_prompts(run: RunConfig, examples: Sequence[Example]) -> list[str]:
     """The chosen prompts, else the captions of two pictures."""
-    return list(run.sampling.prompts) or [e.caption for e in examples if e.resolution == run.dataset.resolution][:2]
+    return (
+        list(run.sampling.prompts)
+        or [e.caption for e in examples if e.resolution == run.dataset.resolution][:2]
+    )
 
 
 def base_hashes(base: LoadedBase) -> tuple[str, str]:
@@ -295,12 +371,20 @@ def base_hashes(base: LoadedBase) -> tuple[str, str]:
     """
     files = base.files
     read = {path for part in ("vae", *files.text_encoders) for path in files.weights[part]}
-    hashes = {path: latent_cache.file_hash(path) for path in read}  # all one and the same, where the base is a single file
-    index = [] if files.path.is_file() else [latent_cache.file_hash(files.path / "model_index.json")]
+    hashes = {
+        path: latent_cache.file_hash(path) for path in read
+    }  # all one and the same, where the base is a single file
+    index = (
+        [] if files.path.is_file() else [latent_cache.file_hash(files.path / "model_index.json")]
+    )
     encoders = [hashes[path] for part in files.text_encoders for path in files.weights[part]]
     reading = [] if base.reading == PLAIN_READING else [repr(base.reading)]
-    dtypes = {str(encoder.dtype) for encoder in base.family.text_encoders(base.pipe).values()} - {"torch.float32"}
-    return " ".join(hashes[path] for path in files.weights["vae"]), " ".join([*index, *encoders, *reading, *sorted(dtypes)])
+    dtypes = {str(encoder.dtype) for encoder in base.family.text_encoders(base.pipe).values()} - {
+        "torch.float32"
+    }
+    return " ".join(hashes[path] for path in files.weights["vae"]), " ".join(
+        [*index, *encoders, *reading, *sorted(dtypes)]
+    )
 
 
 def _warn_of_long_captions(base: LoadedBase, items: Sequence[DatasetItem], log: EventLog) -> None:
@@ -316,30 +400,50 @@ def _warn_of_long_captions(base: LoadedBase, items: Sequence[DatasetItem], log: 
         )
 
 
-def _chosen(run: RunConfig, base: LoadedBase) -> tuple[dict[str, nn.Module], config.Adapter, AdapterFile | None]:
+def _chosen(
+    run: RunConfig, base: LoadedBase
+) -> tuple[dict[str, nn.Module], config.Adapter, AdapterFile | None]:
     """What gets an adapter, with which settings, and the file that it goes on from. Raises TrainerError."""
     family, training = base.family, run.training
     parts = {family.denoiser_name: base.denoiser, **family.trainable_text_encoders(base.pipe)}
     components = {name: module for name, module in parts.items() if training.rate_of(name) > 0}
     if not components:
-        raise ConfigError(f"Nothing would be trained: {base.files.path.name} has only {', '.join(parts)}, and their learning rates are 0.")
+        raise ConfigError(
+            f"Nothing would be trained: {base.files.path.name} has only {', '.join(parts)}, and their learning rates are 0."
+        )
     if family.dialect == "diffusers" and run.adapter.kind not in ("lora", "rslora"):
         raise ConfigError(
             f"adapter.kind = {run.adapter.kind} has no file format that programs read for {family.name}; use lora or rslora there."
         )
-    check_names(run.adapter, {name: inject.weight_shapes(module) for name, module in components.items()})
-    file = read_adapter(Path(run.adapter.start_from).expanduser()) if run.adapter.start_from else None
+    check_names(
+        run.adapter, {name: inject.weight_shapes(module) for name, module in components.items()}
+    )
+    file = (
+        read_adapter(Path(run.adapter.start_from).expanduser()) if run.adapter.start_from else None
+    )
     return components, settings_from(run.adapter, file, base) if file else run.adapter, file
 
 
-def parameter_groups(components: Mapping[str, nn.Module], trigger: Embedding | None) -> dict[str, dict[str, nn.Parameter]]:
+def parameter_groups(
+    components: Mapping[str, nn.Module], trigger: Embedding | None
+) -> dict[str, dict[str, nn.Parameter]]:
     """What is trained, by what has a learning rate of its own, and by name."""
-    groups = {part: {f"{part}.{name}": p for name, p in inject.trainable(module).items()} for part, module in components.items()}
-    return groups | ({"trigger": {f"trigger.{part}": rows for part, rows in trigger.rows.items()}} if trigger else {})
+    groups = {
+        part: {f"{part}.{name}": p for name, p in inject.trainable(module).items()}
+        for part, module in components.items()
+    }
+    return groups | (
+        {"trigger": {f"trigger.{part}": rows for part, rows in trigger.rows.items()}}
+        if trigger
+        else {}
+    )
 
 
 def optimizer_for(
-    run: RunConfig, groups: Mapping[str, Mapping[str, nn.Parameter]], device: torch.device, log: EventLog
+    run: RunConfig,
+    groups: Mapping[str, Mapping[str, nn.Parameter]],
+    device: torch.device,
+    log: EventLog,
 ) -> torch.optim.Optimizer:
     """The chosen one, tried out first, for the `parameter_groups`. AdamW in 8 bits alone has a stand-in, since it takes the same steps."""
     try:
@@ -347,6 +451,12 @@ def optimizer_for(
     except (ImportError, OSError, RuntimeError, ConfigError) as error:
         if run.training.optimizer != "adamw8bit":
             raise
-        log.append(Warned(f"adamw8bit cannot be used here ({str(error)[:200]}); adamw is used, with the same steps and more memory."))
+        log.append(
+            Warned(
+                f"adamw8bit cannot be used here ({str(error)[:200]}); adamw is used, with the same steps and more memory."
+            )
+        )
         run = config.replace(run, {"training.optimizer": "adamw"})
-    return build_optimizer([(list(group.values()), run.training.rate_of(name)) for name, group in groups.items()], run)
+    return build_optimizer(
+        [(list(group.values()), run.training.rate_of(name)) for name, group in groups.items()], run
+    )

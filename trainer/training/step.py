@@ -25,7 +25,9 @@ from trainer.models.seeds import generator_for, seed_for
 from trainer.training.setup import Session, shape_buckets
 
 VALIDATION_TIMESTEPS = 8  # of each picture, in one forward pass
-FEW_PICTURES = 8  # below this the draws are compared one by one: the scatter of three means says too little
+FEW_PICTURES = (
+    8  # below this the draws are compared one by one: the scatter of three means says too little
+)
 ENOUGH_PICTURES = 4  # below this each is measured more often, so that there are always 32 draws
 COMPARED = 4  # training pictures that are measured beside those held out
 
@@ -42,11 +44,17 @@ def timesteps_at(session: Session, places: Tensor) -> Tensor:
     """Uniform places to timesteps as the settings have them sampled, [B], on the training device."""
     chosen = session.run.objective.timestep_sampling
     sampling = session.objective.timestep_sampling if chosen == "auto" else chosen
-    return session.objective.timesteps(send(sample_places(places, sampling, session.run.objective), session.device))
+    return session.objective.timesteps(
+        send(sample_places(places, sampling, session.run.objective), session.device)
+    )
 
 
 def microbatch_losses(
-    session: Session, buckets: Sequence[Sequence[int]], microbatch: int, piece: int = 0, pieces: int = 1
+    session: Session,
+    buckets: Sequence[Sequence[int]],
+    microbatch: int,
+    piece: int = 0,
+    pieces: int = 1,
 ) -> Iterator[Tensor]:
     """The loss of the microbatch with this number since the start of the training, in summands: float32 scalars with gradients.
 
@@ -56,39 +64,83 @@ def microbatch_losses(
     whole; only the adapter's own dropout is drawn anew for each piece.
     """
     training, seed = session.run.training, session.run.training.seed
-    examples = [session.examples[i] for i in batch_at(buckets, training.batch_size, seed, microbatch)]
+    examples = [
+        session.examples[i] for i in batch_at(buckets, training.batch_size, seed, microbatch)
+    ]
     yield from _examples_losses(session, examples, "", microbatch, piece, pieces)
     if session.class_examples:
-        chosen = batch_at(shape_buckets(session.class_examples), training.batch_size, seed_for(seed, "class"), microbatch)
-        for of_class in _examples_losses(session, [session.class_examples[i] for i in chosen], "class ", microbatch, piece, pieces):
+        chosen = batch_at(
+            shape_buckets(session.class_examples),
+            training.batch_size,
+            seed_for(seed, "class"),
+            microbatch,
+        )
+        for of_class in _examples_losses(
+            session,
+            [session.class_examples[i] for i in chosen],
+            "class ",
+            microbatch,
+            piece,
+            pieces,
+        ):
             yield session.run.dataset.prior_loss_weight * of_class
 
 
 def _examples_losses(
-    session: Session, examples: Sequence[Example], purpose: str, microbatch: int, piece: int, pieces: int
+    session: Session,
+    examples: Sequence[Example],
+    purpose: str,
+    microbatch: int,
+    piece: int,
+    pieces: int,
 ) -> Iterator[Tensor]:
     """`purpose` keeps the random draws of the pictures and of the class pictures apart."""
     settings, seed = session.run.objective, session.run.training.seed
-    views, captions = zip(*(_seen(session, e, (purpose, microbatch, place)) for place, e in enumerate(examples)), strict=True)
+    views, captions = zip(
+        *(_seen(session, e, (purpose, microbatch, place)) for place, e in enumerate(examples)),
+        strict=True,
+    )
     draws = generator_for(seed, purpose + "draws", microbatch)
-    latents = torch.stack([view.mean + view.std * torch.randn(view.mean.shape, generator=draws) for view in views])
+    latents = torch.stack(
+        [view.mean + view.std * torch.randn(view.mean.shape, generator=draws) for view in views]
+    )
     noise = _noise(session, latents.shape, draws)
     timesteps = timesteps_at(session, spread_places(len(views), draws))
-    dropped = (torch.rand(len(views), generator=draws) < session.run.dataset.caption_dropout).tolist()
-    captions = tuple("" if drop else caption for caption, drop in zip(captions, dropped, strict=True))
-    perturbed = noise + settings.input_perturbation * torch.randn(noise.shape, generator=draws) if settings.input_perturbation else noise
+    dropped = (
+        torch.rand(len(views), generator=draws) < session.run.dataset.caption_dropout
+    ).tolist()
+    captions = tuple(
+        "" if drop else caption for caption, drop in zip(captions, dropped, strict=True)
+    )
+    perturbed = (
+        noise + settings.input_perturbation * torch.randn(noise.shape, generator=draws)
+        if settings.input_perturbation
+        else noise
+    )
     place = (microbatch, piece) if piece else (microbatch,)
-    torch.manual_seed(seed_for(seed, purpose + "dropout", *place))  # the adapter's dropout draws from the global generator
+    torch.manual_seed(
+        seed_for(seed, purpose + "dropout", *place)
+    )  # the adapter's dropout draws from the global generator
     part = slice(piece * len(views) // pieces, (piece + 1) * len(views) // pieces)
     views, captions, share = views[part], captions[part], len(views[part]) / len(views)
     if not share:
         return  # more pieces than pictures
-    learns = session.learns("text_encoder", microbatch // session.run.training.gradient_accumulation_steps + 1)
-    batch = Batch(_scaled(session, latents[part]), _conditioning(session, captions, learns), _size_ids(session, views))
+    learns = session.learns(
+        "text_encoder", microbatch // session.run.training.gradient_accumulation_steps + 1
+    )
+    batch = Batch(
+        _scaled(session, latents[part]),
+        _conditioning(session, captions, learns),
+        _size_ids(session, views),
+    )
     noised = _noised(session, batch, noise[part], timesteps[part], perturbed[part])
     yield share * _losses(session, batch, noised, _mask(session, views)).mean()
     if settings.prior_preservation and not purpose:
-        yield share * settings.prior_preservation * _prior_loss(session, batch, noised, captions, learns)
+        yield (
+            share
+            * settings.prior_preservation
+            * _prior_loss(session, batch, noised, captions, learns)
+        )
 
 
 def _seen(session: Session, example: Example, place: tuple[object, ...]) -> tuple[View, str]:
@@ -96,12 +148,19 @@ def _seen(session: Session, example: Example, place: tuple[object, ...]) -> tupl
     draws = random.Random(seed_for(session.run.training.seed, "seen", *place))
     view = example.views[draws.randrange(len(example.views))]
     of_class = place[0] == "class "
-    return view, example.caption if of_class else vary_caption(example.wording, session.run.dataset, draws)
+    return view, example.caption if of_class else vary_caption(
+        example.wording, session.run.dataset, draws
+    )
 
 
-def _prior_loss(session: Session, batch: Batch, noised: Noised, captions: Sequence[str], learns: bool) -> Tensor:
+def _prior_loss(
+    session: Session, batch: Batch, noised: Noised, captions: Sequence[str], learns: bool
+) -> Tensor:
     """How far the adapter moves what the base makes of the same noise and of captions without the trigger; both are of the same family."""
-    neutral, components = [without_trigger(caption, session.run.dataset) for caption in captions], session.components.values()
+    neutral, components = (
+        [without_trigger(caption, session.run.dataset) for caption in captions],
+        session.components.values(),
+    )
     with torch.no_grad(), inject.switched_off(components):
         alone = replace(batch, conditioning=_conditioning(session, neutral, learns=False))
         target = session.base.family.predict(session.base.denoiser, noised, alone)
@@ -121,11 +180,15 @@ def _conditioning(session: Session, captions: Sequence[str], learns: bool = Fals
         with torch.set_grad_enabled(learns):
             return session.encode(captions)
     chosen = [session.texts[caption] for caption in captions]
-    return {name: send(torch.stack([c[name] for c in chosen]), session.device) for name in chosen[0]}
+    return {
+        name: send(torch.stack([c[name] for c in chosen]), session.device) for name in chosen[0]
+    }
 
 
 def _size_ids(session: Session, views: Sequence[View]) -> Tensor:
-    return send(torch.tensor([view.size_ids for view in views], dtype=torch.float32), session.device)
+    return send(
+        torch.tensor([view.size_ids for view in views], dtype=torch.float32), session.device
+    )
 
 
 def _mask(session: Session, views: Sequence[View]) -> Tensor | None:
@@ -133,7 +196,9 @@ def _mask(session: Session, views: Sequence[View]) -> Tensor | None:
     if all(view.mask is None for view in views):
         return None
     whole = torch.ones(1, *views[0].mean.shape[1:])
-    return send(torch.stack([whole if view.mask is None else view.mask for view in views]), session.device)
+    return send(
+        torch.stack([whole if view.mask is None else view.mask for view in views]), session.device
+    )
 
 
 def _scaled(session: Session, latents: Tensor) -> Tensor:
@@ -142,12 +207,19 @@ def _scaled(session: Session, latents: Tensor) -> Tensor:
     return send((latents - (vae.shift_factor or 0)) * vae.scaling_factor, session.device)
 
 
-def _noised(session: Session, batch: Batch, noise: Tensor, timesteps: Tensor, perturbed: Tensor) -> Noised:
+def _noised(
+    session: Session, batch: Batch, noise: Tensor, timesteps: Tensor, perturbed: Tensor
+) -> Noised:
     """The denoiser sees `perturbed` noise, and is asked for `noise`."""
     noised = session.objective.noised(batch.latents, send(noise, session.device), timesteps)
     if not session.run.objective.input_perturbation:
         return noised
-    return replace(noised, noisy_latents=session.objective.noised(batch.latents, send(perturbed, session.device), timesteps).noisy_latents)
+    return replace(
+        noised,
+        noisy_latents=session.objective.noised(
+            batch.latents, send(perturbed, session.device), timesteps
+        ).noisy_latents,
+    )
 
 
 def _losses(session: Session, batch: Batch, noised: Noised, mask: Tensor | None) -> Tensor:
@@ -164,7 +236,10 @@ def validation_losses(session: Session) -> list[float]:
     """
     count = len(session.held_out)
     draws = VALIDATION_TIMESTEPS * math.ceil(ENOUGH_PICTURES / count)
-    losses = [fixed_losses(session, example, index, draws) for index, example in enumerate(session.held_out)]
+    losses = [
+        fixed_losses(session, example, index, draws)
+        for index, example in enumerate(session.held_out)
+    ]
     return (torch.stack(losses).mean(1) if count >= FEW_PICTURES else torch.cat(losses)).tolist()
 
 
@@ -176,23 +251,49 @@ def training_loss(session: Session) -> float | None:
     names = {example.name for example in session.examples}
     if any(example.name in names for example in session.held_out):
         return None
-    plain = [example for example in session.examples if example.resolution == session.run.dataset.resolution]
+    plain = [
+        example
+        for example in session.examples
+        if example.resolution == session.run.dataset.resolution
+    ]
     chosen = plain[:: max(1, len(plain) // COMPARED)][:COMPARED]
-    return float(torch.stack([fixed_losses(session, example, index) for index, example in enumerate(chosen)]).mean())
+    return float(
+        torch.stack(
+            [fixed_losses(session, example, index) for index, example in enumerate(chosen)]
+        ).mean()
+    )
 
 
 @torch.no_grad()
-def fixed_losses(session: Session, example: Example, index: int = 0, draws: int = VALIDATION_TIMESTEPS) -> Tensor:
+def fixed_losses(
+    session: Session, example: Example, index: int = 0, draws: int = VALIDATION_TIMESTEPS
+) -> Tensor:
     """Losses of one picture, [draws]: timesteps spread evenly, and the noise of this index."""
     places = (torch.arange(draws) + 0.5) / draws
     timesteps = session.objective.timesteps(send(places, session.device))
-    noise = torch.randn(draws, *example.mean.shape, generator=generator_for(session.run.training.seed, "validation", index))
+    noise = torch.randn(
+        draws,
+        *example.mean.shape,
+        generator=generator_for(session.run.training.seed, "validation", index),
+    )
     view = example.views[0]
-    conditioning, sizes, mask = _conditioning(session, [example.caption]), _size_ids(session, [view]), _mask(session, [view])
+    conditioning, sizes, mask = (
+        _conditioning(session, [example.caption]),
+        _size_ids(session, [view]),
+        _mask(session, [view]),
+    )
     losses = []
-    for part in torch.arange(draws).chunk(session.ladder.pieces["validate"] * draws // VALIDATION_TIMESTEPS):
+    for part in torch.arange(draws).chunk(
+        session.ladder.pieces["validate"] * draws // VALIDATION_TIMESTEPS
+    ):
         repeated = {name: t.expand(len(part), *t.shape[1:]) for name, t in conditioning.items()}
-        batch = Batch(_scaled(session, view.mean.expand_as(noise[part])), repeated, sizes.expand(len(part), -1))
-        noised = session.objective.noised(batch.latents, send(noise[part], session.device), timesteps[part])
+        batch = Batch(
+            _scaled(session, view.mean.expand_as(noise[part])),
+            repeated,
+            sizes.expand(len(part), -1),
+        )
+        noised = session.objective.noised(
+            batch.latents, send(noise[part], session.device), timesteps[part]
+        )
         losses.append(_losses(session, batch, noised, mask))
     return torch.cat(losses)

@@ -51,16 +51,22 @@ def save_state(folder: Path, state: State) -> None:
             "version": VERSION,
             "step": state.step,
             "facts": state.facts,
-            "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
+            "sha256": {
+                name: hashlib.sha256(content).hexdigest() for name, content in contents.items()
+            },
         }
-        (temporary / "state.json").write_text(json.dumps(document | {"self": _digest(document)}), encoding="utf-8")
+        (temporary / "state.json").write_text(
+            json.dumps(document | {"self": _digest(document)}), encoding="utf-8"
+        )
     folders = _folders(folder)
     ahead = [path for path in folders if int(path.name) > state.step]
     for old in [*ahead, *folders[len(ahead) + KEPT :]]:
         rmtree(old)
 
 
-def load_state(folder: Path, wanted: Callable[[State], bool] = lambda state: True) -> tuple[State | None, list[str]]:
+def load_state(
+    folder: Path, wanted: Callable[[State], bool] = lambda state: True
+) -> tuple[State | None, list[str]]:
     """The newest whole state that is wanted (None without one), and a sentence for each damaged one that was passed over."""
     passed_over: list[str] = []
     for path in _folders(folder):
@@ -69,7 +75,9 @@ def load_state(folder: Path, wanted: Callable[[State], bool] = lambda state: Tru
             if wanted(state):
                 return state, passed_over
         except (OSError, ValueError, KeyError, TypeError, StateError) as error:
-            passed_over.append(f"The state of step {int(path.name)} is damaged ({str(error)[:100]}); an older one is used.")
+            passed_over.append(
+                f"The state of step {int(path.name)} is damaged ({str(error)[:100]}); an older one is used."
+            )
     return None, passed_over
 
 
@@ -77,7 +85,11 @@ def _folders(folder: Path) -> list[Path]:
     """State folders, the furthest step first."""
     root = folder / "state"
     return (
-        sorted((path for path in root.iterdir() if path.name.isdigit()), key=lambda path: int(path.name), reverse=True)
+        sorted(
+            (path for path in root.iterdir() if path.name.isdigit()),
+            key=lambda path: int(path.name),
+            reverse=True,
+        )
         if root.is_dir()
         else []
     )
@@ -89,7 +101,9 @@ def _read(path: Path) -> State:
         raise StateError("state.json is not what was written")
     if document["version"] != VERSION:
         raise StateError(f"it was written by another version ({document['version']})")
-    contents = {f"{part}.safetensors": (path / f"{part}.safetensors").read_bytes() for part in TENSOR_FILES}
+    contents = {
+        f"{part}.safetensors": (path / f"{part}.safetensors").read_bytes() for part in TENSOR_FILES
+    }
     for name, content in contents.items():
         if hashlib.sha256(content).hexdigest() != document["sha256"][name]:
             raise StateError(f"{name} is not what was written")

@@ -41,7 +41,11 @@ def read(text: str) -> Foreign:
     if len(text) > SIZE_LIMIT:
         raise ConfigError("The file is too large for a list of settings.")
     data = _parse(text)
-    if isinstance(data.get("config"), dict) and isinstance(data["config"].get("process"), list) and data["config"]["process"]:
+    if (
+        isinstance(data.get("config"), dict)
+        and isinstance(data["config"].get("process"), list)
+        and data["config"]["process"]
+    ):
         return _ai_toolkit(data["config"])
     if "training_method" in data or "base_model_name" in data or "lora_rank" in data:
         return _one_trainer(_flatten(data))
@@ -50,9 +54,21 @@ def read(text: str) -> Foreign:
     if isinstance(data.get("parameters"), str):
         return _from_picture(data["parameters"])
     flat = _without_sections(data)
-    if KOHYA.keys() & flat.keys() & {"network_dim", "network_module", "pretrained_model_name_or_path", "max_train_steps", "network_alpha"}:
+    if (
+        KOHYA.keys()
+        & flat.keys()
+        & {
+            "network_dim",
+            "network_module",
+            "pretrained_model_name_or_path",
+            "max_train_steps",
+            "network_alpha",
+        }
+    ):
         return _kohya(flat)
-    raise ConfigError("These are settings of no trainer that is known here: kohya_ss, sd-scripts, OneTrainer and ai-toolkit are.")
+    raise ConfigError(
+        "These are settings of no trainer that is known here: kohya_ss, sd-scripts, OneTrainer and ai-toolkit are."
+    )
 
 
 def apply(foreign: Foreign, run: RunConfig) -> tuple[RunConfig, list[str]]:
@@ -74,7 +90,9 @@ def apply(foreign: Foreign, run: RunConfig) -> tuple[RunConfig, list[str]]:
     try:
         return config.replace(run, changes), left_out
     except ConfigError as error:
-        raise ConfigError(f"The settings from {foreign.program} do not fit together. {error}") from None
+        raise ConfigError(
+            f"The settings from {foreign.program} do not fit together. {error}"
+        ) from None
 
 
 class _PlainYaml(yaml.SafeLoader):
@@ -82,7 +100,9 @@ class _PlainYaml(yaml.SafeLoader):
 
     def compose_node(self, *place: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise ConfigError("The file repeats parts of itself by YAML aliases (*name), which are not read; write them out.")
+            raise ConfigError(
+                "The file repeats parts of itself by YAML aliases (*name), which are not read; write them out."
+            )
         return super().compose_node(*place)
 
 
@@ -97,7 +117,13 @@ def _parse(text: str) -> dict[str, Any]:
     raise ConfigError("The file is neither JSON nor TOML nor YAML.")
 
 
-def _translate(program: str, data: Mapping[str, Any], rules: Mapping[str, Rule], quiet: re.Pattern, defaults: Mapping[str, Any]) -> Foreign:
+def _translate(
+    program: str,
+    data: Mapping[str, Any],
+    rules: Mapping[str, Rule],
+    quiet: re.Pattern,
+    defaults: Mapping[str, Any],
+) -> Foreign:
     changes: dict[str, Any] = {}
     left_out: list[str] = []
     for name, value in data.items():
@@ -121,7 +147,11 @@ def _shown(name: str, value: Any) -> str:
 
 def _without_sections(data: Mapping[str, Any]) -> dict[str, Any]:
     """sd-scripts ignores the sections of its TOML."""
-    return {str(name): value for key, part in data.items() for name, value in (part.items() if isinstance(part, dict) else [(key, part)])}
+    return {
+        str(name): value
+        for key, part in data.items()
+        for name, value in (part.items() if isinstance(part, dict) else [(key, part)])
+    }
 
 
 def _given(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,7 +169,11 @@ def _amount(data: Mapping[str, Any], name: str) -> float:
 def _flatten(data: Mapping[str, Any], front: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in data.items():
-        flat |= _flatten(value, f"{front}{key}.") if isinstance(value, dict) else {f"{front}{key}": value}
+        flat |= (
+            _flatten(value, f"{front}{key}.")
+            if isinstance(value, dict)
+            else {f"{front}{key}": value}
+        )
     return flat
 
 
@@ -182,7 +216,11 @@ OUTER_LAYERS = "training of the layers outside the blocks, such as conv_in and t
 
 def _layers(targets: str = "attention", pattern: str = "") -> dict[str, Any]:
     """All of these programs train every linear layer of a text encoder's blocks."""
-    return {"adapter.targets": targets, "adapter.target_pattern": pattern, "adapter.text_encoder_targets": "all"}
+    return {
+        "adapter.targets": targets,
+        "adapter.target_pattern": pattern,
+        "adapter.text_encoder_targets": "all",
+    }
 
 
 def _side(value: Any) -> int:
@@ -204,7 +242,11 @@ def _resolutions(value: Any) -> dict[str, Any]:
 
 def _prompts(value: Any) -> dict[str, Any]:
     """sd-scripts writes options behind a prompt ("--n ugly --w 512"); only the text is taken."""
-    lines = value.splitlines() if isinstance(value, str) else [line["prompt"] if isinstance(line, dict) else line for line in value]
+    lines = (
+        value.splitlines()
+        if isinstance(value, str)
+        else [line["prompt"] if isinstance(line, dict) else line for line in value]
+    )
     texts = [re.split(r"\s--\w", line)[0].strip() for line in lines]
     if any(text.endswith((".txt", ".toml", ".json")) for text in texts):
         raise ValueError("a file of prompts")
@@ -222,11 +264,19 @@ KOHYA_LENGTHS = ("max_train_epochs", "max_train_steps", "epoch")  # the first ab
 
 def _kohya(data: Mapping[str, Any]) -> Foreign:
     data = KOHYA_ABSENT | _given(data)
-    settled = _kohya_layers(data) | {"objective.weighting": "debiased" if data.pop("debiased_estimation_loss", False) else "min_snr"}
+    settled = _kohya_layers(data) | {
+        "objective.weighting": "debiased"
+        if data.pop("debiased_estimation_loss", False)
+        else "min_snr"
+    }
     _settle_kohya_rates(data)
     _settle_kohya_noise(data)
     lengths = [name for name in KOHYA_LENGTHS if _amount(data, name) > 0]
-    data = {name: value for name, value in data.items() if name not in KOHYA_LENGTHS or name in lengths[:1]}
+    data = {
+        name: value
+        for name, value in data.items()
+        if name not in KOHYA_LENGTHS or name in lengths[:1]
+    }
     share = _amount(data, "lr_warmup") / 100
     data.pop("lr_warmup", None)
     if data["lr_scheduler"] == "constant":  # has no warm-up there, only constant_with_warmup has
@@ -250,7 +300,9 @@ def _kohya_layers(data: dict[str, Any]) -> dict[str, Any]:
     if not lycoris and name != "kohya locon":  # the form keeps the numbers of every type
         data.pop("conv_dim", None)
         data.pop("conv_alpha", None)
-    data |= {NETWORK_ARGUMENTS.get(key, f"network_args.{key}"): value for key, value in arguments.items()}
+    data |= {
+        NETWORK_ARGUMENTS.get(key, f"network_args.{key}"): value for key, value in arguments.items()
+    }
     algorithm = str(data.pop("algo", None) or re.split(r"[./]", name)[-1]).lower()
     kind = NETWORKS.get(algorithm)
     if kind is None:
@@ -269,7 +321,11 @@ def _kohya_layers(data: dict[str, Any]) -> dict[str, Any]:
     blocks_alone = data.get("LyCORIS_preset") == "attn-mlp" if lycoris else not convolutions
     if data.get("LyCORIS_preset") in ("full", "attn-mlp"):
         del data["LyCORIS_preset"]
-    layers = _layers(pattern=TRANSFORMERS) if blocks_alone else _layers("linear+conv" if convolutions else "linear")
+    layers = (
+        _layers(pattern=TRANSFORMERS)
+        if blocks_alone
+        else _layers("linear+conv" if convolutions else "linear")
+    )
     return {"adapter.kind": kind} | layers
 
 
@@ -315,19 +371,27 @@ def _from_metadata(data: Mapping[str, Any]) -> Foreign:
     """What sd-scripts writes into a finished file, all of it as texts."""
     words = {"None": None, "True": True, "False": False}
     known: dict[str, Any] = {
-        FROM_METADATA[key]: words.get(value, value) for key, value in data.items() if key in FROM_METADATA and isinstance(value, str)
+        FROM_METADATA[key]: words.get(value, value)
+        for key, value in data.items()
+        if key in FROM_METADATA and isinstance(value, str)
     }
     try:
         known["network_args"] = json.loads(data.get("ss_network_args") or "{}")
     except (ValueError, TypeError, RecursionError):
-        raise ConfigError(f"{_shown('ss_network_args', data['ss_network_args'])} is no table of arguments.") from None
+        raise ConfigError(
+            f"{_shown('ss_network_args', data['ss_network_args'])} is no table of arguments."
+        ) from None
     optimizer, _, arguments = str(data.get("ss_optimizer") or "").partition("(")
     if optimizer:
         known["optimizer"] = optimizer.rpartition(".")[2]
         known["optimizer_args"] = re.findall(r"\w+=(?:\([^()]*\)|\[[^\[\]]*\]|[^,()]+)", arguments)
     found = _kohya(known)
     trigger = data.get("modelspec.trigger_phrase")
-    return Foreign("the metadata of the adapter", found.changes | ({"dataset.trigger": trigger} if trigger else {}), found.left_out)
+    return Foreign(
+        "the metadata of the adapter",
+        found.changes | ({"dataset.trigger": trigger} if trigger else {}),
+        found.left_out,
+    )
 
 
 def _from_picture(text: str) -> Foreign:
@@ -338,14 +402,34 @@ def _from_picture(text: str) -> Foreign:
     rules = {"Steps": _number("sampling.inference_steps", int), "CFG scale": _number("sampling.guidance_scale"),
              "Seed": _number("sampling.seed", int), "Sampler": "sampling.sampler"}  # fmt: skip
     found = _translate("the picture", facts, rules, re.compile(".*"), {})
-    texts = {"sampling.prompts": [prompt.strip()][: bool(prompt.strip())], "sampling.negative_prompt": negative.strip()}
+    texts = {
+        "sampling.prompts": [prompt.strip()][: bool(prompt.strip())],
+        "sampling.negative_prompt": negative.strip(),
+    }
     return Foreign(found.program, texts | found.changes, found.left_out)
 
 
 TRANSFORMERS = r"attentions\."  # what diffusers calls each Transformer2DModel of a UNet
-NETWORKS = {"lora": "lora", "standard": "lora", "kohya locon": "lora", "locon": "lora", "kohya": "lora", "loha": "loha", "lokr": "lokr"}
+NETWORKS = {
+    "lora": "lora",
+    "standard": "lora",
+    "kohya locon": "lora",
+    "locon": "lora",
+    "kohya": "lora",
+    "loha": "loha",
+    "lokr": "lokr",
+}
 NETWORK_ARGUMENTS = {"dropout": "network_dropout", "preset": "LyCORIS_preset"} | {
-    name: name for name in ("algo", "conv_dim", "conv_alpha", "rank_dropout", "module_dropout", "dora_wd", "factor")
+    name: name
+    for name in (
+        "algo",
+        "conv_dim",
+        "conv_alpha",
+        "rank_dropout",
+        "module_dropout",
+        "dora_wd",
+        "factor",
+    )
 }
 
 
@@ -356,20 +440,28 @@ def _rates(value: Any) -> list[float]:
 
 def _kohya_rate(value: Any) -> dict[str, Any]:
     first, *others = _rates(value)
-    return {"training.text_encoder_learning_rate": first, "training.text_encoder_2_learning_rate": (*others, -1.0)[0]}
+    return {
+        "training.text_encoder_learning_rate": first,
+        "training.text_encoder_2_learning_rate": (*others, -1.0)[0],
+    }
 
 
 def _kohya_pairs(value: Any) -> dict[str, str]:
     """ "weight_decay=0.1 betas=0.9,0.99", as one text or a list."""
     words = value.split() if isinstance(value, str) else value if isinstance(value, list) else []
-    return {name.strip(): text.strip() for name, _, text in (str(word).partition("=") for word in words)}
+    return {
+        name.strip(): text.strip() for name, _, text in (str(word).partition("=") for word in words)
+    }
 
 
 def _kohya_arguments(value: Any) -> dict[str, Any]:
     pairs = _kohya_pairs(value)
     decay = pairs.pop("weight_decay", None)
     changes: dict[str, Any] = {} if decay is None else {"training.weight_decay": float(decay)}
-    arguments = [f"{key}=({text})" if "," in text and not text.startswith(("(", "[")) else f"{key}={text}" for key, text in pairs.items()]
+    arguments = [
+        f"{key}=({text})" if "," in text and not text.startswith(("(", "[")) else f"{key}={text}"
+        for key, text in pairs.items()
+    ]
     return changes | ({"training.optimizer_args": arguments} if arguments else {})
 
 
@@ -467,12 +559,16 @@ def _one_trainer(data: Mapping[str, Any]) -> Foreign:
         parts["text_rate_2"] = "text_encoder_2"
     common = data.pop("learning_rate", None)
     for name, part in parts.items():
-        data[name] = data.get(f"{part}.learning_rate", common) if data.get(f"{part}.train", True) else 0
+        data[name] = (
+            data.get(f"{part}.learning_rate", common) if data.get(f"{part}.train", True) else 0
+        )
     _settle_one_end(data)
     data.setdefault("gradient_checkpointing", data.get(f"{denoiser}.gradient_checkpointing"))
     if data.pop("ema", "OFF") == "OFF":
         data["ema_decay"] = 0
-    data[f"loss_weight.{data.pop('loss_weight_fn', 'CONSTANT')}"] = data.pop("loss_weight_strength", 5.0)
+    data[f"loss_weight.{data.pop('loss_weight_fn', 'CONSTANT')}"] = data.pop(
+        "loss_weight_strength", 5.0
+    )
     if not data.get("masked_training"):
         data.pop("unmasked_weight", None)
     kind = data.setdefault("peft_type", "LORA")
@@ -481,12 +577,22 @@ def _one_trainer(data: Mapping[str, Any]) -> Foreign:
     if kind == "LOKR":
         data["lora_rank"] = data.pop("lokr_dim", 16)
     unused = ("oft_", "dora_oft") if kind == "LOKR" else ("oft_", "dora_oft", "lokr_")
-    words = [word.strip() for word in str(data.pop("layer_filter", data.pop("lora_layers", ""))).split(",") if word.strip()]
+    words = [
+        word.strip()
+        for word in str(data.pop("layer_filter", data.pop("lora_layers", ""))).split(",")
+        if word.strip()
+    ]
     written = data.pop("layer_filter_regex", data.pop("lora_layers_regex", False))
-    layers = _layers(pattern="|".join(word if written else re.escape(word) for word in words)) if words else _layers("linear+conv")
+    layers = (
+        _layers(pattern="|".join(word if written else re.escape(word) for word in words))
+        if words
+        else _layers("linear+conv")
+    )
     data = {name: value for name, value in _given(data).items() if not name.startswith(unused)}
     found = _translate("OneTrainer", data, ONE_TRAINER, ONE_TRAINER_QUIET, ONE_TRAINER_DEFAULTS)
-    return Foreign(found.program, layers | found.changes, found.left_out + ([] if words else [OUTER_LAYERS]))
+    return Foreign(
+        found.program, layers | found.changes, found.left_out + ([] if words else [OUTER_LAYERS])
+    )
 
 
 def _settle_one_end(data: dict[str, Any]) -> None:
@@ -512,11 +618,15 @@ ONE_TRAINER: dict[str, Rule] = {
     "output_model_destination": _name,
     "vae.model_name": "base.vae",
     "force_v_prediction": _v_prediction,
-    "rescale_noise_scheduler_to_zero_terminal_snr": lambda value: {"base.zero_terminal_snr": "on"} if value else {},
+    "rescale_noise_scheduler_to_zero_terminal_snr": lambda value: (
+        {"base.zero_terminal_snr": "on"} if value else {}
+    ),
     "resolution": _resolutions,
     "masked_training": lambda value: {"dataset.masked_loss": "mask" if value else "off"},
     "unmasked_weight": _number("dataset.mask_outside"),
-    "peft_type": lambda value: {"adapter.kind": {"LORA": "lora", "DORA": "dora", "LOHA": "loha", "LOKR": "lokr"}[value]},
+    "peft_type": lambda value: {
+        "adapter.kind": {"LORA": "lora", "DORA": "dora", "LOHA": "loha", "LOKR": "lokr"}[value]
+    },
     "lokr_decompose_factor": lambda value: {"adapter.lokr_factor": max(0, int(value))},
     "lora_rank": _number("adapter.rank", int),
     "lora_alpha": _number("adapter.alpha"),
@@ -533,13 +643,24 @@ ONE_TRAINER: dict[str, Rule] = {
     "epochs": _kohya_views,
     "batch_size": _number("training.batch_size", int),
     "gradient_accumulation_steps": _number("training.gradient_accumulation_steps", int),
-    "gradient_checkpointing": lambda value: {"training.gradient_checkpointing": value not in ("OFF", False)},
+    "gradient_checkpointing": lambda value: {
+        "training.gradient_checkpointing": value not in ("OFF", False)
+    },
     "clip_grad_norm": _number("training.max_grad_norm"),
     "seed": _number("training.seed", int),
-    "loss_weight.CONSTANT": lambda _: {"objective.weighting": "min_snr", "objective.min_snr_gamma": 0.0},
-    "loss_weight.MIN_SNR_GAMMA": lambda strength: {"objective.weighting": "min_snr", "objective.min_snr_gamma": float(strength)},
+    "loss_weight.CONSTANT": lambda _: {
+        "objective.weighting": "min_snr",
+        "objective.min_snr_gamma": 0.0,
+    },
+    "loss_weight.MIN_SNR_GAMMA": lambda strength: {
+        "objective.weighting": "min_snr",
+        "objective.min_snr_gamma": float(strength),
+    },
     "loss_weight.DEBIASED_ESTIMATION": lambda _: {"objective.weighting": "debiased"},
-    "loss_weight.P2": lambda strength: {"objective.weighting": "p2", "objective.p2_gamma": float(strength)},
+    "loss_weight.P2": lambda strength: {
+        "objective.weighting": "p2",
+        "objective.p2_gamma": float(strength),
+    },
     "min_noising_strength": _share_of_time("objective.min_timestep"),
     "max_noising_strength": _share_of_time("objective.max_timestep"),
     "offset_noise_weight": _number("objective.noise_offset"),
@@ -597,7 +718,11 @@ def _ai_toolkit(data: Mapping[str, Any]) -> Foreign:
     flat.setdefault("train.min_snr_gamma", 0)
     layers = _layers("linear+conv" if flat.get("network.conv") else "linear")
     found = _translate("ai-toolkit", flat, AI_TOOLKIT, AI_TOOLKIT_QUIET, AI_TOOLKIT_DEFAULTS)
-    more = [f"{len(part) - 1} more {what}" for part, what in ((data["process"], "processes"), (datasets, "datasets")) if len(part) > 1]
+    more = [
+        f"{len(part) - 1} more {what}"
+        for part, what in ((data["process"], "processes"), (datasets, "datasets"))
+        if len(part) > 1
+    ]
     return Foreign(found.program, layers | found.changes, [*found.left_out, *more, OUTER_LAYERS])
 
 
@@ -615,7 +740,9 @@ AI_TOOLKIT: dict[str, Rule] = {
     "datasets.caption_dropout_rate": _number("dataset.caption_dropout"),
     "datasets.resolution": _resolutions,
     "datasets.shuffle_tokens": "dataset.shuffle_tags",
-    "network.type": lambda value: {"adapter.kind": {"lora": "lora", "lokr": "lokr", "dora": "dora"}[value]},
+    "network.type": lambda value: {
+        "adapter.kind": {"lora": "lora", "lokr": "lokr", "dora": "dora"}[value]
+    },
     "network.linear": _number("adapter.rank", int),
     "network.linear_alpha": _number("adapter.alpha"),
     "network.conv": _number("adapter.conv_rank", int),

@@ -33,7 +33,12 @@ class AdaptedModule:
     @property
     def rank(self) -> int | None:
         """None where nothing is low-rank: a LoKr of two whole factors."""
-        for name, axis in (("lora_down.weight", 0), ("hada_w1_b", 0), ("lokr_w2_b", 0), ("lokr_w1_b", 0)):
+        for name, axis in (
+            ("lora_down.weight", 0),
+            ("hada_w1_b", 0),
+            ("lokr_w2_b", 0),
+            ("lokr_w1_b", 0),
+        ):
             if name in self.tensors:
                 return self.tensors[name].shape[axis]
         return None
@@ -54,18 +59,28 @@ class AdaptedModule:
         weight = weight.to(delta.dtype)
         moved, magnitude = weight + delta, self.tensors["dora_scale"]
         # By output channel, as in the paper; LyCORIS also knows magnitudes by input, [1, in].
-        axes = [axis for axis in range(moved.dim()) if magnitude.dim() == 1 and axis or magnitude.dim() > 1 and magnitude.shape[axis] == 1]
+        axes = [
+            axis
+            for axis in range(moved.dim())
+            if magnitude.dim() == 1 and axis or magnitude.dim() > 1 and magnitude.shape[axis] == 1
+        ]
         length = torch.linalg.vector_norm(moved, dim=axes, keepdim=True)
         return moved * (magnitude.reshape(length.shape) / length) - weight
 
     def to(self, place: torch.dtype | str) -> "AdaptedModule":
         """The same in another precision, or on another device ("meta": shapes alone)."""
-        return replace(self, tensors={name: tensor.to(place) for name, tensor in self.tensors.items()})
+        return replace(
+            self, tensors={name: tensor.to(place) for name, tensor in self.tensors.items()}
+        )
 
 
 def common_alpha(modules: Iterable[AdaptedModule]) -> float:
     """The alpha that most modules have."""
-    alphas = Counter(round(module.scale * module.rank, 6) for module in modules if module.rank and module.scale > 0)
+    alphas = Counter(
+        round(module.scale * module.rank, 6)
+        for module in modules
+        if module.rank and module.scale > 0
+    )
     return alphas.most_common(1)[0][0] if alphas else 1.0
 
 
@@ -76,7 +91,11 @@ def kind_of(tensors: Iterable[str]) -> str:
 
 
 def _lora(tensors: dict[str, Tensor]) -> Tensor:
-    down, up, mid = tensors["lora_down.weight"], tensors["lora_up.weight"], tensors.get("lora_mid.weight")
+    down, up, mid = (
+        tensors["lora_down.weight"],
+        tensors["lora_up.weight"],
+        tensors.get("lora_mid.weight"),
+    )
     if mid is not None:
         return _tucker(mid, up.flatten(1).T, down.flatten(1))
     return (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
@@ -93,7 +112,9 @@ def _loha(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def _lokr(tensors: dict[str, Tensor]) -> Tensor:
-    first = tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
+    first = (
+        tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
+    )
     if "lokr_w2" in tensors:
         second = tensors["lokr_w2"]
     elif "lokr_t2" in tensors:

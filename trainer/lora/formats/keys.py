@@ -15,7 +15,15 @@ OPENERS = {
     "lora_te3_": "text_encoder_3",
 }
 DOTTED = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-UNET_TOPS = ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding", "add_embedding")
+UNET_TOPS = (
+    "down_blocks",
+    "mid_block",
+    "up_blocks",
+    "conv_in",
+    "conv_out",
+    "time_embedding",
+    "add_embedding",
+)
 
 # A kohya key has underscores for the dots of the path; these words keep theirs.
 COMPOUND = (  # the longer of two that begin alike stands first
@@ -82,7 +90,9 @@ def diffusers_key(component: str, module: str) -> str:
     if component.startswith("text_encoder"):
         module = module.removeprefix("text_model.")
         if module != "text_projection":
-            module = f"text_model.{module}"  # the level that readers expect, whatever transformers has
+            module = (
+                f"text_model.{module}"  # the level that readers expect, whatever transformers has
+            )
     return f"{component}.{module}"
 
 
@@ -100,7 +110,10 @@ def _as_in_diffusers(component: str, path: str) -> tuple[str, str]:
     path = path.removeprefix("text_model.")
     if component.startswith("text_encoder"):
         return component, path
-    if path.startswith(("joint_blocks.", "context_embedder", "final_layer")) or component == "transformer":
+    if (
+        path.startswith(("joint_blocks.", "context_embedder", "final_layer"))
+        or component == "transformer"
+    ):
         return "transformer", from_mmdit(path)
     return component, from_ldm(path)
 
@@ -134,7 +147,9 @@ def from_ldm(path: str) -> str:
     side, number, part, inside = match[1], int(match[2]), match[3], match[4] or ""
     if side == "middle":  # middle_block.1.transformer_blocks.0...: the first number is the part
         inside = ".".join(filter(None, [part, inside]))
-        place = {0: "mid_block.resnets.0", 1: "mid_block.attentions.0", 2: "mid_block.resnets.1"}[number]
+        place = {0: "mid_block.resnets.0", 1: "mid_block.attentions.0", 2: "mid_block.resnets.1"}[
+            number
+        ]
         return f"{place}.{RESNET_PARTS.get(inside, inside)}"
     block, layer = divmod(number - (side == "input"), LAYERS_PER_BLOCK + 1)
     name = "down_blocks" if side == "input" else "up_blocks"
@@ -156,22 +171,35 @@ def to_ldm(module: str) -> str:
         if module == diffusers:
             return ldm
     match = re.fullmatch(
-        r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", module
+        r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)",
+        module,
     )
     if match is None:
         raise ValueError(f"{module} has no place in Stability's UNet")
-    side, block, what, layer, inside = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
+    side, block, what, layer, inside = (
+        match[1],
+        int(match[2] or 0),
+        match[3],
+        int(match[4]),
+        match[5],
+    )
     number = (LAYERS_PER_BLOCK + 1) * block + layer
     if what == "downsamplers":
         return f"input_blocks.{number + LAYERS_PER_BLOCK + 1}.0.op"
     if what == "upsamplers":
         return f"output_blocks.{number + LAYERS_PER_BLOCK}.2.{inside}"
     if what == "resnets":
-        inside = next((ldm for ldm, diffusers in RESNET_PARTS.items() if diffusers == inside), inside)
+        inside = next(
+            (ldm for ldm, diffusers in RESNET_PARTS.items() if diffusers == inside), inside
+        )
     part = {"resnets": 0, "attentions": 1}[what]
     if side == "mid_block":
         return f"middle_block.{1 if part else 2 * layer}.{inside}"
-    return f"input_blocks.{number + 1}.{part}.{inside}" if side == "down_blocks" else f"output_blocks.{number}.{part}.{inside}"
+    return (
+        f"input_blocks.{number + 1}.{part}.{inside}"
+        if side == "down_blocks"
+        else f"output_blocks.{number}.{part}.{inside}"
+    )
 
 
 MMDIT_PARTS = {
@@ -212,10 +240,17 @@ def to_mmdit(module: str) -> tuple[str, int | None]:
 THIRDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 OPEN_CLIP = {"self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
 CLIP_PREFIXES = {
-    "text_encoder": ("cond_stage_model.transformer", "conditioner.embedders.0.transformer", "text_encoders.clip_l.transformer"),
+    "text_encoder": (
+        "cond_stage_model.transformer",
+        "conditioner.embedders.0.transformer",
+        "text_encoders.clip_l.transformer",
+    ),
     "text_encoder_2": ("text_encoders.clip_g.transformer",),
 }
-OPEN_CLIP_PREFIXES = {"text_encoder": ("cond_stage_model.model",), "text_encoder_2": ("conditioner.embedders.1.model",)}
+OPEN_CLIP_PREFIXES = {
+    "text_encoder": ("cond_stage_model.model",),
+    "text_encoder_2": ("conditioner.embedders.1.model",),
+}
 
 
 def checkpoint_places(component: str, module: str) -> list[tuple[str, int | None]]:
@@ -227,7 +262,9 @@ def checkpoint_places(component: str, module: str) -> list[tuple[str, int | None
         path, third = to_mmdit(module)
         return [(f"model.diffusion_model.{path}.weight", third)]
     bare = module.removeprefix("text_model.")
-    places: list[tuple[str, int | None]] = [(f"{prefix}.text_model.{bare}.weight", None) for prefix in CLIP_PREFIXES.get(component, ())]
+    places: list[tuple[str, int | None]] = [
+        (f"{prefix}.text_model.{bare}.weight", None) for prefix in CLIP_PREFIXES.get(component, ())
+    ]
     match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", bare)
     if match is None:
         return places

@@ -60,7 +60,10 @@ class Scales:
     rslora: bool
 
     def of(self, module: str, rank: int) -> float:
-        alpha = next((value for end, value in self.alphas.items() if f".{module}".endswith(f".{end}")), self.alpha)
+        alpha = next(
+            (value for end, value in self.alphas.items() if f".{module}".endswith(f".{end}")),
+            self.alpha,
+        )
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
@@ -74,16 +77,24 @@ def read_adapter(path: Path) -> AdapterFile:
     tensors = _load(path)
     grouped, dialects = _group(path, tensors)
     modules, remarks = _modules(path, grouped, _diffusers_scales(path, metadata))
-    if "atelier_version" in metadata:  # written here, with the whole scale in B where there is no alpha
+    if (
+        "atelier_version" in metadata
+    ):  # written here, with the whole scale in B where there is no alpha
         remarks = []
     if len(dialects) > 1:
         remarks.append(f"It mixes the dialects {' and '.join(sorted(dialects))}.")
-    return AdapterFile(path, dialects.most_common(1)[0][0], modules, metadata, _dtype(tensors), remarks)
+    return AdapterFile(
+        path, dialects.most_common(1)[0][0], modules, metadata, _dtype(tensors), remarks
+    )
 
 
 def _read_peft_folder(path: Path) -> AdapterFile:
     """A folder of one model, or one with a folder for each component."""
-    parts = {path.name: path} if (path / PEFT_CONFIG).is_file() else {p: path / p for p in DOTTED if (path / p / PEFT_CONFIG).is_file()}
+    parts = (
+        {path.name: path}
+        if (path / PEFT_CONFIG).is_file()
+        else {p: path / p for p in DOTTED if (path / p / PEFT_CONFIG).is_file()}
+    )
     if not parts:
         raise ModelError(f"{path.name} is no adapter: it is a folder without {PEFT_CONFIG}.")
     modules: list[AdaptedModule] = []
@@ -92,7 +103,9 @@ def _read_peft_folder(path: Path) -> AdapterFile:
     dtype = ""
     for name, folder in parts.items():
         if not (folder / PEFT_WEIGHTS).is_file():
-            raise ModelError(f"{path.name} has no {PEFT_WEIGHTS}; other formats can run code when opened. Save it as .safetensors.")
+            raise ModelError(
+                f"{path.name} has no {PEFT_WEIGHTS}; other formats can run code when opened. Save it as .safetensors."
+            )
         tensors = _load(folder / PEFT_WEIGHTS)
         metadata |= read_header(folder / PEFT_WEIGHTS).metadata
         grouped, _ = _group(path, tensors, component=name if name in DOTTED else "")
@@ -111,22 +124,32 @@ def _guess_component(module: str) -> str:
 def _load(path: Path) -> dict[str, Tensor]:
     header = read_header(path)
     if not any(place_of(name) for name in header.tensors):
-        raise ModelError(f"{path.name} is no LoRA: it holds {len(header.tensors)} tensors, and none is a low-rank pair.")
+        raise ModelError(
+            f"{path.name} is no LoRA: it holds {len(header.tensors)} tensors, and none is a low-rank pair."
+        )
     tensors = load_file(path)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() and not name.endswith(".alpha"):
-            raise ModelError(f"{path.name} holds whole numbers instead of weights (in {name}); save it in fp16 or fp32.")
+            raise ModelError(
+                f"{path.name} holds whole numbers instead of weights (in {name}); save it in fp16 or fp32."
+            )
         if not torch.isfinite(tensor.float()).all():
-            raise ModelError(f"{path.name} holds numbers that are not finite (in {name}); it would only make black pictures.")
+            raise ModelError(
+                f"{path.name} holds numbers that are not finite (in {name}); it would only make black pictures."
+            )
     return tensors
 
 
 def _dtype(tensors: Mapping[str, Tensor]) -> str:
-    weights = Counter(tensor.dtype for name, tensor in tensors.items() if not name.endswith(".alpha"))
+    weights = Counter(
+        tensor.dtype for name, tensor in tensors.items() if not name.endswith(".alpha")
+    )
     return str(weights.most_common(1)[0][0]).removeprefix("torch.")
 
 
-def _group(path: Path, tensors: Mapping[str, Tensor], component: str = "") -> tuple[Grouped, Counter]:
+def _group(
+    path: Path, tensors: Mapping[str, Tensor], component: str = ""
+) -> tuple[Grouped, Counter]:
     """The tensors by module, and how many are in which dialect. `component` is that of PEFT's names, which do not tell it."""
     grouped: Grouped = {}
     dialects: Counter = Counter()
@@ -137,23 +160,37 @@ def _group(path: Path, tensors: Mapping[str, Tensor], component: str = "") -> tu
                 f"{path.name} holds more than a LoRA, LoHa, LoKr or DoRA: {name[:120]} is of a kind that is not read here, "
                 "and without it the file would not do what it should."
             )
-        leaves = grouped.setdefault((place.component or component or _guess_component(place.module), place.module), {})
+        leaves = grouped.setdefault(
+            (place.component or component or _guess_component(place.module), place.module), {}
+        )
         if place.leaf in leaves:
-            raise ModelError(f"{path.name} holds {place.leaf} of {place.module} twice, under different names; it is damaged.")
+            raise ModelError(
+                f"{path.name} holds {place.leaf} of {place.module} twice, under different names; it is damaged."
+            )
         # PEFT has the lengths of a DoRA's outputs in shapes of its own; a LyCORIS of such a shape has those of the inputs.
-        leaves[place.leaf] = tensor.float().flatten() if place.leaf == "dora_scale" and place.dialect != "kohya" else tensor.float()
+        leaves[place.leaf] = (
+            tensor.float().flatten()
+            if place.leaf == "dora_scale" and place.dialect != "kohya"
+            else tensor.float()
+        )
         dialects[place.dialect] += place.leaf != "alpha"
     return grouped, dialects
 
 
-def _modules(path: Path, grouped: Grouped, scales: Mapping[str, Scales]) -> tuple[list[AdaptedModule], list[str]]:
+def _modules(
+    path: Path, grouped: Grouped, scales: Mapping[str, Scales]
+) -> tuple[list[AdaptedModule], list[str]]:
     """The records, and what had to be assumed. `scales` by component, "" for all."""
     modules: list[AdaptedModule] = []
     without_alpha = []
     for (component, name), tensors in grouped.items():
-        kind = next((kind for kind, first in FIRST.items() if any(leaf in tensors for leaf in first)), None)
+        kind = next(
+            (kind for kind, first in FIRST.items() if any(leaf in tensors for leaf in first)), None
+        )
         if kind is None:
-            raise ModelError(f"{path.name} has no low-rank pair for {name}, only {', '.join(sorted(tensors))[:80]}; it is damaged.")
+            raise ModelError(
+                f"{path.name} has no low-rank pair for {name}, only {', '.join(sorted(tensors))[:80]}; it is damaged."
+            )
         alpha, extra = tensors.pop("alpha", None), tensors.pop("scalar", torch.ones(()))
         module = AdaptedModule(component, name, kind, tensors, 1.0)
         _check_shapes(path, module)
@@ -162,34 +199,53 @@ def _modules(path: Path, grouped: Grouped, scales: Mapping[str, Scales]) -> tupl
             # Two whole factors have no rank; every reader then takes the scale as 1.
             scale = float(alpha) / module.rank if module.rank else 1.0
         elif alpha is not None:
-            raise ModelError(f"{path.name} has an alpha of {alpha.numel()} numbers for {name} instead of one; it is damaged.")
+            raise ModelError(
+                f"{path.name} has an alpha of {alpha.numel()} numbers for {name} instead of one; it is damaged."
+            )
         elif own is not None:
             scale = own.of(name, module.rank or 1)
         else:
             scale = 1.0
             without_alpha.append(name)
         if "dora_scale" in tensors and tensors["dora_scale"].dim() == 1:
-            tensors["dora_scale"] = tensors["dora_scale"].reshape(-1, *[1] * (module.to("meta").delta.dim() - 1))
+            tensors["dora_scale"] = tensors["dora_scale"].reshape(
+                -1, *[1] * (module.to("meta").delta.dim() - 1)
+            )
         modules += _split_fused(replace(module, scale=scale * float(extra)))
     if without_alpha:
-        which = "It has no alpha" if len(without_alpha) == len(grouped) else f"{len(without_alpha)} of its modules have no alpha"
-        return modules, [f"{which}; alpha = rank is assumed, as diffusers does. If it acts too strongly, its trainer used another."]
+        which = (
+            "It has no alpha"
+            if len(without_alpha) == len(grouped)
+            else f"{len(without_alpha)} of its modules have no alpha"
+        )
+        return modules, [
+            f"{which}; alpha = rank is assumed, as diffusers does. If it acts too strongly, its trainer used another."
+        ]
     return modules, []
 
 
-FIRST = {"lora": ("lora_down.weight", "lora_up.weight"), "loha": ("hada_w1_a", "hada_w1_b"), "lokr": ("lokr_w1", "lokr_w1_a")}
+FIRST = {
+    "lora": ("lora_down.weight", "lora_up.weight"),
+    "loha": ("hada_w1_a", "hada_w1_b"),
+    "lokr": ("lokr_w1", "lokr_w1_a"),
+}
 
 
 def _check_shapes(path: Path, module: AdaptedModule) -> None:
     """Whether the product can be formed at all, tried on tensors without content. Raises ModelError."""
     try:
         delta = module.to("meta").delta
-        if "dora_scale" in module.tensors and module.tensors["dora_scale"].numel() not in delta.shape:
+        if (
+            "dora_scale" in module.tensors
+            and module.tensors["dora_scale"].numel() not in delta.shape
+        ):
             raise ValueError("dora_scale")
         if delta.numel() > 2**31:
             raise ValueError(f"{delta.numel():,} weights")
     except (RuntimeError, KeyError, ValueError, IndexError) as error:
-        raise ModelError(f"The tensors of {module.name} in {path.name} do not fit together ({str(error)[:100]}); it is damaged.") from None
+        raise ModelError(
+            f"The tensors of {module.name} in {path.name} do not fit together ({str(error)[:100]}); it is damaged."
+        ) from None
 
 
 def _split_fused(module: AdaptedModule) -> list[AdaptedModule]:
@@ -202,7 +258,9 @@ def _split_fused(module: AdaptedModule) -> list[AdaptedModule]:
         return [module]
     leaves = {"lora": ("lora_up.weight",), "loha": ("hada_w1_a", "hada_w2_a")}.get(module.kind, ())
     if not leaves or module.tensors[leaves[0]].shape[0] % 3:
-        raise ModelError(f"The fused projection {module.name} cannot be split into q, k and v; it is of a kind that is not read here.")
+        raise ModelError(
+            f"The fused projection {module.name} cannot be split into q, k and v; it is of a kind that is not read here."
+        )
     parts = []
     for index, name in enumerate(MMDIT_FUSED[fused]):
         own = dict(module.tensors)
@@ -221,7 +279,10 @@ def _without_idle_ranks(module: AdaptedModule) -> AdaptedModule:
     used = up.flatten(1).any(dim=0)
     if used.all() or not used.any():
         return module
-    return replace(module, tensors=module.tensors | {"lora_down.weight": down[used], "lora_up.weight": up[:, used]})
+    return replace(
+        module,
+        tensors=module.tensors | {"lora_down.weight": down[used], "lora_up.weight": up[:, used]},
+    )
 
 
 def _read_json(path: Path, text: str) -> dict[str, Any]:
@@ -230,7 +291,9 @@ def _read_json(path: Path, text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
-        raise ModelError(f"The adapter settings in {path.name} are not valid JSON; the file is damaged.")
+        raise ModelError(
+            f"The adapter settings in {path.name} are not valid JSON; the file is damaged."
+        )
     return data
 
 
@@ -243,13 +306,22 @@ def _peft_scales(config: Path) -> Scales:
 def _scales(path: Path, data: Mapping[str, Any]) -> Scales:
     kind = data.get("peft_type", "LORA")
     if kind not in PEFT_KINDS:
-        raise ModelError(f"{path.name} describes a {str(kind)[:40]}; read are {', '.join(PEFT_KINDS)}.")
+        raise ModelError(
+            f"{path.name} describes a {str(kind)[:40]}; read are {', '.join(PEFT_KINDS)}."
+        )
     alpha, pattern = data.get(PEFT_KINDS[kind], 8), data.get("alpha_pattern") or {}
-    if not isinstance(pattern, dict) or not all(_is_number(value) for value in (alpha, *pattern.values())):
+    if not isinstance(pattern, dict) or not all(
+        _is_number(value) for value in (alpha, *pattern.values())
+    ):
         raise ModelError(f"{path.name} gives an alpha that is no number; it is damaged.")
-    alphas = {str(end).lstrip("^").rstrip("$").replace("\\.", ".").removeprefix("text_model."): value for end, value in pattern.items()}
+    alphas = {
+        str(end).lstrip("^").rstrip("$").replace("\\.", ".").removeprefix("text_model."): value
+        for end, value in pattern.items()
+    }
     if any(re.search(r"[^\w.]", end) for end in alphas):
-        raise ModelError(f"{path.name} gives alphas by regular expressions, which are not followed here; save it with plain names.")
+        raise ModelError(
+            f"{path.name} gives alphas by regular expressions, which are not followed here; save it with plain names."
+        )
     return Scales(alpha, alphas, bool(data.get("use_rslora")))
 
 
@@ -262,5 +334,8 @@ def _diffusers_scales(path: Path, metadata: Mapping[str, str]) -> dict[str, Scal
     if "lora_adapter_metadata" not in metadata:
         return {}
     data = _read_json(path, metadata["lora_adapter_metadata"])
-    found = {part: {k.removeprefix(f"{part}."): v for k, v in data.items() if k.startswith(f"{part}.")} for part in DOTTED}
+    found = {
+        part: {k.removeprefix(f"{part}."): v for k, v in data.items() if k.startswith(f"{part}.")}
+        for part in DOTTED
+    }
     return {part: _scales(path, values) for part, values in found.items() if values}
