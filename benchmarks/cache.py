@@ -24,7 +24,7 @@ from trainer.data import latent_cache
 from trainer.data.augment import Look
 from trainer.data.buckets import Crop
 from trainer.models.device import DTYPES, device_name
-from trainer.models.libraries import settle
+from trainer.models.libraries import configure_libraries
 from trainer.models.single_file import template_config
 from trainer.runs import cache_limits
 
@@ -70,13 +70,13 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         for path, key in zip(pictures, keys, strict=True):
             latent_cache.cached(
                 key,
-                lambda path=path: latent_cache.encode_picture(
+                lambda path=path: latent_cache.encode_image(
                     vae, latent_cache.to_pixels(path, look)
                 ),
             )
 
     pixels = timed(partial(latent_cache.to_pixels, pictures[0], look), device)
-    latent_cache.encode_picture(
+    latent_cache.encode_image(
         vae, latent_cache.to_pixels(pictures[0], look)
     )  # the first one finds the kernels
     encoding, size = timed(go_through, device), cache_limits.size()
@@ -106,7 +106,7 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, help="append the row to this file")
     options = parser.parse_args()
-    settle()
+    configure_libraries()
     device = device_to_measure()
     with tempfile.TemporaryDirectory() as place:
         os.environ["ATELIER_OUTPUTS"] = place

@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.measuring import keep
 from trainer.models import cpu_conv
-from trainer.models.libraries import settle
+from trainer.models.libraries import configure_libraries
 
 CHANNELS = (
     (320, 320),
@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path, help="append the rows to this file")
     options = parser.parse_args()
-    settle()
+    configure_libraries()
     torch.set_num_threads(options.threads)
     cpu_conv.WEIGHTS_PER_POSITION = 0  # each as a matrix product, whether it pays or not
     for inputs, outputs in CHANNELS:

@@ -235,12 +235,12 @@ def judge(run: config.RunConfig, adapter: Path | None) -> dict[str, float]:
 
     from trainer.embedded import score, world
     from trainer.families import load_base
-    from trainer.lora.apply import Layer, Stack
+    from trainer.lora.apply import Stack, WeightedAdapter
     from trainer.lora.formats.reader import read_adapter
 
     base = load_base(run.base, torch.float32)
     if adapter:
-        Stack(base).lay([Layer(read_adapter(adapter), 1.0, 1.0)])
+        Stack(base).apply([WeightedAdapter(read_adapter(adapter), 1.0, 1.0)])
     rng = np.random.default_rng(FIRST_SEED)
     asked = [
         world.Scene("zorbit", "green", background)

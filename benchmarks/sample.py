@@ -25,7 +25,7 @@ from trainer.families.base import denoiser_of
 from trainer.inference.samples import Sampler, SampleRequest, StackedAdapter, sampler_name
 from trainer.lora import inject, writer
 from trainer.models.device import DTYPES, device_name
-from trainer.models.libraries import settle
+from trainer.models.libraries import configure_libraries
 from trainer.training import oom_fallbacks
 
 
@@ -96,7 +96,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="append the row to this file")
     options = parser.parse_args()
-    settle()
+    configure_libraries()
     device = device_to_measure()
     with tempfile.TemporaryDirectory() as place:
         row = measure(options, device, Path(place))

@@ -33,7 +33,7 @@ from trainer.config import RunConfig
 from trainer.data.examples import Example, View
 from trainer.families import FAMILIES, LoadedBase
 from trainer.models.device import DTYPES, choose_device, device_name
-from trainer.models.libraries import settle
+from trainer.models.libraries import configure_libraries
 from trainer.runs.events import EventLog
 from trainer.training import loop, oom_fallbacks, setup
 from trainer.training.cuda_graphs import GraphedPredict
@@ -136,7 +136,7 @@ def make_session(model: str, device: torch.device, precision: str, run: RunConfi
         run,
         Path(),
         log,
-        oom_fallbacks.Ladder(run, log),
+        oom_fallbacks.Fallbacks(run, log),
         device,
         precision,
         base,
@@ -171,8 +171,12 @@ def our_step(
         step += 1
         loss = loop.forward_backward(session, buckets, step, scaler)
         finite = loop.finite_gradients(session, scaler) & torch.isfinite(loss)
-        taken.append(loop.take_step(session, scaler, step, time.monotonic(), 0.0, loss, finite))
-        loop.settle(session, buckets, taken, facts, leaving=int(loop.runs_ahead(session, scaler)))
+        taken.append(
+            loop.optimizer_step(session, scaler, step, time.monotonic(), 0.0, loss, finite)
+        )
+        loop.report_finished_steps(
+            session, buckets, taken, facts, leaving=int(loop.runs_ahead(session, scaler))
+        )
         assert not facts["bad_steps"]
 
     work.session = session
@@ -409,7 +413,7 @@ def main() -> int:
             if (
                 variant != "plain"
             ):  # which comes first, since what this does to the process cannot be taken back
-                settle()
+                configure_libraries()
             row = measure(model, device, options, variant, rate)
             share = f"{row['share_of_floor']:.0%} of the floor" if row["share_of_floor"] else ""
             waited = f"the host waits {row['waits']} times" if "waits" in row else ""

@@ -18,7 +18,7 @@ from trainer.curation import caption_edits, crop_edits, fixes, history
 from trainer.curation.history import Edit
 from trainer.data import captions, checks, images, token_count
 from trainer.data import scan as reading
-from trainer.data.issues import Finding
+from trainer.data.issues import Issue
 from trainer.errors import ConfigError, DatasetError, TrainerError
 from trainer.models import model_files
 
@@ -65,7 +65,7 @@ class Look:
     done: int = 0
     total: int = 0
     items: list[reading.DatasetItem] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Issue] = field(default_factory=list)
     captions: dict[str, str] = field(default_factory=dict)
     error: str = ""
     ended: threading.Event = field(default_factory=threading.Event)
@@ -257,9 +257,9 @@ def _mask_address(name: object, key: str, mask: Path | None) -> str:
     return f"/mask/{name}/{key}?v={mask.stat().st_mtime_ns}"
 
 
-def groups(findings: list[Finding]) -> list[dict]:
+def groups(findings: list[Issue]) -> list[dict]:
     """The findings by kind, the worst first, each kind with its cures."""
-    by_kind: dict[str, list[Finding]] = {}
+    by_kind: dict[str, list[Issue]] = {}
     for finding in findings:
         by_kind.setdefault(finding.kind or finding.message, []).append(finding)
     shown = [
@@ -272,8 +272,8 @@ def groups(findings: list[Finding]) -> list[dict]:
                 {"file": finding.file, "text": finding.message} for finding in found[:SHOWN_FILES]
             ],
             "cures": [
-                {"name": name, "label": fixes.CURES[name].label}
-                for name in fixes.FOR_KIND.get(kind, ())
+                {"name": name, "label": fixes.FIXES[name].label}
+                for name in fixes.FIXES_FOR_KIND.get(kind, ())
             ],
         }
         for kind, found in by_kind.items()
@@ -304,7 +304,7 @@ def crops_overview(data: dict) -> dict:
 
 
 def save_caption(data: dict) -> dict:
-    picture = datasets.resolve_picture(data.get("dataset"), data.get("file"))
+    picture = datasets.resolve_image(data.get("dataset"), data.get("file"))
     folder, file = datasets.resolve(data.get("dataset")), str(data.get("file"))
     text = str(data.get("caption", ""))
     if len(text.encode("utf-8", "replace")) > captions.MAX_CAPTION_BYTES:
@@ -414,7 +414,7 @@ def undo(data: dict) -> dict:
 
 def remove_picture(data: dict) -> dict:
     """Takes a picture, its captions and its mask out; undo brings them back."""
-    picture = datasets.resolve_picture(data.get("dataset"), data.get("file"))
+    picture = datasets.resolve_image(data.get("dataset"), data.get("file"))
     folder = datasets.resolve(data.get("dataset"))
     history.apply(folder, f"Removed {picture.name}", fixes.exclude(folder, [picture]))
     return {"ok": True, "undo": _undo(folder)}
@@ -423,7 +423,7 @@ def remove_picture(data: dict) -> dict:
 def move_crop(data: dict) -> dict:
     """Moves the crop of a picture to a `centre` [x, y], or with none back to where the crop mode puts it."""
     picture, folder = (
-        datasets.resolve_picture(data.get("dataset"), data.get("file")),
+        datasets.resolve_image(data.get("dataset"), data.get("file")),
         datasets.resolve(data.get("dataset")),
     )
     edit = crop_edits.move(folder, picture, data.get("centre"))
@@ -437,7 +437,7 @@ def move_crop(data: dict) -> dict:
 def save_mask(data: dict) -> dict:
     """A painted mask as base64 of a PNG is put beside its picture; without one the mask is taken away."""
     picture, folder = (
-        datasets.resolve_picture(data.get("dataset"), data.get("file")),
+        datasets.resolve_image(data.get("dataset"), data.get("file")),
         datasets.resolve(data.get("dataset")),
     )
     if not data.get("mask"):
@@ -445,7 +445,7 @@ def save_mask(data: dict) -> dict:
             [
                 path
                 for path in reading.files_of(folder)
-                if path.suffix.lower() in images.PICTURE_SUFFIXES
+                if path.suffix.lower() in images.IMAGE_SUFFIXES
             ]
         )
         gone = [Edit(masks[picture], None)] if picture in masks else []
@@ -466,7 +466,7 @@ def save_mask(data: dict) -> dict:
 def put_mask(data: dict, content: bytes, name: Path) -> dict:
     """Any picture becomes the mask of `file`; it must have the same shape."""
     picture, folder = (
-        datasets.resolve_picture(data.get("dataset"), data.get("file")),
+        datasets.resolve_image(data.get("dataset"), data.get("file")),
         datasets.resolve(data.get("dataset")),
     )
     target = captions.stem_of(picture).with_name(
@@ -474,8 +474,8 @@ def put_mask(data: dict, content: bytes, name: Path) -> dict:
     )
     mask = images.grey_png(content, name)
     (width, height), (mask_width, mask_height) = (
-        images.picture_size(picture),
-        images.decode_picture(mask, name)[0].size,
+        images.image_size(picture),
+        images.decode_image(mask, name)[0].size,
     )
     if abs(width / height - mask_width / mask_height) > 0.02 * width / height:
         raise DatasetError(

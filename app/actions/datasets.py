@@ -1,6 +1,6 @@
 """The datasets of the page: folders below `outputs/datasets`, addressed by name, never by path.
 
-Every name that comes from the browser goes through `resolve` or `resolve_picture`; what does not exist and
+Every name that comes from the browser goes through `resolve` or `resolve_image`; what does not exist and
 what is not allowed get the same answer.
 """
 
@@ -22,7 +22,7 @@ from trainer import config
 from trainer.curation import ingest
 from trainer.data import buckets, captions, crops, images
 from trainer.data import scan as reading
-from trainer.data.issues import OWN_FOLDER, Finding
+from trainer.data.issues import OWN_FOLDER, Issue
 from trainer.errors import DatasetError, TrainerError
 from trainer.models.model_files import EMBEDDED_FOLDER
 from trainer.runs import run_folder
@@ -89,7 +89,7 @@ def resolve(name: object) -> Path:
     return folder
 
 
-def resolve_picture(name: object, file: object) -> Path:
+def resolve_image(name: object, file: object) -> Path:
     """A picture of a dataset by its path below the dataset's folder."""
     folder = resolve(name)
     path = folder / str(file)
@@ -104,7 +104,7 @@ def resolve_picture(name: object, file: object) -> Path:
             ),
             path,
         )
-    is_picture = isinstance(file, str) and path.suffix.lower() in images.PICTURE_SUFFIXES
+    is_picture = isinstance(file, str) and path.suffix.lower() in images.IMAGE_SUFFIXES
     if (
         not is_picture
         or not os.path.isfile(path)
@@ -114,7 +114,7 @@ def resolve_picture(name: object, file: object) -> Path:
     return path
 
 
-def add(name: str, sources: Sequence[Path | tuple[Path, str]]) -> tuple[str, list[Finding]]:
+def add(name: str, sources: Sequence[Path | tuple[Path, str]]) -> tuple[str, list[Issue]]:
     """Copies dropped files, alone or with the names they had, into a dataset, made if new. Returns its name and what was found odd."""
     slug = run_folder.slug(name or "my-dataset")
     folder = root() / slug
@@ -130,11 +130,11 @@ def add_example(which: object) -> str:
         raise DatasetError("There is no such example.")
     slug = f"example-{which}"
     if (root() / slug).is_dir() and any(
-        path.suffix.lower() in images.PICTURE_SUFFIXES for path in (root() / slug).iterdir()
+        path.suffix.lower() in images.IMAGE_SUFFIXES for path in (root() / slug).iterdir()
     ):
         os.utime(root() / slug)
         return slug
-    kept = (".txt", *images.PICTURE_SUFFIXES)
+    kept = (".txt", *images.IMAGE_SUFFIXES)
     return add(
         slug,
         sorted(
@@ -282,7 +282,7 @@ class _Pieces(io.RawIOBase):
 
 def scan(
     name: str, resolution: int = 64, trigger: str = "", caption_tokens: int = 75
-) -> tuple[list[reading.DatasetItem], list[Finding]]:
+) -> tuple[list[reading.DatasetItem], list[Issue]]:
     """Pictures and findings of a dataset; read again only when a file in it changed. Raises DatasetError where no picture is usable."""
     folder = resolve(name)
     return _scan(folder, signature(folder), resolution, trigger, caption_tokens)
@@ -306,7 +306,7 @@ def signature(folder: Path) -> int:
 @lru_cache(maxsize=32)
 def _scan(
     folder: Path, signature: int, resolution: int, trigger: str, caption_tokens: int
-) -> tuple[list[reading.DatasetItem], list[Finding]]:
+) -> tuple[list[reading.DatasetItem], list[Issue]]:
     return reading.scan_dataset(
         folder, resolution=resolution, trigger=trigger, caption_tokens=caption_tokens
     )
@@ -330,7 +330,7 @@ def thumbnail(name: object, key: str, side: int = THUMBNAIL) -> Path:
     if file is None:  # a folder inside may have changed
         _files_by_key.cache_clear()
         file = _files_by_key(folder, changed).get(key)
-    picture = resolve_picture(name, file)
+    picture = resolve_image(name, file)
     version = hashlib.sha256(
         f"{picture}{picture.stat().st_mtime_ns}{side}".encode("utf-8", "surrogateescape")
     ).hexdigest()[:32]
@@ -352,7 +352,7 @@ def mask_shown(name: object, key: str) -> Path:
         ),
         None,
     )
-    picture = resolve_picture(name, file)
+    picture = resolve_image(name, file)
     _, masks = reading.pair_masks(
         [
             picture,
@@ -362,14 +362,14 @@ def mask_shown(name: object, key: str) -> Path:
     )
     if picture not in masks:
         raise DatasetError("The picture has no mask.")
-    mask = resolve_picture(name, masks[picture].relative_to(folder).as_posix())
+    mask = resolve_image(name, masks[picture].relative_to(folder).as_posix())
     version = hashlib.sha256(
         f"{mask}{mask.stat().st_mtime_ns}".encode("utf-8", "surrogateescape")
     ).hexdigest()[:32]
     target = run_folder.outputs_folder() / "cache" / "thumbs" / f"{version}.png"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
-        image = images.open_picture(mask)[0].convert("L")
+        image = images.open_image(mask)[0].convert("L")
         image.thumbnail((LARGE, LARGE))
         encoded = io.BytesIO()
         image.save(encoded, "PNG")
@@ -387,7 +387,7 @@ def _files_by_key(folder: Path, changed: int) -> dict[str, str]:
     files = [
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.suffix.lower() in images.PICTURE_SUFFIXES
+        if path.suffix.lower() in images.IMAGE_SUFFIXES
     ]
     return {key_of(file): file for file in files}
 

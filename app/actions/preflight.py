@@ -24,7 +24,7 @@ from trainer.models.model_files import locate
 from trainer.runs import run_folder
 from trainer.training import estimate
 
-FEW_PICTURES = 5
+FEW_IMAGES = 5
 ROOM = 0.94  # share of the free memory that a run may plan with
 SPARE_DISK = 1e9  # bytes
 PHASES = {"load": "Loading", "cache": "Reading", "step": "Training", "sample": "Samples"}
@@ -244,7 +244,7 @@ def _picture_checks(
 ) -> list[dict]:
     found = []
     go = {"cure": "Go to Dataset", "go": "dataset"}
-    if len(items) < FEW_PICTURES:
+    if len(items) < FEW_IMAGES:
         few = f"Only {len(items)} picture{'' if len(items) == 1 else 's'}: ten or more varied ones give a far better result."
         found.append(check("warn", few, **go))
     bare = sum(not item.caption.strip() for item in items)

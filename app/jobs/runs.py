@@ -35,7 +35,7 @@ MOMENT = 0.3  # seconds; a tick of the page asks the same several times
 _probing = threading.RLock()
 
 
-class briefly(Generic[T]):
+class ttl_cached(Generic[T]):
     """Remembers the answer of a function for a moment, for each person's runs."""
 
     def __init__(self, function: Callable[[], T], seconds: float = MOMENT):
@@ -109,12 +109,12 @@ def _settings(folder: Path, inode: int, modified: int) -> RunConfig:
     return config.load(folder / "run.toml")
 
 
-@briefly
+@ttl_cached
 def all_runs() -> list[Path]:
     return [folder for folder in run_folder.list_runs() if not folder.is_symlink()]
 
 
-@briefly
+@ttl_cached
 def active() -> Path | None:
     """The run that has the device now."""
     with _probing:
@@ -162,7 +162,7 @@ def shown() -> Path | None:
     return _latest()
 
 
-@briefly
+@ttl_cached
 def _latest() -> Path | None:
     trained = [(glance(folder).launched_at, folder.name, folder) for folder in all_runs()]
     return max(trained)[2] if trained else None

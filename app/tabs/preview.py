@@ -26,7 +26,7 @@ MORE = ("second", "third")  # further adapters on top of the first
 STACK = tuple(f"{name}{part}" for name in MORE for part in ("", "_strength", "_text_strength"))
 NAMES = (*FROM_RUN, "strength", "text_strength", "width", "height", "base", *STACK, "sheet_prompts")
 SHEET_STRENGTHS = (0.5, 0.75, 1.0)
-MOST_PICTURES = 60
+MAX_IMAGES = 60
 
 
 def build(page: Page) -> dict[str, Any]:
@@ -316,7 +316,7 @@ def _request(values: dict[str, Any], save: str | None, strength: float) -> Previ
     )
 
 
-@runs.briefly
+@runs.ttl_cached
 def _file_choices() -> list[tuple[str, str]]:
     """The file of each run that has one: the finished one, else the latest save. Several parts of the page follow it each second."""
     found = [(label, run, _newest_file(runs.resolve(run))) for label, run in _run_choices()]
@@ -398,9 +398,9 @@ def plan_sheet(values: dict[str, Any]) -> list[tuple[str, PreviewRequest]]:
         for strength in SHEET_STRENGTHS
         for label, file in saves
     ]
-    if len(sheet) > MOST_PICTURES:
+    if len(sheet) > MAX_IMAGES:
         raise TrainerError(
-            f"That would be {len(sheet)} pictures; take fewer prompts, so that there are at most {MOST_PICTURES}."
+            f"That would be {len(sheet)} pictures; take fewer prompts, so that there are at most {MAX_IMAGES}."
         )
     return sheet
 

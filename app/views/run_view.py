@@ -379,7 +379,7 @@ def samples_of_file(current: RunStatus) -> list[SampleSaved]:
     return [sample for sample in current.samples if sample.step == step][:4] or current.samples[-1:]
 
 
-cache_size = runs.briefly(lambda: size(cache_limits.size()), seconds=60)
+cache_size = runs.ttl_cached(lambda: size(cache_limits.size()), seconds=60)
 
 
 def _library_card(folder: Path) -> dict:

@@ -175,10 +175,10 @@ def decoded(monkeypatch):
     """Names of the pictures that were really decoded."""
     from trainer.data import image_stats
 
-    seen, real = [], image_stats.decode_picture
+    seen, real = [], image_stats.decode_image
     monkeypatch.setattr(
         image_stats,
-        "decode_picture",
+        "decode_image",
         lambda data, path: (seen.append(path.name), real(data, path))[1],
     )
     return seen

@@ -138,10 +138,10 @@ def test_what_is_shown_is_what_the_vae_is_given(folder, tiny_run, monkeypatch):
     from trainer.training import setup
 
     history.apply(folder, "Moved", [crop_edits.move(folder, folder / "left.png", (0.3, 0.5))])
-    given, real = [], latent_cache.encode_picture
+    given, real = [], latent_cache.encode_image
     monkeypatch.setattr(
         latent_cache,
-        "encode_picture",
+        "encode_image",
         lambda vae, pixels: (given.append(pixels), real(vae, pixels))[1],
     )
     run = tiny_run({"dataset.folder": str(folder), "dataset.crop": "salient"})

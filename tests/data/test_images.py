@@ -1,15 +1,13 @@
-"""What comes out of `open_picture` is what a person sees in a viewer; what goes into a thumbnail is pixels only."""
+"""What comes out of `open_image` is what a person sees in a viewer; what goes into a thumbnail is pixels only."""
 
 import io
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from tests.corpus import encoded, flipped, frames, hidden_magenta, oriented, photo, png16, with_gps
-from trainer.data.images import open_picture, picture_size, save_thumbnail, shown
+from trainer.data.images import image_size, open_image, save_thumbnail, shown
 from trainer.errors import DatasetError
 
 
@@ -17,7 +15,7 @@ from trainer.errors import DatasetError
 def open_bytes(tmp_path):
     def open_it(data, name="x.png", **options):
         (tmp_path / name).write_bytes(data)
-        return open_picture(tmp_path / name, **options)
+        return open_image(tmp_path / name, **options)
 
     return open_it
 
@@ -40,7 +38,7 @@ def test_orientation_is_applied(open_bytes, tmp_path, kind, orientation):
     if 1 <= orientation <= 8:
         stored.getexif()[0x0112] = orientation
     expected = ImageOps.exif_transpose(stored)
-    assert image.size == expected.size == picture_size(tmp_path / "x.png")
+    assert image.size == expected.size == image_size(tmp_path / "x.png")
     assert close(
         image.resize((12, 12), Image.Resampling.BOX),
         expected.resize((12, 12), Image.Resampling.BOX),
@@ -139,11 +137,11 @@ def test_errors_are_sentences_naming_the_file(tmp_path, open_bytes):
     for data in (b"", b"<html>", b"%!PS", b"8BPS" + bytes(60), b"\x89PNG\r\n\x1a\n"):
         with pytest.raises(DatasetError, match=r"^we\\nird\.png .*: .*\.$"):
             open_bytes(data, "we\nird.png")
-    for missing in (open_picture, picture_size):
+    for missing in (open_image, image_size):
         with pytest.raises(DatasetError, match="gone.png is no longer there"):
             missing(tmp_path / "gone.png")
     with pytest.raises(DatasetError, match="is a folder"):
-        open_picture(tmp_path)
+        open_image(tmp_path)
 
 
 def test_thumbnail_is_small_whole_and_without_metadata(tmp_path):
@@ -155,7 +153,7 @@ def test_thumbnail_is_small_whole_and_without_metadata(tmp_path):
         assert not image.getexif() and "exif" not in image.info and "icc_profile" not in image.info
     assert b"SECRET" not in data
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t.webp", "x.jpg"]
-    assert "exif" not in open_picture(tmp_path / "x.jpg")[0].info
+    assert "exif" not in open_image(tmp_path / "x.jpg")[0].info
 
 
 def test_thumbnail_of_a_turned_picture_is_upright(tmp_path):
@@ -168,9 +166,3 @@ def test_thumbnail_of_a_turned_picture_is_upright(tmp_path):
 def test_shown_is_printable():
     assert shown("a\nb\x1b[31m\u202ec\udcff") == "a\\nb\\x1b[31m\\u202ec\\xff"
     assert shown("żółć 😀👩‍👧.png") == "żółć 😀👩‍👧.png"
-
-
-def test_page_modules_do_not_import_torch():
-    modules = "trainer.pictures, trainer.dataset, trainer.importing, trainer.buckets"
-    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -25,7 +25,7 @@ def test_a_second_start_makes_nothing_anew(tiny_run, outputs, monkeypatch):
     first = prepared(tiny_run(), outputs / "a")
     before = entries(outputs)
     assert len(before) == 4 + 5  # latents of four pictures; four captions and the empty one
-    monkeypatch.setattr(latent_cache, "encode_picture", None)
+    monkeypatch.setattr(latent_cache, "encode_image", None)
     second = prepared(tiny_run(), outputs / "b")
     assert entries(outputs) == before
     assert all(
@@ -89,7 +89,7 @@ def test_pixels_are_the_picture_in_minus_one_to_one(tmp_path):
 
 
 def test_a_picture_that_gives_no_numbers_is_named_and_left_out(tiny_run, outputs, monkeypatch):
-    real, calls = latent_cache.encode_picture, iter(range(9))
+    real, calls = latent_cache.encode_image, iter(range(9))
 
     def broken(vae, pixels):
         latents = real(vae, pixels)
@@ -97,7 +97,7 @@ def test_a_picture_that_gives_no_numbers_is_named_and_left_out(tiny_run, outputs
             {name: t * float("nan") for name, t in latents.items()} if next(calls) == 0 else latents
         )
 
-    monkeypatch.setattr(latent_cache, "encode_picture", broken)
+    monkeypatch.setattr(latent_cache, "encode_image", broken)
     session = prepared(tiny_run(), outputs / "a")
     assert len(session.examples) == 3
     assert b"00.png is left out" in (outputs / "a" / "events.jsonl").read_bytes()

@@ -18,7 +18,7 @@ from trainer.data.captions import (
     write_caption,
 )
 from trainer.data.checks import verdict
-from trainer.data.issues import Finding
+from trainer.data.issues import Issue
 from trainer.data.scan import scan_dataset
 from trainer.errors import DatasetError, DiskError
 
@@ -32,7 +32,7 @@ def put(folder, name, seed=0, caption="a cat", size=(96, 64)):
     return path
 
 
-def messages(findings: list[Finding], file: str) -> str:
+def messages(findings: list[Issue], file: str) -> str:
     return " ".join(finding.message for finding in findings if finding.file == file)
 
 

@@ -169,7 +169,7 @@ def predict(family, pipe):
 def test_the_family_is_told_by_the_folder(base_of, kind):
     base = load_base(config.Base(model=str(base_of(kind))), torch.float32)
     assert family_of(base.files) is FAMILIES[FAMILY_OF[kind]]
-    assert [name for name, family in FAMILIES.items() if family.matches(base.files)] == [
+    assert [name for name, family in FAMILIES.items() if family.matches_base(base.files)] == [
         FAMILY_OF[kind]
     ], "one family, not two"
     trained = list(base.family.trainable_text_encoders(base.pipe))

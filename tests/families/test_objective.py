@@ -17,10 +17,10 @@ from trainer.families.objective import (
     FlowMatchingObjective,
     Noised,
     debiased_weights,
+    image_losses,
     min_snr_weights,
     offset_noise,
     p2_weights,
-    picture_losses,
     pointwise_error,
     pyramid_noise,
     sample_places,
@@ -74,9 +74,9 @@ def test_the_loss_is_the_weighted_error_of_the_diffusers_examples(scheduler):
         )
         * weights
     )
-    torch.testing.assert_close(picture_losses(objective, model_pred, noised, DEFAULT), expected)
+    torch.testing.assert_close(image_losses(objective, model_pred, noised, DEFAULT), expected)
     torch.testing.assert_close(
-        picture_losses(objective, model_pred, noised, UNWEIGHTED),
+        image_losses(objective, model_pred, noised, UNWEIGHTED),
         (model_pred - noised.target).square().mean(dim=(1, 2, 3)),
     )
 
@@ -129,7 +129,7 @@ def test_flow_matching_is_that_of_diffusers_own_example(shift, scheme):
     )
     weighting = compute_loss_weighting_for_sd3(scheme, sigmas)
     expected = (weighting.float() * (model_pred - (noise - latents)) ** 2).reshape(6, -1).mean(1)
-    torch.testing.assert_close(picture_losses(objective, model_pred, noised, DEFAULT), expected)
+    torch.testing.assert_close(image_losses(objective, model_pred, noised, DEFAULT), expected)
 
 
 @pytest.mark.parametrize("scheme", ["logit_normal", "mode", "uniform"])
@@ -172,7 +172,7 @@ def test_flow_matching_on_worked_numbers():
     noised = objective.noised(one, two, torch.tensor([750.0]))
     assert (float(noised.noisy_latents), float(noised.target)) == (1.75, 1.0)
     assert (
-        float(picture_losses(objective, two, noised, DEFAULT)) == 1.0
+        float(image_losses(objective, two, noised, DEFAULT)) == 1.0
         and objective.prediction_type == "flow"
     )
 
@@ -226,8 +226,8 @@ def test_a_weight_means_the_same_for_noise_and_v(weighting):
     ) / alpha_bar.sqrt()  # noise = alpha v + sigma x_t
     settings = config.Objective(weighting=weighting)
     ours, theirs = (
-        picture_losses(noises, guess, as_noise, settings),
-        picture_losses(vs, v, as_v, settings),
+        image_losses(noises, guess, as_noise, settings),
+        image_losses(vs, v, as_v, settings),
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
@@ -239,7 +239,7 @@ def test_weights_stay_finite_where_nothing_but_noise_is_left(scheduler, weightin
     objective = DiffusionObjective(torch.tensor([1.0, 0.5, 0.0]), scheduler.config.prediction_type)
     noised = objective.noised(torch.ones(3, 1, 1, 1), torch.zeros(3, 1, 1, 1), torch.arange(3))
     for schedule in ("snr", "exponential", "constant"):
-        losses = picture_losses(
+        losses = image_losses(
             objective,
             torch.ones(3, 1, 1, 1),
             noised,
@@ -292,7 +292,7 @@ def test_the_bend_moves_along_its_schedule():
 
     def losses(schedule):
         settings = config.Objective(loss="huber", huber_schedule=schedule, min_snr_gamma=0.0)
-        return picture_losses(objective, torch.ones(3, 1, 1, 1), noised, settings)
+        return image_losses(objective, torch.ones(3, 1, 1, 1), noised, settings)
 
     def huber(c):
         return 2 * c * ((1 + c**2) ** 0.5 - c)
@@ -316,7 +316,7 @@ def test_a_mask_says_what_counts():
         ([1.0, 1.0], 15.0),
         ([1.0, 0.25], (5 + 0.25 * 25) / 1.25),
     ):
-        loss = picture_losses(
+        loss = image_losses(
             objective, pred, noised, UNWEIGHTED, torch.tensor(mask).view(1, 1, 1, 2)
         )
         torch.testing.assert_close(loss, torch.tensor([expected]))

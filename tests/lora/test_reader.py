@@ -16,7 +16,7 @@ from trainer.errors import ConfigError, ModelError
 from trainer.families import FAMILIES, families_of_adapter
 from trainer.inference.samples import Sampler, SampleRequest, StackedAdapter
 from trainer.lora import inject, targets, writer
-from trainer.lora.apply import Layer, Stack
+from trainer.lora.apply import Stack, WeightedAdapter
 from trainer.lora.formats.adapted_module import AdaptedModule
 from trainer.lora.formats.keys import place_of
 from trainer.lora.formats.reader import read_adapter
@@ -279,7 +279,7 @@ def test_a_file_does_in_a_fresh_base_what_was_trained(load, tmp_path, family, ki
         writer.save_adapter(path, dialect, modules, base.family, torch.float32, {})
         file = writer.verify(path, modules)
         assert file.dialect == dialect and (file.remarks == []) == (dialect != "diffusers")
-        stack.lay([Layer(file, 1.0, 1.0)])
+        stack.apply([WeightedAdapter(file, 1.0, 1.0)])
         torch.testing.assert_close(predict(fresh.family, fresh.pipe), wanted, rtol=0, atol=1e-5)
         stack.clear()
         assert torch.equal(predict(fresh.family, fresh.pipe), plain)
@@ -623,11 +623,11 @@ def test_adapters_stack_each_at_its_strength_and_text_apart(load, tmp_path):  # 
                 text if module.component == "text_encoder" else denoiser
             ) * module.change(weight)
     stack = Stack(base)
-    stack.lay([Layer(file, *both) for file, both in zip(files, strengths, strict=True)])
+    stack.apply([WeightedAdapter(file, *both) for file, both in zip(files, strengths, strict=True)])
     torch.testing.assert_close(
         predict(base.family, base.pipe), predict(merged.family, merged.pipe), rtol=0, atol=2e-5
     )
-    stack.lay([Layer(file, 0.0, 0.0) for file in files])
+    stack.apply([WeightedAdapter(file, 0.0, 0.0) for file in files])
     assert torch.equal(predict(base.family, base.pipe), plain)
 
 

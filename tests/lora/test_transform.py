@@ -13,7 +13,7 @@ from trainer.cli.main import main
 from trainer.errors import ModelError
 from trainer.families import FAMILIES, load_base
 from trainer.lora import transform, writer
-from trainer.lora.apply import Layer
+from trainer.lora.apply import WeightedAdapter
 from trainer.lora.formats.adapted_module import AdaptedModule
 from trainer.lora.formats.reader import AdapterFile, read_adapter
 
@@ -98,7 +98,10 @@ def test_a_composition_is_the_sum_of_its_parts():
     composed = {
         m.name: m
         for m in transform.compose(
-            [Layer(file_of(*first), 0.5, 2.0), Layer(file_of(*second), -1.0, 0.0)]
+            [
+                WeightedAdapter(file_of(*first), 0.5, 2.0),
+                WeightedAdapter(file_of(*second), -1.0, 0.0),
+            ]
         )
     }
     wanted = {
@@ -172,7 +175,10 @@ def test_merging_adds_the_deltas_and_can_be_undone(bases, tmp_path):
     dora = AdaptedModule(
         "unet", QUERY, "dora", {**query.tensors, "dora_scale": lengths.float()}, query.scale
     )
-    layers = [Layer(file_of(query, value), 0.5, 2.0), Layer(file_of(dora), 1.0, 1.0)]
+    layers = [
+        WeightedAdapter(file_of(query, value), 0.5, 2.0),
+        WeightedAdapter(file_of(dora), 1.0, 1.0),
+    ]
     added = transform.merge(base, layers)
     wanted = weight + 0.5 * truth(query) + (1.2 * (weight + truth(query)) - weight)
     torch.testing.assert_close(
@@ -187,7 +193,7 @@ def test_merging_adds_the_deltas_and_can_be_undone(bases, tmp_path):
 def test_the_difference_of_two_bases_becomes_an_adapter(bases):
     plain, tuned = load(bases[0]), load(bases[0])
     change, conv = lora(QUERY, 2, 1.0, 1), lora(CONV, 1, 1.0, 2, inputs=(16, 3, 3))
-    transform.merge(tuned, [Layer(file_of(change, conv), 1.0, 1.0)])
+    transform.merge(tuned, [WeightedAdapter(file_of(change, conv), 1.0, 1.0)])
     modules, kept = transform.extract(plain, tuned, rank=2)
     assert [m.name for m in modules] == [QUERY] and kept[0].energy > 1 - 1e-9
     torch.testing.assert_close(modules[0].to(torch.float64).delta, truth(change), rtol=0, atol=1e-6)

@@ -167,9 +167,9 @@ def test_a_run_can_be_stopped_and_saved_after_its_first_step(tiny_run, monkeypat
             "adapter.alpha": 1.0,
         }
     )
-    folder, taken = run_folder.create(run), loop.take_step
+    folder, taken = run_folder.create(run), loop.optimizer_step
     monkeypatch.setattr(
-        loop, "take_step", lambda *given: (taken(*given), run_folder.request(folder, wish))[0]
+        loop, "optimizer_step", lambda *given: (taken(*given), run_folder.request(folder, wish))[0]
     )
     run_in(folder)
     status = run_folder.status(folder)

@@ -7,8 +7,8 @@ import pytest
 
 from tests import corpus
 from trainer.curation.ingest import import_files
-from trainer.data.images import PICTURE_SUFFIXES, shown
-from trainer.data.issues import Finding
+from trainer.data.images import IMAGE_SUFFIXES, shown
+from trainer.data.issues import Issue
 from trainer.data.scan import scan_dataset
 
 pytestmark = pytest.mark.filterwarnings(
@@ -38,7 +38,7 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
     }
 
 
-def about(findings: list[Finding], subject: Path, folder: Path) -> list[Finding]:
+def about(findings: list[Issue], subject: Path, folder: Path) -> list[Issue]:
     """Findings naming the subject, or, where it is a caption, its picture; that a made picture is plain grey is none."""
     name = shown(subject.relative_to(folder).as_posix())
     picture = name.removesuffix(".txt") + ".png"
@@ -86,19 +86,19 @@ def test_import_gives_the_verdict(made, row_id, tmp_path):
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["set"]
     kept = [path for path in (tmp_path / "data" / "set").rglob("*") if not path.is_dir()]
     assert all(
-        path.suffix in (".txt", ".caption") or path.suffix in PICTURE_SUFFIXES for path in kept
+        path.suffix in (".txt", ".caption") or path.suffix in IMAGE_SUFFIXES for path in kept
     )
     assert all(
         path.is_file() and not path.is_symlink() and len(os.fsencode(path.name)) <= 120
         for path in kept
     )
-    pictures = [path for path in kept if path.suffix in PICTURE_SUFFIXES]
+    pictures = [path for path in kept if path.suffix in IMAGE_SUFFIXES]
     if row.verdict in (corpus.ACCEPT, corpus.SAID):
         items, _ = scan_dataset(tmp_path / "data" / "set", resolution=64)
         assert (
             len(items)
             == len(pictures)
-            == len([p for p in folder.rglob("*") if p.suffix in PICTURE_SUFFIXES])
+            == len([p for p in folder.rglob("*") if p.suffix in IMAGE_SUFFIXES])
         )
         if row.caption is not None:
             assert row.caption in {item.caption for item in items}

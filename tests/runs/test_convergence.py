@@ -213,7 +213,7 @@ def test_what_is_measured_is_the_same_twice_and_finer_for_few_pictures(tiny_run,
             step.validation_losses(session), abs=1e-6
         )
         assert trained == pytest.approx(step.training_loss(session), abs=1e-6)
-        session.ladder.pieces["validate"] = 4
+        session.fallbacks.pieces["validate"] = 4
         assert step.validation_losses(session) == pytest.approx(once, rel=1e-5)
 
 

@@ -89,7 +89,7 @@ def test_what_is_trained_beside_a_picture_and_in_other_sizes_counts() -> None:
         return (
             estimate.memory(run, "cuda").step,
             estimate.expected_seconds_per_step(run, "cuda"),
-            estimate.passes_per_picture(run),
+            estimate.passes_per_image(run),
         )
 
     plain = needs()

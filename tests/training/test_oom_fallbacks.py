@@ -1,4 +1,4 @@
-"""Out of memory at every phase: the run goes on by the next measure of the ladder, at the same step, and says so."""
+"""Out of memory at every phase: the run goes on by the next measure of the fallbacks, at the same step, and says so."""
 
 import shutil
 
@@ -46,7 +46,7 @@ def adapter_of(folder):
     "module, name, times, expected",
     [
         (setup, "load_base", 1, [("load", 0, FREE)]),
-        (latent_cache, "encode_picture", 2, [("cache", 0, FREE), ("cache", 0, TILE)]),
+        (latent_cache, "encode_image", 2, [("cache", 0, FREE), ("cache", 0, TILE)]),
         (loop, "validation_losses", 2, [("validate", 0, FREE), ("validate", 0, SPLIT)]),
         (loop, "generate", 2, [("sample", 0, FREE), ("sample", 0, TILE)]),
         (loop, "microbatch_losses", 1, [("step", 1, FREE)]),
@@ -99,7 +99,7 @@ def test_other_errors_are_no_want_of_memory(tiny_run, monkeypatch):
 
 @pytest.mark.parametrize(
     "module, name",
-    [(setup, "load_base"), (latent_cache, "encode_picture"), (loop, "microbatch_losses")],
+    [(setup, "load_base"), (latent_cache, "encode_image"), (loop, "microbatch_losses")],
 )
 def test_after_the_last_measure_it_stops_with_advice_and_can_be_resumed(
     tiny_run, monkeypatch, module, name
@@ -219,14 +219,14 @@ def test_a_step_in_pieces_learns_the_same(tiny_run):
     session = setup.prepare(run, folder, events.EventLog(folder / "events.jsonl"))
     scaler, found = torch.amp.GradScaler("cpu", enabled=False), []
     for pieces in (1, 2, 4, 8):
-        session.ladder.pieces["step"] = pieces
+        session.fallbacks.pieces["step"] = pieces
         loss = loop.forward_backward(session, [[0, 2, 0, 2]], 1, scaler)
         found.append((loss, torch.cat([p.grad.flatten() for p in session.parameters.values()])))
     for loss, gradients in found[1:]:
         torch.testing.assert_close(loss, found[0][0], rtol=1e-6, atol=0)
         assert float((gradients - found[0][1]).norm() / found[0][1].norm()) < 1e-5
     whole = loop.validation_losses(session)
-    session.ladder.pieces["validate"] = 8
+    session.fallbacks.pieces["validate"] = 8
     assert loop.validation_losses(session) == pytest.approx(whole, rel=1e-6)
 
 
@@ -301,7 +301,7 @@ def test_a_run_that_goes_back_to_before_a_measure_keeps_it_and_is_resumed_with_i
     whole, broken = folders
     assert any("went back to step 2" in warning for warning in run_folder.status(broken).warnings)
     assert run_in(broken) == 0 and relieved(broken) == relieved(whole) == [
-        ("step", 3, r) for r in oom_fallbacks.LADDER["step"]
+        ("step", 3, r) for r in oom_fallbacks.FALLBACKS_BY_PHASE["step"]
     ]
     ours, theirs = adapter_of(broken), adapter_of(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -59,7 +59,7 @@ def test_what_a_person_asks_for_finds_every_step_told(tiny_run, monkeypatch):
     folder = run_folder.create(
         tiny_run({"training.steps": 20, "saving.saves": 1, "saving.state_every": 20})
     )
-    taking = loop.take_step
+    taking = loop.optimizer_step
 
     def asking(session, *given):
         done = taking(session, *given)
@@ -73,7 +73,7 @@ def test_what_a_person_asks_for_finds_every_step_told(tiny_run, monkeypatch):
         return done
 
     asked: list = []
-    monkeypatch.setattr(loop, "take_step", asking)
+    monkeypatch.setattr(loop, "optimizer_step", asking)
     run_in(folder)
     happened = [
         e
@@ -104,18 +104,18 @@ class Waits(TorchDispatchMode):
 )
 def test_the_host_waits_for_nothing_inside_a_step(train_tiny, monkeypatch, changes):
     run_ahead(monkeypatch)
-    waits, (launch, settle) = Waits(), (loop.forward_backward, loop.settle)
+    waits, (launch, finish) = Waits(), (loop.forward_backward, loop.report_finished_steps)
 
     def launching(session, buckets, step, scaler):
         waits.counting = 1 < step < 6
         return launch(session, buckets, step, scaler)
 
     def settling(*given, **named):
-        settle(*given, **named)
+        finish(*given, **named)
         waits.counting = False
 
     monkeypatch.setattr(loop, "forward_backward", launching)
-    monkeypatch.setattr(loop, "settle", settling)
+    monkeypatch.setattr(loop, "report_finished_steps", settling)
     with waits:
         train_tiny(changes | {"saving.saves": 1, "saving.state_every": 6})
     assert not waits.found, waits.found[0]

@@ -287,14 +287,16 @@ def merge_command(options: argparse.Namespace) -> int:
 
 
 def _layers(adapters: Sequence[str]) -> list:
-    from trainer.lora.apply import Layer
+    from trainer.lora.apply import WeightedAdapter
     from trainer.lora.formats.reader import read_adapter
 
     layers = []
     for given in map(stacked, adapters):
         strength = given.get("strength", 1.0)
         layers.append(
-            Layer(read_adapter(Path(given["file"])), strength, given.get("text_strength", strength))
+            WeightedAdapter(
+                read_adapter(Path(given["file"])), strength, given.get("text_strength", strength)
+            )
         )
     return layers
 

@@ -324,7 +324,7 @@ def class_pictures_command(options: argparse.Namespace) -> int:
     from trainer.models import libraries
     from trainer.models.device import DTYPES, choose_device, choose_precision
 
-    libraries.settle()
+    libraries.configure_libraries()
     device = choose_device()
     base = load_base(run.base, DTYPES[choose_precision(run.base.precision, device)])
     made = class_images.fill(
@@ -340,7 +340,7 @@ def class_pictures_command(options: argparse.Namespace) -> int:
 def sample_command(options: argparse.Namespace) -> int:
     from trainer.models import libraries
 
-    libraries.settle()
+    libraries.configure_libraries()
     from trainer.inference.samples import Sampler, parse_request, serve
 
     if options.serve:
@@ -386,21 +386,22 @@ def check_command(options: argparse.Namespace) -> int:
         )
     for wanted in options.fix:
         kind, _, name = wanted.partition(":")
-        if kind not in fixes.FOR_KIND:
+        if kind not in fixes.FIXES_FOR_KIND:
             raise ConfigError(
-                f"--fix takes the kind of a finding, one of {', '.join(fixes.FOR_KIND)}; got {kind}."
+                f"--fix takes the kind of a finding, one of {', '.join(fixes.FIXES_FOR_KIND)}; got {kind}."
             )
         found = [finding for finding in scan()[1] if finding.kind == kind]
         if found:
-            name = name or fixes.FOR_KIND[kind][0]
+            name = name or fixes.FIXES_FOR_KIND[kind][0]
             print(
-                f"{fixes.CURES[name].label}: {fixes.apply(options.dataset, found, name)} files changed.",
+                f"{fixes.FIXES[name].label}: {fixes.apply(options.dataset, found, name)} files changed.",
                 file=sys.stderr,
             )
     items, findings = scan()
     if options.json:
         found = [
-            vars(finding) | {"cures": fixes.FOR_KIND.get(finding.kind, ())} for finding in findings
+            vars(finding) | {"cures": fixes.FIXES_FOR_KIND.get(finding.kind, ())}
+            for finding in findings
         ]
         print(
             json.dumps(

@@ -21,7 +21,7 @@ from PIL import Image
 
 from trainer.curation import caption_edits, history
 from trainer.data.captions import relative
-from trainer.data.images import open_picture
+from trainer.data.images import open_image
 from trainer.data.scan import DatasetItem, scan_dataset
 from trainer.errors import ModelError, TrainerError
 from trainer.runs import run_folder
@@ -134,7 +134,7 @@ def _caption_all(
 
 def describe(item: DatasetItem, describers: Sequence[Describe], wish: Wish) -> str:
     """The caption of one picture."""
-    image, _ = open_picture(item.path)
+    image, _ = open_image(item.path)
     image.thumbnail((1024, 1024), Image.Resampling.LANCZOS)
     parts = [part for describer in describers if (part := describer(image))]
     return caption_edits.prepend(wish.prefix)(", ".join(parts))
@@ -163,7 +163,7 @@ def load_describer(folder: Path) -> Describe:
     from trainer.models import libraries
     from trainer.models.device import choose_device
 
-    libraries.settle()
+    libraries.configure_libraries()
     device = choose_device()
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     try:

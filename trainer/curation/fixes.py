@@ -23,13 +23,13 @@ from trainer.data.captions import (
     suffix_of,
 )
 from trainer.data.images import (
-    PICTURE_SUFFIXES,
+    IMAGE_SUFFIXES,
     alpha_mask,
-    decode_picture,
-    picture_format,
-    read_picture,
+    decode_image,
+    image_format,
+    read_image,
 )
-from trainer.data.issues import Finding
+from trainer.data.issues import Issue
 from trainer.data.scan import files_of, pair_masks
 from trainer.errors import DatasetError
 
@@ -44,17 +44,17 @@ CAMERA_WORDS = re.compile(
 
 
 @dataclass(frozen=True)
-class Cure:
+class Fix:
     label: str
     """What its button says."""
-    edits: Callable[["_Folder", Path, Finding], list[Edit]]
+    edits: Callable[["_Folder", Path, Issue], list[Edit]]
     for_each: bool = True
     """Applied to the file of the finding; else once, to the whole dataset."""
 
 
 def apply(
     dataset: Path,
-    findings: Sequence[Finding],
+    findings: Sequence[Issue],
     name: str,
     tokenizer: Path | None = None,
     limit: int = token_count.LIMIT,
@@ -63,12 +63,12 @@ def apply(
 
     Findings of kinds that the cure is not for are passed over. Raises `DatasetError` where there is no such cure, or nothing to cure.
     """
-    if name not in CURES:
-        raise DatasetError(f"There is no cure named {name}; there are {', '.join(CURES)}.")
-    cure, folder = CURES[name], _Folder(Path(dataset), tokenizer, limit)
+    if name not in FIXES:
+        raise DatasetError(f"There is no cure named {name}; there are {', '.join(FIXES)}.")
+    cure, folder = FIXES[name], _Folder(Path(dataset), tokenizer, limit)
     edits: dict[Path, Edit] = {}
     for finding in findings:
-        if name not in FOR_KIND.get(finding.kind, ()):
+        if name not in FIXES_FOR_KIND.get(finding.kind, ()):
             continue
         path = folder.by_name.get(finding.file, folder.path) if cure.for_each else folder.path
         if cure.for_each and path == folder.path:
@@ -99,7 +99,7 @@ class _Folder:
         self.files = files_of(path)
         self.by_name = {relative(file, path): file for file in self.files}
         self.pictures, self.masks = pair_masks(
-            file for file in self.files if suffix_of(file.name) in PICTURE_SUFFIXES
+            file for file in self.files if suffix_of(file.name) in IMAGE_SUFFIXES
         )
         self.stems = Counter(map(stem_of, self.pictures))
         self.metadata = Metadata(path, [])
@@ -127,23 +127,23 @@ def exclude(dataset: Path, pictures: Sequence[Path]) -> list[Edit]:
     ]
 
 
-def _exclude(folder: _Folder, path: Path, finding: Finding) -> list[Edit]:
+def _exclude(folder: _Folder, path: Path, finding: Issue) -> list[Edit]:
     companions = folder.companions(path) if path in folder.pictures else []
     return [Edit(other, None) for other in (path, *companions)]
 
 
-def _reencode(folder: _Folder, path: Path, finding: Finding) -> list[Edit]:
+def _reencode(folder: _Folder, path: Path, finding: Issue) -> list[Edit]:
     """The picture as it is trained, upright 8-bit RGB, saved as PNG; its caption comes along."""
-    image, _ = decode_picture(read_picture(path), path)
+    image, _ = decode_image(read_image(path), path)
     encoded = io.BytesIO()
     image.save(encoded, "PNG", optimize=True)
     return _renamed(folder, path, stem_of(path).name + ".png", encoded.getvalue())
 
 
-def _rename(folder: _Folder, path: Path, finding: Finding) -> list[Edit]:
-    data = read_picture(path)
+def _rename(folder: _Folder, path: Path, finding: Issue) -> list[Edit]:
+    data = read_image(path)
     return _renamed(
-        folder, path, path.name.rstrip(".") + SUFFIX_OF_FORMAT[picture_format(data, path)], data
+        folder, path, path.name.rstrip(".") + SUFFIX_OF_FORMAT[image_format(data, path)], data
     )
 
 
@@ -162,14 +162,14 @@ def _renamed(folder: _Folder, path: Path, name: str, data: bytes) -> list[Edit]:
     return [Edit(path, None), Edit(target, data), *kept]
 
 
-def _caption_from_name(folder: _Folder, path: Path, finding: Finding) -> list[Edit]:
+def _caption_from_name(folder: _Folder, path: Path, finding: Issue) -> list[Edit]:
     """ "old_red-boat 3.jpg" says "old red boat"; what a camera wrote says nothing."""
     words = CAMERA_WORDS.sub(" ", re.sub(r"[\W\d_]+", " ", stem_of(path).name))
     words = " ".join(words.split())
     return [caption_edits.caption_edit(path, words)] if len(words) > 2 else []
 
 
-def _shorten(folder: _Folder, path: Path, finding: Finding) -> list[Edit]:
+def _shorten(folder: _Folder, path: Path, finding: Issue) -> list[Edit]:
     """Each line up to the last comma or full stop that the text encoder still reads."""
 
     def shorter(line: str) -> str:
@@ -188,14 +188,14 @@ def _shorten(folder: _Folder, path: Path, finding: Finding) -> list[Edit]:
     return caption_edits.edits(caption_edits.plan([(path, folder.caption(path))], shorter))
 
 
-def _as_utf8(folder: _Folder, path: Path, finding: Finding) -> list[Edit]:
-    if suffix_of(path.name) in PICTURE_SUFFIXES:  # its caption is in metadata.jsonl
+def _as_utf8(folder: _Folder, path: Path, finding: Issue) -> list[Edit]:
+    if suffix_of(path.name) in IMAGE_SUFFIXES:  # its caption is in metadata.jsonl
         return [caption_edits.caption_edit(path, folder.caption(path))]
     picture = next(picture for picture in folder.pictures if path in caption_candidates(picture))
     return [Edit(path, folder.caption(picture).encode())]
 
 
-def _add_trigger(folder: _Folder, path: Path, finding: Finding) -> list[Edit]:
+def _add_trigger(folder: _Folder, path: Path, finding: Issue) -> list[Edit]:
     return caption_edits.edits(
         caption_edits.plan(
             [(path, folder.caption(path))], caption_edits.prepend(finding.detail + ",")
@@ -203,14 +203,14 @@ def _add_trigger(folder: _Folder, path: Path, finding: Finding) -> list[Edit]:
     )
 
 
-def _remove_tag(folder: _Folder, path: Path, finding: Finding) -> list[Edit]:
+def _remove_tag(folder: _Folder, path: Path, finding: Issue) -> list[Edit]:
     captions = [(picture, folder.caption(picture)) for picture in folder.pictures]
     return caption_edits.edits(
         caption_edits.plan(captions, caption_edits.remove_tag(finding.detail))
     )
 
 
-def _mask_from_alpha(folder: _Folder, path: Path, finding: Finding) -> list[Edit]:
+def _mask_from_alpha(folder: _Folder, path: Path, finding: Issue) -> list[Edit]:
     mask = alpha_mask(path)
     if mask is None or path in folder.masks:
         return []
@@ -219,19 +219,19 @@ def _mask_from_alpha(folder: _Folder, path: Path, finding: Finding) -> list[Edit
     return [Edit(stem_of(path).with_name(stem_of(path).name + ".mask.png"), encoded.getvalue())]
 
 
-CURES = {
-    "exclude": Cure("Leave out", _exclude),
-    "reencode": Cure("Save as a plain PNG", _reencode),
-    "rename": Cure("Give it its ending", _rename),
-    "caption-from-name": Cure("Take the file's name as caption", _caption_from_name),
-    "shorten": Cure("Cut after the last part that is read", _shorten),
-    "utf8": Cure("Save as clean UTF-8", _as_utf8),
-    "add-trigger": Cure("Write the trigger word into the captions", _add_trigger),
-    "remove-tag": Cure("Remove the tag everywhere", _remove_tag, for_each=False),
-    "mask-from-alpha": Cure("Make a mask of what is not transparent", _mask_from_alpha),
+FIXES = {
+    "exclude": Fix("Leave out", _exclude),
+    "reencode": Fix("Save as a plain PNG", _reencode),
+    "rename": Fix("Give it its ending", _rename),
+    "caption-from-name": Fix("Take the file's name as caption", _caption_from_name),
+    "shorten": Fix("Cut after the last part that is read", _shorten),
+    "utf8": Fix("Save as clean UTF-8", _as_utf8),
+    "add-trigger": Fix("Write the trigger word into the captions", _add_trigger),
+    "remove-tag": Fix("Remove the tag everywhere", _remove_tag, for_each=False),
+    "mask-from-alpha": Fix("Make a mask of what is not transparent", _mask_from_alpha),
 }
 # The first cure of a kind is the one that `--fix KIND` takes.
-FOR_KIND: dict[str, tuple[str, ...]] = {
+FIXES_FOR_KIND: dict[str, tuple[str, ...]] = {
     "unreadable": ("exclude",),
     "misnamed": ("rename", "exclude"),
     "duplicate": ("exclude",),

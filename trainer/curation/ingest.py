@@ -31,9 +31,9 @@ from trainer.data.captions import (
     relative,
     suffix_of,
 )
-from trainer.data.image_stats import check_picture
-from trainer.data.images import MAX_FILE_BYTES, PICTURE_SUFFIXES, read_picture, shown
-from trainer.data.issues import Finding, Level
+from trainer.data.image_stats import check_image
+from trainer.data.images import IMAGE_SUFFIXES, MAX_FILE_BYTES, read_image, shown
+from trainer.data.issues import Issue, Level
 from trainer.data.scan import JUNK_NAMES, MASK_ENDINGS, MASK_FOLDER, is_junk
 from trainer.errors import DatasetError
 from trainer.runs.atomic_files import atomic_write
@@ -80,7 +80,7 @@ class _Dropped:
         return shown("/".join((*self.folders, self.name)))
 
 
-def import_files(sources: Iterable[Path | tuple[Path, str]], dataset_dir: Path) -> list[Finding]:
+def import_files(sources: Iterable[Path | tuple[Path, str]], dataset_dir: Path) -> list[Issue]:
     """Copy pictures and captions out of files, folders and zips into `dataset_dir`; say what was left out or renamed.
 
     A dropped folder keeps its name and structure, a zip its structure. A source may come with the name, or relative
@@ -89,7 +89,7 @@ def import_files(sources: Iterable[Path | tuple[Path, str]], dataset_dir: Path) 
     Raises `DatasetError` when `dataset_dir` cannot be written.
     """
     dataset_dir = Path(dataset_dir)
-    findings: list[Finding] = []
+    findings: list[Issue] = []
     try:
         dataset_dir.mkdir(parents=True, exist_ok=True)
         # Hidden, so that a scan passes over what a killed import leaves; inside, as nothing outside is ours to write.
@@ -112,7 +112,7 @@ def _kind(name: str) -> str:
         return "junk"
     if name == METADATA_NAME:
         return "metadata"
-    if suffix_of(name) in PICTURE_SUFFIXES:
+    if suffix_of(name) in IMAGE_SUFFIXES:
         return "picture"
     return "caption" if suffix_of(name) in _CAPTION_ENDS else "other"
 
@@ -126,18 +126,18 @@ def _why_not_kept(name: str) -> str:
 # Collecting
 
 
-def _collect(source: Path, name: str, work: Path, findings: list[Finding]) -> list[_Dropped]:
+def _collect(source: Path, name: str, work: Path, findings: list[Issue]) -> list[_Dropped]:
     try:
         if source.is_symlink():
             message = "Is a link, which is not followed: drop the file or folder itself."
-            findings.append(Finding(shown(name), "warning", message))
+            findings.append(Issue(shown(name), "warning", message))
         elif source.is_dir():
             return list(_walk(source, name.rstrip("/").rpartition("/")[2], findings))
         elif not source.exists():
-            findings.append(Finding(shown(name), "error", "Is no longer there: drop it again."))
+            findings.append(Issue(shown(name), "error", "Is no longer there: drop it again."))
         elif not source.is_file():
             findings.append(
-                Finding(
+                Issue(
                     shown(name), "error", "Is a pipe or a device, not a file: it was not imported."
                 )
             )
@@ -149,26 +149,24 @@ def _collect(source: Path, name: str, work: Path, findings: list[Finding]) -> li
             ] or ["picture"]
             return _file_of_folder(_Dropped(source, tuple(folders), file_name), findings)
     except DatasetError as error:
-        findings.append(Finding(shown(name), "error", str(error)))
+        findings.append(Issue(shown(name), "error", str(error)))
     return []
 
 
-def _file_of_folder(entry: _Dropped, findings: list[Finding]) -> list[_Dropped]:
+def _file_of_folder(entry: _Dropped, findings: list[Issue]) -> list[_Dropped]:
     """A file that came with its folders, or nothing where `_walk` would not have gone into them."""
     if any(map(is_junk, entry.folders)):
         return []
     if any(folder.startswith(".") for folder in entry.folders):
-        findings.append(
-            Finding(entry.shown, "note", "Lies in a hidden folder: it was not imported.")
-        )
+        findings.append(Issue(entry.shown, "note", "Lies in a hidden folder: it was not imported."))
         return []
     if len(entry.folders) > MAX_DEPTH:
-        findings.append(Finding(entry.shown, "warning", _TOO_DEEP))
+        findings.append(Issue(entry.shown, "warning", _TOO_DEEP))
         return []
     return [entry]
 
 
-def _walk(source: Path, name: str, findings: list[Finding]) -> Iterator[_Dropped]:
+def _walk(source: Path, name: str, findings: list[Issue]) -> Iterator[_Dropped]:
     waiting: list[tuple[Path, tuple[str, ...]]] = [(source, (name,))]
     while waiting:
         parent, folders = waiting.pop()
@@ -176,7 +174,7 @@ def _walk(source: Path, name: str, findings: list[Finding]) -> Iterator[_Dropped
             entries = sorted(os.scandir(parent), key=lambda entry: entry.name)
         except OSError as error:
             findings.append(
-                Finding(
+                Issue(
                     shown("/".join(folders)),
                     "error",
                     f"The folder cannot be read: {error.strerror}.",
@@ -189,23 +187,23 @@ def _walk(source: Path, name: str, findings: list[Finding]) -> Iterator[_Dropped
                 continue
             if entry.is_symlink():
                 findings.append(
-                    Finding(
+                    Issue(
                         label, "warning", "Is a link, which is not followed: copy the file itself."
                     )
                 )
             elif entry.is_dir() and entry.name.startswith("."):
-                findings.append(Finding(label, "note", "Is a hidden folder: it was not imported."))
+                findings.append(Issue(label, "note", "Is a hidden folder: it was not imported."))
             elif entry.is_dir() and len(folders) >= MAX_DEPTH:
-                findings.append(Finding(label, "warning", _TOO_DEEP))
+                findings.append(Issue(label, "warning", _TOO_DEEP))
             elif entry.is_dir():
                 waiting.append((parent / entry.name, (*folders, entry.name)))
             else:
                 yield _Dropped(parent / entry.name, folders, entry.name)
 
 
-def _unpack(source: Path, name: str, work: Path, findings: list[Finding]) -> list[_Dropped]:
+def _unpack(source: Path, name: str, work: Path, findings: list[Issue]) -> list[_Dropped]:
     """Unpack what is wanted into `work`, with numbers for names. Raises `DatasetError` when all of it is refused."""
-    about: list[Finding] = []
+    about: list[Issue] = []
     dropped: list[_Dropped] = []
     work.mkdir()
     try:
@@ -226,9 +224,9 @@ def _unpack(source: Path, name: str, work: Path, findings: list[Finding]) -> lis
                 if len(folders) > MAX_DEPTH:
                     kind = "deep"
                     label = f"{shown('/'.join(folders[:3]))}/.../{shown(entry_name)}"
-                    about.append(Finding(label, "warning", _TOO_DEEP))
+                    about.append(Issue(label, "warning", _TOO_DEEP))
                 elif kind == "other":
-                    about.append(Finding(entry.shown, "warning", _why_not_kept(entry_name)))
+                    about.append(Issue(entry.shown, "warning", _why_not_kept(entry_name)))
                 wanted = kind in ("picture", "caption", "metadata")
                 total += _unpack_entry(
                     archive, info, entry.path if wanted else None, MAX_TOTAL_BYTES - total
@@ -369,7 +367,7 @@ def _split(name: str) -> tuple[str, str]:
         return name[: -len(mask_ending)], mask_ending
     ending = suffix_of(name)
     stem = name[: len(name) - len(ending)]
-    if ending in _CAPTION_ENDS and suffix_of(stem) in PICTURE_SUFFIXES:
+    if ending in _CAPTION_ENDS and suffix_of(stem) in IMAGE_SUFFIXES:
         inner = suffix_of(stem)
         return stem[: len(stem) - len(inner)], inner + ending
     return stem, ending
@@ -396,7 +394,7 @@ def _holds(path: Path, data: bytes) -> bool:
 class _Import:
     """One import into one folder: what is there, what has been taken, what is said."""
 
-    def __init__(self, dataset_dir: Path, findings: list[Finding]):
+    def __init__(self, dataset_dir: Path, findings: list[Issue]):
         self.dataset_dir, self.findings = dataset_dir, findings
         self.taken: set[str] = set()
         self.used: set[str] = (
@@ -411,13 +409,13 @@ class _Import:
             for path in (Path(parent, name) for name in (*files, *folders)):
                 self.taken.add(_key(path))
                 stem, ending = _split(path.name)
-                if suffix_of(path.name) in PICTURE_SUFFIXES and path.is_file():
+                if suffix_of(path.name) in IMAGE_SUFFIXES and path.is_file():
                     self.of_size[path.stat().st_size].append(path)
                     if ending not in MASK_ENDINGS:
                         self.used.add(_key(path.with_name(stem)))
 
     def say(self, file: str, level: Level, message: str) -> None:
-        self.findings.append(Finding(file, level, message))
+        self.findings.append(Issue(file, level, message))
 
     def place(self, dropped: list[_Dropped]) -> None:
         saved: dict[tuple[tuple[str, ...], str], Path] = {}
@@ -461,13 +459,13 @@ class _Import:
     def _place_group(
         self, group: dict[str, _Dropped], saved: dict[tuple[tuple[str, ...], str], Path]
     ) -> None:
-        pictures = {ending: entry for ending, entry in group.items() if ending in PICTURE_SUFFIXES}
+        pictures = {ending: entry for ending, entry in group.items() if ending in IMAGE_SUFFIXES}
         contents: dict[str, bytes] = {}
         stem = None
         for ending, entry in pictures.items():
             try:
-                data = read_picture(entry.path)
-                check_picture(data, Path(entry.name))
+                data = read_image(entry.path)
+                check_image(data, Path(entry.name))
             except DatasetError as error:
                 self.say(entry.shown, "error", f"{error} It was not imported.")
                 continue
@@ -482,7 +480,7 @@ class _Import:
             else:
                 contents[ending] = data
         captions = {
-            ending: entry for ending, entry in group.items() if ending not in PICTURE_SUFFIXES
+            ending: entry for ending, entry in group.items() if ending not in IMAGE_SUFFIXES
         }
         masks = {ending: captions.pop(ending) for ending in MASK_ENDINGS if ending in captions}
         if pictures and not contents and stem is None:
@@ -496,8 +494,8 @@ class _Import:
             return
         for ending, entry in masks.items():
             try:
-                contents[ending] = read_picture(entry.path)
-                check_picture(contents[ending], Path(entry.name))
+                contents[ending] = read_image(entry.path)
+                check_image(contents[ending], Path(entry.name))
             except DatasetError as error:
                 contents.pop(ending, None)
                 self.say(entry.shown, "warning", f"{error} The mask was not imported.")
@@ -556,7 +554,7 @@ class _Import:
 
     def _caption_bytes(self, entry: _Dropped) -> bytes | None:
         try:
-            data = read_picture(entry.path)
+            data = read_image(entry.path)
         except DatasetError as error:
             self.say(entry.shown, "warning", f"{error} The caption was not imported.")
             return None

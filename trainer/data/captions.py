@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from trainer.data.images import shown
-from trainer.data.issues import Finding
+from trainer.data.issues import Issue
 from trainer.errors import DatasetError
 from trainer.runs.atomic_files import atomic_write
 
@@ -67,7 +67,7 @@ def write_caption(picture: Path, text: str) -> None:
     atomic_write(target, text.encode("utf-8", "replace"))
 
 
-def read_caption(picture: Path, separate_lines: bool = False) -> tuple[str, list[Finding]]:
+def read_caption(picture: Path, separate_lines: bool = False) -> tuple[str, list[Issue]]:
     """The caption of `picture` as one line ("" where there is none) and what was odd about it.
 
     From `<stem>.txt`, `<stem>.caption`, `<name.ext>.txt`, or `metadata.jsonl` in its folder, the first that is there.
@@ -76,7 +76,7 @@ def read_caption(picture: Path, separate_lines: bool = False) -> tuple[str, list
     stay lines. Bad captions are findings, not errors.
     """
     picture = Path(picture)
-    findings: list[Finding] = []
+    findings: list[Issue] = []
     caption, about_caption = caption_of(
         picture, picture.parent, Metadata(picture.parent, findings), separate_lines
     )
@@ -94,7 +94,7 @@ def caption_candidates(picture: Path) -> list[Path]:
 
 def caption_of(
     picture: Path, folder: Path, metadata: "Metadata", separate_lines: bool = False
-) -> tuple[str, list[Finding]]:
+) -> tuple[str, list[Issue]]:
     candidates = [path for path in caption_candidates(picture) if os.path.lexists(path)]
     present = list({path.name.lower(): path for path in reversed(candidates)}.values())[
         ::-1
@@ -102,7 +102,7 @@ def caption_of(
     if not present:
         text, notes = clean_caption(metadata.caption_of(picture), separate_lines=separate_lines)
         return text, [
-            Finding(
+            Issue(
                 relative(picture, folder),
                 "note",
                 f"Its caption in {METADATA_NAME} {note}.",
@@ -113,19 +113,19 @@ def caption_of(
     text, findings = "", []
     for used, ignored in itertools.pairwise(present):
         message = f"The picture has several captions: {shown(used.name)} is used before this one."
-        findings.append(Finding(relative(ignored, folder), "note", message, "several-captions"))
+        findings.append(Issue(relative(ignored, folder), "note", message, "several-captions"))
     path = present[0]
     try:
         text, notes = clean_caption(
             *decode_text(_read_regular(path, MAX_CAPTION_BYTES)), separate_lines
         )
         findings += [
-            Finding(relative(path, folder), "note", f"The caption {note}.", "odd-caption")
+            Issue(relative(path, folder), "note", f"The caption {note}.", "odd-caption")
             for note in notes
         ]
     except DatasetError as error:
         findings.append(
-            Finding(
+            Issue(
                 relative(path, folder),
                 "warning",
                 f"The caption {error}; it was not read.",
@@ -260,7 +260,7 @@ def clean_caption(
 class Metadata:
     """The captions in the `metadata.jsonl` files of a folder tree, each file read when first asked for."""
 
-    def __init__(self, folder: Path, findings: list[Finding]):
+    def __init__(self, folder: Path, findings: list[Issue]):
         self.folder, self.findings = folder, findings
         self._captions: dict[Path, dict[str, str]] = {}
 
@@ -274,14 +274,14 @@ class Metadata:
                 break
         return ""
 
-    def about_missing_pictures(self, pictures: set[Path]) -> list[Finding]:
+    def about_missing_pictures(self, pictures: set[Path]) -> list[Issue]:
         missing = []
         for parent in dict.fromkeys([self.folder, *sorted({path.parent for path in pictures})]):
             names = [name for name in self._read(parent) if parent / name not in pictures]
             if names:
                 message = f"Has a caption for {shown(names[0])}, which is not there ({len(names)} such in all)."
                 missing.append(
-                    Finding(relative(parent / METADATA_NAME, self.folder), "warning", message)
+                    Issue(relative(parent / METADATA_NAME, self.folder), "warning", message)
                 )
         return missing
 
@@ -291,7 +291,7 @@ class Metadata:
             captions, bad = read_metadata(path) if os.path.lexists(path) else ({}, "")
             self._captions[parent] = captions
             if bad:
-                self.findings.append(Finding(relative(path, self.folder), "warning", bad))
+                self.findings.append(Issue(relative(path, self.folder), "warning", bad))
         return self._captions[parent]
 
 

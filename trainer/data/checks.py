@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from trainer.data import token_count
 from trainer.data.buckets import MAX_ASPECT
 from trainer.data.image_stats import Facts, near_twins
-from trainer.data.issues import Finding
+from trainer.data.issues import Issue
 
 BLURRED = 0.65
 FLAT = 40  # of 255 greys
@@ -25,31 +25,31 @@ Seen = Sequence[tuple[str, Facts]]
 """(shown path, facts) of the usable pictures."""
 
 
-def about_picture(file: str, name: str, facts: Facts, resolution: int) -> list[Finding]:
+def about_image(file: str, name: str, facts: Facts, resolution: int) -> list[Issue]:
     findings = [
-        Finding(
+        Issue(
             file, "note", f"The picture {note}.", "animated" if "first" in note else "odd-picture"
         )
         for note in facts.notes
     ]
     findings += [
-        Finding(file, "note", f"The picture {what}.", kind) for kind, what in facts.conversions
+        Issue(file, "note", f"The picture {what}.", kind) for kind, what in facts.conversions
     ]
     if any("\udc80" <= character <= "\udcff" for character in name):
         findings.append(
-            Finding(file, "note", "Its name is not UTF-8 and is shown with escapes: rename it.")
+            Issue(file, "note", "Its name is not UTF-8 and is shown with escapes: rename it.")
         )
     findings += _about_size(file, facts.width, facts.height, resolution)
     if facts.blur > BLURRED:
         message = "The picture looks blurred: the adapter learns the blur too; use a sharper one, or leave it out."
-        findings.append(Finding(file, "warning", message, "blurred"))
+        findings.append(Issue(file, "warning", message, "blurred"))
     if facts.contrast < FLAT:
         message = f"The picture has little contrast ({facts.contrast} of 255): there is little to learn from; edit it, or leave it out."
-        findings.append(Finding(file, "note", message, "flat"))
+        findings.append(Issue(file, "note", message, "flat"))
     return findings
 
 
-def _about_size(file: str, width: int, height: int, resolution: int) -> list[Finding]:
+def _about_size(file: str, width: int, height: int, resolution: int) -> list[Issue]:
     findings = []
     enlargement = resolution / math.sqrt(width * height)
     if enlargement > 1.05:
@@ -57,18 +57,18 @@ def _about_size(file: str, width: int, height: int, resolution: int) -> list[Fin
             f"The picture ({width} x {height}) is smaller than the resolution of {resolution}: it is trained small, "
             f"or blurred by being upscaled {enlargement:.1f} times; use a larger one."
         )
-        findings.append(Finding(file, "warning", message, "small"))
+        findings.append(Issue(file, "warning", message, "small"))
     kept = MAX_ASPECT * min(width, height) / max(width, height)
     if kept < 0.75:
         message = (
             f"The picture ({width} x {height}) is so narrow that only the middle {max(1, round(100 * kept))} % of it "
             "is seen: crop it to the part that matters."
         )
-        findings.append(Finding(file, "warning", message, "narrow"))
+        findings.append(Issue(file, "warning", message, "narrow"))
     return findings
 
 
-def about_twins(used: Seen, captioned: Collection[str]) -> list[Finding]:
+def about_twins(used: Seen, captioned: Collection[str]) -> list[Issue]:
     """Exact and near duplicates: of two the one without a caption, else the one with the longer name, as a browser names a copy."""
     first_with: dict[str, str] = {}
     distinct, findings = [], []
@@ -80,15 +80,15 @@ def about_twins(used: Seen, captioned: Collection[str]) -> list[Finding]:
             distinct.append((file, facts))
         else:
             message = f"Is the same picture as {twin}: it counts twice; remove one."
-            findings.append(Finding(file, "warning", message, "duplicate", twin))
+            findings.append(Issue(file, "warning", message, "duplicate", twin))
     for later, earlier in near_twins([facts.look for _, facts in distinct]):
         twin = distinct[earlier][0]
         message = f"Looks nearly the same as {twin}: what they share is learned twice as hard; remove one, unless that is wanted."
-        findings.append(Finding(distinct[later][0], "note", message, "near-duplicate", twin))
+        findings.append(Issue(distinct[later][0], "note", message, "near-duplicate", twin))
     return findings
 
 
-def about_sizes(used: Seen, resolution: int) -> list[Finding]:
+def about_sizes(used: Seen, resolution: int) -> list[Issue]:
     small = [file for file, facts in used if facts.width * facts.height * 1.05**2 < resolution**2]
     if not small or len(small) == len(used):
         return []
@@ -96,12 +96,12 @@ def about_sizes(used: Seen, resolution: int) -> list[Finding]:
         f"{len(small)} of {len(used)} pictures are smaller than the resolution of {resolution}, the others are not: the adapter sees "
         f"two kinds of sharpness; replace or leave out the small ones, {small[0]} and its like, or choose a lower resolution."
     )
-    return [Finding("all pictures", "note", message, "mixed-sizes")]
+    return [Issue("all pictures", "note", message, "mixed-sizes")]
 
 
 def about_captions(
     captions: Sequence[tuple[str, str]], trigger: str, count: token_count.Counter, limit: int
-) -> list[Finding]:
+) -> list[Issue]:
     """`captions`: (shown path of the picture, caption as it is in the file); `limit`: how many tokens of one are read."""
     findings = []
     for (file, caption), length in zip(
@@ -114,17 +114,17 @@ def about_captions(
                 else "it is trained without words"
             )
             message = f"The picture has no caption: {use}; write one to say what it shows."
-            findings.append(Finding(file, "warning", message, "no-caption"))
+            findings.append(Issue(file, "warning", message, "no-caption"))
         elif length > limit:
             message = f"The caption has {length} tokens, and {limit} are read: its end may not be seen. dataset.caption_tokens reads up to 225."
-            findings.append(Finding(file, "note", message, "long-caption"))
+            findings.append(Issue(file, "note", message, "long-caption"))
         if caption and trigger and not has_word(caption, trigger):
             message = f"The caption lacks the trigger word “{trigger}”: it is put in front while training; the file stays as it is."
-            findings.append(Finding(file, "note", message, "no-trigger", trigger))
+            findings.append(Issue(file, "note", message, "no-trigger", trigger))
     return findings + _about_shared_tags([caption for _, caption in captions if caption], trigger)
 
 
-def _about_shared_tags(captions: list[str], trigger: str) -> list[Finding]:
+def _about_shared_tags(captions: list[str], trigger: str) -> list[Issue]:
     if len(captions) < FEWEST_FOR_SHARED_TAG:
         return []
     counted = Counter(
@@ -138,7 +138,7 @@ def _about_shared_tags(captions: list[str], trigger: str) -> list[Finding]:
         if number == len(captions) and tag != trigger.casefold()
     ]
     return [
-        Finding(
+        Issue(
             "all captions",
             "note",
             f"Every caption has the tag “{tag}”: it becomes a second trigger word, and the subject shows only where it is said; "
@@ -167,7 +167,7 @@ def has_word(text: str, word: str) -> bool:
     return False
 
 
-def verdict(pictures: int, findings: Sequence[Finding]) -> str:
+def verdict(pictures: int, findings: Sequence[Issue]) -> str:
     """The scan in a line: "22 of 24 pictures are usable, 20 have captions. Enough for a subject."; `pictures` are the usable ones."""
     by_kind = Counter(finding.kind for finding in findings)
     total = pictures + sum(finding.level == "error" for finding in findings)

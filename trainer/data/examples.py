@@ -16,7 +16,7 @@ from torch import Tensor
 from trainer.config import RunConfig
 from trainer.data import latent_cache
 from trainer.data.augment import Look, looks, vary_caption
-from trainer.data.images import open_alpha, open_picture
+from trainer.data.images import open_alpha, open_image
 from trainer.data.scan import DatasetItem, crop_of
 from trainer.data.splits import held_out_count, resolutions
 from trainer.errors import DatasetError, ModelError
@@ -127,7 +127,7 @@ def _example(
 
 
 def _encode(vae: Any, path: Path, look: Look) -> dict[str, Tensor]:
-    return latent_cache.encode_picture(vae, latent_cache.to_pixels(path, look))
+    return latent_cache.encode_image(vae, latent_cache.to_pixels(path, look))
 
 
 def size_ids(item: DatasetItem, look: Look) -> SizeIds:
@@ -149,7 +149,7 @@ def _mask(
     )
 
     def make() -> dict[str, Tensor]:
-        image = open_picture(drawn)[0].convert("L") if drawn else open_alpha(item.path)
+        image = open_image(drawn)[0].convert("L") if drawn else open_alpha(item.path)
         return {"mask": mask_pixels(image, look, shape[1:])}
 
     return key, outside + (1 - outside) * latent_cache.cached(key, make)["mask"]

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from trainer.data.images import SMALLEST_SIDE, conversions, decode_picture, read_picture, shown
+from trainer.data.images import SMALLEST_SIDE, conversions, decode_image, read_image, shown
 from trainer.errors import DatasetError
 from trainer.runs.run_folder import outputs_folder
 
@@ -45,7 +45,7 @@ class Facts:
     width: int = 0
     height: int = 0
     notes: tuple[str, ...] = ()
-    """What had to be put right, or looks wrong (`pictures.decode_picture`)."""
+    """What had to be put right, or looks wrong (`pictures.decode_image`)."""
     conversions: tuple[tuple[str, str], ...] = ()
     """What is converted as a matter of course (`pictures.conversions`)."""
     blur: float = 0.0
@@ -58,9 +58,9 @@ class Facts:
     """Where the picture is most interesting, from left and top, 0 to 1 (`focus_of`)."""
 
 
-def check_picture(data: bytes, path: Path) -> tuple[Image.Image, tuple[str, ...]]:
+def check_image(data: bytes, path: Path) -> tuple[Image.Image, tuple[str, ...]]:
     """A picture that can be trained on, and notes on it. Raises `DatasetError` for one that cannot."""
-    image, notes = decode_picture(data, path)
+    image, notes = decode_image(data, path)
     if min(image.size) < SMALLEST_SIDE:
         size = f"{image.width} x {image.height}"
         raise DatasetError(
@@ -93,7 +93,7 @@ def inspect_all(
 def _look(path: Path, memory: "_Memory") -> Facts:
     try:
         stamp = stamp_of(path)
-        data = read_picture(path)
+        data = read_image(path)
     except DatasetError as error:  # of this file at this moment, not of its content: not kept
         return Facts("", str(error).removeprefix(shown(path.name)))
     except OSError as error:
@@ -106,7 +106,7 @@ def _look(path: Path, memory: "_Memory") -> Facts:
 
 def _facts(data: bytes, sha256: str, path: Path) -> Facts:
     try:
-        image, notes = check_picture(data, path)
+        image, notes = check_image(data, path)
         converted = conversions(data, path)
     except DatasetError as error:
         return Facts(sha256, str(error).removeprefix(shown(path.name)))

@@ -1,6 +1,6 @@
 """The only place that opens pictures: any file becomes upright 8-bit sRGB, or one sentence saying why not.
 
-It never decodes a format outside `PICTURE_FORMATS`, never decodes more than `MAX_PIXELS`, and never passes on what a
+It never decodes a format outside `IMAGE_FORMATS`, never decodes more than `MAX_PIXELS`, and never passes on what a
 file carries besides its pixels (EXIF, GPS, text chunks).
 """
 
@@ -26,8 +26,8 @@ from trainer.runs.atomic_files import atomic_write
 # Pillow recognises files by content whatever their name, so the allow-list is what keeps the parsers of EPS (which runs
 # Ghostscript), PSD, FITS and JPEG 2000 away from a file called x.png.
 # Never set ImageFile.LOAD_TRUNCATED_IMAGES: grey halves would be trained on.
-PICTURE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "HEIF")
-PICTURE_SUFFIXES = frozenset((
+IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "HEIF")
+IMAGE_SUFFIXES = frozenset((
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif",
     ".avif", ".heic", ".heif", ".hif",
 ))  # fmt: skip
@@ -42,7 +42,7 @@ MAX_ROT_PIXELS = 40_000_000  # beyond, the search for hidden damage would take t
 SMALLEST_SIDE = 8  # pixels: one latent
 
 # What Pillow's decoders were seen to raise on damaged files, and its relatives.
-PICTURE_ERRORS = (
+IMAGE_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, MemoryError, RuntimeError,
     AttributeError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
@@ -80,7 +80,7 @@ def shown(name: str | os.PathLike) -> str:
     return "".join(map(escape, os.fspath(name)))
 
 
-def open_picture(
+def open_image(
     path: Path, background: tuple[int, int, int] = (255, 255, 255)
 ) -> tuple[Image.Image, tuple[str, ...]]:
     """The whole picture, upright, RGB, 8-bit sRGB, without metadata; and notes on what had to be done to it.
@@ -88,13 +88,13 @@ def open_picture(
     Transparent parts show `background`, never the colour hidden under them. Of an animation the first frame is taken.
     Raises `DatasetError` naming the file and what to do.
     """
-    return decode_picture(read_picture(path), path, background)
+    return decode_image(read_image(path), path, background)
 
 
 def open_alpha(path: Path) -> Image.Image:
     """How much of each place of the picture shows: upright, 8-bit grey, 255 where it is opaque. Raises `DatasetError`."""
     with _sentences(path):
-        image = _open(io.BytesIO(read_picture(path)))
+        image = _open(io.BytesIO(read_image(path)))
         _refuse_bombs(image)
         image.load()
         if image.mode.startswith("I;16"):
@@ -110,10 +110,10 @@ def open_alpha(path: Path) -> Image.Image:
         )
 
 
-def picture_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path) -> tuple[int, int]:
     """Upright (width, height) in pixels, from the header only: a file that passes may still be damaged further on.
 
-    Raises `DatasetError` as `open_picture` does.
+    Raises `DatasetError` as `open_image` does.
     """
     with _sentences(path), _regular_file(path) as file:
         image = _open(file)
@@ -127,14 +127,14 @@ def save_thumbnail(path: Path, target: Path, side: int = 320) -> None:
 
     Raises `DatasetError` for the picture, `OSError` for the target.
     """
-    image, _ = decode_picture(read_picture(path), path, draft_side=side)
+    image, _ = decode_image(read_image(path), path, draft_side=side)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     encoded = io.BytesIO()
     image.save(encoded, "WEBP", quality=80)
     atomic_write(target, encoded.getvalue())
 
 
-def read_picture(path: Path) -> bytes:
+def read_image(path: Path) -> bytes:
     """The bytes of a regular file: read once, so that what was checked is what is decoded and hashed.
 
     Raises `DatasetError`.
@@ -143,13 +143,13 @@ def read_picture(path: Path) -> bytes:
         return file.read()
 
 
-def decode_picture(
+def decode_image(
     data: bytes,
     path: Path,
     background: tuple[int, int, int] = (255, 255, 255),
     draft_side: int = 0,
 ) -> tuple[Image.Image, tuple[str, ...]]:
-    """As `open_picture`, from bytes already read; `path` is only named in messages.
+    """As `open_image`, from bytes already read; `path` is only named in messages.
 
     `draft_side` > 0 lets a JPEG be decoded at a reduced size of at least that many pixels a side.
     """
@@ -186,12 +186,12 @@ def decode_picture(
 def conversions(data: bytes, path: Path) -> tuple[tuple[str, str], ...]:
     """What decoding converts in a sound picture as a matter of course: (kind, words that follow "The picture").
 
-    From the header only. Raises `DatasetError` as `open_picture` does.
+    From the header only. Raises `DatasetError` as `open_image` does.
     """
     with _sentences(path):
         image = _open(io.BytesIO(data))
         found = []
-        with contextlib.suppress(*PICTURE_ERRORS):
+        with contextlib.suppress(*IMAGE_ERRORS):
             if Image.Image.getexif(image).get(_ORIENTATION, 1) in _UPRIGHT:
                 found.append(
                     (
@@ -215,16 +215,16 @@ def conversions(data: bytes, path: Path) -> tuple[tuple[str, str], ...]:
         return tuple(found)
 
 
-def picture_format(data: bytes, path: Path) -> str:
-    """The format by content, one of `PICTURE_FORMATS`. Raises `DatasetError`."""
+def image_format(data: bytes, path: Path) -> str:
+    """The format by content, one of `IMAGE_FORMATS`. Raises `DatasetError`."""
     with _sentences(path):
         return str(_open(io.BytesIO(data)).format)
 
 
 def alpha_mask(path: Path) -> Image.Image | None:
     """What of a picture is not transparent, white, as an upright grey picture; None where all of it is. Raises `DatasetError`."""
-    data = read_picture(path)
-    decode_picture(data, path)  # all that may be wrong with it
+    data = read_image(path)
+    decode_image(data, path)  # all that may be wrong with it
     with _sentences(path):
         image = _open(io.BytesIO(data))
         if not image.has_transparency_data:
@@ -236,19 +236,19 @@ def alpha_mask(path: Path) -> Image.Image | None:
 
 def grey_png(data: bytes, path: Path) -> bytes:
     """A mask of any allowed format as a grey PNG without metadata; `path` is only named in messages. Raises `DatasetError`."""
-    image, _ = decode_picture(data, path)
+    image, _ = decode_image(data, path)
     encoded = io.BytesIO()
     image.convert("L").save(encoded, "PNG", optimize=True)
     return encoded.getvalue()
 
 
 def _is_srgb(icc: bytes) -> bool:
-    with contextlib.suppress(ImageCms.PyCMSError, *PICTURE_ERRORS):
+    with contextlib.suppress(ImageCms.PyCMSError, *IMAGE_ERRORS):
         return (
             "srgb"
             in (ImageCms.ImageCmsProfile(io.BytesIO(icc)).profile.profile_description or "").lower()
         )
-    return True  # damaged: `decode_picture` says so
+    return True  # damaged: `decode_image` says so
 
 
 @contextlib.contextmanager
@@ -268,7 +268,7 @@ def _sentences(path: Path) -> Iterator[None]:
         ) from None
     except Image.DecompressionBombError:
         raise DatasetError(f"{shown(Path(path).name)} {_too_large()}.") from None
-    except PICTURE_ERRORS as error:
+    except IMAGE_ERRORS as error:
         reason = (shown(str(error)).strip() or type(error).__name__)[:160]
         raise DatasetError(
             f"{shown(Path(path).name)} is damaged or not a picture ({reason}): copy it again or save it anew as JPEG."
@@ -302,7 +302,7 @@ def _open(file: BinaryIO) -> Image.Image:
         if "HEIF" not in Image.OPEN:
             pillow_heif.register_heif_opener()
     try:
-        return Image.open(file, formats=[name for name in PICTURE_FORMATS if name in Image.OPEN])
+        return Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
     except Image.UnidentifiedImageError:
         file.seek(0)
         raise DatasetError(_what_it_is(file.read(512))) from None
@@ -375,7 +375,7 @@ def _hidden_damage_notes(image: Image.Image, data: bytes, jpeg_end: int) -> list
         try:
             with Image.open(io.BytesIO(variant), formats=["JPEG", "WEBP"]) as picture:
                 return picture.tobytes()
-        except PICTURE_ERRORS:
+        except IMAGE_ERRORS:
             return None
 
     if image.format in ("JPEG", "MPO"):
@@ -441,7 +441,7 @@ def _orientation(image: Image.Image) -> int:
         value = Image.Image.getexif(image).get(
             _ORIENTATION, 1
         )  # the PNG plugin's own getexif would decode the picture
-    except PICTURE_ERRORS:
+    except IMAGE_ERRORS:
         return 1
     return value if value in _UPRIGHT else 1
 
@@ -491,7 +491,7 @@ def _to_srgb(image: Image.Image, icc: bytes) -> tuple[Image.Image, list[str]]:
         )  # fmt: skip
         assert converted is not None, "it is None only where the picture itself is changed"
         return converted, []
-    except (ImageCms.PyCMSError, *PICTURE_ERRORS):
+    except (ImageCms.PyCMSError, *IMAGE_ERRORS):
         return image.convert("RGB"), [
             "has a damaged colour profile: it was ignored, colours may be slightly off"
         ]

@@ -9,7 +9,7 @@ Level = Literal["error", "warning", "note"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class Issue:
     """Something to know about one file. An `error` means that the picture was left out."""
 
     file: str

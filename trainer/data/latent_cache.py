@@ -18,7 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from trainer.data.augment import Look, apply_look
-from trainer.data.images import open_picture
+from trainer.data.images import open_image
 from trainer.runs.atomic_files import atomic_write
 from trainer.runs.cache_limits import cache_folder, touch
 
@@ -70,13 +70,13 @@ def cached(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]
 
 def to_pixels(path: Path, look: Look) -> Tensor:
     """The picture as the VAE sees it: [1, 3, H, W] in -1..1, float32."""
-    image, _ = open_picture(path)
+    image, _ = open_image(path)
     array = np.asarray(apply_look(image, look), dtype=np.float32)
     return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1).unsqueeze(0)
 
 
 @torch.no_grad()
-def encode_picture(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
+def encode_image(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
     """Mean and standard deviation of the latents, [C, h, w] each, unscaled; each step draws from them."""
     posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     return {"mean": posterior.mean[0].float(), "std": posterior.std[0].float()}

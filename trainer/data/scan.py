@@ -24,14 +24,14 @@ from trainer.data.captions import (
     suffix_of,
 )
 from trainer.data.image_stats import inspect_all
-from trainer.data.images import PICTURE_SUFFIXES, shown
-from trainer.data.issues import OWN_FOLDER, Finding, Level
+from trainer.data.images import IMAGE_SUFFIXES, shown
+from trainer.data.issues import OWN_FOLDER, Issue, Level
 from trainer.errors import DatasetError
 
 MAX_REPEATS = 200  # `2024_holiday` is a date
 MASK_ENDINGS = (".mask.png", "-masklabel.png")  # the second is OneTrainer's
 MASK_FOLDER = "masks"
-OTHER_PICTURE_SUFFIXES = frozenset((
+OTHER_IMAGE_SUFFIXES = frozenset((
     ".jp2", ".j2k", ".jxl", ".psd", ".xcf", ".svg", ".eps", ".pdf", ".ico", ".tga", ".exr", ".hdr", ".ppm", ".pcx",
     ".dds", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2",
 ))  # fmt: skip
@@ -72,7 +72,7 @@ def scan_dataset(
     tokenizer: Path | None = None,
     caption_tokens: int = token_count.LIMIT,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[list[DatasetItem], list[Finding]]:
+) -> tuple[list[DatasetItem], list[Issue]]:
     """Every usable picture under `folder`, by relative path in code-point order, and what was found on the way.
 
     Each picture is decoded in full, once for each content. `resolution` only decides what counts as small. A caption
@@ -84,9 +84,9 @@ def scan_dataset(
     folder = Path(folder)
     if not folder.is_dir():
         raise DatasetError(f"{shown(folder)} is not a folder: choose a folder with pictures.")
-    findings: list[Finding] = []
+    findings: list[Issue] = []
     files = _walk(folder, findings)
-    pictures, masks = pair_masks(path for path in files if suffix_of(path.name) in PICTURE_SUFFIXES)
+    pictures, masks = pair_masks(path for path in files if suffix_of(path.name) in IMAGE_SUFFIXES)
     metadata = Metadata(folder, findings)
     findings += _about_other_files(
         folder, files, set(pictures), set(masks.values()), metadata
@@ -98,12 +98,12 @@ def scan_dataset(
         file = relative(path, folder)
         if facts.error:
             findings.append(
-                Finding(
+                Issue(
                     file, "error", f"{shown(path.name)}{facts.error} It was left out.", "unreadable"
                 )
             )
             continue
-        findings += checks.about_picture(file, path.name, facts, resolution)
+        findings += checks.about_image(file, path.name, facts, resolution)
         caption, about_caption = caption_of(path, folder, metadata, separate_lines)
         findings += about_caption
         items.append(
@@ -172,12 +172,12 @@ def crop_of(item: DatasetItem, settings: config.Dataset) -> Crop:
 # Walking
 
 
-def _walk(folder: Path, findings: list[Finding]) -> list[Path]:
+def _walk(folder: Path, findings: list[Issue]) -> list[Path]:
     """All files to look at, sorted. Links to folders are not entered, so loops end; all passed over are findings."""
     root, files, waiting = folder.resolve(), [], [folder]
 
     def skip(path: Path, message: str, level: Level = "note") -> None:
-        findings.append(Finding(relative(path, folder), level, message))
+        findings.append(Issue(relative(path, folder), level, message))
 
     while waiting:
         parent = waiting.pop()
@@ -192,7 +192,7 @@ def _walk(folder: Path, findings: list[Finding]) -> list[Path]:
             continue
         for entry in entries:
             path = parent / entry.name
-            is_picture = suffix_of(entry.name) in PICTURE_SUFFIXES
+            is_picture = suffix_of(entry.name) in IMAGE_SUFFIXES
             if is_junk(entry.name):
                 skip(path, "Was put there by the operating system: ignored.")
             elif entry.is_dir(follow_symlinks=False):
@@ -265,9 +265,9 @@ def _leads_inside(link: Path, root: Path) -> bool:
 
 def _about_other_files(
     folder: Path, files: list[Path], pictures: set[Path], masks: set[Path], metadata: Metadata
-) -> list[Finding]:
+) -> list[Issue]:
     """Findings on files that are neither a picture nor the caption of one."""
-    findings: list[Finding] = []
+    findings: list[Issue] = []
     strange: dict[str, list[Path]] = {}
     captions = {candidate for picture in pictures for candidate in caption_candidates(picture)}
     for path in files:
@@ -278,17 +278,17 @@ def _about_other_files(
             message = (
                 "Is a mask, but no picture has its name: it is not used; rename one of the two."
             )
-            findings.append(Finding(relative(path, folder), "warning", message, "orphan"))
+            findings.append(Issue(relative(path, folder), "warning", message, "orphan"))
             continue
         if suffix in (".txt", ".caption"):
             message = "Is a caption, but no picture has its name: rename one of the two."
-            findings.append(Finding(relative(path, folder), "warning", message, "orphan"))
-        elif suffix in OTHER_PICTURE_SUFFIXES:
+            findings.append(Issue(relative(path, folder), "warning", message, "orphan"))
+        elif suffix in OTHER_IMAGE_SUFFIXES:
             message = f"Is a picture of a kind that cannot be used ({suffix}): it was left out; save it as JPEG or PNG."
-            findings.append(Finding(relative(path, folder), "error", message, "unreadable"))
+            findings.append(Issue(relative(path, folder), "error", message, "unreadable"))
         elif _looks_like_picture(path):
             message = "Looks like a picture, but its name does not end in .jpg or the like: it was left out; rename it."
-            findings.append(Finding(relative(path, folder), "error", message, "misnamed"))
+            findings.append(Issue(relative(path, folder), "error", message, "misnamed"))
         else:
             strange.setdefault(suffix, []).append(path)
     for suffix, paths in strange.items():
@@ -298,7 +298,7 @@ def _about_other_files(
             else ""
         )
         message = f"Is neither a picture nor a caption{more}: not used."
-        findings.append(Finding(relative(paths[0], folder), "note", message))
+        findings.append(Issue(relative(paths[0], folder), "note", message))
     return findings + metadata.about_missing_pictures(pictures)
 
 
@@ -314,8 +314,8 @@ def _looks_like_picture(path: Path) -> bool:
     return head.startswith(starts) or head[8:12] in (b"WEBP", b"avif", b"heic")
 
 
-def _about_case_twins(folder: Path, pictures: list[Path]) -> list[Finding]:
-    findings: list[Finding] = []
+def _about_case_twins(folder: Path, pictures: list[Path]) -> list[Issue]:
+    findings: list[Issue] = []
     later: dict[str, str] = {}
     for path in reversed(
         pictures
@@ -324,7 +324,7 @@ def _about_case_twins(folder: Path, pictures: list[Path]) -> list[Finding]:
         twin = later.setdefault(stem.casefold(), stem)
         if twin != stem:
             message = "Differs from another name only in capitals: on Windows and macOS they share a caption; rename one."
-            findings.append(Finding(relative(path, folder), "warning", message, "case-twin"))
+            findings.append(Issue(relative(path, folder), "warning", message, "case-twin"))
     return findings
 
 
@@ -340,9 +340,9 @@ def _repeats(path: Path, folder: Path) -> int:
     return _repeats_of_folder(path.parent) if path.parent != folder else 1
 
 
-def _about_repeats(folder: Path, pictures: list[Path]) -> list[Finding]:
+def _about_repeats(folder: Path, pictures: list[Path]) -> list[Issue]:
     return [
-        Finding(
+        Issue(
             relative(parent, folder),
             "note",
             f"Its name asks for {repeats} repeats of each picture in it: done.",
@@ -352,7 +352,7 @@ def _about_repeats(folder: Path, pictures: list[Path]) -> list[Finding]:
     ]
 
 
-def _nothing_usable(folder: Path, findings: list[Finding]) -> str:
+def _nothing_usable(folder: Path, findings: list[Issue]) -> str:
     reasons = [finding for finding in findings if finding.level == "error"]
     if not reasons:
         return f"{shown(folder)} holds no pictures: put JPEG, PNG or WebP files into it."

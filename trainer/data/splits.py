@@ -15,7 +15,7 @@ def resolutions(run: RunConfig) -> tuple[int, ...]:
     return run.dataset.resolution, *run.dataset.resolutions
 
 
-def looks_per_picture(run: RunConfig) -> int:
+def looks_per_image(run: RunConfig) -> int:
     """Returns how many versions of an image are cached at each resolution (see `augment.looks`)."""
     dataset = run.dataset
     return (dataset.variants if dataset.random_crop or dataset.colour_jitter else 1) * (

@@ -56,7 +56,7 @@ class LoadedBase:
 def family_of(files: model_files.BaseFiles) -> ModelFamily:
     """The one place where the family is decided. Raises ModelError where none fits."""
     for family in FAMILIES.values():
-        if family.matches(files):
+        if family.matches_base(files):
             return family
     known, denoiser = (
         ", ".join(family.name for family in FAMILIES.values()),
@@ -86,8 +86,8 @@ def families_of_adapter(file: AdapterFile) -> list[str]:
     ]
     for fits in (
         lambda family: family.text_width in widths,
-        lambda family: any(word.startswith(family.adapter_marks) for word in said),
-        lambda family: family.owns(paths),
+        lambda family: any(word.startswith(family.metadata_prefixes) for word in said),
+        lambda family: family.matches_adapter_keys(paths),
     ):
         if found := [family.name for family in FAMILIES.values() if fits(family)]:
             return found

@@ -89,7 +89,7 @@ class ModelFamily(Protocol):
     """Of its component in the pipeline: "unet" or "transformer"."""
 
     @property
-    def adapter_marks(self) -> tuple[str, ...]:
+    def metadata_prefixes(self) -> tuple[str, ...]:
         """How the family's name begins in the metadata of adapter files."""
         ...
 
@@ -109,11 +109,11 @@ class ModelFamily(Protocol):
     """Whether `Reading.clip_skip` means something; where the family fixes the layer it does not."""
     reads_in_chunks: bool
 
-    def matches(self, files: BaseFiles) -> bool:
+    def matches_base(self, files: BaseFiles) -> bool:
         """Whether checked model files hold this family."""
         ...
 
-    def owns(self, paths: Collection[str]) -> bool:
+    def matches_adapter_keys(self, paths: Collection[str]) -> bool:
         """Whether an adapter that says nothing of itself is of this family: told by what it changes, such as "unet.mid_block...to_q"."""
         ...
 

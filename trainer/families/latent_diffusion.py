@@ -31,7 +31,7 @@ class LatentDiffusion:
     skips_layers = True
     reads_in_chunks = True
 
-    def owns(self, paths: Collection[str]) -> bool:
+    def matches_adapter_keys(self, paths: Collection[str]) -> bool:
         return False  # the width of the text tells it, or nothing does
 
     def denoiser(self, pipe: Any) -> nn.Module:

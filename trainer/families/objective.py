@@ -103,7 +103,7 @@ def pointwise_error(model_pred: Tensor, target: Tensor, loss: str, c: Tensor) ->
     return c * bent if loss == "huber" else bent
 
 
-def picture_losses(
+def image_losses(
     objective: "Objective",
     model_pred: Tensor,
     noised: Noised,

@@ -8,10 +8,10 @@ from trainer.models.model_files import BaseFiles
 
 class StableDiffusion1(LatentDiffusion):
     name = "Stable Diffusion 1.x"
-    adapter_marks = ("sd_v1", "stable-diffusion-v1")
+    metadata_prefixes = ("sd_v1", "stable-diffusion-v1")
     text_width = 768
 
-    def matches(self, files: BaseFiles) -> bool:
+    def matches_base(self, files: BaseFiles) -> bool:
         return files.pipeline == "StableDiffusionPipeline" and not files.configs["unet"].get(
             "use_linear_projection"
         )

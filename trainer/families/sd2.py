@@ -11,11 +11,11 @@ from trainer.models.model_files import BaseFiles
 
 class StableDiffusion2(LatentDiffusion):
     name = "Stable Diffusion 2.x"
-    adapter_marks = ("sd_v2", "stable-diffusion-v2")
+    metadata_prefixes = ("sd_v2", "stable-diffusion-v2")
     open_clip = ("text_encoder",)
     text_width = 1024
 
-    def matches(self, files: BaseFiles) -> bool:
+    def matches_base(self, files: BaseFiles) -> bool:
         """Told from 1.x by its linear projections around the attention, which shape the very tensors (2 dimensions instead of 4)."""
         return files.pipeline == "StableDiffusionPipeline" and bool(
             files.configs["unet"].get("use_linear_projection")

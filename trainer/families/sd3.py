@@ -49,10 +49,10 @@ class StableDiffusion3(LatentDiffusion):
 
     def __init__(self, size: str) -> None:
         self.name, self.architecture = SIZES[size]
-        self.adapter_marks = (self.architecture,)
+        self.metadata_prefixes = (self.architecture,)
         self.size = size
 
-    def matches(self, files: BaseFiles) -> bool:
+    def matches_base(self, files: BaseFiles) -> bool:
         if files.pipeline != "StableDiffusion3Pipeline":
             return False
         config = files.configs["transformer"]
@@ -64,7 +64,7 @@ class StableDiffusion3(LatentDiffusion):
             else "3m"
         )
 
-    def owns(self, paths: Collection[str]) -> bool:
+    def matches_adapter_keys(self, paths: Collection[str]) -> bool:
         inside = [
             path.removeprefix("transformer.") for path in paths if path.startswith("transformer.")
         ]

@@ -17,7 +17,7 @@ from trainer.models.model_files import BaseFiles
 
 class StableDiffusionXL(LatentDiffusion):
     name = "Stable Diffusion XL"
-    adapter_marks = ("sdxl", "stable-diffusion-xl")
+    metadata_prefixes = ("sdxl", "stable-diffusion-xl")
     open_clip = ("text_encoder_2",)
     text_width = 2048
     pipeline_class = StableDiffusionXLPipeline
@@ -26,14 +26,14 @@ class StableDiffusionXL(LatentDiffusion):
     embedding_keys = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
     skips_layers = False  # always the penultimate one
 
-    def matches(self, files: BaseFiles) -> bool:
+    def matches_base(self, files: BaseFiles) -> bool:
         """Smaller UNets in the same pipeline have other block numbers in the file, which no other program would read."""
         return (
             files.pipeline == "StableDiffusionXLPipeline"
             and files.configs["unet"].get("layers_per_block", 2) == LAYERS_PER_BLOCK
         )
 
-    def owns(self, paths: Collection[str]) -> bool:
+    def matches_adapter_keys(self, paths: Collection[str]) -> bool:
         return all(
             any(path.startswith(part) for path in paths) for part in ("unet.", "text_encoder_2.")
         )

@@ -11,7 +11,7 @@ import torch
 
 from trainer import config
 from trainer.config import RunConfig
-from trainer.data.images import PICTURE_SUFFIXES
+from trainer.data.images import IMAGE_SUFFIXES
 from trainer.data.scan import DatasetItem, scan_dataset
 from trainer.errors import DatasetError
 from trainer.families import LoadedBase
@@ -68,7 +68,7 @@ def fill(
     """
     folder, wanted = Path(run.dataset.regularisation_folder), run.dataset.class_pictures
     present = (
-        sum(path.suffix.lower() in PICTURE_SUFFIXES for path in folder.rglob("*"))
+        sum(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.rglob("*"))
         if folder.is_dir()
         else 0
     )

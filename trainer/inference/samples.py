@@ -29,7 +29,7 @@ from trainer.config import Base
 from trainer.errors import ModelError, TrainerError
 from trainer.families import LoadedBase, load_base
 from trainer.families.base import PLAIN_READING, Conditioning, denoiser_of, pixel_step
-from trainer.lora.apply import Layer, Stack
+from trainer.lora.apply import Stack, WeightedAdapter
 from trainer.lora.formats.reader import AdapterFile, read_adapter
 from trainer.lora.textual_inversion import put_on, read_beside
 from trainer.models.device import DTYPES, choose_device, choose_precision
@@ -251,9 +251,11 @@ class Sampler:
             text_strength = (
                 adapter.strength if adapter.text_strength is None else adapter.text_strength
             )
-            layers.append(Layer(self._read(Path(adapter.file)), adapter.strength, text_strength))
+            layers.append(
+                WeightedAdapter(self._read(Path(adapter.file)), adapter.strength, text_strength)
+            )
         assert self._stack, "loaded with the base"
-        self._stack.lay(layers)
+        self._stack.apply(layers)
         self._files = {
             key: file
             for key, file in self._files.items()

@@ -19,7 +19,7 @@ from trainer.lora.formats.reader import AdapterFile
 
 
 @dataclass(frozen=True)
-class Layer:
+class WeightedAdapter:
     """A file with its strengths."""
 
     file: AdapterFile
@@ -38,7 +38,7 @@ class Stack:
         self._hooks: list[RemovableHandle] = []
 
     @torch.no_grad()
-    def lay(self, layers: Sequence[Layer]) -> None:
+    def apply(self, layers: Sequence[WeightedAdapter]) -> None:
         """Raises ModelError, and leaves the base bare, where a file does not fit it."""
         self.clear()
         found = [(layer, find_modules(self._base, layer.file)) for layer in layers]

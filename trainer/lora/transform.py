@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trainer.errors import ModelError
 from trainer.families import FAMILIES, LoadedBase, families_of_adapter
 from trainer.families.base import ModelFamily
-from trainer.lora.apply import Layer, find_modules
+from trainer.lora.apply import WeightedAdapter, find_modules
 from trainer.lora.formats.adapted_module import AdaptedModule, decompose
 from trainer.lora.formats.keys import checkpoint_places
 from trainer.lora.formats.reader import AdapterFile
@@ -80,7 +80,7 @@ def as_module(component: str, name: str, up: Tensor, down: Tensor) -> AdaptedMod
     )
 
 
-def compose(layers: Sequence[Layer]) -> list[AdaptedModule]:
+def compose(layers: Sequence[WeightedAdapter]) -> list[AdaptedModule]:
     """One adapter that does what these do together: A's under each other, B's beside each other. The ranks add up."""
     pairs: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
     for layer in layers:
@@ -166,7 +166,7 @@ def energy_by_rank(modules: Sequence[AdaptedModule]) -> list[tuple[int, float, f
 
 @torch.no_grad()
 def merge(
-    base: LoadedBase, layers: Sequence[Layer], progress: Progress = quiet
+    base: LoadedBase, layers: Sequence[WeightedAdapter], progress: Progress = quiet
 ) -> dict[tuple[str, str], Tensor]:
     """Adds the adapters to the weights of the base. Returns what was added, by (component, path in it), float64.
 

@@ -90,7 +90,7 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(part in text for part in OUT_OF_MEMORY_MESSAGES)
 
 
-class Readout:
+class AsyncScalars:
     """Scalars on their way from the device. Who reads them waits for the work they come from, not for what was launched since."""
 
     def __init__(self, *scalars: Tensor):

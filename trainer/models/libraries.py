@@ -1,4 +1,4 @@
-"""What must be said to the libraries before they are read: call `settle` first."""
+"""What must be said to the libraries before they are read: call `configure_libraries` first."""
 
 import ctypes
 import sys
@@ -7,7 +7,7 @@ import warnings
 import torch
 
 
-def settle() -> None:
+def configure_libraries() -> None:
     """Keeps xformers out of a process without CUDA, float32 fast, and the libraries' own chatter out of the log.
 
     Diffusers imports xformers wherever it is installed; without CUDA its kernels cannot load, and it says so in ten lines.

@@ -128,7 +128,7 @@ class Warned(Event):
 
 @dataclass(frozen=True)
 class MemoryRelieved(Event):
-    """Memory ran out in a phase ("load", "cache", "step", "validate", "sample") and a measure of `memory.LADDER` was taken."""
+    """Memory ran out in a phase ("load", "cache", "step", "validate", "sample") and a measure of `memory.FALLBACKS_BY_PHASE` was taken."""
 
     step: int
     phase: str

@@ -12,8 +12,8 @@ from statistics import fmean
 
 from trainer import config
 from trainer.config import Adapter, RunConfig
-from trainer.data.images import PICTURE_SUFFIXES
-from trainer.data.splits import held_out_count, looks_per_picture, resolutions
+from trainer.data.images import IMAGE_SUFFIXES
+from trainer.data.splits import held_out_count, looks_per_image, resolutions
 from trainer.errors import ConfigError, ModelError
 from trainer.lora import targets
 from trainer.models.model_files import T5_PARTS, BaseFiles, inspect, locate
@@ -111,10 +111,10 @@ def disk_bytes(run: RunConfig) -> float:
     except ModelError:  # told where the base is loaded
         parameters = 0
     pictures = sum(
-        path.suffix.lower() in PICTURE_SUFFIXES for path in Path(run.dataset.folder).rglob("*")
+        path.suffix.lower() in IMAGE_SUFFIXES for path in Path(run.dataset.folder).rglob("*")
     )
     area, saves = run.dataset.resolution**2, run.saving.saves + 1
-    seen = looks_per_picture(run) * sum(side**2 for side in resolutions(run))
+    seen = looks_per_image(run) * sum(side**2 for side in resolutions(run))
     states = (
         3 * 4 * parameters * (3 + (1 if run.training.ema_decay else 0))
     )  # weights and two moments in float32
@@ -144,7 +144,7 @@ def _speed_key(run: RunConfig) -> Sequence[object]:
     return (
         run.base,
         resolutions(run),
-        passes_per_picture(run),
+        passes_per_image(run),
         training.batch_size,
         training.gradient_accumulation_steps,
         training.gradient_checkpointing,
@@ -354,9 +354,7 @@ def memory(run: RunConfig, device: str) -> Memory:
     text = (
         weights["text"] if learned or run.dataset.captions_vary else 0
     )  # else all texts are encoded once
-    activations = pictures_per_pass(run) * (
-        kept * per_pixel * largest**2 + trained_text * TEXT_KEPT
-    )
+    activations = images_per_pass(run) * (kept * per_pixel * largest**2 + trained_text * TEXT_KEPT)
     drawing = max(2 * FORWARD_KEPT * per_pixel * side**2, decoding)
     if device == "cpu":
         everything = base + sum(weights.values())
@@ -374,14 +372,14 @@ def memory(run: RunConfig, device: str) -> Memory:
     )
 
 
-def pictures_per_pass(run: RunConfig) -> int:
+def images_per_pass(run: RunConfig) -> int:
     """Pictures in a forward pass of one device: several cut a microbatch where they cannot deal out whole ones (`World.shares`)."""
     training = run.training
     pieces = training.devices // math.gcd(training.devices, training.gradient_accumulation_steps)
     return math.ceil(training.batch_size / pieces)
 
 
-def passes_per_picture(run: RunConfig) -> int:
+def passes_per_image(run: RunConfig) -> int:
     """Of a step, each forward and backward: of the picture, its class picture, and its caption without the trigger."""
     return 1 + bool(run.dataset.regularisation_folder) + bool(run.objective.prior_preservation)
 
@@ -445,7 +443,7 @@ def expected_seconds_per_step(run: RunConfig, device: str, cores: int = 1) -> fl
     )
     positions = fmean(side**2 for side in resolutions(run)) / size.latent_step**2
     passes, images = (
-        training.gradient_accumulation_steps * passes_per_picture(run),
+        training.gradient_accumulation_steps * passes_per_image(run),
         training.batch_size,
     )
     operations = each * positions * size.denoiser * images * passes

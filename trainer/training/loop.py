@@ -23,7 +23,7 @@ from trainer.inference import sample_checks
 from trainer.inference.samples import generate, sampler_name, save_sample
 from trainer.lora import analysis, inject, metadata, textual_inversion, writer
 from trainer.lora.formats.reader import read_adapter
-from trainer.models.device import DTYPES, Readout, device_name
+from trainer.models.device import DTYPES, AsyncScalars, device_name
 from trainer.models.model_files import DENOISERS
 from trainer.runs import convergence, events, run_folder
 from trainer.runs.events import (
@@ -82,11 +82,11 @@ def train(run: RunConfig, folder: Path, log: EventLog, world: World | None = Non
     Where several processes train as one, all go through this loop and take the same turns in it; only the first one writes.
     """
     world = world or World()
-    ladder = oom_fallbacks.Ladder(
+    fallbacks = oom_fallbacks.Fallbacks(
         run, log, oom_fallbacks.earlier(events.read_events(folder / "events.jsonl"))
     )
-    session = prepare(run, folder, log, ladder, world)
-    ladder.use = partial(relieve, session)
+    session = prepare(run, folder, log, fallbacks, world)
+    fallbacks.use = partial(apply_fallback, session)
     facts, step = restore(session)
     clock = time.monotonic() - facts["elapsed"]
     log.append(started_event(session, step))
@@ -101,7 +101,7 @@ def train(run: RunConfig, folder: Path, log: EventLog, world: World | None = Non
     if step == 0 and world.is_main:
         measure(session, 0)
         sample(session, 0)
-    taken: list[StepTaken] = []
+    taken: list[PendingStep] = []
     while True:
         # Keep what the last step left.
         with keeping_the_last_whole_step(session, step, facts):
@@ -113,7 +113,7 @@ def train(run: RunConfig, folder: Path, log: EventLog, world: World | None = Non
             keeping
             or any(run_folder.requested(folder, what) for what in ("save", "sample", "pause"))
         ):
-            settle(session, buckets, taken, facts)
+            report_finished_steps(session, buckets, taken, facts)
         if facts["bad_steps"] >= BAD_STEPS_IN_A_ROW or (keeping and not finite_weights(session)):
             step = roll_back(session, buckets, step - len(taken), facts)
             taken.clear()
@@ -135,11 +135,11 @@ def train(run: RunConfig, folder: Path, log: EventLog, world: World | None = Non
         # One step.
         step += 1
         begin = time.monotonic()
-        ladder.catch_up("step", step)
+        fallbacks.catch_up("step", step)
         learning_rate = set_learning_rate(
             session.optimizer, facts["lr_scale"] * lr_factor(run, step, session.total_steps)
         )
-        loss = ladder.attempt(
+        loss = fallbacks.attempt(
             "step",
             step,
             partial(forward_backward, session, buckets, step, scaler),
@@ -152,8 +152,10 @@ def train(run: RunConfig, folder: Path, log: EventLog, world: World | None = Non
             step == first_step + 1 and finite and loss
         ):  # which is weighed with 0 where a schedule ends without any signal
             check_gradients_arrive(session, step)
-        taken.append(take_step(session, scaler, step, begin, learning_rate, loss, finite))
-        settle(session, buckets, taken, facts, leaving=int(runs_ahead(session, scaler)))
+        taken.append(optimizer_step(session, scaler, step, begin, learning_rate, loss, finite))
+        report_finished_steps(
+            session, buckets, taken, facts, leaving=int(runs_ahead(session, scaler))
+        )
     if not world.is_main:
         return folder
     with final_weights(session):
@@ -178,12 +180,12 @@ def restore(session: Session) -> tuple[dict, int]:
     if state is None:
         return facts, 0
     check_unchanged(state.facts, facts)
-    session.ladder.catch_up("step", state.step)  # it may have changed the optimiser
-    put_back(session, state)
+    session.fallbacks.catch_up("step", state.step)  # it may have changed the optimiser
+    load_into(session, state)
     return facts | state.facts, state.step
 
 
-def put_back(session: Session, state: State) -> None:
+def load_into(session: Session, state: State) -> None:
     restore_parameters(session.kept, state.adapter)
     if session.eight_bit and state.facts["optimizer"]["class"] != type(session.optimizer).__name__:
         session.optimizer.state.clear()  # the state is of before the measure, which begins this memory anew
@@ -224,7 +226,10 @@ def forward_backward(
     session: Session, buckets: list[list[int]], step: int, scaler: torch.amp.GradScaler
 ) -> torch.Tensor:
     """Sums the gradients of this process's share of the microbatches of a step. Returns its share of their mean loss, without gradients."""
-    count, splits = session.run.training.gradient_accumulation_steps, session.ladder.pieces["step"]
+    count, splits = (
+        session.run.training.gradient_accumulation_steps,
+        session.fallbacks.pieces["step"],
+    )
     clear_gradients(session)  # of a try that ran out of memory
     for parameter in (
         p
@@ -274,14 +279,14 @@ def finite_gradients(session: Session, scaler: torch.amp.GradScaler) -> torch.Te
 
 
 @dataclass
-class StepTaken:
+class PendingStep:
     """A step whose numbers may not have reached the host yet."""
 
     step: int
     begun: float
     """By the monotonic clock; the end of the step before, where the host was ahead."""
     learning_rate: float
-    outcome: Readout
+    outcome: AsyncScalars
     """The loss; whether it and the gradients were finite."""
     may_overflow: bool
     """The scaler of fp16 meets its limit by overflowing now and then."""
@@ -300,7 +305,7 @@ def runs_ahead(session: Session, scaler: torch.amp.GradScaler) -> bool:
     return leaves_out and session.device.type == "cuda" and session.world.size == 1
 
 
-def take_step(
+def optimizer_step(
     session: Session,
     scaler: torch.amp.GradScaler,
     step: int,
@@ -308,7 +313,7 @@ def take_step(
     learning_rate: float,
     loss: torch.Tensor,
     finite: torch.Tensor,
-) -> StepTaken:
+) -> PendingStep:
     """Moves the weights where the numbers are finite, and clears the gradients. Where the host runs ahead, nothing waits for the device."""
     ahead = runs_ahead(session, scaler)
     if ahead:
@@ -324,13 +329,13 @@ def take_step(
     may_overflow = scaler.is_enabled() and scaler.get_scale() > SMALLEST_LOSS_SCALE
     scaler.update()
     clear_gradients(session)
-    return StepTaken(step, begun, learning_rate, Readout(loss, finite), may_overflow)
+    return PendingStep(step, begun, learning_rate, AsyncScalars(loss, finite), may_overflow)
 
 
-def settle(
+def report_finished_steps(
     session: Session,
     buckets: list[list[int]],
-    taken: list[StepTaken],
+    taken: list[PendingStep],
     facts: dict,
     leaving: int = 0,
 ) -> None:
@@ -394,7 +399,7 @@ def roll_back(session: Session, buckets: list[list[int]], step: int, facts: dict
             f"The numbers of the training were not finite any more, up to step {step}. {cause} The last state is kept."
         )
     session.world.meet()  # all have read it; it is written anew next
-    put_back(session, state)
+    load_into(session, state)
     facts |= {
         "lr_scale": facts["lr_scale"] * LOWER,
         "rollbacks": facts["rollbacks"] + 1,
@@ -451,8 +456,8 @@ def find_cause(session: Session, buckets: list[list[int]], step: int) -> str:
     return f"Lower the learning rate (now {training.learning_rate:g}), or use base.precision = fp32 (now {session.precision})."
 
 
-def relieve(session: Session, rung: str) -> bool:
-    """Takes a measure of the ladder against want of memory on the model; whether that was possible."""
+def apply_fallback(session: Session, rung: str) -> bool:
+    """Takes a measure of the fallbacks against want of memory on the model; whether that was possible."""
     denoiser = session.base.denoiser
     if isinstance(session.predict, GraphedPredict):
         session.predict.release()  # of the model as it was
@@ -560,12 +565,12 @@ def final_weights(session: Session) -> Iterator[None]:
 
 def measure(session: Session, step: int) -> float | None:
     """The validation loss; None, with a warning, where it needs more memory than there is."""
-    session.ladder.catch_up("validate", step)
+    session.fallbacks.catch_up("validate", step)
     try:
-        parts = session.ladder.attempt(
+        parts = session.fallbacks.attempt(
             "validate", step, lambda: validation_losses(session), VALIDATION_TIMESTEPS
         )
-        compared = session.ladder.attempt(
+        compared = session.fallbacks.attempt(
             "validate", step, lambda: training_loss(session), VALIDATION_TIMESTEPS
         )
     except OutOfMemory:
@@ -669,10 +674,10 @@ def sample(session: Session, step: int) -> None:
     )
     homes = {part: part.device for part in (pipe.vae, *text_encoders)}
     prompts, drawn = sample_prompts(session.run, session.examples), []
-    session.ladder.catch_up("sample", step)
+    session.fallbacks.catch_up("sample", step)
 
     def draw(settings: dict) -> Image.Image:
-        oom_fallbacks.set_tiling(pipe.vae, chosen.vae_tiling or "sample" in session.ladder.tiled)
+        oom_fallbacks.set_tiling(pipe.vae, chosen.vae_tiling or "sample" in session.fallbacks.tiled)
         for part in homes:
             part.to(session.device)
         return generate(
@@ -692,7 +697,7 @@ def sample(session: Session, step: int) -> None:
             "inference_steps": chosen.inference_steps,
             "guidance_scale": chosen.guidance_scale,
         }
-        image = session.ladder.attempt("sample", step, partial(draw, settings))
+        image = session.fallbacks.attempt("sample", step, partial(draw, settings))
         save_sample(
             session.folder / file,
             image,

@@ -1,4 +1,4 @@
-"""What a run does when memory runs out: a fixed ladder of measures, each of which trades time for room.
+"""What a run does when memory runs out: a fixed fallbacks of measures, each of which trades time for room.
 
 The failed piece of work is done again from its beginning, at the same step and with the same draws. A measure that alters
 numbers is written as an event, and a resumed run takes it again at the same place, so that it stays the run it was.
@@ -26,7 +26,7 @@ FREE, TILE, CHECKPOINT, SPLIT, EIGHT_BIT = (
     "smaller microbatches",
     "8-bit optimiser",
 )
-LADDER = {
+FALLBACKS_BY_PHASE = {
     "load": (FREE,),
     "cache": (FREE, TILE),
     "step": (FREE, CHECKPOINT, SPLIT, EIGHT_BIT),
@@ -45,7 +45,7 @@ SENTENCES = {
 
 
 @dataclass
-class Ladder:
+class Fallbacks:
     """The measures that a run has taken, by phase. `use` is told how to take one that needs the loaded model."""
 
     run: RunConfig
@@ -64,7 +64,7 @@ class Ladder:
 
         `largest` is the number of pictures in a forward pass, which cannot be cut into more pieces.
         """
-        rungs = iter(LADDER[phase])
+        rungs = iter(FALLBACKS_BY_PHASE[phase])
         rung = ""
         while True:
             try:

@@ -178,7 +178,7 @@ def _train(run: config.RunConfig, folder: Path, log: EventLog, world: "World | N
     faulthandler.enable(
         sys.__stderr__ or sys.stderr
     )  # a crash in native code leaves at least its place in the log
-    libraries.settle()
+    libraries.configure_libraries()
     from trainer.runs import trackers
     from trainer.training import oom_fallbacks
     from trainer.training.distributed import join

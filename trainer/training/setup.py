@@ -38,7 +38,7 @@ from trainer.runs.events import EventLog, Progress, Warned
 from trainer.training import estimate
 from trainer.training.cuda_graphs import GraphedPredict
 from trainer.training.distributed import World
-from trainer.training.oom_fallbacks import Ladder, set_tiling
+from trainer.training.oom_fallbacks import Fallbacks, set_tiling
 from trainer.training.optimizers import build_optimizer, try_optimizer, warmup_steps
 
 
@@ -70,7 +70,7 @@ class Session:
     texts: dict[str, Conditioning] | None
     """Of every caption that may occur, without a batch; None where the text encoders run in every step."""
     total_steps: int
-    ladder: Ladder
+    fallbacks: Fallbacks
     predict: Callable[[Noised, Batch], Tensor]
     """The family's, of the denoiser; made faster where that is possible."""
     world: World
@@ -131,11 +131,11 @@ def prepare(
     run: RunConfig,
     folder: Path,
     log: EventLog,
-    ladder: Ladder | None = None,
+    fallbacks: Fallbacks | None = None,
     world: World | None = None,
 ) -> Session:
     """Loads, checks, caches and injects. Raises TrainerError in a sentence for whatever cannot work."""
-    ladder, world = ladder or Ladder(run, log), world or World()
+    fallbacks, world = fallbacks or Fallbacks(run, log), world or World()
     world.check(run.training.batch_size, run.training.gradient_accumulation_steps)
     log.append(Progress("loading"))
     report, root = throttled(log.append), Path(run.dataset.folder)
@@ -160,7 +160,7 @@ def prepare(
     with (
         world.main_first() if world.agree(locate(run.base) is None) else nullcontext()
     ):  # one downloads it, all read it
-        base = ladder.attempt(
+        base = fallbacks.attempt(
             "load",
             0,
             lambda: load_base(run.base, DTYPES[precision], run.dataset.caption_tokens, report),
@@ -177,10 +177,12 @@ def prepare(
             f"dataset.bucket_step ({run.dataset.bucket_step}) must be a multiple of {pixel_step(base.pipe)} for {base.family.name}."
         )
     _check_before_the_long_work(run, base, device)
-    ladder.catch_up("cache", 0)
+    fallbacks.catch_up("cache", 0)
     with world.main_first():
-        examples, held_out, class_examples, texts = ladder.attempt(
-            "cache", 0, lambda: _encode_all(run, base, items, device, log, "cache" in ladder.tiled)
+        examples, held_out, class_examples, texts = fallbacks.attempt(
+            "cache",
+            0,
+            lambda: _encode_all(run, base, items, device, log, "cache" in fallbacks.tiled),
         )
     if run.training.early_stop and {e.name for e in held_out} & {e.name for e in examples}:
         log.append(
@@ -192,7 +194,7 @@ def prepare(
         run,
         folder,
         log,
-        ladder,
+        fallbacks,
         device,
         precision,
         base,
@@ -224,7 +226,7 @@ def assemble(
     run: RunConfig,
     folder: Path,
     log: EventLog,
-    ladder: Ladder,
+    fallbacks: Fallbacks,
     device: torch.device,
     precision: str,
     base: LoadedBase,
@@ -242,7 +244,7 @@ def assemble(
     )  # told by the weights as they are stored, so before they are quantised
     if run.base.quantization != "none":
         quantization.quantize(base.denoiser, run.base.quantization, DTYPES[precision], device)
-        ladder.attempt(
+        fallbacks.attempt(
             "load", 0, lambda: base.denoiser.to(device)
         )  # there the weights are rounded, before an adapter is put on them
     for name, module in components.items():
@@ -258,7 +260,7 @@ def assemble(
     layout = (
         torch.channels_last if device.type == "cuda" else torch.preserve_format
     )  # what its convolutions are fastest in
-    ladder.attempt("load", 0, lambda: base.denoiser.to(device, memory_format=layout))
+    fallbacks.attempt("load", 0, lambda: base.denoiser.to(device, memory_format=layout))
     views = sum(example.repeats for example in examples)
     total_steps = estimate.total_steps(run, views)
     warmup_steps(run, total_steps)
@@ -286,7 +288,7 @@ def assemble(
         class_examples=class_examples,
         texts=texts,
         total_steps=total_steps,
-        ladder=ladder,
+        fallbacks=fallbacks,
         predict=GraphedPredict(base.family, base.denoiser)
         if graphed
         else partial(base.family.predict, base.denoiser),

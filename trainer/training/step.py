@@ -14,8 +14,8 @@ from trainer.data.sampler import batch_at
 from trainer.families.base import Batch, Conditioning
 from trainer.families.objective import (
     Noised,
+    image_losses,
     offset_noise,
-    picture_losses,
     pyramid_noise,
     sample_places,
 )
@@ -25,10 +25,10 @@ from trainer.models.seeds import generator_for, seed_for
 from trainer.training.setup import Session, shape_buckets
 
 VALIDATION_TIMESTEPS = 8  # of each picture, in one forward pass
-FEW_PICTURES = (
+FEW_IMAGES = (
     8  # below this the draws are compared one by one: the scatter of three means says too little
 )
-ENOUGH_PICTURES = 4  # below this each is measured more often, so that there are always 32 draws
+ENOUGH_IMAGES = 4  # below this each is measured more often, so that there are always 32 draws
 COMPARED = 4  # training pictures that are measured beside those held out
 
 
@@ -225,7 +225,7 @@ def _noised(
 def _losses(session: Session, batch: Batch, noised: Noised, mask: Tensor | None) -> Tensor:
     """Of each picture, [B]."""
     model_pred = session.predict(noised, batch)
-    return picture_losses(session.objective, model_pred, noised, session.run.objective, mask)
+    return image_losses(session.objective, model_pred, noised, session.run.objective, mask)
 
 
 def validation_losses(session: Session) -> list[float]:
@@ -235,12 +235,12 @@ def validation_losses(session: Session) -> list[float]:
     number for each draw of noise and timestep, and more of them where there are fewer still.
     """
     count = len(session.held_out)
-    draws = VALIDATION_TIMESTEPS * math.ceil(ENOUGH_PICTURES / count)
+    draws = VALIDATION_TIMESTEPS * math.ceil(ENOUGH_IMAGES / count)
     losses = [
         fixed_losses(session, example, index, draws)
         for index, example in enumerate(session.held_out)
     ]
-    return (torch.stack(losses).mean(1) if count >= FEW_PICTURES else torch.cat(losses)).tolist()
+    return (torch.stack(losses).mean(1) if count >= FEW_IMAGES else torch.cat(losses)).tolist()
 
 
 def training_loss(session: Session) -> float | None:
@@ -284,7 +284,7 @@ def fixed_losses(
     )
     losses = []
     for part in torch.arange(draws).chunk(
-        session.ladder.pieces["validate"] * draws // VALIDATION_TIMESTEPS
+        session.fallbacks.pieces["validate"] * draws // VALIDATION_TIMESTEPS
     ):
         repeated = {name: t.expand(len(part), *t.shape[1:]) for name, t in conditioning.items()}
         batch = Batch(
