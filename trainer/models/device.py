@@ -1,6 +1,7 @@
-"""Which device and number format a run uses, what that device is called, and how numbers travel to it and back without waiting."""
+"""The device and number format of a run, and asynchronous copies between host and device."""
 
 import platform
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -8,7 +9,6 @@ from torch import Tensor
 
 from trainer.errors import ConfigError
 
-# What torch reports if it raises no OutOfMemoryError: the CPU's allocator, cuBLAS and cuDNN, Metal.
 OUT_OF_MEMORY_MESSAGES = (
     "can't allocate memory",
     "not enough memory",
@@ -16,39 +16,38 @@ OUT_OF_MEMORY_MESSAGES = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
+"""What the CPU allocator, cuBLAS, cuDNN and Metal report instead of an OutOfMemoryError."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device() -> torch.device:
-    """The device accelerate finds: CUDA, else Apple's, else the CPU. What `accelerate config` left on the machine is not read.
+    """Returns the device that accelerate finds: CUDA, else Apple's GPU, else the CPU.
 
-    Of several processes that train as one each has its own GPU.
+    A file written by `accelerate config` is not read. In distributed training each process gets
+    its own GPU.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return (
-            torch.device("cuda", torch.cuda.current_device())
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
     return Accelerator(mixed_precision="no").device
 
 
 def device_name(device: torch.device) -> str:
+    """Returns the name shown to the user, such as "NVIDIA H200, 140 GB"."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GB"
-    return {"mps": "Apple GPU"}.get(
-        device.type, f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    )
+    if device.type == "mps":
+        return "Apple GPU"
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """ "fp32", "bf16" or "fp16". Raises ConfigError for one the device cannot do."""
+    """Returns "fp32", "bf16" or "fp16". Raises ConfigError if the device cannot compute in it."""
     if wanted == "auto":
-        if device.type != "cuda":
-            return "fp32"
-        return "bf16" if _has_bf16(device) else "fp32" if _is_gtx16(device) else "fp16"
+        return _best_precision(device)
     if wanted == "bf16" and device.type == "cuda" and not _has_bf16(device):
         raise ConfigError(
             f"base.precision = bf16 does not work on {device_name(device)}; use auto or fp16."
@@ -60,29 +59,36 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     return wanted
 
 
+def _best_precision(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "fp32"
+    if _has_bf16(device):
+        return "bf16"
+    return "fp32" if _is_gtx16(device) else "fp16"
+
+
 def _has_bf16(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (
-        8,
-        0,
-    )  # older cards say yes, and emulate it slowly
+    """Returns whether the GPU computes in bfloat16; older ones report it and emulate it slowly."""
+    capability: tuple[int, int] = torch.cuda.get_device_capability(device)
+    return capability >= (8, 0)
 
 
 def _is_gtx16(device: torch.device) -> bool:
-    return "GTX 16" in torch.cuda.get_device_name(
-        device
-    )  # fp16 gives NaN there (pytorch issues 58123, 77955)
+    """Returns whether the GPU gives NaN in fp16 (pytorch issues 58123 and 77955)."""
+    return "GTX 16" in torch.cuda.get_device_name(device)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on the device. With CUDA, for which pageable memory would have to wait, the host goes on at once."""
-    return (
-        tensor.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else tensor.to(device)
-    )
+    """Copies a CPU tensor to the device without making the host wait.
+
+    A copy from pageable memory would block until CUDA has staged it, so the tensor is pinned first.
+    """
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
-def ran_out(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether an exception means that the device or the machine has too little memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
@@ -91,18 +97,21 @@ def ran_out(error: BaseException) -> bool:
 
 
 class AsyncScalars:
-    """Scalars on their way from the device. Who reads them waits for the work they come from, not for what was launched since."""
+    """Scalars copied to the host asynchronously.
 
-    def __init__(self, *scalars: Tensor):
+    `values()` waits only for the kernels that produced the scalars, not for later ones.
+    """
+
+    def __init__(self, *scalars: Tensor) -> None:
         on_cuda = scalars[0].is_cuda
-        self._values = torch.stack([scalar.detach().float() for scalar in scalars]).to(
-            "cpu", non_blocking=on_cuda
-        )
+        stacked = torch.stack([scalar.detach().float() for scalar in scalars])
+        self._values = stacked.to("cpu", non_blocking=on_cuda)
         self._arrival = torch.cuda.Event(blocking=True) if on_cuda else None
         if self._arrival:
             self._arrival.record()
 
     def values(self) -> list[float]:
+        """Returns the scalars in the order in which they were given."""
         if self._arrival:
             self._arrival.synchronize()
-        return self._values.tolist()
+        return cast(list[float], self._values.tolist())

@@ -1,4 +1,7 @@
-"""What must be said to the libraries before they are read: call `configure_libraries` first."""
+"""Process-wide settings of torch, diffusers and transformers.
+
+Call `configure_libraries()` before you import a pipeline, a model or a scheduler.
+"""
 
 import ctypes
 import sys
@@ -8,9 +11,10 @@ import torch
 
 
 def configure_libraries() -> None:
-    """Keeps xformers out of a process without CUDA, float32 fast, and the libraries' own chatter out of the log.
+    """Turns on TF32, silences the libraries, and keeps xformers out of a process without CUDA.
 
-    Diffusers imports xformers wherever it is installed; without CUDA its kernels cannot load, and it says so in ten lines.
+    Diffusers imports xformers whenever it is installed. Without CUDA its kernels cannot load, and
+    it prints ten lines about that.
     """
     import diffusers.utils.import_utils as diffusers_imports
     from diffusers.utils import logging as diffusers_logging
@@ -19,9 +23,8 @@ def configure_libraries() -> None:
     if not torch.cuda.is_available():
         diffusers_imports._xformers_available = False
         keep_freed_memory()
-    torch.backends.cuda.matmul.allow_tf32 = (
-        True  # for what stays in float32, as torch has it for convolutions by itself
-    )
+    # For the layers that stay in float32. Torch already does the same for convolutions.
+    torch.backends.cuda.matmul.allow_tf32 = True
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
@@ -29,10 +32,12 @@ def configure_libraries() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep large blocks that are freed: a step on a CPU asks for the same again at once.
+    """Makes glibc keep large freed blocks, because the next step on a CPU allocates them again.
 
-    Otherwise each goes back to the system and comes anew page by page, half a million page faults a step of Stable Diffusion 1.5, a
-    fifth of its time (benchmarks/step.py). The numbers are those of `man 3 mallopt`; other C libraries have no such call.
+    By default glibc returns each block to the system, and the next allocation faults it in page by
+    page. In Stable Diffusion 1.5 these are half a million page faults per step, a fifth of its time
+    (benchmarks/step.py). The constants are documented in `man 3 mallopt`. C libraries other than
+    glibc have no such function, and then nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
