@@ -24,7 +24,7 @@ from full_size import PHOTOS, build
 from trainer import config
 from trainer.lora.formats.reader import read_adapter
 from trainer.models.device import choose_device, device_name
-from trainer.runs import events, run_folder
+from trainer.runs import events, run_folder, run_status
 from trainer.training.runner import run_in
 
 REFERENCE = "fp32"
@@ -109,7 +109,7 @@ def measure(row: Row, common: dict) -> dict:
     folder = run_folder.create(
         config.replace(config.RunConfig(), common | {"name": row.name} | row.changes)
     )
-    code, status = run_in(folder), run_folder.status(folder)
+    code, status = run_in(folder), run_status.read_status(folder)
     if code or status.finished is None:
         return report | {"reason": status.message or "the run did not finish"}
     warned = [w for w in status.warnings if "cannot be used" in w]
@@ -137,7 +137,7 @@ def resume(report: dict, steps: int) -> dict:
     source = Path(report["folder"])
     folder = Path(shutil.copytree(source, source.with_name(source.name + "-resumed")))
     shutil.rmtree(folder / "state" / f"{steps:06d}")
-    code, status = run_in(folder), run_folder.status(folder)
+    code, status = run_in(folder), run_status.read_status(folder)
     if code or status.finished is None:
         return {"name": RESUMED, "reason": status.message or "the run did not finish"}
     return report | {

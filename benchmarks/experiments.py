@@ -27,7 +27,7 @@ from typing import Any
 from trainer import config
 from trainer.cli.demo import EXAMPLE, PRESET
 from trainer.config import presets
-from trainer.runs import run_folder
+from trainer.runs import run_folder, run_status
 from trainer.runs.atomic_files import atomic_write
 
 STEPS = 240
@@ -221,8 +221,8 @@ def run_row(row: Row, results: Path) -> None:
         if row.settings is not None:
             folder, begin = run_folder.create(run), time.process_time()
             if run_in(folder):
-                raise SystemExit(f"{row.name}: {run_folder.status(folder).message}")
-            seconds, status = time.process_time() - begin, run_folder.status(folder)
+                raise SystemExit(f"{row.name}: {run_status.read_status(folder).message}")
+            seconds, status = time.process_time() - begin, run_status.read_status(folder)
             adapter, parameters = folder / status.finished.file, status.started.trainable_parameters
         measured = judge(run, adapter) | {"seconds": round(seconds, 1), "parameters": parameters}
     with open(results, "a", encoding="utf-8") as file:

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from tests.killer import arm, live
 from tests.tiny import make_dataset, save_tiny_base
 from trainer import config
-from trainer.runs import events, run_folder
+from trainer.runs import events, run_folder, run_lock, run_requests, run_status
 from trainer.training import trainer_state
 from trainer.training.runner import STOPPED, run_in
 
@@ -88,7 +88,7 @@ class Lab:
         """Resumes a run to its end; what is wrong with its adapter, "" for nothing."""
         code = os.waitstatus_to_exitcode(live(folder, None))
         if code != 0:
-            return f"{folder.name} could not be finished: {run_folder.status(folder).message}"
+            return f"{folder.name} could not be finished: {run_status.read_status(folder).message}"
         adapter = load_file(folder / "tiny.safetensors")
         same = adapter.keys() == self.adapter.keys() and all(
             torch.equal(adapter[name], self.adapter[name]) for name in adapter
@@ -163,7 +163,7 @@ def terminate(lab: Lab, times: int) -> Tally:
             time.sleep(0.02)
         time.sleep(0.1 + lab.random.uniform(0, 0.7) * lab.seconds)
         os.kill(child, signal.SIGTERM)
-        code, status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run_folder.status(folder)
+        code, status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run_status.read_status(folder)
         kept = trainer_state.load_state(folder)[0]
         said = code in (0, STOPPED) and kept is not None and kept.step == status.step
         tally.count(
@@ -225,7 +225,7 @@ def kill_page(lab: Lab, times: int) -> Tally:
     )
     caption.write_text(texts[0])
     folder = lab.new_run()
-    run_folder.request(folder, "queued")
+    run_requests.request(folder, "queued")
     written = 0
     for _ in range(times):
         with socket.socket() as probe:
@@ -240,9 +240,9 @@ def kill_page(lab: Lab, times: int) -> Tally:
         tally.count("" if caption.read_text() in texts else "a caption is torn")
     print(f"{written} captions were written through {times} lives of the page")
     wait = time.monotonic() + 120
-    while run_folder.is_alive(folder) and time.monotonic() < wait:
+    while run_lock.is_alive(folder) and time.monotonic() < wait:
         time.sleep(0.2)
-    run_folder.withdraw(folder, "queued")
+    run_requests.withdraw(folder, "queued")
     launches = sum(
         isinstance(event, events.Launched) for event in events.read_events(folder / "events.jsonl")
     )

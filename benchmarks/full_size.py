@@ -25,7 +25,7 @@ from trainer.families.from_single_file import clip_tokenizer
 from trainer.models.device import DTYPES
 from trainer.models.model_files import EMBEDDED_FOLDER, T5_PARTS
 from trainer.models.single_file import CONFIGS_FOLDER, template_config
-from trainer.runs import run_folder
+from trainer.runs import run_folder, run_status
 from trainer.training import estimate
 
 PHOTOS = EMBEDDED_FOLDER.parent / "examples" / "photos"
@@ -120,7 +120,7 @@ def main() -> int:
             command + [part for setting in settings for part in ("--set", setting)], env=environment
         ).returncode
         folder = run_folder.list_runs()[0]
-        status = run_folder.status(folder)
+        status = run_status.read_status(folder)
         if code or not status.started:
             return 1
         print(

@@ -30,7 +30,7 @@ from typing import Any
 
 from app.jobs.runs import Launcher, Local
 from trainer import config
-from trainer.runs import events, run_folder
+from trainer.runs import events, run_folder, run_requests
 
 HOUR = 3600.0
 POLICIES = ("oldest", "fair", "shortest")
@@ -221,7 +221,7 @@ def look_at_folders(count: int) -> tuple[float, float]:
             (folder / "run.toml").write_text(text, encoding="utf-8")
             (folder / ".lock").touch()
             if index < 10:
-                run_folder.request(folder, "queued")
+                run_requests.request(folder, "queued")
             else:
                 events.EventLog(folder / "events.jsonl").append(
                     events.Finished(1, "a.safetensors", 1, 1.0)

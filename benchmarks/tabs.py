@@ -23,7 +23,7 @@ import httpx
 
 from tests.tiny import make_dataset, save_tiny_base
 from trainer import config
-from trainer.runs import run_folder
+from trainer.runs import run_folder, run_lock, run_requests, run_status
 
 PARTS = 3
 PORT = 7931
@@ -63,9 +63,9 @@ def memory(process: subprocess.Popen) -> float:
 
 def speed(folder: Path, work) -> float:
     """Steps per second while something else goes on."""
-    first, begin = run_folder.status(folder).step, time.monotonic()
+    first, begin = run_status.read_status(folder).step, time.monotonic()
     work()
-    return (run_folder.status(folder).step - first) / (time.monotonic() - begin)
+    return (run_status.read_status(folder).step - first) / (time.monotonic() - begin)
 
 
 def main() -> int:
@@ -91,11 +91,11 @@ def main() -> int:
             [sys.executable, "-m", "app", "--no-browser", "--port", str(PORT)],
             stdout=subprocess.DEVNULL,
         )
-        run_folder.request(folder, "queued")
+        run_requests.request(folder, "queued")
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
         try:
-            while run_folder.status(folder).step < 20:
+            while run_status.read_status(folder).step < 20:
                 time.sleep(0.5)
             alone, beside, waits, held = [], [], [], [memory(page)]
             for _ in range(PARTS):
@@ -105,8 +105,8 @@ def main() -> int:
                 )
                 held.append(memory(page))
         finally:
-            run_folder.request(folder, "stop")
-            while run_folder.is_alive(folder):
+            run_requests.request(folder, "stop")
+            while run_lock.is_alive(folder):
                 time.sleep(0.2)
             page.terminate()
             page.wait()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from trainer import config
-from trainer.runs import run_folder
+from trainer.runs import run_folder, run_status
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -79,7 +79,7 @@ def train_tiny(tiny_run: Callable[..., config.RunConfig]) -> Callable[..., Path]
         from trainer.training.runner import run_in
 
         folder = run_folder.create(tiny_run(changes))
-        assert run_in(folder) == 0, run_folder.status(folder).message
+        assert run_in(folder) == 0, run_status.read_status(folder).message
         return folder
 
     return run

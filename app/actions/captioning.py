@@ -7,7 +7,7 @@ from app.actions import datasets
 from app.jobs import device, runs
 from trainer.curation import autocaption
 from trainer.errors import DatasetError
-from trainer.runs import run_folder
+from trainer.runs import run_folder, run_lock, run_requests
 from trainer.runs.events import Captioned, CaptionsDone, Failed, Progress, Warned, read_events
 
 LATEST = 5  # results that are shown
@@ -17,7 +17,7 @@ def start(data: dict) -> dict:
     """Starts `python -m trainer caption` for a dataset. Raises DatasetError where that cannot be now."""
     folder = datasets.resolve(data.get("dataset"))
     place = autocaption.job_folder(folder)
-    if run_folder.is_alive(place):
+    if run_lock.is_alive(place):
         raise DatasetError("Captions are being written for this dataset already.")
     if device.has_cuda() and runs.anyone_trains():
         raise DatasetError("A training has the GPU now; let it end first.")
@@ -57,8 +57,8 @@ def _share(value: object) -> float:
 def stop(data: dict) -> dict:
     """Asks the job to end after the picture at hand."""
     place = autocaption.job_folder(datasets.resolve(data.get("dataset")))
-    if run_folder.is_alive(place):
-        run_folder.request(place, "stop")
+    if run_lock.is_alive(place):
+        run_requests.request(place, "stop")
     return status(data)
 
 
@@ -69,7 +69,7 @@ def status(data: dict) -> dict:
     events = list(read_events(place / "events.jsonl"))
     process = _processes.get(folder)
     is_starting = process is not None and process.poll() is None
-    alive = is_starting or (place.is_dir() and run_folder.is_alive(place))
+    alive = is_starting or (place.is_dir() and run_lock.is_alive(place))
     result = {"state": "none", "done": 0, "total": 0, "latest": [], "warnings": [], "message": ""}
     if not events and not alive and process is None:
         return result

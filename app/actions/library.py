@@ -18,7 +18,7 @@ from trainer.errors import StateError, TrainerError
 from trainer.runs import run_folder
 from trainer.runs.atomic_files import atomic_write
 from trainer.runs.events import SampleSaved
-from trainer.runs.run_folder import RunStatus
+from trainer.runs.run_status import RunStatus
 
 NOTES = "library.json"
 KEPT_FOR = 7 * 24 * 3600  # seconds that a deleted run can be brought back

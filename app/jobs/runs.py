@@ -20,9 +20,9 @@ from app import accounts
 from trainer import config
 from trainer.config import RunConfig
 from trainer.errors import StateError, TrainerError
-from trainer.runs import error_messages, events, run_folder
+from trainer.runs import error_messages, events, run_folder, run_lock, run_requests, run_status
 from trainer.runs.atomic_files import atomic_write, check_room
-from trainer.runs.run_folder import RunStatus
+from trainer.runs.run_status import RunStatus
 from trainer.training import estimate
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ def start(run: RunConfig) -> str:
     """Puts a new run into the queue. Returns its id."""
     check_room(run_folder.runs_folder(), estimate.disk_bytes(run), "the run")
     folder = run_folder.create(run)
-    run_folder.request(folder, "queued")
+    run_requests.request(folder, "queued")
     return folder.name
 
 
@@ -83,8 +83,8 @@ def status(folder: Path) -> RunStatus:
 
 
 @lru_cache(maxsize=64)
-def _replay(folder: Path) -> run_folder.Replay:
-    return run_folder.Replay(folder)
+def _replay(folder: Path) -> run_status.Replay:
+    return run_status.Replay(folder)
 
 
 def glance(folder: Path) -> RunStatus:
@@ -94,8 +94,8 @@ def glance(folder: Path) -> RunStatus:
 
 
 @lru_cache(maxsize=20_000)
-def _glances(folder: Path) -> run_folder.Replay:
-    return run_folder.Replay(folder, curves=False)
+def _glances(folder: Path) -> run_status.Replay:
+    return run_status.Replay(folder, curves=False)
 
 
 def settings(folder: Path) -> RunConfig:
@@ -119,7 +119,7 @@ def active() -> Path | None:
     """The run that has the device now."""
     with _probing:
         return next(
-            (folder for folder in run_folder.list_runs() if run_folder.is_alive(folder)), None
+            (folder for folder in run_folder.list_runs() if run_lock.is_alive(folder)), None
         )
 
 
@@ -143,21 +143,21 @@ def anyone_trains() -> bool:
     """Whether a run of any person has the device."""
     with _probing:
         return any(
-            run_folder.is_alive(folder)
+            run_lock.is_alive(folder)
             for place in accounts.all_runs_folders()
             for folder in run_folder.any_order(place)
         )
 
 
 def waiting() -> list[Path]:
-    return [folder for folder in run_folder.queue() if folder != active()]
+    return [folder for folder in run_requests.queue() if folder != active()]
 
 
 def shown() -> Path | None:
     """The run that the Train tab shows: the one at work, else the next one, else the latest."""
     if (running := active()) is not None:
         return running
-    if queue := run_folder.queue():
+    if queue := run_requests.queue():
         return queue[0]
     return _latest()
 
@@ -183,17 +183,17 @@ def actions(current: RunStatus) -> dict[str, Callable[[Path], None]]:
     """What can be done with a run in this state."""
     if current.state == "queued":
         return {
-            "unqueue": lambda folder: run_folder.withdraw(folder, "queued"),
+            "unqueue": lambda folder: run_requests.withdraw(folder, "queued"),
             "earlier": _earlier,
         }
     if current.state == "paused":
-        return {"continue": lambda folder: run_folder.withdraw(folder, "pause"), "stop": _stop}
+        return {"continue": lambda folder: run_requests.withdraw(folder, "pause"), "stop": _stop}
     if current.state == "stopping":
         return {}
     if current.is_active:
         wishes = ("pause", "save", "sample") if current.step else ("pause",)
         asked: dict[str, Callable[[Path], None]] = {
-            what: partial(run_folder.request, what=what) for what in wishes
+            what: partial(run_requests.request, what=what) for what in wishes
         }
         return {"stop": _stop} | asked
     if current.can_resume or current.state == "new":
@@ -202,8 +202,8 @@ def actions(current: RunStatus) -> dict[str, Callable[[Path], None]]:
 
 
 def _stop(folder: Path) -> None:
-    run_folder.request(folder, "stop")
-    run_folder.withdraw(folder, "pause")
+    run_requests.request(folder, "stop")
+    run_requests.withdraw(folder, "pause")
 
 
 def _resume(folder: Path) -> None:
@@ -212,14 +212,14 @@ def _resume(folder: Path) -> None:
         raise StateError(
             f"Its dataset {dataset} is not there any more: bring it back under that name, then press Resume."
         )
-    run_folder.withdraw(folder, "stop")
-    run_folder.withdraw(folder, "pause")
-    run_folder.request(folder, "queued")
+    run_requests.withdraw(folder, "stop")
+    run_requests.withdraw(folder, "pause")
+    run_requests.request(folder, "queued")
 
 
 def _earlier(folder: Path) -> None:
     """Changes places with the one before it in the queue."""
-    queue = list(run_folder.queue())
+    queue = list(run_requests.queue())
     place = queue.index(folder)
     if place:
         mine, other = (waiting / "queued" for waiting in (folder, queue[place - 1]))
@@ -371,7 +371,7 @@ class Launcher(threading.Thread):
         queue = [
             folder
             for place in accounts.all_runs_folders()
-            for folder in run_folder.queue(place)
+            for folder in run_requests.queue(place)
             if folder not in self.given
         ]
         if queue and self.executor.has_room():
@@ -384,7 +384,7 @@ class Launcher(threading.Thread):
 
     def _is_withdrawn(self, folder: Path) -> bool:
         """Whether the person took it out of the queue before its trainer began (which does so itself, holding the run's lock)."""
-        if run_folder.requested(folder, "queued"):
+        if run_requests.requested(folder, "queued"):
             return False
         current = status(folder)
         return not current.is_active and current.launched_at == self.given[folder]
@@ -392,13 +392,13 @@ class Launcher(threading.Thread):
 
 def _bury(folder: Path, code: int, has_begun: bool) -> None:
     """A trainer that ended before it took its run must not be started again and again; one that died at work is explained."""
-    if not folder.is_dir() or run_folder.is_alive(folder):
+    if not folder.is_dir() or run_lock.is_alive(folder):
         return
-    if run_folder.requested(folder, "queued") and has_begun:
+    if run_requests.requested(folder, "queued") and has_begun:
         return  # and was asked for again since
     log = events.EventLog(folder / "events.jsonl")
-    if run_folder.requested(folder, "queued"):
-        run_folder.withdraw(folder, "queued")
+    if run_requests.requested(folder, "queued"):
+        run_requests.withdraw(folder, "queued")
         lines = _log_end(folder).strip().splitlines()
         reason = lines[-1] if lines else f"exit code {code}"
         log.append(
@@ -406,8 +406,8 @@ def _bury(folder: Path, code: int, has_begun: bool) -> None:
                 error_messages.without_secrets(f"The trainer ended before it began: {reason}")
             )
         )
-    elif run_folder.status(folder).state == "interrupted":
+    elif run_status.read_status(folder).state == "interrupted":
         log.append(events.TrainerDied(code))
     else:
         return
-    error_messages.write_report(folder, run_folder.status(folder).message)
+    error_messages.write_report(folder, run_status.read_status(folder).message)

@@ -16,7 +16,7 @@ from app.settings import form
 from app.views import run_view
 from trainer.errors import TrainerError
 from trainer.runs import run_folder
-from trainer.runs.run_folder import RunStatus
+from trainer.runs.run_status import RunStatus
 
 ID, TITLE = "preview", "Preview"
 STRENGTHS = (0.0, 0.4, 0.7, 1.0, 1.3)

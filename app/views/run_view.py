@@ -10,9 +10,9 @@ from pathlib import Path
 from app.jobs import device, runs
 from app.settings import own_presets
 from trainer.errors import TrainerError
-from trainer.runs import cache_limits, convergence, error_messages, run_folder
+from trainer.runs import cache_limits, convergence, error_messages, run_folder, run_requests
 from trainer.runs.events import Probed, SampleSaved
-from trainer.runs.run_folder import RunStatus
+from trainer.runs.run_status import RunStatus
 
 LABELS = {
     "new": "Not started",
@@ -84,7 +84,7 @@ def title(folder: Path) -> str:
 
 
 def label(folder: Path, current: RunStatus) -> str:
-    if current.state == "queued" and runs.active() is None and run_folder.queue()[:1] == [folder]:
+    if current.state == "queued" and runs.active() is None and run_requests.queue()[:1] == [folder]:
         return "Starting"
     return LABELS.get(current.state, current.state.capitalize())
 

@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from app import accounts, security
 from app.jobs import device, previews, runs
 from trainer import config
-from trainer.runs import run_folder
+from trainer.runs import run_folder, run_lock, run_requests
 
 PEOPLE = {"anna": "secret", "boris": "other"}
 
@@ -127,7 +127,7 @@ def test_one_waits_for_the_training_of_another(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "has_cuda", lambda: True)
-    lock = run_folder.acquire(
+    lock = run_lock.acquire(
         run_folder.everyones_folder() / "users" / "boris" / "runs" / run_of("boris")
     )
     workspace_user = accounts.user.set("anna")
@@ -152,10 +152,10 @@ def test_the_device_is_shared_and_the_oldest_request_of_anyone_comes_first(
         for name in ("boris", "anna")
     ]
     for folder in folders:
-        run_folder.request(folder, "queued")
+        run_requests.request(folder, "queued")
     LOOK(launcher)
     assert launched == [folders[0]]
-    lock = run_folder.acquire(folders[1])
+    lock = run_lock.acquire(folders[1])
     LOOK(launcher)
     assert launched == [folders[0]]
     lock.release()

@@ -17,7 +17,7 @@ from app.tabs.dataset import add_files
 from tests.corpus import encoded, photo
 from trainer import config
 from trainer.errors import DatasetError, StateError, TrainerError
-from trainer.runs import events, run_folder
+from trainer.runs import events, run_folder, run_requests
 
 SETTINGS = {
     "resolution": 64,
@@ -275,7 +275,7 @@ def test_a_run_finds_its_dataset_under_its_new_name(cats):
 
 def test_a_dataset_in_use_stays_where_it_is(cats):
     run = run_folder.create(config.replace(config.RunConfig(), {"dataset.folder": str(cats)}))
-    run_folder.request(run, "queued")
+    run_requests.request(run, "queued")
     for action in (datasets.remove, lambda name: datasets.rename(name, "other")):
         with pytest.raises(DatasetError, match="trains on this dataset"):
             action("cats")

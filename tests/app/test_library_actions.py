@@ -11,7 +11,7 @@ from app.tabs import library, preview
 from app.views import run_view
 from tests.browser import staged
 from trainer.errors import TrainerError
-from trainer.runs import events, run_folder
+from trainer.runs import events, run_folder, run_requests
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_delete_is_undone(finished) -> None:
         with pytest.raises(TrainerError):
             shelf.restore(wrong)
     with staged.at_work(finished), pytest.raises(TrainerError, match="stop it first"):
-        run_folder.request(finished, "pause")
+        run_requests.request(finished, "pause")
         (finished / "events.jsonl").write_text(
             "\n".join((finished / "events.jsonl").read_text().splitlines()[:-1]) + "\n"
         )

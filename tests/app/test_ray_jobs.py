@@ -11,7 +11,7 @@ import pytest
 from app.jobs import runs
 from app.jobs.ray_jobs import ClusterError, RayJobs, job_name
 from trainer import config
-from trainer.runs import events, run_folder
+from trainer.runs import events, run_folder, run_requests, run_status
 
 
 class FakeCluster:
@@ -99,10 +99,10 @@ def test_all_that_wait_are_given_to_the_cluster_and_a_restarted_page_gives_none_
 
 def test_what_is_taken_out_of_the_queue_is_stopped_before_it_begins(outputs, cluster):
     folder, launcher, name = given(cluster, "changed my mind")
-    run_folder.withdraw(folder, "queued")
+    run_requests.withdraw(folder, "queued")
     launcher.look()
     assert cluster.stopped == [name] and not launcher.given
-    run_folder.request(folder, "queued")
+    run_requests.request(folder, "queued")
     launcher.look()
     assert len(cluster.jobs) == 2  # asked for again
 
@@ -116,22 +116,22 @@ def test_a_job_that_fails_before_it_begins_is_said_with_its_last_line(outputs, c
         del cluster.jobs[name]
     launcher.executor._asked_at = float("-inf")
     launcher.look()
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert status.state == "failed" and "python: not found" in status.message and not launcher.given
 
 
 def test_a_run_that_is_resumed_before_its_end_was_noticed_stays_in_the_queue(outputs, cluster):
     folder, launcher, name = given(cluster, "back again")
-    run_folder.withdraw(folder, "queued")
+    run_requests.withdraw(folder, "queued")
     log = events.EventLog(folder / "events.jsonl")
     log.append(events.Launched(1, "0"))
     log.append(events.Stopped(0, ""))
     cluster.jobs[name] |= {"status": "SUCCEEDED", "driver_exit_code": 0}
-    run_folder.request(folder, "queued")
+    run_requests.request(folder, "queued")
     launcher.executor._asked_at = float("-inf")
     launcher.look()
     assert (
-        run_folder.requested(folder, "queued")
+        run_requests.requested(folder, "queued")
         and len(cluster.jobs) == 2
         and runs.status(folder).state == "queued"
     )
@@ -143,7 +143,7 @@ def test_a_cluster_that_does_not_answer_is_a_sentence_and_nothing_is_lost(output
     cluster.is_there = False
     with pytest.raises(ClusterError, match="http://head:8265"):
         launcher.look()
-    assert run_folder.requested(folder, "queued")
+    assert run_requests.requested(folder, "queued")
     cluster.is_there = True
     launcher.look()
     assert len(cluster.jobs) == 1
@@ -154,15 +154,15 @@ def test_a_local_run_that_is_taken_out_of_the_queue_at_the_last_moment_does_not_
     launcher = runs.Launcher()
     launcher.look()
     process = launcher.executor.process
-    run_folder.withdraw(folder, "queued")
+    run_requests.withdraw(folder, "queued")
     launcher.look()
     assert process.wait(60) != 0
-    run_folder.request(folder, "queued")  # third thoughts, before the end was noticed
+    run_requests.request(folder, "queued")  # third thoughts, before the end was noticed
     launcher._launch = launcher.given.setdefault  # given, and no process
     launcher.look()
-    assert run_folder.status(folder).state == "queued" and launcher.executor.process is None
-    run_folder.withdraw(folder, "queued")
-    assert run_folder.status(folder).state == "new"
+    assert run_status.read_status(folder).state == "queued" and launcher.executor.process is None
+    run_requests.withdraw(folder, "queued")
+    assert run_status.read_status(folder).state == "new"
 
 
 @pytest.mark.skipif(
@@ -189,10 +189,10 @@ def test_two_nodes_train_the_queue(tiny_run, outputs):
         ]
         launcher = runs.Launcher(RayJobs(f"http://{cluster.head_node.webui_url}"))
         launcher.look()
-        run_folder.withdraw(folders[3], "queued")  # the fourth changes its mind
+        run_requests.withdraw(folders[3], "queued")  # the fourth changes its mind
         until = time.monotonic() + 300
         while (
-            any(run_folder.status(folder).state != "finished" for folder in folders[:3])
+            any(run_status.read_status(folder).state != "finished" for folder in folders[:3])
             and time.monotonic() < until
         ):
             launcher.look()
@@ -200,14 +200,14 @@ def test_two_nodes_train_the_queue(tiny_run, outputs):
         jobs = launcher.executor._ask("GET", "/api/jobs/")
         assert len({job["driver_node_id"] for job in jobs if job["driver_node_id"]}) == 2
         for folder in folders[:3]:
-            status = run_folder.status(folder)
+            status = run_status.read_status(folder)
             assert status.state == "finished", (folder / "log.txt").read_text()
             assert (
                 (folder / status.finished.file).is_file()
                 and (folder / "log.txt").read_text()
                 and len(status.losses) == 6
             )
-        assert run_folder.status(folders[3]).state == "new"
+        assert run_status.read_status(folders[3]).state == "new"
         while launcher.given and time.monotonic() < until:
             launcher.look()
             time.sleep(0.5)

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from trainer import config
-from trainer.runs import run_folder
+from trainer.runs import run_folder, run_lock, run_requests
 from trainer.runs.events import (
     AdapterSaved,
     EventLog,
@@ -96,7 +96,7 @@ def fail(folder: Path, message: str) -> None:
 @contextmanager
 def at_work(folder: Path) -> Iterator[EventLog]:
     """The run is alive while this lasts, as far as anybody can see."""
-    lock = run_folder.acquire(folder)
+    lock = run_lock.acquire(folder)
     try:
         yield EventLog(folder / "events.jsonl")
     finally:
@@ -107,5 +107,5 @@ def requests(folder: Path) -> set[str]:
     return {
         what
         for what in ("stop", "pause", "save", "sample", "queued")
-        if run_folder.requested(folder, what)
+        if run_requests.requested(folder, what)
     }

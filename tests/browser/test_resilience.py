@@ -12,7 +12,7 @@ from tests.browser import staged
 from tests.browser.conftest import open_dataset, wait_for
 from trainer import config
 from trainer.models.model_files import EMBEDDED_FOLDER
-from trainer.runs import events, run_folder
+from trainer.runs import events, run_lock, run_requests, run_status
 
 EXAMPLES = EMBEDDED_FOLDER.parent / "examples"
 STATE = "document.querySelector('#progress .at-pill')?.innerText"
@@ -50,10 +50,10 @@ def long_run(
 
     yield start
     for folder in started:
-        run_folder.withdraw(folder, "queued")
-        if run_folder.is_alive(folder):
+        run_requests.withdraw(folder, "queued")
+        if run_lock.is_alive(folder):
             os.kill(trainer_of(folder), signal.SIGKILL)
-            wait_for(lambda folder=folder: not run_folder.is_alive(folder), "the trainer's end")
+            wait_for(lambda folder=folder: not run_lock.is_alive(folder), "the trainer's end")
 
 
 def trainer_of(folder: Path) -> int:
@@ -76,7 +76,7 @@ def test_reload_second_window_kill_and_resume(open_page, server, long_run) -> No
     folder = long_run("survivor")
     page = open_page("train")
     wait_for_state(page, "Training")
-    wait_for(lambda: run_folder.status(folder).step >= 6, "some steps")
+    wait_for(lambda: run_status.read_status(folder).step >= 6, "some steps")
 
     page.reload()
     wait_for_state(page, "Training")
@@ -97,17 +97,17 @@ def test_reload_second_window_kill_and_resume(open_page, server, long_run) -> No
         window.wait_for_selector("#progress .at-queue >> text=second in line")
     page.get_by_role("button", name="Take out").click()
     second.wait_for_selector(".at-queue", state="detached")
-    assert not run_folder.requested(waiting, "queued")
+    assert not run_requests.requested(waiting, "queued")
 
     os.kill(trainer_of(folder), signal.SIGKILL)
     wait_for_state(page, "Interrupted")
     wait_for_state(second, "Interrupted")
     assert "killed" in page.locator("#progress .at-notice.at-bad").first.inner_text()
-    before = run_folder.status(folder).step
+    before = run_status.read_status(folder).step
 
     page.get_by_role("button", name="Resume").click()
     wait_for_state(second, "Training")
-    wait_for(lambda: run_folder.status(folder).step > before, "steps after the last")
+    wait_for(lambda: run_status.read_status(folder).step > before, "steps after the last")
 
     page.get_by_role("button", name="Pause").click()
     wait_for_state(second, "Paused")
@@ -127,8 +127,8 @@ def test_the_server_may_die(open_page, server, long_run) -> None:
     pid = trainer_of(folder)
 
     server.stop(signal.SIGKILL)
-    step = run_folder.status(folder).step
-    wait_for(lambda: run_folder.status(folder).step > step, "steps without a page")
+    step = run_status.read_status(folder).step
+    wait_for(lambda: run_status.read_status(folder).step > step, "steps without a page")
     server.start()
 
     page.goto(f"{server.url}/?tab=train")
@@ -166,9 +166,9 @@ def test_a_trainer_that_cannot_begin_is_not_started_for_ever(
     launcher.look()
     launcher.executor.process.wait(60)
     launcher.look()
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert status.state == "failed" and "no_such_module" in status.message
-    assert launcher.executor.process is None and not run_folder.requested(folder, "queued")
+    assert launcher.executor.process is None and not run_requests.requested(folder, "queued")
 
 
 def test_a_new_name_may_be_the_beginning_of_another(open_page, server) -> None:

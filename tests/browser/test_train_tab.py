@@ -10,7 +10,7 @@ from app.jobs import runs
 from tests.browser import staged
 from tests.browser.conftest import wait_for
 from trainer import config
-from trainer.runs import run_folder
+from trainer.runs import run_requests
 from trainer.runs.events import StepDone
 
 KOHYA = '{"network_dim": 24, "network_alpha": 12, "learning_rate": 0.0001, "unet_lr": 0.0002, "color_aug": true}'
@@ -37,14 +37,14 @@ def test_three_clicks_from_pictures_to_training(open_page, server) -> None:
                     "document.querySelector('#estimate')?.innerText.includes(' steps in ')"
                 )
         folder = wait_for(
-            lambda: next((f for f in run_folder.queue() if "example-style" in f.name), None),
+            lambda: next((f for f in run_requests.queue() if "example-style" in f.name), None),
             "the run in the queue",
         )
         assert len(clicks) == 3 and config.load(folder / "run.toml").dataset.folder.endswith(
             "example-style"
         )
         page.wait_for_selector("#estimate :text('waits in the queue')")
-        run_folder.withdraw(folder, "queued")
+        run_requests.withdraw(folder, "queued")
 
 
 def test_advanced_is_searched_marked_and_reset(open_page, server, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_while_it_runs(open_page, server) -> None:
         for button, what in (("Save now", "save"), ("Sample now", "sample"), ("Pause", "pause")):
             page.get_by_role("button", name=button).click()
             wait_for(lambda what=what: what in staged.requests(folder), button)
-        run_folder.withdraw(folder, "pause")
+        run_requests.withdraw(folder, "pause")
         page.get_by_role("button", name="Pause").hover()
         page.mouse.down()
         log.append(StepDone(41, 0.1, 1e-4, 0.25))
@@ -156,7 +156,7 @@ def test_while_it_runs(open_page, server) -> None:
         wait_for(
             lambda: "pause" in staged.requests(folder), "a press during which another step came"
         )
-        run_folder.withdraw(folder, "pause")
+        run_requests.withdraw(folder, "pause")
         page.wait_for_function(
             "document.querySelector('#progress .at-figures').innerText.includes('41 / 100')"
         )
@@ -180,11 +180,11 @@ def test_while_it_runs(open_page, server) -> None:
         page.wait_for_selector(".at-compare .at-right:text-is('Step 20')")
 
         page.get_by_role("button", name="Move two up").click()
-        wait_for(lambda: list(run_folder.queue()) == waiting[::-1], "the other order")
+        wait_for(lambda: list(run_requests.queue()) == waiting[::-1], "the other order")
         for place in (1, 0):
             page.get_by_role("button", name="Take out").first.click()
             page.wait_for_function(f"document.querySelectorAll('.at-queue li').length === {place}")
-            wait_for(lambda place=place: len(run_folder.queue()) == place, "an emptier queue")
+            wait_for(lambda place=place: len(run_requests.queue()) == place, "an emptier queue")
         staged.finish(folder)
     page.wait_for_function("document.title === 'at work is finished'")
     page.wait_for_selector("#progress a[download]")
@@ -196,7 +196,7 @@ def test_run_again_takes_the_same_settings(server) -> None:
     staged.finish(folder)
     with staged.at_work(staged.stage("keeps the device", 1)):
         runs.act(folder.name, "repeat")
-        again = run_folder.queue()[-1]
+        again = run_requests.queue()[-1]
         assert again != folder and config.load(again / "run.toml") == config.load(
             folder / "run.toml"
         )

@@ -9,7 +9,7 @@ import pytest
 
 from trainer import config
 from trainer.cli.main import main
-from trainer.runs import run_folder
+from trainer.runs import run_folder, run_status
 
 
 def run(*arguments):
@@ -91,7 +91,7 @@ def test_train_sample_info_and_check(tiny_run, tiny_base, tiny_dataset, tmp_path
         2,
         "zorbit",
     )
-    adapter = folder / run_folder.status(folder).finished.file
+    adapter = folder / run_status.read_status(folder).finished.file
     pictures = {}
     for strength in ("0", "1", "1.7"):
         assert (
@@ -130,13 +130,13 @@ def test_the_module_starts_and_a_term_signal_saves(tiny_run):
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
     try:
-        while run_folder.status(folder).step < 3:
+        while run_status.read_status(folder).step < 3:
             assert process.poll() is None, process.stdout.read()
         process.terminate()
         output, _ = process.communicate(timeout=120)
     finally:
         process.kill()
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert (
         process.returncode == 3
         and status.state == "stopped"

@@ -10,7 +10,7 @@ from trainer import config
 from trainer.cli import sweep
 from trainer.cli.main import STOPPED, main
 from trainer.errors import ConfigError
-from trainer.runs import run_folder
+from trainer.runs import run_folder, run_requests
 
 GRID = ["--grid", "adapter.rank=2,4", "--grid", "training.learning_rate=1e-2,1e-3"]
 
@@ -73,7 +73,7 @@ def test_every_combination_is_trained_and_told_apart(recipe, outputs, capsys):
 
 def test_a_sweep_for_the_page_waits_in_its_order(recipe, outputs):
     assert main(["sweep", recipe, "--queue", *GRID]) == 0
-    queue = run_folder.queue()
+    queue = run_requests.queue()
     assert [folder.name for folder in queue] == json.loads(
         (the_sweep(outputs) / "sweep.json").read_text()
     )["runs"] and len(queue) == 4

@@ -5,7 +5,7 @@ import pytest
 from trainer import config
 from trainer.config.presets import load_preset, load_presets
 from trainer.errors import ConfigError
-from trainer.runs import run_folder
+from trainer.runs import run_folder, run_status
 from trainer.training.runner import run_in
 
 KINDS = {
@@ -47,7 +47,7 @@ def test_every_preset_trains(name, base_for, tiny_dataset, outputs):
         },
     )
     folder = run_folder.create(run)
-    assert run_in(folder) == 0, run_folder.status(folder).message
+    assert run_in(folder) == 0, run_status.read_status(folder).message
     assert config.load(folder / "run.toml").preset == name
 
 

@@ -12,7 +12,7 @@ from trainer.cli.main import main
 from trainer.curation import autocaption, history
 from trainer.curation.autocaption import Wish, caption_dataset
 from trainer.errors import ModelError, StateError
-from trainer.runs import run_folder
+from trainer.runs import run_lock, run_requests
 from trainer.runs.events import Captioned, CaptionsDone, Failed, Progress, Warned, read_events
 
 WORDS = [
@@ -246,7 +246,7 @@ def test_the_command_is_the_job_and_stops_when_asked(tagger, dataset, monkeypatc
     real = autocaption.describe
 
     def asked_to_stop(*arguments):
-        run_folder.request(autocaption.job_folder(dataset), "stop")
+        run_requests.request(autocaption.job_folder(dataset), "stop")
         return real(*arguments)
 
     monkeypatch.setattr(autocaption, "describe", asked_to_stop)
@@ -257,7 +257,7 @@ def test_the_command_is_the_job_and_stops_when_asked(tagger, dataset, monkeypatc
 def test_only_one_job_at_a_time(tagger, dataset):
     folder = autocaption.job_folder(dataset)
     folder.mkdir()
-    with run_folder.acquire(folder), pytest.raises(StateError):
+    with run_lock.acquire(folder), pytest.raises(StateError):
         caption_dataset(dataset, Wish(tagger=str(tagger)))
 
 

@@ -11,7 +11,7 @@ from trainer.cli.main import main
 from trainer.data import examples
 from trainer.errors import ConfigError
 from trainer.inference import class_images
-from trainer.runs import run_folder
+from trainer.runs import run_folder, run_status
 from trainer.runs.events import EventLog
 from trainer.training import loop, step
 from trainer.training.runner import run_in
@@ -154,7 +154,7 @@ def test_folders_count_as_often_as_the_settings_or_their_names_say(session_of, d
     session = session_of(**changes, **{"dataset.repeats": ["2_named = 5", "other=3", ". = 2"]})
     assert session.total_steps == 4 * 2 + 5 + 3
     folder = run_folder.create(config.replace(session.run, {"dataset.repeats": ["nowhere = 2"]}))
-    assert run_in(folder) == 1 and "no folder nowhere" in run_folder.status(folder).message
+    assert run_in(folder) == 1 and "no folder nowhere" in run_status.read_status(folder).message
     with pytest.raises(ConfigError, match="folder = number"):
         config.replace(session.run, {"dataset.repeats": ["a=0"]})
 
@@ -208,7 +208,7 @@ def test_a_picture_with_a_black_mask_is_named_and_left_out(session_of, dataset):
     assert [e.name for e in session.examples] == ["01.png", "02.png", "03.png"]
     assert any(
         "00.png is left out" in warning and "black" in warning
-        for warning in run_folder.status(session.folder).warnings
+        for warning in run_status.read_status(session.folder).warnings
     )
 
 
@@ -223,7 +223,7 @@ def test_a_random_cut_that_misses_the_mask_costs_no_picture(session_of, dataset)
     session = session_of(
         **{"dataset.folder": str(dataset), "dataset.masked_loss": "mask"} | changes
     )
-    assert not run_folder.status(session.folder).warnings and len(session.examples) == 4
+    assert not run_status.read_status(session.folder).warnings and len(session.examples) == 4
     assert all(
         1 < len(e.views) < 16 and all(view.mask.any() for view in e.views) for e in session.examples
     )
@@ -246,7 +246,7 @@ def test_a_picture_that_fails_at_one_resolution_is_left_out_at_all(session_of, d
         name for name in ("01.png", "02.png", "03.png") for _ in range(2)
     ]
     assert [
-        "00.png is left out" in warning for warning in run_folder.status(session.folder).warnings
+        "00.png is left out" in warning for warning in run_status.read_status(session.folder).warnings
     ] == [True]
 
 
@@ -273,7 +273,7 @@ def test_class_pictures_are_made_where_they_lack_and_trained_beside_the_others(
 
 def test_a_class_folder_without_pictures_is_told(tiny_run, tmp_path):
     folder = run_folder.create(tiny_run({"dataset.regularisation_folder": str(tmp_path / "none")}))
-    assert run_in(folder) == 1 and "dataset.class_pictures" in run_folder.status(folder).message
+    assert run_in(folder) == 1 and "dataset.class_pictures" in run_status.read_status(folder).message
 
 
 def test_class_pictures_from_the_command_line(tiny_base, outputs, tmp_path, capsys):

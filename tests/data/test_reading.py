@@ -15,7 +15,7 @@ from trainer.families.latent_diffusion import token_ids
 from trainer.inference.samples import Sampler, SampleRequest
 from trainer.lora import metadata
 from trainer.models.safetensors_header import read_header
-from trainer.runs import events, run_folder
+from trainer.runs import events, run_folder, run_status
 from trainer.training import setup, step
 
 LONG = (
@@ -137,7 +137,7 @@ def test_training_sees_the_end_of_a_long_caption(base_of, tiny_run, tmp_path, ki
                 for number in range(6)
             ]
             warned[tokens] = [
-                w for w in run_folder.status(folder).warnings if "their ends are not seen" in w
+                w for w in run_status.read_status(folder).warnings if "their ends are not seen" in w
             ]
     assert (
         losses[75, ""] == losses[75, " blue"]
@@ -163,7 +163,7 @@ def test_a_run_its_samples_and_a_preview_read_alike(base_of, train_tiny, tmp_pat
         "sampling.prompts": [LONG],
     }
     folder = train_tiny(changes | settings)
-    run, samples = config.load(folder / "run.toml"), run_folder.status(folder).samples
+    run, samples = config.load(folder / "run.toml"), run_status.read_status(folder).samples
     request = {"inference_steps": 2, "seed": run.sampling.seed, "width": 32, "height": 32}
     alike, plain = str(tmp_path / "alike.png"), str(tmp_path / "plain.png")
     Sampler().render(
@@ -172,7 +172,7 @@ def test_a_run_its_samples_and_a_preview_read_alike(base_of, train_tiny, tmp_pat
     Sampler().render(SampleRequest(LONG, plain, config.Base(model=run.base.model), **request))
     assert Image.open(alike).tobytes() == Image.open(folder / samples[0].file).tobytes()
     assert Image.open(alike).tobytes() != Image.open(plain).tobytes()
-    written = read_header(folder / run_folder.status(folder).finished.file).metadata
+    written = read_header(folder / run_status.read_status(folder).finished.file).metadata
     assert written["ss_clip_skip"] == ("2" if "base.clip_skip" in settings else "None")
     assert written["ss_max_token_length"] == str(settings.get("dataset.caption_tokens", "None"))
 

@@ -21,7 +21,7 @@ from trainer.lora.formats.keys import diffusers_key
 from trainer.lora.formats.reader import read_adapter
 from trainer.models import hub, model_files
 from trainer.models.safetensors_header import read_header
-from trainer.runs import events, run_folder
+from trainer.runs import events, run_folder, run_status
 from trainer.training import estimate, loop, setup, step
 from trainer.training.optimizers import set_learning_rate
 
@@ -247,7 +247,7 @@ def test_a_whole_run_with_samples_and_a_preview_of_its_file(base_of, train_tiny,
             "saving.saves": 1,
         }
     )
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     file = folder / status.finished.file
     assert (
         [s.step for s in status.samples] == [0, 3]

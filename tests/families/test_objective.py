@@ -25,7 +25,7 @@ from trainer.families.objective import (
     pyramid_noise,
     sample_places,
 )
-from trainer.runs import run_folder
+from trainer.runs import run_folder, run_status
 from trainer.training import step
 from trainer.training.runner import run_in
 
@@ -261,7 +261,7 @@ def test_a_weighting_of_another_kind_of_base_is_refused(tiny_run):
     folder = run_folder.create(tiny_run({"objective.weighting": "sigma_sqrt"}))
     assert (
         run_in(folder) == 1
-        and "sigma_sqrt does not suit Stable Diffusion 1.x" in run_folder.status(folder).message
+        and "sigma_sqrt does not suit Stable Diffusion 1.x" in run_status.read_status(folder).message
     )
 
 

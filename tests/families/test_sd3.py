@@ -19,7 +19,7 @@ from trainer.errors import ModelError
 from trainer.families import load_base
 from trainer.inference.samples import Sampler, SampleRequest, StackedAdapter
 from trainer.models import attention, model_files
-from trainer.runs import events, run_folder
+from trainer.runs import events, run_folder, run_status
 from trainer.training import estimate, loop, setup, step
 from trainer.training.runner import run_in
 
@@ -151,10 +151,10 @@ def test_killed_and_resumed_gives_the_uninterrupted_adapter(base_of, tiny_run, m
             loop, "microbatch_losses", lambda *a: real(*a) if next(calls) < 4 else torch.zeros(1)[5]
         )
         assert run_in(cut) == 1
-    assert not run_folder.status(cut).finished
-    assert run_in(cut) == 0 and run_folder.status(cut).started.step == 2
+    assert not run_status.read_status(cut).finished
+    assert run_in(cut) == 0 and run_status.read_status(cut).started.step == 2
     first, second = (
-        load_file(folder / run_folder.status(folder).finished.file) for folder in (whole, cut)
+        load_file(folder / run_status.read_status(folder).finished.file) for folder in (whole, cut)
     )
     assert first.keys() == second.keys() and all(
         torch.equal(first[name], second[name]) for name in first
@@ -169,7 +169,7 @@ def test_strength_zero_is_the_base_to_the_bit_and_the_picture_says_euler(
     )
     folder = run_folder.create(run)
     assert run_in(folder) == 0
-    file = str(folder / run_folder.status(folder).finished.file)
+    file = str(folder / run_status.read_status(folder).finished.file)
     sampler, pictures = Sampler(), {}
     for name, adapters in (
         ("base", []),
@@ -205,7 +205,7 @@ def test_sides_that_are_no_whole_patches_are_refused(tmp_path, tiny_run):
     assert run_in(folder) == 1
     assert (
         "dataset.bucket_step (8) must be a multiple of 16 for Stable Diffusion 3 Medium"
-        in run_folder.status(folder).message
+        in run_status.read_status(folder).message
     )
 
 

@@ -21,7 +21,7 @@ from trainer.inference.samples import (
     samplers_of,
     serve,
 )
-from trainer.runs import run_folder
+from trainer.runs import run_status
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def sampler():
 @pytest.fixture
 def adapter(train_tiny):
     folder = train_tiny({"training.text_encoder_learning_rate": 1e-2})
-    return str(folder / run_folder.status(folder).finished.file)
+    return str(folder / run_status.read_status(folder).finished.file)
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_a_picture_tells_how_it_was_made(picture, adapter):
 def test_samples_of_a_run_are_those_of_its_saved_file(train_tiny, picture):
     """What is previewed from the file is what was seen while training."""
     folder = train_tiny({"dataset.resolution": 16, "saving.precision": "fp32"})
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     shown = Image.open(folder / status.samples[-1].file)
     again = picture(
         (str(folder / status.finished.file), 1.0),

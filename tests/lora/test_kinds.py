@@ -14,7 +14,7 @@ from trainer.families import load_base
 from trainer.lora import inject, targets, writer
 from trainer.lora.formats.reader import read_adapter
 from trainer.models.quantization import quantize
-from trainer.runs import events, run_folder
+from trainer.runs import events, run_folder, run_status
 from trainer.training import estimate, loop, setup
 from trainer.training.runner import run_in
 
@@ -40,7 +40,7 @@ SHORT = {
 
 
 def adapter_of(folder):
-    return load_file(folder / run_folder.status(folder).finished.file)
+    return load_file(folder / run_status.read_status(folder).finished.file)
 
 
 def same(a, b):
@@ -56,10 +56,10 @@ def test_every_kind_trains_is_saved_as_it_is_and_resumes_to_the_bit(train_tiny, 
         else {"adapter.rank_dropout": 0.2, "adapter.module_dropout": 0.2}
     )
     folder = train_tiny(SHORT | EVERYTHING | KINDS[kind] | dropout | {"adapter.kind": kind})
-    straight, losses = adapter_of(folder), run_folder.status(folder).losses
+    straight, losses = adapter_of(folder), run_status.read_status(folder).losses
     shutil.rmtree(folder / "state" / "000004")
     assert run_in(folder) == 0
-    assert same(adapter_of(folder), straight) and run_folder.status(folder).losses == losses
+    assert same(adapter_of(folder), straight) and run_status.read_status(folder).losses == losses
     ends = {name.split(".", 1)[1] for name in straight}
     assert any(name.startswith("lora_te_") for name in straight) and any(
         "conv1" in name for name in straight
@@ -316,7 +316,7 @@ def test_what_fits_no_module_is_told_before_the_start(tiny_run, changes, words):
     with pytest.raises(ConfigError, match=words):
         estimate.trainable_parameters(run)
     folder = run_folder.create(run)
-    assert run_in(folder) == 1 and words in run_folder.status(folder).message
+    assert run_in(folder) == 1 and words in run_status.read_status(folder).message
 
 
 def tensors_of(folder, step):
@@ -424,14 +424,14 @@ def test_a_rate_for_an_encoder_that_is_not_there_is_told(tiny_run):
     folder = run_folder.create(
         tiny_run({"training.learning_rate": 0.0, "training.text_encoder_2_learning_rate": 1e-3})
     )
-    assert run_in(folder) == 1 and "Nothing would be trained" in run_folder.status(folder).message
+    assert run_in(folder) == 1 and "Nothing would be trained" in run_status.read_status(folder).message
 
 
 @pytest.mark.parametrize("init", ["default", "orthogonal"])
 def test_no_layer_changes_more_than_the_norm_cap(train_tiny, init):
     changes = SHORT | {"training.learning_rate": 0.1, "adapter.init": init}
     folders = [train_tiny(changes | {"adapter.max_norm": limit}) for limit in (0.0, 0.02)]
-    files = [read_adapter(folder / run_folder.status(folder).finished.file) for folder in folders]
+    files = [read_adapter(folder / run_status.read_status(folder).finished.file) for folder in folders]
     free, capped = (max(float(module.delta.norm()) for module in file.modules) for file in files)
     assert free > 0.03 and 0.0199 < capped < 0.0201
 
@@ -468,7 +468,7 @@ def test_offloaded_activations_go_to_the_cpu_and_change_no_number(train_tiny, mo
 
 
 def test_the_start_tells_what_is_trained_of_each_component(train_tiny, capsys):
-    started = run_folder.status(train_tiny(SHORT | EVERYTHING)).started
+    started = run_status.read_status(train_tiny(SHORT | EVERYTHING)).started
     assert started.parameters.keys() == started.base_parameters.keys() == {"unet", "text_encoder"}
     assert sum(started.parameters.values()) == started.trainable_parameters
     assert 100_000 < started.base_parameters["unet"] < 1_000_000
@@ -480,7 +480,7 @@ def test_quantization_without_a_gpu_or_its_package_is_a_sentence(
 ):
     if not torch.cuda.is_available():
         folder = run_folder.create(tiny_run({"base.quantization": how}))
-        assert run_in(folder) == 1 and "needs an NVIDIA GPU" in run_folder.status(folder).message
+        assert run_in(folder) == 1 and "needs an NVIDIA GPU" in run_status.read_status(folder).message
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ConfigError, match="needs the bitsandbytes package"):
         quantize(

@@ -22,7 +22,7 @@ from trainer.lora.formats.keys import place_of
 from trainer.lora.formats.reader import read_adapter
 from trainer.lora.metadata import shared_config
 from trainer.models.safetensors_header import TensorInfo
-from trainer.runs import events, run_folder
+from trainer.runs import events, run_folder, run_status
 from trainer.training import setup
 
 NAMES = [family.name for family in FAMILIES.values()]
@@ -640,7 +640,7 @@ def test_a_run_writes_each_dialect_it_is_told_to(train_tiny):
             "saving.precision": "fp32",
         }
     )
-    main = run_folder.status(folder).finished.file
+    main = run_status.read_status(folder).finished.file
     files = [read_adapter(folder / name) for name in (main, "tiny-kohya.safetensors", "tiny-peft")]
     assert [file.dialect for file in files] == ["diffusers", "kohya", "peft"]
     by_name = [{m.name: m.delta for m in file.modules} for file in files]

@@ -15,7 +15,7 @@ from trainer.families import load_base
 from trainer.inference.samples import Sampler, SampleRequest, StackedAdapter
 from trainer.lora import textual_inversion
 from trainer.lora.textual_inversion import Embedding
-from trainer.runs import run_folder
+from trainer.runs import run_folder, run_status
 from trainer.runs.events import AdapterSaved, EventLog
 from trainer.training import estimate
 from trainer.training.runner import run_in
@@ -72,7 +72,7 @@ def test_the_word_is_learned_and_every_other_row_stays(kind, bases, tiny_run):
         + 2 * TEXT_WIDTH * len(KEYS[kind])
     )
 
-    assert run_in(folder) == 0, run_folder.status(folder).message
+    assert run_in(folder) == 0, run_status.read_status(folder).message
     saved = load_file(folder / "tiny-embedding.safetensors")
     assert set(saved) == KEYS[kind] and all(
         tensor.shape == (2, TEXT_WIDTH) for tensor in saved.values()
@@ -156,7 +156,7 @@ def learned(tmp_path_factory, tiny_base, tiny_dataset):
         "sampling.inference_steps": 2,
     }
     folder = run_folder.create(config.replace(config.RunConfig(), PIVOTAL | small | quick))
-    assert run_in(folder) == 0, run_folder.status(folder).message
+    assert run_in(folder) == 0, run_status.read_status(folder).message
     yield folder
     patch.undo()
 
@@ -189,8 +189,8 @@ def test_an_embedding_that_was_taken_away_meanwhile_costs_its_save_alone(tiny_ru
             (folder / "tiny-000002-embedding.safetensors").unlink()
 
     monkeypatch.setattr(EventLog, "append", take_away)
-    monkeypatch.setattr(run_folder.RunStatus, "best_step", 2)
-    assert run_in(folder) == 0 and run_folder.status(folder).file_step == 4
+    monkeypatch.setattr(run_status.RunStatus, "best_step", 2)
+    assert run_in(folder) == 0 and run_status.read_status(folder).file_step == 4
     finished, last = (
         load_file(folder / f"tiny{name}-embedding.safetensors") for name in ("", "-000004")
     )
@@ -198,7 +198,7 @@ def test_an_embedding_that_was_taken_away_meanwhile_costs_its_save_alone(tiny_ru
 
 
 def test_the_preview_reads_it_where_it_lies_beside(learned, tiny_base, tmp_path):
-    sampler, status = Sampler(), run_folder.status(learned)
+    sampler, status = Sampler(), run_status.read_status(learned)
     alone = shutil.copy(learned / "tiny.safetensors", tmp_path / "alone.safetensors")
 
     def draw(file, prompt="Maya, at night", strength=1.0):
@@ -229,7 +229,7 @@ def test_the_preview_reads_it_where_it_lies_beside(learned, tiny_base, tmp_path)
 def test_the_page_hands_it_out_and_a_run_goes_on_from_it(learned, tiny_run):
     from app.views import run_view
 
-    file = run_view.final_file(learned, run_folder.status(learned))
+    file = run_view.final_file(learned, run_status.read_status(learned))
     assert file["embedding"]["name"] == "tiny-embedding.safetensors"
     on = {"adapter.start_from": str(learned / "tiny.safetensors"), "training.steps": 1}
     run = tiny_run(PIVOTAL | on)
@@ -244,7 +244,7 @@ def test_an_interrupted_run_goes_on_to_the_same_word(learned, tmp_path, monkeypa
     again = shutil.copytree(learned, tmp_path / "runs" / "again")
     shutil.rmtree(again / "state" / "000004")
     monkeypatch.setenv("ATELIER_OUTPUTS", str(tmp_path))
-    assert run_in(again) == 0, run_folder.status(again).message
+    assert run_in(again) == 0, run_status.read_status(again).message
     for name in ("tiny.safetensors", "tiny-embedding.safetensors"):
         ours, theirs = load_file(again / name), load_file(learned / name)
         assert ours.keys() == theirs.keys() and all(

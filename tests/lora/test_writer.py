@@ -21,7 +21,7 @@ from trainer.lora.formats.adapted_module import AdaptedModule
 from trainer.lora.formats.reader import read_adapter
 from trainer.lora.metadata import metadata_for, metadata_of_tool
 from trainer.models.safetensors_header import read_header
-from trainer.runs import run_folder
+from trainer.runs import run_folder, run_requests, run_status
 from trainer.training import loop
 from trainer.training.runner import run_in
 
@@ -169,10 +169,10 @@ def test_a_run_can_be_stopped_and_saved_after_its_first_step(tiny_run, monkeypat
     )
     folder, taken = run_folder.create(run), loop.optimizer_step
     monkeypatch.setattr(
-        loop, "optimizer_step", lambda *given: (taken(*given), run_folder.request(folder, wish))[0]
+        loop, "optimizer_step", lambda *given: (taken(*given), run_requests.request(folder, wish))[0]
     )
     run_in(folder)
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert status.state == ("stopped" if wish == "stop" else "finished"), status.message
     assert 1 in [saved.step for saved in status.adapters]
 
@@ -298,7 +298,7 @@ def test_the_hash_is_of_the_bytes_after_the_header(tmp_path):
 
 def test_a_finished_run_leaves_files_that_say_what_they_are(train_tiny):
     folder = train_tiny({"training.text_encoder_learning_rate": 1e-3, "dataset.trigger": "zorbit"})
-    file = folder / run_folder.status(folder).finished.file
+    file = folder / run_status.read_status(folder).finished.file
     tensors = load_file(file)
     assert {name.rsplit(".lora_", 1)[0].removesuffix(".alpha") for name in tensors} == set(
         GOLDEN_UNET + GOLDEN_TEXT
@@ -328,7 +328,7 @@ def test_what_is_no_adapter_is_refused(tmp_path, tiny_base):
 @pytest.mark.parametrize("wanted", [True, False])
 def test_a_thumbnail_of_the_save_is_in_the_file_where_it_is_wanted(train_tiny, wanted):
     folder = train_tiny({"saving.include_thumbnail": wanted})
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     finished = folder / status.finished.file
     saved = folder / next(
         adapter.file for adapter in status.adapters if adapter.step == status.finished.file_step

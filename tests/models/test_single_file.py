@@ -20,7 +20,7 @@ from trainer.inference.samples import generate
 from trainer.models import model_files
 from trainer.models import single_file as checkpoint
 from trainer.models.safetensors_header import TensorInfo
-from trainer.runs import events, run_folder
+from trainer.runs import events, run_folder, run_status
 from trainer.training import estimate, setup
 
 MARKER = torch.tensor([])  # how v_pred and ztsnr stand in a file: a name without numbers
@@ -62,7 +62,7 @@ def test_training_from_a_single_file_needs_no_network(checkpoint_of, train_tiny,
             "saving.saves": 1,
         }
     )
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert [s.step for s in status.samples] == [0, 2] and not status.warnings
     keys = {
         name.partition(".")[0] if kind == "sd35m" else name.split("_")[1]

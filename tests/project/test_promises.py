@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from app import __main__ as page
 from app.jobs import runs
 from trainer import config
-from trainer.runs import atomic_files, events, run_folder
+from trainer.runs import atomic_files, events, run_folder, run_lock, run_requests, run_status
 from trainer.training.runner import STOPPED, run_in
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ HOSTILE = [
 
 
 def adapter_of(folder):
-    return load_file(folder / run_folder.status(folder).finished.file)
+    return load_file(folder / run_status.read_status(folder).finished.file)
 
 
 def same(a, b):
@@ -108,7 +108,7 @@ def test_P04_a_signal_saves_the_present_step_and_resuming_goes_on(
     with monkeypatch.context() as patch:
         at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run_in(folder) == STOPPED
-    assert run_folder.status(folder).state == "stopped" and (folder / "state" / "000004").is_dir()
+    assert run_status.read_status(folder).state == "stopped" and (folder / "state" / "000004").is_dir()
     assert run_in(folder) == 0 and same(adapter_of(folder), whole)
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -143,8 +143,8 @@ def test_P09_pictures_that_go_or_change_meanwhile_alter_nothing_and_are_named_at
     assert same(adapter_of(folder), adapter_of(whole))
     assert run_in(folder) == 1
     assert (
-        "The dataset changed" in run_folder.status(folder).message
-        and "01.png" in run_folder.status(folder).message
+        "The dataset changed" in run_status.read_status(folder).message
+        and "01.png" in run_status.read_status(folder).message
     )
 
 
@@ -154,7 +154,7 @@ def test_P10_a_clock_that_jumps_changes_and_loses_nothing(tiny_run, train_tiny, 
     monkeypatch.setattr(time, "time", lambda: real() + (-1) ** next(calls) * year)
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 0
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert same(adapter_of(folder), whole) and sorted(
         path.name for path in (folder / "state").iterdir()
     ) == ["000004", "000006"]
@@ -167,22 +167,22 @@ def test_P10_a_clock_that_jumps_changes_and_loses_nothing(tiny_run, train_tiny, 
 def test_P11_a_second_run_waits_for_the_device_and_can_be_stopped_meanwhile(tiny_run):
     folder = run_folder.create(tiny_run())
     device = FileLock(
-        run_folder.device_lock().lock_file, thread_local=False
+        run_lock.device_lock().lock_file, thread_local=False
     )  # as held by another process
     device.acquire()
     states = []
 
     def watch(then):
-        while run_folder.status(folder).state != "waiting":
+        while run_status.read_status(folder).state != "waiting":
             time.sleep(0.05)
         states.append("waiting")
         then()
 
-    watching = threading.Thread(target=watch, args=(lambda: run_folder.request(folder, "stop"),))
+    watching = threading.Thread(target=watch, args=(lambda: run_requests.request(folder, "stop"),))
     watching.start()
     assert run_in(folder) == STOPPED
     watching.join()
-    assert run_folder.status(folder).state == "stopped" and run_folder.status(folder).can_resume
+    assert run_status.read_status(folder).state == "stopped" and run_status.read_status(folder).can_resume
     watching = threading.Thread(target=watch, args=(device.release,))
     watching.start()
     assert run_in(folder) == 0
@@ -193,11 +193,11 @@ def test_P11_a_second_run_waits_for_the_device_and_can_be_stopped_meanwhile(tiny
 DYING = """
 import os, signal, sys
 from pathlib import Path
-from trainer import events, run_folder
+from trainer.runs import events, run_lock, run_requests
 folder = Path(sys.argv[2])
-lock = run_folder.acquire(folder)
-run_folder.withdraw(folder, "queued")
-events.EventLog(folder / "events.jsonl").append(events.Launched(os.getpid(), "0", run_folder.boot_id()))
+lock = run_lock.acquire(folder)
+run_requests.withdraw(folder, "queued")
+events.EventLog(folder / "events.jsonl").append(events.Launched(os.getpid(), "0", run_lock.boot_id()))
 print("its last words", flush=True)
 {how}
 """
@@ -220,7 +220,7 @@ def test_P14_a_trainer_that_dies_is_explained(outputs, tmp_path, monkeypatch, ho
     launcher.look()
     launcher.executor.process.wait(60)
     launcher.look()
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert (
         status.state == "interrupted"
         and said in status.message
@@ -234,16 +234,16 @@ def test_P14_a_trainer_that_dies_is_explained(outputs, tmp_path, monkeypatch, ho
 def test_P14_a_restart_of_the_machine_is_told_from_a_crash(outputs, monkeypatch):
     folder = run_folder.create(config.RunConfig())
     events.EventLog(folder / "events.jsonl").append(events.Launched(1, "0", "an earlier start"))
-    monkeypatch.setattr(run_folder, "boot_id", lambda: "this start")
-    status = run_folder.status(folder)
+    monkeypatch.setattr(run_lock, "boot_id", lambda: "this start")
+    status = run_status.read_status(folder)
     assert (
         "The machine was restarted" in status.message
         and status.can_resume
         and "resume" in runs.actions(status)
     )
-    monkeypatch.setattr(run_folder, "boot_id", lambda: "")
+    monkeypatch.setattr(run_lock, "boot_id", lambda: "")
     (folder / "log.txt").write_text("Fatal Python error: Segmentation fault\n\nCurrent thread")
-    assert "crashed" in run_folder.status(folder).message
+    assert "crashed" in run_status.read_status(folder).message
 
 
 def test_P15_a_busy_port_is_a_sentence(monkeypatch, capsys):
@@ -291,10 +291,10 @@ def test_P19_resumed_twice_all_counts_on_and_other_settings_are_refused(
     folder = run_folder.create(tiny_run())
     for step in (2, 3):
         with monkeypatch.context() as patch:
-            at_step(patch, step, lambda: run_folder.request(folder, "stop"))
+            at_step(patch, step, lambda: run_requests.request(folder, "stop"))
             assert run_in(folder) == STOPPED
     assert run_in(folder) == 0
-    ours, theirs = run_folder.status(folder), run_folder.status(whole)
+    ours, theirs = run_status.read_status(folder), run_status.read_status(whole)
     assert (
         ours.losses == theirs.losses
         and ours.learning_rates == theirs.learning_rates
@@ -302,7 +302,7 @@ def test_P19_resumed_twice_all_counts_on_and_other_settings_are_refused(
     )
     changed = config.replace(config.load(folder / "run.toml"), {"training.steps": 9})
     (folder / "run.toml").write_text(config.to_toml(changed))
-    assert run_in(folder) == 1 and "start a new run" in run_folder.status(folder).message.lower()
+    assert run_in(folder) == 1 and "start a new run" in run_status.read_status(folder).message.lower()
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -12,7 +12,7 @@ import pytest
 import trainer
 from trainer import RunConfig, TrainerError, run
 from trainer.errors import ConfigError
-from trainer.runs import run_folder
+from trainer.runs import run_folder, run_requests, run_status
 from trainer.runs.events import StepDone
 from trainer.training.runner import run_in
 
@@ -48,7 +48,7 @@ def test_a_run_gives_its_files_and_tells_how_far_it_is(tiny_run, capsys):
 def test_it_stops_goes_on_and_runs_beside_the_main_thread(tiny_run):
     def stop_after_two(event):
         if isinstance(event, StepDone) and event.step == 2:
-            run_folder.request(next(iter(run_folder.list_runs())), "stop")
+            run_requests.request(next(iter(run_folder.list_runs())), "stop")
 
     results = []
     thread = threading.Thread(
@@ -68,12 +68,12 @@ def test_it_stops_goes_on_and_runs_beside_the_main_thread(tiny_run):
 def test_a_run_leaves_the_queue_only_when_it_is_seen_at_work(tiny_run):
     """Else the page, which looks each moment, would end it as one that a person has taken out."""
     folder = run_folder.create(tiny_run())
-    run_folder.request(folder, "queued")
+    run_requests.request(folder, "queued")
     seen = []
 
     def look(event):
         seen.append(
-            (run_folder.requested(folder, "queued"), run_folder.status(folder).launched_at > 0)
+            (run_requests.requested(folder, "queued"), run_status.read_status(folder).launched_at > 0)
         )
         if len(seen) == 2:
             raise TrainerError("enough")

@@ -13,7 +13,7 @@ from tests.training.test_resume import resumed_from
 from trainer import config
 from trainer.cli.main import main
 from trainer.errors import DiskError
-from trainer.runs import atomic_files, cache_limits, run_folder
+from trainer.runs import atomic_files, cache_limits, run_folder, run_status
 from trainer.runs.atomic_files import WRITING
 from trainer.training import estimate, trainer_state
 from trainer.training.runner import run_in
@@ -29,7 +29,7 @@ def test_a_run_that_does_not_fit_is_refused_before_it_starts(tiny_run, monkeypat
     full(monkeypatch, 1e6)
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 1
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert (
         "The disk is full: the run needs" in status.message
         and "1.0 MB are free" in status.message
@@ -56,9 +56,9 @@ def test_the_disk_fills_up_during_the_run(tiny_run, monkeypatch):
                 full(patch, 1000)
             save(folder, kept)
 
-        patch.setattr("trainer.training.loop.save_state", filling)
+        patch.setattr("trainer.training.saving.save_state", filling)
         assert run_in(folder) == 1
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert (
         "the state of step 4 needs" in status.message
         and status.can_resume
@@ -70,7 +70,7 @@ def test_the_disk_fills_up_during_the_run(tiny_run, monkeypatch):
         load_file(folder / "tiny.safetensors").keys()
         == load_file(whole / "tiny.safetensors").keys()
     )
-    assert run_folder.status(folder).losses == run_folder.status(whole).losses
+    assert run_status.read_status(folder).losses == run_status.read_status(whole).losses
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])

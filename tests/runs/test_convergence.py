@@ -16,7 +16,7 @@ from trainer.inference import sample_checks
 from trainer.lora import analysis
 from trainer.lora.formats.adapted_module import AdaptedModule
 from trainer.lora.formats.reader import read_adapter
-from trainer.runs import convergence, events, run_folder
+from trainer.runs import convergence, events, run_folder, run_lock, run_requests, run_status
 from trainer.runs.events import Validated
 from trainer.training.runner import STOPPED, run_in
 
@@ -127,10 +127,10 @@ def test_early_stop_that_cannot_act_is_refused(changes, words):
 
 def rising(monkeypatch, losses):
     """Each measuring finds the next of these."""
-    from trainer.training import loop
+    from trainer.training import validation
 
     found = iter(losses)
-    monkeypatch.setattr(loop, "validation_losses", lambda session: [next(found)] * 4)
+    monkeypatch.setattr(validation, "validation_losses", lambda session: [next(found)] * 4)
 
 
 def test_the_best_save_is_the_finished_file_unless_the_last_is_wanted(
@@ -142,7 +142,7 @@ def test_the_best_save_is_the_finished_file_unless_the_last_is_wanted(
             tiny_run(OVERLONG | {"dataset.folder": str(twelve), "saving.main": main})
         )
         assert run_in(folder) == 0
-        status = run_folder.status(folder)
+        status = run_status.read_status(folder)
         assert (status.best_step, status.finished.best_step, status.finished.file_step) == (
             8,
             8,
@@ -160,7 +160,7 @@ def test_early_stop_ends_the_run_and_a_resumed_run_ends_there_too(tiny_run, twel
         tiny_run(OVERLONG | {"dataset.folder": str(twelve), "training.early_stop": 2})
     )
     assert run_in(folder) == 0
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert (status.state, status.step, status.finished.file_step) == (
         "finished",
         16,
@@ -177,7 +177,7 @@ def test_early_stop_ends_the_run_and_a_resumed_run_ends_there_too(tiny_run, twel
             path.rename(folder / f"gone-{path.name}")
     rising(monkeypatch, [0.5])
     assert run_in(folder) == 0
-    again = run_folder.status(folder)
+    again = run_status.read_status(folder)
     assert (again.state, again.step, again.finished.file_step) == ("finished", 16, 8) and (
         folder / "tiny.safetensors"
     ).read_bytes() == kept
@@ -189,32 +189,32 @@ def test_early_stop_ends_a_run_whose_losses_are_no_numbers(tiny_run, twelve, mon
         tiny_run(OVERLONG | {"dataset.folder": str(twelve), "training.early_stop": 2})
     )
     assert run_in(folder) == 0
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert (status.step, status.file_step) == (12, 12) and "that of step 12" in status.ended_early
 
 
 def test_early_stop_without_held_out_pictures_is_said(train_tiny):
-    status = run_folder.status(train_tiny({"training.early_stop": 1}))
+    status = run_status.read_status(train_tiny({"training.early_stop": 1}))
     assert status.step == 6 and any(
         "too few pictures to hold some out" in warning for warning in status.warnings
     )
 
 
 def test_what_is_measured_is_the_same_twice_and_finer_for_few_pictures(tiny_run, twelve):
-    from trainer.training import step
+    from trainer.training import validation
     from trainer.training.setup import prepare
 
     for share, parts in ((0.1, 32), (0.25, 48), (0.3, 32)):
         run = tiny_run({"dataset.folder": str(twelve), "dataset.hold_out": share})
         folder = run_folder.create(run)
         session = prepare(run, folder, events.EventLog(folder / "events.jsonl"))
-        once, trained = step.validation_losses(session), step.training_loss(session)
+        once, trained = validation.validation_losses(session), validation.training_loss(session)
         assert len(once) == parts and once == pytest.approx(
-            step.validation_losses(session), abs=1e-6
+            validation.validation_losses(session), abs=1e-6
         )
-        assert trained == pytest.approx(step.training_loss(session), abs=1e-6)
+        assert trained == pytest.approx(validation.training_loss(session), abs=1e-6)
         session.fallbacks.pieces["validate"] = 4
-        assert step.validation_losses(session) == pytest.approx(once, rel=1e-5)
+        assert validation.validation_losses(session) == pytest.approx(once, rel=1e-5)
 
 
 def test_a_stopped_run_hands_out_its_best_save(tiny_run, twelve, monkeypatch):
@@ -225,7 +225,7 @@ def test_a_stopped_run_hands_out_its_best_save(tiny_run, twelve, monkeypatch):
     def stop_at_ten(self, event):
         append(self, event)
         if isinstance(event, events.StepDone) and event.step == 10:
-            run_folder.request(folder, "stop")
+            run_requests.request(folder, "stop")
 
     monkeypatch.setattr(events.EventLog, "append", stop_at_ten)
     assert run_in(folder) == STOPPED
@@ -303,10 +303,10 @@ def test_only_a_run_at_work_goes_on(outputs, last, said):
         *last,
     ):
         log.append(event)
-    lock = run_folder.acquire(folder)
-    assert f"the run {said}" in run_folder.status(folder).reading.sentence
+    lock = run_lock.acquire(folder)
+    assert f"the run {said}" in run_status.read_status(folder).reading.sentence
     lock.release()
-    assert "the run ended" in run_folder.status(folder).reading.sentence, "without its trainer"
+    assert "the run ended" in run_status.read_status(folder).reading.sentence, "without its trainer"
 
 
 def test_what_to_change_follows_the_fault_and_the_settings():
@@ -362,7 +362,7 @@ def test_a_loss_that_is_no_number_leaves_the_page_standing(outputs):
     log = events.EventLog(folder / "events.jsonl")
     for event in events.read_events(RECORDED / "overlong.jsonl"):
         log.append(event)
-    best = run_folder.status(folder).best_step
+    best = run_status.read_status(folder).best_step
     log.append(Validated(460, float("nan"), [float("nan"), 0.5, 0.4], float("nan")))
     log.append(events.AdapterSaved(460, "long-000460.safetensors"))
     assert (
@@ -420,7 +420,7 @@ def test_on_the_embedded_base_the_best_save_of_an_over_long_run_beats_its_last(o
         config.replace(presets.load_preset("embedded-subject").config, changes)
     )
     assert run_in(folder) == 0
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     held_out = dict(status.validation)
     assert status.finished.file_step == status.best_step < status.step
     assert held_out[status.best_step] < 0.95 * held_out[status.step]
@@ -454,7 +454,7 @@ def test_each_save_is_probed_without_the_trigger(train_tiny):
         "training.learning_rate": 0.3,
     }
     folder = train_tiny(changes)
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert [found.step for found in status.probes] == [0, 3, 6] and {
         found.prompt for found in status.probes
     } == {"on the moon"}
@@ -468,7 +468,7 @@ def test_each_save_is_probed_without_the_trigger(train_tiny):
         found.leak for found in status.probes
     ]
     assert len(shown["rows"]) == 2 and len(shown["likeness"]) == 3
-    plain = run_folder.status(train_tiny(changes | {"sampling.prompts": ["the moon"]}))
+    plain = run_status.read_status(train_tiny(changes | {"sampling.prompts": ["the moon"]}))
     assert (
         not any(found.file for found in plain.probes)
         and plain.losses == status.losses

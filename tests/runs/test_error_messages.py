@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import ConfigError
-from trainer.runs import error_messages, run_folder
-from trainer.training import loop
+from trainer.runs import error_messages, run_folder, run_status
 from trainer.training.runner import run_in
+from trainer.training.step import optimizer_step
 
 TOKEN = "hf_" + "aBcD1234" * 4
 
@@ -130,7 +130,7 @@ def test_each_known_error_has_its_sentence(error, expected):
     ],
 )
 def test_each_exit_without_a_word_has_its_sentence(code, expected):
-    assert expected in run_folder.exit_sentence(code)
+    assert expected in run_status.describe_exit_code(code)
 
 
 @pytest.mark.parametrize(
@@ -163,13 +163,13 @@ def test_a_failed_run_leaves_a_report_and_a_sentence(tiny_run, monkeypatch, caps
     def fail(*args):
         raise RuntimeError(f"CUDA error: no kernel image is available ({TOKEN}) in {Path.home()}/x")
 
-    monkeypatch.setattr(loop, "microbatch_losses", fail)
+    monkeypatch.setattr(optimizer_step, "microbatch_losses", fail)
     folder = run_folder.create(tiny_run())
     (folder / "log.txt").write_text(f"line of the log with {TOKEN}\n" * 500)
     assert run_in(folder) == 1
     text, shown = (folder / "report.txt").read_text(), capsys.readouterr().err
     assert (
-        "not built for this GPU" in run_folder.status(folder).message
+        "not built for this GPU" in run_status.read_status(folder).message
         and "not built for this GPU" in shown
     )
     assert (

@@ -10,7 +10,7 @@ import pytest
 
 from trainer import config
 from trainer.errors import StateError
-from trainer.runs import events, run_folder
+from trainer.runs import events, run_folder, run_lock, run_requests, run_status
 from trainer.runs.events import (
     AdapterSaved,
     EventLog,
@@ -115,18 +115,18 @@ def test_any_name_gives_a_folder_inside_the_runs(outputs, name):
 )
 def test_the_state_of_a_run_without_a_trainer(folder, happened, state):
     write(folder, *happened)
-    assert run_folder.status(folder).state == state
+    assert run_status.read_status(folder).state == state
 
 
 def test_the_state_of_a_run_with_a_trainer(folder):
-    lock = run_folder.acquire(folder)
+    lock = run_lock.acquire(folder)
     write(folder, Launched(os.getpid(), "0"), Progress("caching", 1, 4))
-    assert run_folder.status(folder).state == "caching"
+    assert run_status.read_status(folder).state == "caching"
     write(folder, started(), StepDone(1, 1.0, 1e-4, 2.0))
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert (status.state, status.step, status.seconds_left) == ("training", 1, 18.0)
-    run_folder.request(folder, "stop")
-    assert run_folder.status(folder).state == "stopping"
+    run_requests.request(folder, "stop")
+    assert run_status.read_status(folder).state == "stopping"
     lock.release()
 
 
@@ -140,7 +140,7 @@ def test_what_a_resumed_run_repeats_is_superseded(folder):
         SampleSaved(6, "p", 1, "s6"),
     )
     write(folder, started(step=4), StepDone(5, 50.0, 1e-4, 0.1))
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert status.losses == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 50.0)]
     assert not status.adapters and not status.samples and not status.validation
 
@@ -153,13 +153,13 @@ def test_the_best_save_is_told_by_what_is_held_out_and_only_by_that(folder):
         for event in (Validated(step, loss), AdapterSaved(step, f"{step}", loss))
     ]
     write(folder, started(), *happened)
-    assert run_folder.status(folder).best_step is None
+    assert run_status.read_status(folder).best_step is None
     write(folder, replace(started(), held_out=1), *happened, Validated(8, 0.1))
-    assert run_folder.status(folder).best_step == 4, "step 8 was measured, but not saved"
+    assert run_status.read_status(folder).best_step == 4, "step 8 was measured, but not saved"
 
 
 def _hold(folder, ready):
-    lock = run_folder.acquire(folder)
+    lock = run_lock.acquire(folder)
     ready.set()
     signal.pause()
     lock.release()
@@ -172,21 +172,21 @@ def test_a_second_trainer_is_refused_and_a_dead_one_is_succeeded(folder):
     holder.start()
     assert ready.wait(60)
     write(folder, Launched(holder.pid, "0"))
-    assert run_folder.is_alive(folder)
+    assert run_lock.is_alive(folder)
     with pytest.raises(StateError, match=f"already being trained by process {holder.pid}"):
-        run_folder.acquire(folder)
+        run_lock.acquire(folder)
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
-    assert not run_folder.is_alive(folder)
-    run_folder.acquire(folder).release()
+    assert not run_lock.is_alive(folder)
+    run_lock.acquire(folder).release()
 
 
 def test_the_queue_is_in_the_order_of_asking(outputs):
     folders = [run_folder.create(config.RunConfig(name=name)) for name in "cab"]
     for folder in folders:
-        run_folder.request(folder, "queued")
-    assert list(run_folder.queue()) == folders
-    assert run_folder.status(folders[0]).state == "queued"
+        run_requests.request(folder, "queued")
+    assert list(run_requests.queue()) == folders
+    assert run_status.read_status(folders[0]).state == "queued"
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path):
@@ -197,8 +197,8 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
 
 def test_a_run_is_read_on_and_shows_what_a_whole_reading_shows(folder):
     """Also across a line that is half written, a resumed run, and another run under the same name."""
-    replay, log, path = run_folder.Replay(folder), write(folder), folder / "events.jsonl"
-    assert replay.status() == run_folder.status(folder)
+    replay, log, path = run_status.Replay(folder), write(folder), folder / "events.jsonl"
+    assert replay.status() == run_status.read_status(folder)
     for event in (
         Launched(1, "0"),
         started(),
@@ -207,7 +207,7 @@ def test_a_run_is_read_on_and_shows_what_a_whole_reading_shows(folder):
         Failed("no room"),
     ):
         log.append(event)
-        assert replay.status() == run_folder.status(folder)
+        assert replay.status() == run_status.read_status(folder)
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"event": "Step')
     assert replay.status().state == "failed"
@@ -215,7 +215,7 @@ def test_a_run_is_read_on_and_shows_what_a_whole_reading_shows(folder):
         file.write(
             b'Done", "step": 3, "loss": 0.5, "learning_rate": 0.1, "seconds": 0.1, "time": 1.0}\n'
         )
-    assert replay.status().step == 3 and replay.status() == run_folder.status(folder)
+    assert replay.status().step == 3 and replay.status() == run_status.read_status(folder)
     path.unlink()
     assert replay.status().state == "new"
     write(folder, Launched(1, "0"), Finished(10, "a", 10, 1.0))
@@ -223,7 +223,7 @@ def test_a_run_is_read_on_and_shows_what_a_whole_reading_shows(folder):
 
 
 def test_only_what_is_new_is_read(folder, monkeypatch):
-    log, replay, parsed = write(folder, Launched(1, "0"), started()), run_folder.Replay(folder), []
+    log, replay, parsed = write(folder, Launched(1, "0"), started()), run_status.Replay(folder), []
     replay.status()
     real = events.parse_event
     monkeypatch.setattr(events, "parse_event", lambda line: parsed.append(line) or real(line))
@@ -235,13 +235,13 @@ def test_only_what_is_new_is_read(folder, monkeypatch):
 def test_a_request_that_is_withdrawn_while_the_queue_is_looked_at_is_left_out(folder, monkeypatch):
     other = run_folder.create(config.RunConfig(name="other"))
     for each in (folder, other):
-        run_folder.request(each, "queued")
-    assert list(run_folder.queue()) == [folder, other]
+        run_requests.request(each, "queued")
+    assert list(run_requests.queue()) == [folder, other]
     read = Path.read_text
 
     def withdrawn_first(path, *args, **options):
-        run_folder.withdraw(folder, "queued")
+        run_requests.withdraw(folder, "queued")
         return read(path, *args, **options)
 
     monkeypatch.setattr(Path, "read_text", withdrawn_first)
-    assert list(run_folder.queue()) == [other]
+    assert list(run_requests.queue()) == [other]

@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.errors import ConfigError
-from trainer.runs import events, run_folder, trackers
+from trainer.runs import events, run_folder, run_status, trackers
 
 
 def warnings(folder) -> list[str]:
@@ -20,7 +20,7 @@ def test_losses_and_samples_arrive_in_tensorboard(train_tiny) -> None:
     folder = train_tiny({"saving.tracking": "tensorboard"})
     found = EventAccumulator(str(folder / "tracking"))
     found.Reload()
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert [
         (point.step, pytest.approx(point.value, rel=1e-4)) for point in found.Scalars("loss")
     ] == status.losses
@@ -66,4 +66,4 @@ def test_a_tracker_that_breaks_ends_nothing(tiny_run, outputs, monkeypatch) -> N
     log.append(events.Failed("what came after"))
     assert isinstance(told[-1], events.Failed)
     assert len(warnings(folder)) == 1 and "no route" in warnings(folder)[0]
-    assert [step for step, _ in run_folder.status(folder).losses] == [1, 2]
+    assert [step for step, _ in run_status.read_status(folder).losses] == [1, 2]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from trainer import config
 from trainer.errors import ConfigError
-from trainer.runs import events, run_folder
+from trainer.runs import events, run_folder, run_requests, run_status
 from trainer.training import distributed, launch
 from trainer.training.runner import STOPPED, run_in
 
@@ -107,7 +107,7 @@ def all_events(folder):
 
 def alike(one, other, tolerance):
     """Losses of every step, validation losses, and the final adapter."""
-    ours, theirs = run_folder.status(one), run_folder.status(other)
+    ours, theirs = run_status.read_status(one), run_status.read_status(other)
     assert ours.state == theirs.state == "finished" and [step for step, _ in ours.losses] == [
         step for step, _ in theirs.losses
     ]
@@ -130,7 +130,7 @@ def test_two_processes_take_the_steps_of_one_to_the_bit(trained):
 @needs_fork
 def test_a_microbatch_that_is_cut_gives_the_same_up_to_rounding(trained):
     """Three processes, three pictures in a microbatch, fewer in the last one of a shape: some process then has nothing to do."""
-    assert run_folder.status(trained["cut three"][0]).started.device.startswith("3 x ")
+    assert run_status.read_status(trained["cut three"][0]).started.device.startswith("3 x ")
     alike(trained["cut three"][0], trained["cut one"][0], 1e-4)
 
 
@@ -164,7 +164,7 @@ def test_a_dead_process_ends_the_run_with_the_state_of_the_last_whole_step(train
         0,
         3,
     ]  # resumed by one process
-    assert run_folder.status(folder).losses == run_folder.status(trained["one"][0]).losses
+    assert run_status.read_status(folder).losses == run_status.read_status(trained["one"][0]).losses
 
 
 @needs_fork
@@ -185,7 +185,7 @@ def test_more_processes_than_pictures_are_refused(trained):
     folder, codes = trained["too many"]
     assert (
         codes == [[1, 1]]
-        and "cannot share a step of 1 pictures" in run_folder.status(folder).message
+        and "cannot share a step of 1 pictures" in run_status.read_status(folder).message
     )
 
 
@@ -217,7 +217,7 @@ def test_a_run_may_go_on_with_another_number_of_devices():
 
 @needs_fork
 def test_what_accelerate_config_left_on_the_machine_is_not_read(trained):
-    started = [run_folder.status(trained[name][0]).started for name in ("one", "two")]
+    started = [run_status.read_status(trained[name][0]).started for name in ("one", "two")]
     assert [s.precision for s in started] == ["fp32", "fp32"] and not started[0].device.startswith(
         "8 x"
     )
@@ -239,16 +239,16 @@ def test_devices_start_torch_s_launcher_and_a_stop_is_no_failure(tiny_run, capfd
 
     def stop_after_a_step():
         until = time.monotonic() + 240
-        while run_folder.status(folder).step < 2 and time.monotonic() < until:
+        while run_status.read_status(folder).step < 2 and time.monotonic() < until:
             time.sleep(0.2)
-        run_folder.request(folder, "stop")
+        run_requests.request(folder, "stop")
 
     thread = threading.Thread(target=stop_after_a_step)
     thread.start()
     code = run_in(folder)
     said = capfd.readouterr().err
     thread.join()
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert (
         status.state == "stopped"
         and status.started.device.startswith("2 x CPU")
@@ -261,10 +261,10 @@ def test_devices_start_torch_s_launcher_and_a_stop_is_no_failure(tiny_run, capfd
 def test_a_stop_while_several_processes_load_is_not_lost(tiny_run, monkeypatch):
     """They take half a minute to begin: Ctrl-C, or taking the run out of the queue, ends it in that time too."""
     folder, found = run_folder.create(tiny_run({"training.devices": 2})), []
-    run_folder.request(folder, "stop")  # of an earlier life
+    run_requests.request(folder, "stop")  # of an earlier life
 
     def start(count, folder):
-        found.append(run_folder.requested(folder, "stop"))
+        found.append(run_requests.requested(folder, "stop"))
         os.kill(os.getpid(), signal.SIGTERM)
         with monkeypatch.context() as process:  # the first of them
             process.setenv(launch.STARTED, "1")
@@ -272,4 +272,4 @@ def test_a_stop_while_several_processes_load_is_not_lost(tiny_run, monkeypatch):
             return run_in(folder, distributed.World())
 
     monkeypatch.setattr(launch, "start_several", start)
-    assert run_in(folder) == STOPPED and found == [False] and run_folder.status(folder).step == 0
+    assert run_in(folder) == STOPPED and found == [False] and run_status.read_status(folder).step == 0

@@ -8,7 +8,7 @@ from trainer import config
 from trainer.config import presets
 from trainer.data.splits import held_out_count
 from trainer.models import model_files
-from trainer.runs import events, run_folder
+from trainer.runs import events, run_status
 from trainer.training import estimate
 
 RECORDED = Path(__file__).parents[1] / "recorded"
@@ -19,10 +19,10 @@ SD15, SDXL = (presets.load_preset(name).config for name in ("sd15-subject", "sdx
 def test_the_time_left_is_right_after_a_tenth(recording: Path) -> None:
     """Within 15 % at a tenth of the run, and at every later tenth until the last."""
     happened = list(events.read_events(recording))
-    status, end = run_folder.RunStatus(name="recorded"), happened[-1].time
+    status, end = run_status.RunStatus(name="recorded"), happened[-1].time
     checked = []
     for event in happened:
-        run_folder._apply(status, event)
+        run_status._apply(status, event)
         if (
             isinstance(event, events.StepDone)
             and event.step % (status.total_steps // 10) == 0
@@ -38,7 +38,7 @@ def test_the_time_left_is_right_after_a_tenth(recording: Path) -> None:
 
 
 def test_a_pause_is_no_measuring() -> None:
-    status = run_folder.RunStatus(name="x")
+    status = run_status.RunStatus(name="x")
     started = events.Started(
         0, 10, 1, 0, 1, "cpu", "fp32", "torch", "x", saves=2, images_per_step=4, time=0
     )
@@ -46,7 +46,7 @@ def test_a_pause_is_no_measuring() -> None:
         started, events.Validated(0, 1.0, time=1), events.StepDone(1, 1.0, 1e-4, 0.5, time=3), events.Validated(1, 1.0, time=4),
         events.Paused(1, time=4), events.Continued(1, time=1000), events.StepDone(2, 1.0, 1e-4, 0.5, time=1000.5),
     ):  # fmt: skip
-        run_folder._apply(status, event)
+        run_status._apply(status, event)
     assert status.stations == [2.5] and status.images_per_second == 8
     assert status.seconds_left == 8 * 0.5 + 2 * 2.5
 

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from trainer.families.sd1 import StableDiffusion1
 from trainer.lora import inject
 from trainer.models import cpu_conv
-from trainer.runs import events, run_folder
+from trainer.runs import events, run_folder, run_requests, run_status
 from trainer.training import loop, step
 from trainer.training.runner import STOPPED, run_in
 
 
 def adapter_of(folder):
-    return load_file(folder / run_folder.status(folder).finished.file)
+    return load_file(folder / run_status.read_status(folder).finished.file)
 
 
 def same(a, b):
@@ -26,7 +26,7 @@ def same(a, b):
 
 def test_a_run_leaves_what_its_folder_promises(train_tiny):
     folder = train_tiny()
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert (
         status.state == "finished"
         and status.step == status.total_steps == 6
@@ -50,7 +50,7 @@ def test_it_learns_the_pictures(train_tiny):
     folder = train_tiny(
         {"training.steps": 40, "adapter.rank": 8, "adapter.alpha": 8.0, "saving.saves": 1}
     )
-    validation = run_folder.status(folder).validation
+    validation = run_status.read_status(folder).validation
     assert validation[-1][1] < 0.97 * validation[0][1]
 
 
@@ -140,12 +140,12 @@ def test_what_makes_a_step_faster_changes_the_losses_by_rounding_alone(
     train_tiny, monkeypatch, optimisation
 ):
     settings = {"training.steps": 20, "training.learning_rate": 1e-3, "saving.saves": 1}
-    usual = dict(run_folder.status(train_tiny(settings)).losses)
+    usual = dict(run_status.read_status(train_tiny(settings)).losses)
     if optimisation == "fused layers":
         monkeypatch.setattr(inject, "fuse", lambda component, adapter: None)
     else:  # which the small layers of the tiny base would not be
         monkeypatch.setattr(cpu_conv, "WEIGHTS_PER_POSITION", 0)
-    other = dict(run_folder.status(train_tiny(settings)).losses)
+    other = dict(run_status.read_status(train_tiny(settings)).losses)
     assert usual != other and usual == pytest.approx(other, rel=1e-3)
 
 
@@ -203,7 +203,7 @@ def test_a_run_that_no_gradient_reaches_fails(tiny_run, monkeypatch):
     )
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 1
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert (
         status.state == "failed"
         and "No gradient reached the adapter in the unet" in status.message
@@ -238,7 +238,7 @@ def poison(monkeypatch, bad_steps):
 def test_a_step_that_is_not_finite_is_skipped_and_told(train_tiny, monkeypatch):
     poison(monkeypatch, {3})
     folder = train_tiny()
-    assert any("Step 3 was skipped" in warning for warning in run_folder.status(folder).warnings)
+    assert any("Step 3 was skipped" in warning for warning in run_status.read_status(folder).warnings)
     assert all(torch.isfinite(t).all() for t in adapter_of(folder).values())
 
 
@@ -246,7 +246,7 @@ def test_a_run_that_stays_not_finite_fails_and_keeps_its_last_state(tiny_run, mo
     poison(monkeypatch, set(range(4, 100)))
     folder = run_folder.create(tiny_run({"training.steps": 20}))
     assert run_in(folder) == 1
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert (
         status.state == "failed"
         and "Lower the learning rate" in status.message
@@ -256,7 +256,7 @@ def test_a_run_that_stays_not_finite_fails_and_keeps_its_last_state(tiny_run, mo
 
 
 def rates(folder):
-    return [rate for _, rate in run_folder.status(folder).learning_rates]
+    return [rate for _, rate in run_status.read_status(folder).learning_rates]
 
 
 def test_after_bad_steps_it_goes_back_with_a_lower_rate_and_resuming_repeats_that(
@@ -270,7 +270,7 @@ def test_after_bad_steps_it_goes_back_with_a_lower_rate_and_resuming_repeats_tha
     ]
     assert [(e.step, e.from_step, e.lr_scale) for e in happened] == [(2, 6, 0.5)]
     assert rates(folder) == pytest.approx([0.01, 0.01, *[0.005] * 6])
-    assert any("went back to step 2" in warning for warning in run_folder.status(folder).warnings)
+    assert any("went back to step 2" in warning for warning in run_status.read_status(folder).warnings)
     adapter = adapter_of(folder)
     shutil.rmtree(max((folder / "state").iterdir()))
     assert (
@@ -291,7 +291,7 @@ def test_back_at_the_start_the_optimiser_is_as_at_the_start(tiny_run, train_tiny
     with monkeypatch.context() as patch:
         poison(patch, {4, 5, 6})
         folder = train_tiny(settings)
-    assert any("went back to step 0" in warning for warning in run_folder.status(folder).warnings)
+    assert any("went back to step 0" in warning for warning in run_status.read_status(folder).warnings)
     assert same(
         adapter_of(folder), adapter_of(train_tiny(settings | {"training.learning_rate": 0.005}))
     )
@@ -309,7 +309,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny_run, monkeypatch):
     monkeypatch.setattr(loop, "finite_gradients", breaking)
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 0
-    assert any("went back to step" in warning for warning in run_folder.status(folder).warnings)
+    assert any("went back to step" in warning for warning in run_status.read_status(folder).warnings)
     saved = [*folder.glob("*.safetensors"), *folder.glob("state/*/*.safetensors")]
     assert len(saved) >= 7 and all(
         torch.isfinite(t).all() for path in saved for t in load_file(path).values()
@@ -334,9 +334,9 @@ def test_the_picture_that_breaks_the_numbers_is_named(tiny_run, monkeypatch):
     run_in(folder)
     assert all(
         "The latents of 02.png are not finite" in warning
-        for warning in run_folder.status(folder).warnings
+        for warning in run_status.read_status(folder).warnings
     )
-    assert run_folder.status(folder).warnings
+    assert run_status.read_status(folder).warnings
 
 
 def test_stop_saves_and_resuming_finishes(tiny_run, monkeypatch):
@@ -346,16 +346,16 @@ def test_stop_saves_and_resuming_finishes(tiny_run, monkeypatch):
     def stop_at_three(self, event):
         append(self, event)
         if isinstance(event, events.StepDone) and event.step == 3:
-            run_folder.request(folder, "stop")
+            run_requests.request(folder, "stop")
 
     monkeypatch.setattr(events.EventLog, "append", stop_at_three)
     assert run_in(folder) == STOPPED
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert (
         status.state == "stopped" and status.step == 3 and (folder / "tiny.safetensors").is_file()
     )
     monkeypatch.setattr(events.EventLog, "append", append)
-    assert run_in(folder) == 0 and run_folder.status(folder).state == "finished"
+    assert run_in(folder) == 0 and run_status.read_status(folder).state == "finished"
 
 
 def test_stopped_before_the_first_step_it_ends_and_can_be_resumed(tiny_run, monkeypatch):
@@ -369,13 +369,13 @@ def test_stopped_before_the_first_step_it_ends_and_can_be_resumed(tiny_run, monk
             and event.step == 0
             and not list(folder.glob("state/*"))
         ):
-            run_folder.request(folder, "stop")
+            run_requests.request(folder, "stop")
 
     monkeypatch.setattr(events.EventLog, "append", stop_at_start)
     assert run_in(folder) == STOPPED
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert (status.state, status.step, status.adapters) == ("stopped", 0, []) and status.can_resume
-    assert run_in(folder) == 0 and run_folder.status(folder).state == "finished"
+    assert run_in(folder) == 0 and run_status.read_status(folder).state == "finished"
 
 
 def test_a_full_disk_is_a_sentence_and_keeps_the_last_state(tiny_run, monkeypatch):
@@ -387,7 +387,7 @@ def test_a_full_disk_is_a_sentence_and_keeps_the_last_state(tiny_run, monkeypatc
     monkeypatch.setattr(writer, "atomic_write", full)
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 1
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert (
         "No space left on device" in status.message
         and "tiny-000003.safetensors" in status.message
@@ -401,7 +401,7 @@ def test_a_failed_sample_does_not_end_the_run(train_tiny, monkeypatch):
         raise RuntimeError("no room for a picture")
 
     monkeypatch.setattr(loop, "generate", fail)
-    status = run_folder.status(train_tiny())
+    status = run_status.read_status(train_tiny())
     assert status.state == "finished" and any(
         "no room for a picture" in warning for warning in status.warnings
     )
@@ -418,7 +418,7 @@ def test_a_file_that_does_not_do_what_was_trained_is_noticed(tiny_run, monkeypat
     )
     folder = run_folder.create(tiny_run())
     assert (
-        run_in(folder) == 1 and "does not do what was trained" in run_folder.status(folder).message
+        run_in(folder) == 1 and "does not do what was trained" in run_status.read_status(folder).message
     )
 
 
@@ -427,7 +427,7 @@ def test_a_bug_keeps_its_traceback_and_gives_a_plain_line(tiny_run, monkeypatch,
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 1
     assert (
-        "inside the trainer (ZeroDivisionError" in run_folder.status(folder).message
+        "inside the trainer (ZeroDivisionError" in run_status.read_status(folder).message
         and "Traceback" in capsys.readouterr().err
     )
 
@@ -436,7 +436,7 @@ def test_no_effect_is_no_success(tiny_run, monkeypatch):
     monkeypatch.setattr(loop, "check_gradients_arrive", lambda *given: None)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: None)
     folder = run_folder.create(tiny_run())
-    assert run_in(folder) == 1 and "changes nothing" in run_folder.status(folder).message
+    assert run_in(folder) == 1 and "changes nothing" in run_status.read_status(folder).message
 
 
 def test_real_photographs_of_mixed_size_and_orientation_train_without_an_edit(outputs):
@@ -456,18 +456,18 @@ def test_real_photographs_of_mixed_size_and_orientation_train_without_an_edit(ou
         config.replace(presets.load_preset("embedded-style").config, changes)
     )
     assert run_in(folder) == 0
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert status.started.pictures + status.started.held_out == 12 and not status.warnings
 
 
 def test_save_now_and_sample_now_alter_nothing(tiny_run, train_tiny):
     asked = run_folder.create(tiny_run())
     for what in ("save", "sample"):
-        run_folder.request(asked, what)
+        run_requests.request(asked, what)
     assert run_in(asked) == 0
     plain = train_tiny()
     happened = list(events.read_events(asked / "events.jsonl"))
     assert [e.step for e in happened if isinstance(e, events.AdapterSaved)] == [1, 3, 6]
     assert [e.step for e in happened if isinstance(e, events.SampleSaved)] == [0, 1, 3, 6]
-    assert not run_folder.requested(asked, "save") and not run_folder.requested(asked, "sample")
+    assert not run_requests.requested(asked, "save") and not run_requests.requested(asked, "sample")
     assert same(adapter_of(asked), adapter_of(plain))

@@ -11,7 +11,7 @@ from tests.tiny import save_tiny_base
 from trainer import config, families
 from trainer.data import latent_cache
 from trainer.inference.samples import generate
-from trainer.runs import events, run_folder
+from trainer.runs import events, run_folder, run_status
 from trainer.training import loop, oom_fallbacks, optimizers, setup
 from trainer.training.oom_fallbacks import CHECKPOINT, FREE, SPLIT, TILE
 from trainer.training.runner import run_in
@@ -39,7 +39,7 @@ def relieved(folder):
 
 
 def adapter_of(folder):
-    return load_file(folder / run_folder.status(folder).finished.file)
+    return load_file(folder / run_status.read_status(folder).finished.file)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_each_phase_goes_on_by_the_next_measure(
     failing(monkeypatch, module, name, times)
     folder = train_tiny()
     assert relieved(folder) == expected
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert status.step == 6 and len(status.losses) == 6 and len(status.samples) == 3
     assert any(oom_fallbacks.SENTENCES[expected[-1][2]] in warning for warning in status.warnings)
 
@@ -108,13 +108,13 @@ def test_after_the_last_measure_it_stops_with_advice_and_can_be_resumed(
         failing(patch, module, name, 1000)
         folder = run_folder.create(tiny_run())
         assert run_in(folder) == 1
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert (
         "ran out of memory" in status.message
         and "dataset.resolution to 16" in status.message
         and status.can_resume
     )
-    assert run_in(folder) == 0 and run_folder.status(folder).state == "finished"
+    assert run_in(folder) == 0 and run_status.read_status(folder).state == "finished"
 
 
 def test_the_last_measure_is_an_optimiser_in_eight_bits(train_tiny, monkeypatch):
@@ -130,7 +130,7 @@ def test_the_last_measure_is_an_optimiser_in_eight_bits(train_tiny, monkeypatch)
 def test_samples_and_measuring_that_never_fit_end_no_run(train_tiny, monkeypatch):
     failing(monkeypatch, loop, "generate", 1000)
     failing(monkeypatch, loop, "validation_losses", 1000)
-    status = run_folder.status(train_tiny())
+    status = run_status.read_status(train_tiny())
     assert status.state == "finished" and not status.samples and not status.validation
 
 
@@ -173,7 +173,7 @@ def test_samples_are_drawn_without_the_text_encoders_where_these_learn_nothing(
     )
     assert max(high for _, high in difference.getextrema()) <= 1
     loop.sample(session, 0)
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     assert len(status.samples) == 1 and status.probes and not status.warnings
 
 
@@ -297,9 +297,9 @@ def test_a_run_that_goes_back_to_before_a_measure_keeps_it_and_is_resumed_with_i
         with monkeypatch.context() as patch:
             patch.setattr(loop, "microbatch_losses", troubled)
             patch.setattr(events.EventLog, "append", dying)
-            assert run_in(folder) == (0 if is_whole else 1), run_folder.status(folder).message
+            assert run_in(folder) == (0 if is_whole else 1), run_status.read_status(folder).message
     whole, broken = folders
-    assert any("went back to step 2" in warning for warning in run_folder.status(broken).warnings)
+    assert any("went back to step 2" in warning for warning in run_status.read_status(broken).warnings)
     assert run_in(broken) == 0 and relieved(broken) == relieved(whole) == [
         ("step", 3, r) for r in oom_fallbacks.FALLBACKS_BY_PHASE["step"]
     ]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from trainer import config
 from trainer.errors import ConfigError, StateError
-from trainer.runs import events, run_folder
+from trainer.runs import events, run_folder, run_requests, run_status
 from trainer.training import loop, optimizers, trainer_state
 from trainer.training.optimizers import (
     build_optimizer,
@@ -91,7 +91,7 @@ def test_a_warm_up_that_does_not_fit_is_refused(tiny_run):
         tiny_run({"training.warmup": 6.0, "training.steps": 0, "training.views_per_picture": 3})
     )
     assert (
-        run_in(folder) == 1 and "does not fit into a run of 6" in run_folder.status(folder).message
+        run_in(folder) == 1 and "does not fit into a run of 6" in run_status.read_status(folder).message
     )
 
 
@@ -104,7 +104,7 @@ def test_the_last_step_has_no_rate_left(train_tiny, accumulation):
             "saving.saves": 1,
         }
     )
-    rates = [float(rate) for rate in dict(run_folder.status(folder).learning_rates).values()]
+    rates = [float(rate) for rate in dict(run_status.read_status(folder).learning_rates).values()]
     assert rates == pytest.approx([1e-2, 5e-3, 0.0]) and rates[-1] == 0.0
 
 
@@ -289,7 +289,7 @@ def test_without_a_gpu_the_8_bit_optimizer_gives_way_and_says_so(train_tiny):
     short = {"training.steps": 2, "saving.saves": 1}
     folder = train_tiny({"training.optimizer": "adamw8bit"} | short)
     assert any(
-        "adamw8bit cannot be used here" in warning for warning in run_folder.status(folder).warnings
+        "adamw8bit cannot be used here" in warning for warning in run_status.read_status(folder).warnings
     )
     eight, full = (load_file(f / "tiny.safetensors") for f in (folder, train_tiny(short)))
     assert all(torch.equal(eight[name], full[name]) for name in full)
@@ -362,12 +362,12 @@ def test_runs_with_averages_resume_to_the_bit(tiny_run, train_tiny, monkeypatch,
     def stop_at_four(self, event):
         append(self, event)
         if isinstance(event, events.StepDone) and event.step == 4:
-            run_folder.request(folder, "stop")
+            run_requests.request(folder, "stop")
 
     monkeypatch.setattr(events.EventLog, "append", stop_at_four)
-    assert run_in(folder) == STOPPED and run_folder.status(folder).state == "stopped"
+    assert run_in(folder) == STOPPED and run_status.read_status(folder).state == "stopped"
     monkeypatch.setattr(events.EventLog, "append", append)
     assert run_in(folder) == 0
     ours, theirs = (load_file(f / "tiny.safetensors") for f in (folder, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert run_folder.status(folder).validation[-1] == run_folder.status(whole).validation[-1]
+    assert run_status.read_status(folder).validation[-1] == run_status.read_status(whole).validation[-1]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from trainer import config
 from trainer.errors import StateError
-from trainer.runs import run_folder
+from trainer.runs import run_folder, run_status
 from trainer.training import trainer_state
 from trainer.training.runner import run_in
 
@@ -82,9 +82,9 @@ def test_killed_anywhere_and_resumed_gives_the_uninterrupted_adapter(tiny_run, t
         timeout=550,
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
-    expected = run_folder.status(reference)
+    expected = run_status.read_status(reference)
     for folder, kills in zip(folders, KILLS, strict=True):
-        status = run_folder.status(folder)
+        status = run_status.read_status(folder)
         assert status.state == "finished", kills
         assert (
             status.losses == expected.losses
@@ -140,7 +140,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(stopped, name, damage
         )
     adapter = load_file(stopped / "tiny.safetensors")
     assert resumed_from(stopped) == (0, 4)
-    status = run_folder.status(stopped)
+    status = run_status.read_status(stopped)
     assert any("step 6 is damaged" in warning for warning in status.warnings)
     again = load_file(stopped / "tiny.safetensors")
     assert all(torch.equal(adapter[key], again[key]) for key in adapter)
@@ -159,7 +159,7 @@ def test_changed_settings_are_refused(stopped):
     )
     assert (
         run_in(stopped) == 1
-        and "settings in run.toml were changed" in run_folder.status(stopped).message
+        and "settings in run.toml were changed" in run_status.read_status(stopped).message
     )
 
 
@@ -168,7 +168,7 @@ def test_a_changed_dataset_is_refused_by_name(tiny_run, tiny_dataset, tmp_path):
     folder = run_folder.create(tiny_run({"dataset.folder": str(dataset)}))
     assert run_in(folder) == 0
     (dataset / "01.txt").write_text("another caption")
-    assert run_in(folder) == 1 and "01.png" in run_folder.status(folder).message
+    assert run_in(folder) == 1 and "01.png" in run_status.read_status(folder).message
 
 
 def test_an_adapter_of_another_shape_is_refused():

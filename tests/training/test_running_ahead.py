@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.training.test_loop import adapter_of, poison, same
-from trainer.runs import events, run_folder
+from trainer.runs import events, run_folder, run_requests, run_status
 from trainer.training import loop, optimizers
 from trainer.training.runner import run_in
 
@@ -27,7 +27,7 @@ def run_ahead(monkeypatch):
 
 def told(folder):
     """All that the events say of the steps, but for the seconds."""
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     return status.losses, status.learning_rates, status.warnings, status.validation, status.step
 
 
@@ -39,7 +39,7 @@ def test_it_learns_and_tells_the_same_as_step_by_step(tiny_run, monkeypatch, bad
         with monkeypatch.context() as patch:
             poison(patch, bad_steps)
             prepared(patch)
-            assert run_in(folder) == 0, run_folder.status(folder).message
+            assert run_in(folder) == 0, run_status.read_status(folder).message
     assert told(folders[0]) == told(folders[1])
     assert same(adapter_of(folders[0]), adapter_of(folders[1]))
     assert len(told(folders[0])[2]) == (3 if len(bad_steps) == 3 else len(bad_steps))
@@ -66,10 +66,10 @@ def test_what_a_person_asks_for_finds_every_step_told(tiny_run, monkeypatch):
         if len(asked) < 4:
             asked.append(None)
         elif len(asked) == 4:
-            run_folder.request(folder, "save")
+            run_requests.request(folder, "save")
             asked.append("save")
-        elif run_folder.status(folder).adapters:
-            run_folder.request(folder, "stop")
+        elif run_status.read_status(folder).adapters:
+            run_requests.request(folder, "stop")
         return done
 
     asked: list = []

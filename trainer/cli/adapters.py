@@ -236,7 +236,7 @@ def merge_command(options: argparse.Namespace) -> int:
 
     from trainer.config import Base
     from trainer.families import load_base
-    from trainer.lora import transform
+    from trainer.lora import merging
     from trainer.models.device import DTYPES
     from trainer.models.safetensors_header import read_header
     from trainer.runs.atomic_files import WRITING, atomic_folder
@@ -253,9 +253,9 @@ def merge_command(options: argparse.Namespace) -> int:
         raise ConfigError(
             "A merged .safetensors file needs a base that is one; give --output the name of a folder."
         )
-    added = transform.merge(base, layers, report.progress)
+    added = merging.merge(base, layers, report.progress)
     if is_file:
-        tensors = transform.merged_checkpoint(
+        tensors = merging.merged_checkpoint(
             base.files.path, load_base(chosen, torch.float32), added
         )
         partial = options.output.with_name(f"{WRITING}{options.output.name}")
@@ -272,10 +272,10 @@ def merge_command(options: argparse.Namespace) -> int:
     else:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(options.output) as folder:
-            transform.save_base(base, folder, DTYPES[options.precision])
+            merging.save_base(base, folder, DTYPES[options.precision])
     facts: dict[str, Any] = {"file": str(options.output), "changed": f"{len(added)} layers"}
     if options.prove:
-        left = transform.proof(
+        left = merging.proof(
             load_base(chosen.model_copy(update={"model": str(options.output)}), torch.float32),
             load_base(chosen, torch.float32),
             added,

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from trainer import config
 from trainer.config import presets
 from trainer.models.model_files import EMBEDDED_FOLDER
-from trainer.runs import run_folder
+from trainer.runs import run_folder, run_status
 from trainer.runs.atomic_files import atomic_write
 
 EXAMPLE = EMBEDDED_FOLDER.parent / "examples" / "subject"
@@ -36,7 +36,7 @@ def demo(parent: Path, run_in: Callable[[Path], int]) -> int:
     )
     folder = run_folder.create(run, parent)
     code = run_in(folder)
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     if code != 0 or status.finished is None:
         return code
     write_report(folder, measure(run, folder, folder / status.finished.file), status)
@@ -105,7 +105,7 @@ def _mean(score: Any) -> float:
     return float(np.mean([score.background, score.colour, score.object]))
 
 
-def write_report(folder: Path, report: dict[str, Any], status: run_folder.RunStatus) -> None:
+def write_report(folder: Path, report: dict[str, Any], status: run_status.RunStatus) -> None:
     """report.json for programs, report.md for people."""
     assert status.started and status.finished
     report = report | {

@@ -15,7 +15,7 @@ from trainer import __version__, config
 from trainer.cli import adapters, sweep
 from trainer.config import presets
 from trainer.errors import ConfigError, TrainerError
-from trainer.runs import cache_limits, run_folder
+from trainer.runs import cache_limits, run_folder, run_requests
 from trainer.training import launch
 from trainer.training.runner import STOPPED, run_in, with_whole_paths
 
@@ -427,7 +427,7 @@ def caption_command(options: argparse.Namespace) -> int:
 
     if not options.dataset.is_dir():
         raise ConfigError(f"{options.dataset} is not a folder: give the folder with the pictures.")
-    wish = caption.Wish(
+    wish = caption.CaptionRequest(
         options.model,
         options.tagger,
         options.prefix,
@@ -438,7 +438,7 @@ def caption_command(options: argparse.Namespace) -> int:
     )
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(
-            name, lambda *_: run_folder.request(caption.job_folder(options.dataset), "stop")
+            name, lambda *_: run_requests.request(caption.job_folder(options.dataset), "stop")
         )
     written = caption.caption_dataset(options.dataset, wish, lambda text: print(text, flush=True))
     print(

@@ -19,7 +19,7 @@ from typing import Any
 from trainer import config
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, StateError
-from trainer.runs import run_folder
+from trainer.runs import run_folder, run_requests, run_status
 from trainer.runs.atomic_files import atomic_write
 
 MOST_RUNS = 500
@@ -111,7 +111,7 @@ def train(folder: Path, run_in: Callable[[Path], int], stopped: int) -> int:
     """Trains one after the other what is not finished, and writes the results after each. Goes on after a failure; ends when stopped."""
     code = 0
     for run in read(folder)[1]:
-        if run_folder.status(run).state in ("new", "queued", "stopped", "interrupted", "failed"):
+        if run_status.read_status(run).state in ("new", "queued", "stopped", "interrupted", "failed"):
             ended = run_in(run)
             write_results(folder)
             if ended == stopped:
@@ -124,8 +124,8 @@ def train(folder: Path, run_in: Callable[[Path], int], stopped: int) -> int:
 def leave_in_queue(folder: Path) -> None:
     """For the page, which trains them in this order when the device is free."""
     for run in read(folder)[1]:
-        if run_folder.status(run).state == "new":
-            run_folder.request(run, "queued")
+        if run_status.read_status(run).state == "new":
+            run_requests.request(run, "queued")
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -133,7 +133,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     paths, runs = read(folder)
     found = []
     for run in runs:
-        settings, status = config.load(run / "run.toml"), run_folder.status(run)
+        settings, status = config.load(run / "run.toml"), run_status.read_status(run)
         losses = dict(status.validation)
         found.append(
             {

@@ -24,7 +24,7 @@ from trainer.data.captions import relative
 from trainer.data.images import open_image
 from trainer.data.scan import DatasetItem, scan_dataset
 from trainer.errors import ModelError, TrainerError
-from trainer.runs import run_folder
+from trainer.runs import run_lock, run_requests
 from trainer.runs.events import Captioned, CaptionsDone, EventLog, Failed, Progress, Warned
 
 FLORENCE_TASK = "<MORE_DETAILED_CAPTION>"
@@ -89,9 +89,9 @@ def caption_dataset(dataset: Path, wish: Wish, say: Callable[[str], None] = lamb
     """
     folder = job_folder(dataset)
     folder.mkdir(exist_ok=True)
-    lock = run_folder.acquire(folder)
+    lock = run_lock.acquire(folder)
     (folder / "events.jsonl").unlink(missing_ok=True)
-    run_folder.withdraw(folder, "stop")
+    run_requests.withdraw(folder, "stop")
     log = EventLog(folder / "events.jsonl")
     try:
         return _caption_all(dataset, wish, folder, log, say)
@@ -113,7 +113,7 @@ def _caption_all(
     stopped, started = False, time.time_ns()
     for done, item in enumerate(wanted):
         log.append(Progress("captioning", done, len(wanted)))
-        if stopped := run_folder.requested(folder, "stop"):
+        if stopped := run_requests.requested(folder, "stop"):
             break
         file = relative(item.path, dataset)
         try:

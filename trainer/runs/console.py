@@ -5,7 +5,7 @@ import sys
 from tqdm import tqdm
 
 from trainer import config
-from trainer.runs import events, run_folder
+from trainer.runs import events, run_status
 from trainer.runs.convergence import what_to_change
 from trainer.runs.events import Event, EventLog
 
@@ -80,7 +80,7 @@ class TerminalLog(EventLog):
 
     def _guide(self, ended: bool = False) -> None:
         """Says where the run stands, when it has come into another zone and at the end; then also what to change."""
-        status = run_folder.status(self.path.parent)
+        status = run_status.read_status(self.path.parent)
         reading = status.reading
         if reading and (ended or reading.zone != self.zone):
             self.zone = reading.zone

@@ -18,7 +18,7 @@ from trainer.errors import ConfigError, ModelError
 from trainer.lora import targets
 from trainer.models.model_files import T5_PARTS, BaseFiles, inspect, locate
 from trainer.models.safetensors_header import TensorInfo
-from trainer.runs import run_folder
+from trainer.runs import run_status
 
 TOKEN_TABLE = "token_embedding"  # of CLIP, in every layout of its weights
 FILE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -133,7 +133,7 @@ def measured_seconds_per_step(run: RunConfig, runs: Iterable[Path]) -> float | N
         except ConfigError:
             continue
         if _speed_key(other) == _speed_key(run):
-            speed = run_folder.status(folder).seconds_per_step
+            speed = run_status.read_status(folder).seconds_per_step
             if speed is not None:
                 return speed
     return None

@@ -25,7 +25,7 @@ from trainer.lora import analysis, inject, metadata, textual_inversion, writer
 from trainer.lora.formats.reader import read_adapter
 from trainer.models.device import DTYPES, AsyncScalars, device_name
 from trainer.models.model_files import DENOISERS
-from trainer.runs import convergence, events, run_folder
+from trainer.runs import convergence, events, run_folder, run_requests, run_status
 from trainer.runs.events import (
     AdapterSaved,
     Continued,
@@ -106,12 +106,12 @@ def train(run: RunConfig, folder: Path, log: EventLog, world: World | None = Non
         # Keep what the last step left.
         with keeping_the_last_whole_step(session, step, facts):
             ending = step == session.total_steps or world.agree(
-                run_folder.requested(folder, "stop")
+                run_requests.requested(folder, "stop")
             )
         keeping = step in saves or ending or step % run.saving.state_every == 0
         if taken and (
             keeping
-            or any(run_folder.requested(folder, what) for what in ("save", "sample", "pause"))
+            or any(run_requests.requested(folder, what) for what in ("save", "sample", "pause"))
         ):
             report_finished_steps(session, buckets, taken, facts)
         if facts["bad_steps"] >= BAD_STEPS_IN_A_ROW or (keeping and not finite_weights(session)):
@@ -486,7 +486,7 @@ def answer_requests(session: Session, step: int, facts: dict) -> None:
     """What the person asks for between the saves: "save" keeps the adapter, "sample" draws with it. Neither alters the training."""
     if step == 0:
         return
-    saving, sampling = (run_folder.take(session.folder, what) for what in ("save", "sample"))
+    saving, sampling = (run_requests.take(session.folder, what) for what in ("save", "sample"))
     if saving or sampling:
         with final_weights(session):
             if saving:
@@ -498,8 +498,8 @@ def answer_requests(session: Session, step: int, facts: dict) -> None:
 def wait_while_paused(session: Session, step: int) -> None:
     def is_paused() -> bool:
         return session.world.agree(
-            run_folder.requested(session.folder, "pause")
-            and not run_folder.requested(session.folder, "stop")
+            run_requests.requested(session.folder, "pause")
+            and not run_requests.requested(session.folder, "stop")
         )
 
     if not is_paused():
@@ -591,7 +591,7 @@ def ends_early(session: Session, step: int, saves: Sequence[int]) -> bool:
     patience = session.run.training.early_stop
     if not patience or step not in saves:
         return False
-    status = run_folder.status(session.folder)
+    status = run_status.read_status(session.folder)
     measured = [point for point in status.measured if point.step in saves]
     if not session.world.agree(
         bool(status.started and status.started.held_out)
@@ -759,9 +759,9 @@ def probed(
 
 def finish(session: Session, step: int, clock: float) -> Path:
     """Gives the chosen save, whose files were read back and compared, the adapter's plain name."""
-    status = run_folder.status(session.folder)
+    status = run_status.read_status(session.folder)
     if step == 0:  # stopped before the first step: there is nothing to save
-        run_folder.withdraw(session.folder, "stop")
+        run_requests.withdraw(session.folder, "stop")
         session.log.append(Stopped(0, ""))
         return session.folder
     best = status.best_step or step
@@ -785,7 +785,7 @@ def finish(session: Session, step: int, clock: float) -> Path:
         session.run.saving.precision,
     )
     if step < session.total_steps and not status.ended_early:
-        run_folder.withdraw(session.folder, "stop")
+        run_requests.withdraw(session.folder, "stop")
         session.log.append(Stopped(step, file.name, chosen))
         return file
     check_adapter_acts(session)

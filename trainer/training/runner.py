@@ -18,10 +18,17 @@ from trainer import __version__, config
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, StateError, TrainerError
 from trainer.models.device import ran_out
-from trainer.runs import cache_limits, error_messages, run_folder
+from trainer.runs import (
+    cache_limits,
+    error_messages,
+    run_folder,
+    run_lock,
+    run_requests,
+    run_status,
+)
 from trainer.runs.console import TerminalLog
 from trainer.runs.events import Event, EventLog, Failed, Launched, Progress, SilentLog, Stopped
-from trainer.runs.run_folder import RunStatus
+from trainer.runs.run_status import RunStatus
 from trainer.training import launch
 
 if TYPE_CHECKING:  # it reads torch
@@ -57,7 +64,7 @@ def run(what: RunConfig | Path, progress: Callable[[Event], None] | None = None)
     folder = what.resolve()
     log: type[EventLog] = TerminalLog if progress is None else EventLog
     code = run_in(folder, log=log, progress=progress)
-    status = run_folder.status(folder)
+    status = run_status.read_status(folder)
     if code not in (0, STOPPED):
         raise TrainerError(status.message or f"The run in {folder} failed; its log says why.")
     return Result(folder, folder / status.adapter if status.adapter else None, status)
@@ -96,11 +103,11 @@ def run_in(
     folder = folder.resolve()
     run = config.load(folder / "run.toml")
     if run.training.devices > 1 and not launch.is_one_of_several():
-        run_folder.acquire(folder).release()  # refused here already, where another trainer has it
+        run_lock.acquire(folder).release()  # refused here already, where another trainer has it
         _put_aside(folder)  # not later: a stop that comes while the processes load is meant
         with _signals_stop(folder):
             code = launch.start_several(run.training.devices, folder)
-        return STOPPED if run_folder.status(folder).state == "stopped" else code
+        return STOPPED if run_status.read_status(folder).state == "stopped" else code
     if launch.rank() > 0:
         for name in (
             signal.SIGINT,
@@ -108,7 +115,7 @@ def run_in(
         ):  # the first process is told too, and stops all at the same step
             signal.signal(name, signal.SIG_IGN)
         return _train(run, folder, SilentLog(), world)
-    lock, device = run_folder.acquire(folder), run_folder.device_lock()
+    lock, device = run_lock.acquire(folder), run_lock.device_lock()
     cache_limits.clean_half_written(folder)
     cache_limits.prune()
     events = log(folder / "events.jsonl")
@@ -117,14 +124,14 @@ def run_in(
     if not launch.was_started_here():
         _put_aside(folder)
     (folder / error_messages.NAME).unlink(missing_ok=True)  # of an earlier failure
-    events.append(Launched(os.getpid(), __version__, run_folder.boot_id()))
-    run_folder.withdraw(
+    events.append(Launched(os.getpid(), __version__, run_lock.boot_id()))
+    run_requests.withdraw(
         folder, "queued"
     )  # only now: before, the page would take it for withdrawn by the person
     try:
         with _signals_stop(folder):
             if not _wait_for(device, folder, events):
-                events.append(Stopped(run_folder.status(folder).step, ""))
+                events.append(Stopped(run_status.read_status(folder).step, ""))
                 return STOPPED
             return _train(run, folder, events, world)
     finally:
@@ -136,7 +143,7 @@ def run_in(
 def _put_aside(folder: Path) -> None:
     """What was asked of an earlier life of the run."""
     for message in ("stop", "pause"):
-        run_folder.withdraw(folder, message)
+        run_requests.withdraw(folder, message)
 
 
 @contextmanager
@@ -146,7 +153,7 @@ def _signals_stop(folder: Path) -> Iterator[None]:
         yield
         return
     before = {
-        name: signal.signal(name, lambda *_: run_folder.request(folder, "stop"))
+        name: signal.signal(name, lambda *_: run_requests.request(folder, "stop"))
         for name in (signal.SIGINT, signal.SIGTERM)
     }
     try:
@@ -163,7 +170,7 @@ def _wait_for(device: FileLock, folder: Path, log: EventLog) -> bool:
         return True
     except Timeout:
         log.append(Progress("waiting"))
-    while not run_folder.take(folder, "stop"):
+    while not run_requests.take(folder, "stop"):
         try:
             device.acquire(timeout=0.5)
             return True
@@ -208,7 +215,7 @@ def _train(run: config.RunConfig, folder: Path, log: EventLog, world: "World | N
     print(f"\n{chosen}")
     if launch.is_one_of_several():  # whose launcher takes any other code for a failure
         return 0
-    return STOPPED if run_folder.status(folder).state == "stopped" else 0
+    return STOPPED if run_status.read_status(folder).state == "stopped" else 0
 
 
 def _fail(folder: Path, log: EventLog, sentence: str, error: Exception) -> None:
