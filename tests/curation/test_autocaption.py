@@ -10,7 +10,7 @@ from PIL import Image
 from tests.corpus import encoded, photo
 from trainer.cli.main import main
 from trainer.curation import autocaption, history
-from trainer.curation.autocaption import Wish, caption_dataset
+from trainer.curation.autocaption import CaptionRequest, caption_dataset
 from trainer.errors import ModelError, StateError
 from trainer.runs import run_lock, run_requests
 from trainer.runs.events import Captioned, CaptionsDone, Failed, Progress, Warned, read_events
@@ -192,7 +192,7 @@ def events(dataset):
 
 def test_sentences_go_to_pictures_without_a_caption_and_can_be_taken_back(blip, dataset):
     said = []
-    assert caption_dataset(dataset, Wish(model=str(blip), prefix="maya"), said.append) == 2
+    assert caption_dataset(dataset, CaptionRequest(model=str(blip), prefix="maya"), said.append) == 2
     written = captions(dataset)
     assert written["1"] == "mine" and written["0"].startswith("maya, ")
     assert set(written["0"].removeprefix("maya, ").split()) <= set(WORDS)
@@ -204,24 +204,24 @@ def test_sentences_go_to_pictures_without_a_caption_and_can_be_taken_back(blip, 
 
 
 def test_florence_is_asked_its_own_way(florence, dataset):
-    assert caption_dataset(dataset, Wish(model=str(florence), overwrite=True)) == 3
+    assert caption_dataset(dataset, CaptionRequest(model=str(florence), overwrite=True)) == 3
     written = captions(dataset)
     assert all(text and set(text.split()) <= set(WORDS) for text in written.values()), written
 
 
 def test_tags_keep_their_thresholds(tagger, dataset):
-    caption_dataset(dataset, Wish(tagger=str(tagger), overwrite=True))
+    caption_dataset(dataset, CaptionRequest(tagger=str(tagger), overwrite=True))
     assert captions(dataset).keys() == {"0", "1", "2"} and "blue sky, " in captions(dataset)["1"]
     red = Image.new("RGB", (40, 20), (255, 0, 0))
-    describe = autocaption.load_tagger(tagger, Wish())
+    describe = autocaption.load_tagger(tagger, CaptionRequest())
     assert describe(red) == "sea, blue sky, red hat, ^_^"
     assert describe(Image.new("RGB", (40, 40), (0, 0, 255))) == "blue sky, red hat, ^_^"
-    picky = Wish(threshold=0.5, character_threshold=0.7, blacklist=("Red_Hat",))
+    picky = CaptionRequest(threshold=0.5, character_threshold=0.7, blacklist=("Red_Hat",))
     assert autocaption.load_tagger(tagger, picky)(Image.new("RGB", (8, 8))) == "blue sky, maya"
 
 
 def test_both_make_one_caption(blip, tagger, dataset):
-    caption_dataset(dataset, Wish(str(blip), str(tagger)))
+    caption_dataset(dataset, CaptionRequest(str(blip), str(tagger)))
     sentence, _, tags = captions(dataset)["0"].partition(", ")
     assert sentence.split()[0] in WORDS and "blue sky" in tags
 
@@ -250,7 +250,7 @@ def test_the_command_is_the_job_and_stops_when_asked(tagger, dataset, monkeypatc
         return real(*arguments)
 
     monkeypatch.setattr(autocaption, "describe", asked_to_stop)
-    assert caption_dataset(dataset, Wish(tagger=str(tagger), overwrite=True, prefix="new")) == 1
+    assert caption_dataset(dataset, CaptionRequest(tagger=str(tagger), overwrite=True, prefix="new")) == 1
     assert events(dataset)[-1].stopped and captions(dataset)["1"] == "blue sky, red hat"
 
 
@@ -258,12 +258,12 @@ def test_only_one_job_at_a_time(tagger, dataset):
     folder = autocaption.job_folder(dataset)
     folder.mkdir()
     with run_lock.acquire(folder), pytest.raises(StateError):
-        caption_dataset(dataset, Wish(tagger=str(tagger)))
+        caption_dataset(dataset, CaptionRequest(tagger=str(tagger)))
 
 
 def test_a_model_that_says_nothing_takes_no_caption_away(blip, dataset, monkeypatch):
-    monkeypatch.setattr(autocaption, "load_describer", lambda folder: lambda image: "")
-    assert caption_dataset(dataset, Wish(model=str(blip), overwrite=True)) == 0
+    monkeypatch.setattr(autocaption, "load_sentence_model", lambda folder: lambda image: "")
+    assert caption_dataset(dataset, CaptionRequest(model=str(blip), overwrite=True)) == 0
     assert (
         captions(dataset) == {"1": "mine"}
         and sum(isinstance(event, Warned) for event in events(dataset)) == 3
@@ -273,16 +273,16 @@ def test_a_model_that_says_nothing_takes_no_caption_away(blip, dataset, monkeypa
 @pytest.mark.parametrize(
     ("wish", "says"),
     [
-        (Wish(), "Which model"),
-        (Wish(model="no/such-model"), "cannot be downloaded"),
-        (Wish(model="what is this"), "neither a folder nor"),
-        (Wish(model="EMPTY"), "no captioning model"),
-        (Wish(tagger="EMPTY"), "no tagger"),
+        (CaptionRequest(), "No captioning model is given"),
+        (CaptionRequest(model="no/such-model"), "cannot be downloaded"),
+        (CaptionRequest(model="what is this"), "neither a folder nor"),
+        (CaptionRequest(model="EMPTY"), "not a captioning model"),
+        (CaptionRequest(tagger="EMPTY"), "not a tagger"),
     ],
 )
 def test_no_model_is_a_sentence(dataset, tmp_path, wish, says):
     (tmp_path / "EMPTY").mkdir()
-    wish = Wish(
+    wish = CaptionRequest(
         **{
             name: str(tmp_path / "EMPTY") if value == "EMPTY" else value
             for name, value in vars(wish).items()
@@ -296,7 +296,7 @@ def test_no_model_is_a_sentence(dataset, tmp_path, wish, says):
 def test_without_onnxruntime_it_says_what_to_install(dataset, tagger, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ModelError, match=r"pip install .lora-atelier\[tagger\]"):
-        autocaption.load_tagger(tagger, Wish())
+        autocaption.load_tagger(tagger, CaptionRequest())
 
 
 def test_what_would_be_downloaded_is_counted(monkeypatch):

@@ -1,11 +1,18 @@
-"""Captions written by models: sentences by BLIP, BLIP-2, GIT or Florence-2, tags by a tagger of the WD14 kind.
+"""Writes captions with models: a sentence, tags, or both for each image.
 
-    DATASET/.atelier/captioning/events.jsonl   what the job did, one event a line
-    DATASET/.atelier/captioning/stop           its presence asks the job to end after the picture at hand
-    DATASET/.atelier/captioning/.lock          held by the job for life
+    BLIP, BLIP-2, GIT   one sentence
+    Florence-2          several sentences, with the task in `TASK_PROMPTS`
+    WD14 taggers        tags, from `model.onnx` and `selected_tags.csv`
 
-The job is one change of the journal, whatever it wrote. Models come from a folder, or from Hugging Face when asked; no code
-of theirs is run, and weights are safetensors or ONNX. Importing this module brings in no torch.
+A captioning job runs in its own process and is followed and stopped through files:
+
+    DATASET/.atelier/captioning/events.jsonl   what the job has done, one event per line
+    DATASET/.atelier/captioning/stop           stops the job after the current image
+    DATASET/.atelier/captioning/.lock          held while the job runs
+
+All captions of a job are one entry in the history, so one undo removes them. Models are read from
+a folder or downloaded from Hugging Face. Their code is never executed, and weights must be
+safetensors or ONNX. Importing this module does not import torch.
 """
 
 import csv
@@ -27,65 +34,73 @@ from trainer.errors import ModelError, TrainerError
 from trainer.runs import run_lock, run_requests
 from trainer.runs.events import Captioned, CaptionsDone, EventLog, Failed, Progress, Warned
 
-FLORENCE_TASK = "<MORE_DETAILED_CAPTION>"
-LONGEST = 75  # tokens of a sentence
-RATING = 9  # category of the tags that rate a picture; 0 is general, 4 a character
+TASK_PROMPTS = {"florence": "<MORE_DETAILED_CAPTION>"}
+"""The prompt of models whose `config.model_type` starts with the key. Other models need none."""
+
+MAX_SENTENCE_TOKENS = 75
+MAX_IMAGE_SIDE = 1024  # pixels; models reduce the image further
+DEFAULT_TAGGER_SIDE = 448  # pixels; used if the ONNX file leaves the input size open
+
+# Categories in `selected_tags.csv`; 0 is a general tag.
 CHARACTER = 4
-FACES_OF_SIGNS = frozenset(
-    (
-        "0_0",
-        "(o)_(o)",
-        "+_+",
-        "+_-",
-        "._.",
-        "<o>_<o>",
-        "<|>_<|>",
-        "=_=",
-        ">_<",
-        "3_3",
-        "6_9",
-        ">_o",
-        "@_@",
-        "^_^",
-        "o_o",
-        "u_u",
-        "x_x",
-    )
-)  # keep their _
-SENTENCE_FILES = ("*.json", "*.txt", "*.safetensors", "*.model")
+RATING = 9
+
+EMOTICONS = frozenset((
+    "0_0", "(o)_(o)", "+_+", "+_-", "._.", "<o>_<o>", "<|>_<|>", "=_=", ">_<", "3_3", "6_9",
+    ">_o", "@_@", "^_^", "o_o", "u_u", "x_x",
+))  # fmt: skip
+"""Tags in which an underscore is not a space."""
+
+SENTENCE_MODEL_FILES = ("*.json", "*.txt", "*.safetensors", "*.model")
 TAGGER_FILES = ("model.onnx", "selected_tags.csv")
+COMPLETE_DOWNLOADS = (
+    TAGGER_FILES,
+    ("config.json", "model.safetensors"),
+    ("config.json", "model.safetensors.index.json"),
+)
+"""A model is in the Hugging Face cache if all files of one of these rows are."""
 
 Describe = Callable[[Image.Image], str]
+"""Returns the description of an RGB image, or "" if the model has none."""
+
+Report = Callable[[str], None]
+"""Receives a line of progress for the terminal."""
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What is asked of a captioning job."""
+class CaptionRequest:
+    """The models and options of a captioning job."""
 
     model: str = ""
     """Folder or Hugging Face id of a model that writes sentences; empty for none."""
     tagger: str = ""
     """Folder or Hugging Face id of a tagger; its tags follow the sentence. Empty for none."""
     prefix: str = ""
-    """Put in front of each caption."""
+    """Text in front of each caption."""
     overwrite: bool = False
-    """Also for pictures that have a caption; else those keep it."""
+    """Also replace existing captions."""
     threshold: float = 0.35
-    """Tags less sure than this are left out."""
+    """Tags with a lower score are dropped."""
     character_threshold: float = 0.85
-    """The same for names of characters."""
+    """The threshold for names of characters."""
     blacklist: tuple[str, ...] = ()
     """Tags that are never written."""
 
 
+def ignore_report(line: str) -> None:
+    """Discards a line of progress."""
+
+
 def job_folder(dataset: Path) -> Path:
+    """Returns the folder of a dataset's captioning job."""
     return history.own_folder(dataset) / "captioning"
 
 
-def caption_dataset(dataset: Path, wish: Wish, say: Callable[[str], None] = lambda _: None) -> int:
-    """Captions the pictures of a dataset. Returns how many captions were written; events say the rest.
+def caption_dataset(dataset: Path, request: CaptionRequest, report: Report = ignore_report) -> int:
+    """Writes captions for the images of a dataset and returns how many it wrote.
 
-    Raises `TrainerError` where no model can be had; a picture that a model fails on is a warning.
+    An image that a model fails on is skipped with a warning. Raises `StateError` if a job is
+    already running and `ModelError` if a model cannot be loaded.
     """
     folder = job_folder(dataset)
     folder.mkdir(exist_ok=True)
@@ -94,7 +109,7 @@ def caption_dataset(dataset: Path, wish: Wish, say: Callable[[str], None] = lamb
     run_requests.withdraw(folder, "stop")
     log = EventLog(folder / "events.jsonl")
     try:
-        return _caption_all(dataset, wish, folder, log, say)
+        return _caption_all(dataset, request, folder, log, report)
     except TrainerError as error:
         log.append(Failed(str(error)))
         raise
@@ -103,60 +118,68 @@ def caption_dataset(dataset: Path, wish: Wish, say: Callable[[str], None] = lamb
 
 
 def _caption_all(
-    dataset: Path, wish: Wish, folder: Path, log: EventLog, say: Callable[[str], None]
+    dataset: Path, request: CaptionRequest, folder: Path, log: EventLog, report: Report
 ) -> int:
     items, _ = scan_dataset(dataset)
-    wanted = [item for item in items if wish.overwrite or not item.caption]
-    log.append(Progress("loading", 0, len(wanted)))
-    describers = load(wish, say)
-    written, change = 0, f"Captions by {' and '.join(filter(None, (wish.model, wish.tagger)))}"
-    stopped, started = False, time.time_ns()
-    for done, item in enumerate(wanted):
-        log.append(Progress("captioning", done, len(wanted)))
-        if stopped := run_requests.requested(folder, "stop"):
+    chosen = [item for item in items if request.overwrite or not item.caption]
+    log.append(Progress("loading", 0, len(chosen)))
+    models = load_models(request, report)
+
+    label = f"Captions by {' and '.join(filter(None, (request.model, request.tagger)))}"
+    job = f"captioning {time.time_ns()}"  # edits of one job merge into one history entry
+    written, stopped = 0, False
+    for done, item in enumerate(chosen):
+        log.append(Progress("captioning", done, len(chosen)))
+        stopped = run_requests.requested(folder, "stop")
+        if stopped:
             break
         file = relative(item.path, dataset)
         try:
-            caption = describe(item, describers, wish)
+            caption = describe(item, models, request)
         except TrainerError as error:
-            log.append(Warned(f"{file} was passed over: {error}"))
+            log.append(Warned(f"{file} was skipped: {error}"))
             continue
         if not caption:
-            log.append(Warned(f"{file} was passed over: the model finds nothing to say about it."))
+            log.append(Warned(f"{file} was skipped: the model returned an empty caption."))
             continue
         edit = caption_edits.caption_edit(item.path, caption)
-        written += history.apply(dataset, change, [edit], merge=f"captioning {started}")
+        written += history.apply(dataset, label, [edit], merge=job)
         log.append(Captioned(file, caption))
-        say(f"{file}: {caption}")
-    log.append(CaptionsDone(written, len(items) - len(wanted), stopped))
+        report(f"{file}: {caption}")
+    log.append(CaptionsDone(written, len(items) - len(chosen), stopped))
     return written
 
 
-def describe(item: DatasetItem, describers: Sequence[Describe], wish: Wish) -> str:
-    """The caption of one picture."""
+def describe(item: DatasetItem, models: Sequence[Describe], request: CaptionRequest) -> str:
+    """Returns the caption of one image: the prefix and each model's text, joined with commas."""
     image, _ = open_image(item.path)
-    image.thumbnail((1024, 1024), Image.Resampling.LANCZOS)
-    parts = [part for describer in describers if (part := describer(image))]
-    return caption_edits.prepend(wish.prefix)(", ".join(parts))
+    image.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE), Image.Resampling.LANCZOS)
+    texts = [model(image) for model in models]
+    return caption_edits.prepend(request.prefix)(", ".join(filter(None, texts)))
 
 
 # Models
 
 
-def load(wish: Wish, say: Callable[[str], None] = lambda _: None) -> list[Describe]:
-    """The models of a wish, ready. Raises `ModelError`."""
-    if not wish.model and not wish.tagger:
-        raise ModelError("Which model? Give one that writes sentences, a tagger, or both.")
-    describers: list[Describe] = []
-    if wish.model:
-        describers.append(load_describer(fetch(wish.model, say)))
-    if wish.tagger:
-        describers.append(load_tagger(fetch(wish.tagger, say), wish))
-    return describers
+def load_models(request: CaptionRequest, report: Report = ignore_report) -> list[Describe]:
+    """Downloads and loads the models of a request. Raises `ModelError` if it names none."""
+    if not request.model and not request.tagger:
+        raise ModelError(
+            "No captioning model is given: choose a model that writes sentences, a tagger, or both."
+        )
+    models: list[Describe] = []
+    if request.model:
+        models.append(load_sentence_model(fetch(request.model, report)))
+    if request.tagger:
+        models.append(load_tagger(fetch(request.tagger, report), request))
+    return models
 
 
-def load_describer(folder: Path) -> Describe:
-    """A model that writes a sentence about a picture, on the device that training would take."""
+def load_sentence_model(folder: Path) -> Describe:
+    """Loads a model that writes sentences, on the device that training would use.
+
+    Raises `ModelError` if the folder does not contain such a model.
+    """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -173,23 +196,33 @@ def load_describer(folder: Path) -> Describe:
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
-            f"{folder.name} is no captioning model for use here ({_reason(error)}): choose a BLIP or Florence-2."
+            f"{folder.name} is not a captioning model that can be used here ({_reason(error)}): "
+            "choose a BLIP or Florence-2."
         ) from error
     model.to(device).eval()
-    is_florence = model.config.model_type.startswith("florence")
+    prompts = [
+        prompt for kind, prompt in TASK_PROMPTS.items() if model.config.model_type.startswith(kind)
+    ]
+    text = {"text": prompts[0]} if prompts else {}
 
-    @torch.no_grad()
     def describe(image: Image.Image) -> str:
-        given = {"text": FLORENCE_TASK} if is_florence else {}
-        inputs = processor(images=image, return_tensors="pt", **given).to(device, model.dtype)
-        ids = model.generate(**inputs, max_new_tokens=LONGEST, num_beams=3, do_sample=False)
-        return processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+        inputs = processor(images=image, return_tensors="pt", **text).to(device, model.dtype)
+        with torch.no_grad():
+            ids = model.generate(
+                **inputs, max_new_tokens=MAX_SENTENCE_TOKENS, num_beams=3, do_sample=False
+            )
+        sentence: str = processor.batch_decode(ids, skip_special_tokens=True)[0]
+        return sentence.strip()
 
     return describe
 
 
-def load_tagger(folder: Path, wish: Wish) -> Describe:
-    """A tagger of the WD14 kind: `model.onnx`, and `selected_tags.csv` with the name and category of each output."""
+def load_tagger(folder: Path, request: CaptionRequest) -> Describe:
+    """Loads a WD14 tagger, which returns its tags in order of falling score.
+
+    `selected_tags.csv` has the name and category of each output of `model.onnx`. Raises
+    `ModelError` if onnxruntime is not installed or the folder does not contain a tagger.
+    """
     try:
         import onnxruntime
     except ImportError as error:
@@ -202,72 +235,95 @@ def load_tagger(folder: Path, wish: Wish) -> Describe:
         )
         with open(folder / "selected_tags.csv", encoding="utf-8", newline="") as file:
             tags = [(row["name"], int(row["category"])) for row in csv.DictReader(file)]
-    except (
-        Exception
-    ) as error:  # onnxruntime raises classes of its own that it does not name in public
+    except Exception as error:  # onnxruntime's exception classes are not part of its public API
         raise ModelError(
-            f"{folder.name} is no tagger for use here ({_reason(error)}): choose one of the WD14 kind."
+            f"{folder.name} is not a tagger that can be used here ({_reason(error)}): "
+            "choose a WD14 tagger."
         ) from error
     source = session.get_inputs()[0]
-    side = source.shape[1] if isinstance(source.shape[1], int) else 448
-    never = {_words(tag) for tag in wish.blacklist}
-    limits = {CHARACTER: wish.character_threshold, RATING: float("inf")}
+    side = source.shape[1] if isinstance(source.shape[1], int) else DEFAULT_TAGGER_SIDE
 
     def describe(image: Image.Image) -> str:
         scores = session.run(None, {source.name: tagger_input(image, side)})[0][0]
         if len(scores) != len(tags):
             raise ModelError(
-                f"The tagger has {len(scores)} outputs and {len(tags)} tags: its two files do not belong together."
+                f"The tagger has {len(scores)} outputs but {len(tags)} tags: "
+                "download model.onnx and selected_tags.csv again, from the same version."
             )
-        named = [
-            (float(score), _words(name), limits.get(kind, wish.threshold))
-            for score, (name, kind) in zip(scores, tags, strict=True)
-        ]
-        sure = sorted(
-            ((score, name) for score, name, limit in named if score >= limit), reverse=True
-        )
-        return ", ".join(name for _, name in sure if name not in never)
+        return ", ".join(choose_tags(scores, tags, request))
 
     return describe
 
 
-def tagger_input(image: Image.Image, side: int) -> np.ndarray:
-    """The picture as WD14 taggers were trained: padded to a square with white, BGR, 0 to 255, [1, side, side, 3] float32."""
+def choose_tags(
+    scores: Sequence[float], tags: Sequence[tuple[str, int]], request: CaptionRequest
+) -> list[str]:
+    """Returns the names of the tags above their threshold, the highest score first.
+
+    `tags` holds the name and category of each score. Ratings are never returned.
+    """
+    blacklist = {_spaced(tag) for tag in request.blacklist}
+    thresholds = {CHARACTER: request.character_threshold, RATING: float("inf")}
+    chosen = []
+    for score, (tag, category) in zip(scores, tags, strict=True):
+        name = _spaced(tag)
+        threshold = thresholds.get(category, request.threshold)
+        if float(score) >= threshold and name not in blacklist:
+            chosen.append((float(score), name))
+    return [name for _, name in sorted(chosen, reverse=True)]
+
+
+def tagger_input(image: Image.Image, side: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Returns an image as WD14 taggers expect it: [1, side, side, 3] float32, BGR, 0 to 255.
+
+    The image is padded to a square with white.
+    """
     square = Image.new("RGB", (max(image.size),) * 2, (255, 255, 255))
     square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
     pixels = np.asarray(square.resize((side, side), Image.Resampling.BICUBIC), dtype=np.float32)
     return np.ascontiguousarray(pixels[None, :, :, ::-1])
 
 
-def _words(tag: str) -> str:
+def _spaced(tag: str) -> str:
+    """Returns a tag in lower case with spaces for underscores, except in emoticons."""
     tag = tag.strip().lower()
-    return tag if tag in FACES_OF_SIGNS else tag.replace("_", " ")
+    return tag if tag in EMOTICONS else tag.replace("_", " ")
 
 
-# Getting them
+# Downloads
 
 
 def download_bytes(model: str) -> int:
-    """What would have to be fetched for a model: 0 where it is on this machine. Asks Hugging Face; raises `ModelError`."""
-    return 0 if _on_this_machine(model) else sum(size for _, size in _remote_files(model))
+    """Returns how many bytes `fetch` would download: 0 if the model is on this machine.
+
+    Sends a request to Hugging Face. Raises `ModelError` if the model does not exist.
+    """
+    if _local_folder(model):
+        return 0
+    return sum(size for _, size in _remote_files(model))
 
 
-def fetch(model: str, say: Callable[[str], None] = lambda _: None) -> Path:
-    """The folder of a model, downloaded where it is not on this machine yet. Raises `ModelError`."""
-    if found := _on_this_machine(model):
-        return found
+def fetch(model: str, report: Report = ignore_report) -> Path:
+    """Returns the folder of a model, downloading it if it is not on this machine yet.
+
+    Raises `ModelError` if it cannot be downloaded.
+    """
+    folder = _local_folder(model)
+    if folder:
+        return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     files = _remote_files(model)
-    say(f"Downloading {model}: {sum(size for _, size in files) / 1e6:.0f} MB.")
+    report(f"Downloading {model}: {sum(size for _, size in files) / 1e6:.0f} MB.")
     try:
         return Path(snapshot_download(model, allow_patterns=[name for name, _ in files]))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelError(_no_download(model, error)) from error
+        raise ModelError(_download_failed(model, error)) from error
 
 
-def _on_this_machine(model: str) -> Path | None:
+def _local_folder(model: str) -> Path | None:
+    """Returns the folder that `model` names, or its folder in the Hugging Face cache, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     path = Path(model).expanduser()
@@ -275,50 +331,49 @@ def _on_this_machine(model: str) -> Path | None:
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise ModelError(
-            f"{model} is neither a folder nor a Hugging Face id such as Salesforce/blip-image-captioning-base."
+            f"{model} is neither a folder nor a Hugging Face id such as "
+            "Salesforce/blip-image-captioning-base."
         )
-    for names in (
-        TAGGER_FILES,
-        ("config.json", "model.safetensors"),
-        ("config.json", "model.safetensors.index.json"),
-    ):
-        found = [try_to_load_from_cache(model, name) for name in names]
-        if all(isinstance(file, str) for file in found):
-            return Path(str(found[0])).parent
+    for names in COMPLETE_DOWNLOADS:
+        files = [try_to_load_from_cache(model, name) for name in names]
+        if all(isinstance(file, str) for file in files):
+            return Path(str(files[0])).parent
     return None
 
 
 def _remote_files(model: str) -> list[tuple[str, int]]:
+    """Returns the name and size in bytes of each file that has to be downloaded."""
     from fnmatch import fnmatch
 
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        files = [
-            (file.rfilename, file.size or 0)
-            for file in HfApi().model_info(model, files_metadata=True, timeout=15).siblings or []
-        ]
+        siblings = HfApi().model_info(model, files_metadata=True, timeout=15).siblings or []
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelError(_no_download(model, error)) from error
-    likes = (
-        TAGGER_FILES if any(name == "selected_tags.csv" for name, _ in files) else SENTENCE_FILES
-    )
-    wanted = [
+        raise ModelError(_download_failed(model, error)) from error
+    sizes = {file.rfilename: file.size or 0 for file in siblings}
+    patterns = TAGGER_FILES if "selected_tags.csv" in sizes else SENTENCE_MODEL_FILES
+    needed = [
         (name, size)
-        for name, size in files
-        if "/" not in name and any(fnmatch(name, like) for like in likes)
+        for name, size in sizes.items()
+        if "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)
     ]
-    if not any(name.endswith((".safetensors", ".onnx")) for name, _ in wanted):
+    if not any(name.endswith((".safetensors", ".onnx")) for name, _ in needed):
         raise ModelError(
             f"{model} has no weights in a safe format (safetensors or ONNX): choose another model."
         )
-    return wanted
+    return needed
 
 
-def _no_download(model: str, error: Exception) -> str:
-    return f"{model} is not on this machine and cannot be downloaded ({_reason(error)}): go online, check its name, or give its folder."
+def _download_failed(model: str, error: Exception) -> str:
+    return (
+        f"{model} is not on this machine and cannot be downloaded ({_reason(error)}): "
+        "go online, check its name, or give its folder."
+    )
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    """Returns the first line of an error, shortened."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:160]
