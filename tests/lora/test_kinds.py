@@ -11,12 +11,13 @@ from tests.tiny import save_tiny_base
 from trainer import config
 from trainer.errors import ConfigError, TrainerError
 from trainer.families import load_base
-from trainer.lora import inject, targets, writer
+from trainer.lora import initialization, inject, targets, writer
 from trainer.lora.formats.reader import read_adapter
 from trainer.models.quantization import quantize
 from trainer.runs import events, run_folder, run_status
-from trainer.training import estimate, loop, setup
+from trainer.training import estimate, setup
 from trainer.training.runner import run_in
+from trainer.training.step import optimizer_step
 
 KINDS = {
     "lora": {},
@@ -68,7 +69,7 @@ def test_every_kind_trains_is_saved_as_it_is_and_resumes_to_the_bit(train_tiny, 
     assert {marks[end] for end in ends & marks.keys()} == {kind} - {"lora", "rslora"}
 
 
-@pytest.mark.parametrize("init", inject.INITS)
+@pytest.mark.parametrize("init", initialization.INITS)
 def test_every_start_trains_is_saved_as_it_is_and_resumes_to_the_bit(train_tiny, init):
     dropout = {} if init in ("pissa", "olora") else {"adapter.rank_dropout": 0.2}
     folder = train_tiny(
@@ -154,7 +155,7 @@ def test_what_little_was_learned_survives_the_rounding_of_the_file(base, init, t
 
 
 @pytest.mark.parametrize("rank", [3, 40])
-@pytest.mark.parametrize("init", inject.INITS)
+@pytest.mark.parametrize("init", initialization.INITS)
 def test_every_start_is_the_base_and_has_its_shape(base, init, rank):
     """Rank 40 is more than the smaller sides have."""
     inputs = (
@@ -386,7 +387,7 @@ def test_text_encoders_stop_after_their_share_and_resume_to_the_bit(
     }
     if on_gpu:  # where gradients are zeroed, not taken away
         monkeypatch.setattr(
-            loop, "clear_gradients", lambda session: session.optimizer.zero_grad(set_to_none=False)
+            optimizer_step, "clear_gradients", lambda session: session.optimizer.zero_grad(set_to_none=False)
         )
     folder = train_tiny({"saving.precision": "fp32"} | changes)
     halfway, end = tensors_of(folder, 3), tensors_of(folder, 6)

@@ -15,7 +15,7 @@ from trainer import config
 from trainer.errors import ConfigError, ModelError
 from trainer.families import FAMILIES, families_of_adapter
 from trainer.inference.samples import Sampler, SampleRequest, StackedAdapter
-from trainer.lora import inject, targets, writer
+from trainer.lora import export, inject, targets, writer
 from trainer.lora.apply import Stack, WeightedAdapter
 from trainer.lora.formats.adapted_module import AdaptedModule
 from trainer.lora.formats.keys import place_of
@@ -445,7 +445,7 @@ def test_an_open_clip_attention_is_never_alone(tmp_path, family, component):
         {"lora_down.weight": a, "lora_up.weight": b},
         1.0,
     )
-    tensors = writer.to_kohya([module], FAMILIES[family], torch.float32)
+    tensors = export.to_kohya([module], FAMILIES[family], torch.float32)
     ups = {
         name.removesuffix(".lora_up.weight").rpartition("attn_")[2]: t
         for name, t in tensors.items()
@@ -457,7 +457,7 @@ def test_an_open_clip_attention_is_never_alone(tmp_path, family, component):
     )
     assert (
         len(
-            writer.to_kohya(
+            export.to_kohya(
                 [replace(module, component="text_encoder")], FAMILIES["sd1"], torch.float32
             )
         )

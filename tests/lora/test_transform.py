@@ -1,6 +1,7 @@
 """Tools for adapters that are there: each against sums of scale * up @ down in float64."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from trainer import config
 from trainer.cli.main import main
 from trainer.errors import ModelError
 from trainer.families import FAMILIES, load_base
-from trainer.lora import transform, writer
+from trainer.lora import merging, transform, writer
 from trainer.lora.apply import WeightedAdapter
 from trainer.lora.formats.adapted_module import AdaptedModule
 from trainer.lora.formats.reader import AdapterFile, read_adapter
@@ -40,7 +41,7 @@ def lora(name, rank, scale, seed, component="unet", outputs=16, inputs=(16,)):
 
 def file_of(*modules, path="a.safetensors"):
     return AdapterFile(
-        transform.Path(path),
+        Path(path),
         "kohya",
         list(modules),
         {"ss_base_model_version": "sd_v1"},
@@ -179,21 +180,21 @@ def test_merging_adds_the_deltas_and_can_be_undone(bases, tmp_path):
         WeightedAdapter(file_of(query, value), 0.5, 2.0),
         WeightedAdapter(file_of(dora), 1.0, 1.0),
     ]
-    added = transform.merge(base, layers)
+    added = merging.merge(base, layers)
     wanted = weight + 0.5 * truth(query) + (1.2 * (weight + truth(query)) - weight)
     torch.testing.assert_close(
         base.pipe.unet.get_submodule(QUERY).weight.double(), wanted, rtol=0, atol=1e-6
     )
     torch.testing.assert_close(added["text_encoder", TEXT], 2.0 * truth(value), rtol=0, atol=1e-9)
-    assert transform.proof(base, one, added) < 1e-6
+    assert merging.proof(base, one, added) < 1e-6
     base.pipe.unet.conv_in.weight.data[0, 0, 0, 0] += 0.1  # what was not an adapter's is noticed
-    assert transform.proof(base, one, added) > 1e-3
+    assert merging.proof(base, one, added) > 1e-3
 
 
 def test_the_difference_of_two_bases_becomes_an_adapter(bases):
     plain, tuned = load(bases[0]), load(bases[0])
     change, conv = lora(QUERY, 2, 1.0, 1), lora(CONV, 1, 1.0, 2, inputs=(16, 3, 3))
-    transform.merge(tuned, [WeightedAdapter(file_of(change, conv), 1.0, 1.0)])
+    merging.merge(tuned, [WeightedAdapter(file_of(change, conv), 1.0, 1.0)])
     modules, kept = transform.extract(plain, tuned, rank=2)
     assert [m.name for m in modules] == [QUERY] and kept[0].energy > 1 - 1e-9
     torch.testing.assert_close(modules[0].to(torch.float64).delta, truth(change), rtol=0, atol=1e-6)

@@ -16,7 +16,7 @@ from trainer import config
 from trainer.cli.info import describe
 from trainer.errors import ModelError
 from trainer.families import FAMILIES, load_base
-from trainer.lora import inject, writer
+from trainer.lora import export, inject, writer
 from trainer.lora.formats.adapted_module import AdaptedModule
 from trainer.lora.formats.reader import read_adapter
 from trainer.lora.metadata import metadata_for, metadata_of_tool
@@ -81,7 +81,7 @@ def predict(pipe):
 @pytest.mark.parametrize("parts", [("unet",), ("unet", "text_encoder"), ("text_encoder",)])
 def test_the_keys_are_the_golden_list(tiny_base, parts):
     _, components = trained_base(tiny_base, parts)
-    tensors = writer.to_kohya(inject.adapted_modules(components), FAMILY, torch.float16)
+    tensors = export.to_kohya(inject.adapted_modules(components), FAMILY, torch.float16)
     golden = (GOLDEN_UNET if "unet" in parts else []) + (
         GOLDEN_TEXT if "text_encoder" in parts else []
     )
@@ -120,7 +120,7 @@ def test_strength_scales_delta_w(tiny_base, tmp_path, strength):
         merged.pipe.unet.get_submodule(module.name).weight.data += strength * module.delta
     loaded = load_base(config.Base(model=str(tiny_base)), torch.float32)
     loaded.pipe.load_lora_weights(
-        writer.to_kohya(inject.adapted_modules(components), FAMILY, torch.float32), adapter_name="x"
+        export.to_kohya(inject.adapted_modules(components), FAMILY, torch.float32), adapter_name="x"
     )
     loaded.pipe.set_adapters(["x"], [strength])
     torch.testing.assert_close(predict(loaded.pipe), predict(merged.pipe), rtol=0, atol=2e-5)
@@ -131,7 +131,7 @@ def test_scales_that_vary_are_folded_into_one_alpha():
         return lora(f"block.{rank}", torch.ones(rank, 3), torch.ones(2, rank), scale)
 
     modules = [module(2, 3.0), module(4, 0.25)]
-    tensors = writer.to_kohya(modules, FAMILY, torch.float32)
+    tensors = export.to_kohya(modules, FAMILY, torch.float32)
     assert {float(t) for name, t in tensors.items() if name.endswith("alpha")} == {6.0}
     for wanted in modules:
         key = FAMILY.export_key("unet", wanted.name)

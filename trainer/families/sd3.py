@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from trainer.families.base import PLAIN_READING, Batch, Conditioning, Reading
 from trainer.families.latent_diffusion import LatentDiffusion, frozen_dtype, token_ids
 from trainer.families.objective import FlowMatchingObjective, Noised
-from trainer.lora.formats.keys import to_mmdit
+from trainer.lora.formats.stability_names import to_mmdit
 from trainer.models.device import send
 from trainer.models.model_files import BaseFiles
 

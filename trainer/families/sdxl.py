@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trainer.families.base import PLAIN_READING, Batch, Conditioning, Reading
 from trainer.families.latent_diffusion import LatentDiffusion, frozen_dtype, side_by_side, token_ids
 from trainer.families.objective import Noised
-from trainer.lora.formats.keys import LAYERS_PER_BLOCK, to_ldm
+from trainer.lora.formats.stability_names import LAYERS_PER_BLOCK, to_ldm
 from trainer.models.device import send
 from trainer.models.model_files import BaseFiles
 
