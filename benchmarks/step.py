@@ -35,8 +35,9 @@ from trainer.families import FAMILIES, LoadedBase
 from trainer.models.device import DTYPES, choose_device, device_name
 from trainer.models.libraries import configure_libraries
 from trainer.runs.events import EventLog
-from trainer.training import loop, oom_fallbacks, setup
-from trainer.training.cuda_graphs import GraphedPredict
+from trainer.training import loop, oom_fallbacks
+from trainer.training.session import Session, assemble
+from trainer.training.step.cuda_graphs import GraphedPredict
 
 CONFIGS = Path(families.__file__).parent / "configs"
 VAE = {
@@ -104,7 +105,7 @@ def given(
     }
 
 
-def make_session(model: str, device: torch.device, precision: str, run: RunConfig) -> setup.Session:
+def make_session(model: str, device: torch.device, precision: str, run: RunConfig) -> Session:
     """A training in memory, its latents and conditioning given; from there on it goes the trainer's own way."""
     resolution, family, net = (
         run.dataset.resolution,
@@ -132,7 +133,7 @@ def make_session(model: str, device: torch.device, precision: str, run: RunConfi
     examples = [Example(str(i), resolution, "", "", (view,), 1, "") for i, view in enumerate(views)]
     log = EventLog(Path("/dev/null"))
     base = LoadedBase(family, SimpleNamespace(**parts, components=parts), None)
-    return setup.assemble(
+    return assemble(
         run,
         Path(),
         log,

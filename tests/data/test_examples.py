@@ -13,9 +13,10 @@ from trainer.errors import ConfigError
 from trainer.inference import class_images
 from trainer.runs import run_folder, run_status
 from trainer.runs.events import EventLog
-from trainer.training import loop, step
+from trainer.training import loop, validation
 from trainer.training.runner import run_in
 from trainer.training.setup import prepare
+from trainer.training.step.losses import _seen, microbatch_losses
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def dataset(tiny_dataset, tmp_path):
 
 def losses(session, count=6):
     return [
-        float(sum(step.microbatch_losses(session, session.buckets, number)).detach())
+        float(sum(microbatch_losses(session, session.buckets, number)).detach())
         for number in range(count)
     ]
 
@@ -46,7 +47,7 @@ def test_the_draws_without_options_are_those_of_before(session_of):
     session = session_of()
     example = session.examples[0]
     assert (
-        step._seen(session, example, ("", 0, 0)) == (example.views[0], example.caption)
+        _seen(session, example, ("", 0, 0)) == (example.views[0], example.caption)
         and len(example.views) == 1
     )
 
@@ -73,7 +74,7 @@ def test_each_variation_is_seen_by_some_step_and_again_by_the_same_step(
     session = session_of(**{"dataset.folder": str(dataset)} | changes)
     after = losses(session)
     assert before != after and after == losses(session)
-    assert step.validation_losses(session) == step.validation_losses(session)
+    assert validation.validation_losses(session) == validation.validation_losses(session)
 
 
 def test_views_are_cached_and_measured_plain(session_of):
@@ -87,7 +88,7 @@ def test_views_are_cached_and_measured_plain(session_of):
     assert all(
         torch.equal(a.mean, b.mean) for a, b in zip(first.held_out, plain.held_out, strict=True)
     )
-    assert step.validation_losses(first) == step.validation_losses(plain)
+    assert validation.validation_losses(first) == validation.validation_losses(plain)
 
 
 def test_a_mirrored_view_of_sdxl_tells_the_mirrored_crop():
@@ -311,7 +312,7 @@ def test_class_pictures_are_read_plainly():
         config.RunConfig(),
         {"dataset.flip": True, "dataset.trigger": "x", "dataset.masked_loss": "alpha"},
     )
-    read = class_images.settings(run).dataset
+    read = class_images.plain_settings(run).dataset
     assert (read.flip, read.trigger, read.masked_loss) == (False, "", "off")
 
 
@@ -366,7 +367,7 @@ def test_what_is_learned_beside_a_picture_is_differentiated_before_the_next_is_s
     )
     assert order == ["forward", "backward"] * 3
     apart = torch.cat([p.grad.flatten() for p in parameters])
-    whole = sum(step.microbatch_losses(session, session.buckets, 0))
+    whole = sum(microbatch_losses(session, session.buckets, 0))
     together = torch.cat([g.flatten() for g in torch.autograd.grad(whole, parameters)])
     torch.testing.assert_close(loss, whole.detach())
     torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-7)

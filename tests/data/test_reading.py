@@ -16,7 +16,8 @@ from trainer.inference.samples import Sampler, SampleRequest
 from trainer.lora import metadata
 from trainer.models.safetensors_header import read_header
 from trainer.runs import events, run_folder, run_status
-from trainer.training import setup, step
+from trainer.training import setup
+from trainer.training.step.losses import microbatch_losses
 
 LONG = (
     "stars " * 15 + "moon! " * 19
@@ -133,7 +134,7 @@ def test_training_sees_the_end_of_a_long_caption(base_of, tiny_run, tmp_path, ki
             folder = run_folder.create(run)
             session = setup.prepare(run, folder, events.EventLog(folder / "events.jsonl"))
             losses[tokens, tail] = [
-                sum(step.microbatch_losses(session, session.buckets, number)).item()
+                sum(microbatch_losses(session, session.buckets, number)).item()
                 for number in range(6)
             ]
             warned[tokens] = [

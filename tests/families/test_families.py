@@ -22,8 +22,9 @@ from trainer.lora.formats.reader import read_adapter
 from trainer.models import hub, model_files
 from trainer.models.safetensors_header import read_header
 from trainer.runs import events, run_folder, run_status
-from trainer.training import estimate, loop, setup, step
+from trainer.training import estimate, loop, setup, validation
 from trainer.training.optimizers import set_learning_rate
+from trainer.training.step.losses import microbatch_losses
 
 FAMILY_OF = {"sd1": "sd1", "sd2": "sd2", "sd2-v": "sd2", "sdxl": "sdxl", "sdxl-v": "sdxl"}
 FAMILY_OF |= {"sd3": "sd3m", "sd35-medium": "sd35m", "sd35-large": "sd35l"}
@@ -252,7 +253,7 @@ def test_a_whole_run_with_samples_and_a_preview_of_its_file(base_of, train_tiny,
     assert (
         [s.step for s in status.samples] == [0, 3]
         and not status.warnings
-        and not read_adapter(file).remarks
+        and not read_adapter(file).notes
     )
     assert {
         name.rsplit(".lora_", 1)[0].removesuffix(".alpha") for name in load_file(file)
@@ -287,7 +288,7 @@ def test_v_prediction_is_the_target_where_the_base_says_so(session_of, monkeypat
     session, seen = session_of(kind, **{"objective.min_snr_gamma": 0.0}), []
     real = session.predict
     monkeypatch.setattr(session, "predict", lambda *a: seen.append((*a, real(*a))) or seen[-1][-1])
-    loss = sum(step.microbatch_losses(session, session.buckets, 0))
+    loss = sum(microbatch_losses(session, session.buckets, 0))
     noised, batch, model_pred = seen[0]
     alpha_bar = session.base.pipe.scheduler.alphas_cumprod[noised.timesteps].view(-1, 1, 1, 1)
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
@@ -319,7 +320,7 @@ def test_sdxl_is_told_the_crop_that_was_made(session_of, tmp_path):
     session.base.denoiser.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["added_cond_kwargs"]), with_kwargs=True
     )
-    sum(step.microbatch_losses(session, session.buckets, 0))
+    sum(microbatch_losses(session, session.buckets, 0))
     assert sorted(seen[0]["time_ids"].tolist()) == [
         [24, 16, 6, 0, 24, 24],
         [24, 48, 0, 12, 24, 24],
@@ -327,8 +328,8 @@ def test_sdxl_is_told_the_crop_that_was_made(session_of, tmp_path):
         2,
         24,
     )
-    step.validation_losses(session)
-    assert seen[1]["time_ids"].tolist() == [[24, 16, 6, 0, 24, 24]] * step.VALIDATION_TIMESTEPS
+    validation.validation_losses(session)
+    assert seen[1]["time_ids"].tolist() == [[24, 16, 6, 0, 24, 24]] * validation.VALIDATION_TIMESTEPS
 
 
 def test_sdxl_encodes_prompts_as_its_pipeline_does(load):

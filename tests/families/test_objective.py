@@ -26,8 +26,8 @@ from trainer.families.objective import (
     sample_places,
 )
 from trainer.runs import run_folder, run_status
-from trainer.training import step
 from trainer.training.runner import run_in
+from trainer.training.step.losses import _noised, microbatch_losses
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DEFAULT = config.Objective()
@@ -389,7 +389,7 @@ def test_every_option_reaches_the_loss_of_a_step_and_none_moves_the_draws_of_ano
         )
         losses.append(
             sum(
-                float(sum(step.microbatch_losses(session, session.buckets, i)).detach())
+                float(sum(microbatch_losses(session, session.buckets, i)).detach())
                 for i in range(4)
             )
         )
@@ -403,7 +403,7 @@ def test_a_perturbed_input_is_still_asked_for_its_noise(tiny_run):
     session.run = config.replace(session.run, {"objective.input_perturbation": 0.1})
     latents, noise, other = torch.randn(3, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([100, 900])
-    seen = step._noised(session, Batch(latents, {}, torch.zeros(2, 6)), noise, timesteps, other)
+    seen = _noised(session, Batch(latents, {}, torch.zeros(2, 6)), noise, timesteps, other)
     torch.testing.assert_close(seen.target, noise)
     torch.testing.assert_close(
         seen.noisy_latents, session.objective.noised(latents, other, timesteps).noisy_latents

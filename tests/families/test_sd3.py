@@ -20,8 +20,10 @@ from trainer.families import load_base
 from trainer.inference.samples import Sampler, SampleRequest, StackedAdapter
 from trainer.models import attention, model_files
 from trainer.runs import events, run_folder, run_status
-from trainer.training import estimate, loop, setup, step
+from trainer.training import estimate, setup
 from trainer.training.runner import run_in
+from trainer.training.step import optimizer_step
+from trainer.training.step.losses import microbatch_losses
 
 KINDS = ["sd3", "sd35-medium"]  # with T5, and without it but with the second attention
 
@@ -119,7 +121,7 @@ def test_the_loss_is_that_of_flow_matching_on_shifted_latents(base_of, tiny_run,
         for e in session.examples
     ]
     monkeypatch.setattr(session, "examples", sure)
-    loss = sum(step.microbatch_losses(session, session.buckets, 0))
+    loss = sum(microbatch_losses(session, session.buckets, 0))
     noised, batch, model_pred = seen[0]
     means = [(view.mean - 0.0609) * 1.5305 for e in session.examples for view in e.views]
     assert all(
@@ -145,10 +147,10 @@ def test_killed_and_resumed_gives_the_uninterrupted_adapter(base_of, tiny_run, m
     )
     whole, cut = run_folder.create(run), run_folder.create(run)
     assert run_in(whole) == 0
-    real, calls = loop.microbatch_losses, iter(range(1, 100))
+    real, calls = optimizer_step.microbatch_losses, iter(range(1, 100))
     with monkeypatch.context() as patched:
         patched.setattr(
-            loop, "microbatch_losses", lambda *a: real(*a) if next(calls) < 4 else torch.zeros(1)[5]
+            optimizer_step, "microbatch_losses", lambda *a: real(*a) if next(calls) < 4 else torch.zeros(1)[5]
         )
         assert run_in(cut) == 1
     assert not run_status.read_status(cut).finished

@@ -367,7 +367,7 @@ def test_a_run_goes_on_from_a_file_also_where_the_base_is_quantised(
                     layer.weight.reshape(-1, 1)[::2], requires_grad=False
                 )
 
-    monkeypatch.setattr(setup.quantization, "working", lambda *_: None)
+    monkeypatch.setattr(setup.quantization, "load_bitsandbytes", lambda *_: None)
     monkeypatch.setattr(setup.quantization, "quantize", flattened)
     run = tiny_run({"adapter.start_from": str(file), "base.quantization": "4bit"})
     session = setup.prepare(run, tmp_path, events.SilentLog())

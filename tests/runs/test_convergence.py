@@ -488,7 +488,7 @@ def test_the_spectrum_tells_the_rank_that_would_have_been_enough():
     modules.append(
         AdaptedModule("text_encoder", "encoder.layers.2.self_attn.q_proj", "lora", tensors, 0.5)
     )
-    found = analysis.learned(modules)
+    found = analysis.analyse(modules)
     assert found["blocks"] == [
         ["down 1", pytest.approx(110.01**0.5, rel=1e-4)],
         ["text 2", pytest.approx(110.01**0.5 / 2, rel=1e-4)],
@@ -501,7 +501,7 @@ def test_the_spectrum_tells_the_rank_that_would_have_been_enough():
     assert sum(found["spectrum"]) == pytest.approx(1) and found["spectrum"][0] == pytest.approx(
         100 / 110.01, rel=1e-3
     )
-    assert analysis.enough([[6.0, 3.0, 1.0]]) == {"95": 3, "99": 3} and analysis.enough(
+    assert analysis.sufficient_ranks([[6.0, 3.0, 1.0]]) == {"95": 3, "99": 3} and analysis.sufficient_ranks(
         [[99.5, 0.5]]
     ) == {"95": 1, "99": 1}
 

@@ -9,7 +9,7 @@ from trainer.families import FAMILIES
 from trainer.families.base import Batch
 from trainer.families.objective import Noised
 from trainer.lora import inject
-from trainer.training.cuda_graphs import GraphedPredict
+from trainer.training.step.cuda_graphs import GraphedPredict
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU"

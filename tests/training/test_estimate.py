@@ -1,13 +1,14 @@
 """What is said before and during a run: memory by phase, the cures that make it fit, and the time that is left."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 
 from trainer import config
 from trainer.config import presets
-from trainer.data.splits import held_out_count
-from trainer.models import model_files
+from trainer.data.scan import held_out_count
+from trainer.models import pipelines
 from trainer.runs import events, run_status
 from trainer.training import estimate
 
@@ -52,7 +53,7 @@ def test_a_pause_is_no_measuring() -> None:
 
 
 def test_every_kind_of_base_has_its_costs() -> None:
-    assert set(estimate.COSTS) == set(model_files.PIPELINES)
+    assert set(estimate.COSTS) == set(pipelines.PIPELINES)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -158,7 +159,7 @@ def test_fitting_tiles_the_samples_and_rounds_the_base_where_that_helps(monkeypa
     assert "base.quantization" not in estimate.fit(SDXL, "cuda", 1e9), (
         "without the package a run would be refused"
     )
-    monkeypatch.setattr(estimate.importlib.util, "find_spec", lambda name: name == "bitsandbytes")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "bitsandbytes")
     assert estimate.fit(SDXL, "cuda", 7e9) == {
         "sampling.vae_tiling": True,
         "base.quantization": "8bit",

@@ -12,8 +12,10 @@ from trainer.families.sd1 import StableDiffusion1
 from trainer.lora import inject
 from trainer.models import cpu_conv
 from trainer.runs import events, run_folder, run_requests, run_status
-from trainer.training import loop, step
+from trainer.training import loop, training_samples, validation
 from trainer.training.runner import STOPPED, run_in
+from trainer.training.step import optimizer_step
+from trainer.training.step.losses import microbatch_losses, spread_places
 
 
 def adapter_of(folder):
@@ -167,7 +169,7 @@ def test_accumulated_gradients_are_the_mean_of_those_of_the_microbatches(tiny_ru
     loop.forward_backward(session, session.buckets, 1, scaler)
     summed = {name: p.grad.clone() for name, p in session.parameters.items()}
     session.optimizer.zero_grad()
-    losses = [sum(step.microbatch_losses(session, session.buckets, i)) for i in range(3)]
+    losses = [sum(microbatch_losses(session, session.buckets, i)) for i in range(3)]
     torch.stack(losses).mean().backward()
     for name, parameter in session.parameters.items():
         torch.testing.assert_close(summed[name], parameter.grad)
@@ -178,13 +180,13 @@ def test_the_validation_loss_is_the_same_twice(tiny_run, tmp_path):
 
     folder = run_folder.create(tiny_run())
     session = prepare(tiny_run(), folder, events.EventLog(folder / "events.jsonl"))
-    assert step.validation_losses(session) == step.validation_losses(session)
+    assert validation.validation_losses(session) == validation.validation_losses(session)
 
 
 def test_timesteps_of_a_batch_are_spread():
     draws = (
         torch.stack(
-            [step.spread_places(4, torch.Generator().manual_seed(seed)) for seed in range(400)]
+            [spread_places(4, torch.Generator().manual_seed(seed)) for seed in range(400)]
         )
         * 1000
     )
@@ -226,13 +228,13 @@ def test_where_all_is_left_out_by_chance_no_gradient_is_no_fault(train_tiny, dro
 
 def poison(monkeypatch, bad_steps):
     """Makes the loss of some steps not a number, on top of the real one."""
-    real, calls = loop.microbatch_losses, iter(range(1, 1000))
+    real, calls = optimizer_step.microbatch_losses, iter(range(1, 1000))
 
     def poisoned(*given):
         factor = float("nan") if next(calls) in bad_steps else 1.0
         return (factor * loss for loss in real(*given))
 
-    monkeypatch.setattr(loop, "microbatch_losses", poisoned)
+    monkeypatch.setattr(optimizer_step, "microbatch_losses", poisoned)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_told(train_tiny, monkeypatch):
@@ -400,7 +402,7 @@ def test_a_failed_sample_does_not_end_the_run(train_tiny, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("no room for a picture")
 
-    monkeypatch.setattr(loop, "generate", fail)
+    monkeypatch.setattr(training_samples, "generate", fail)
     status = run_status.read_status(train_tiny())
     assert status.state == "finished" and any(
         "no room for a picture" in warning for warning in status.warnings
@@ -423,7 +425,7 @@ def test_a_file_that_does_not_do_what_was_trained_is_noticed(tiny_run, monkeypat
 
 
 def test_a_bug_keeps_its_traceback_and_gives_a_plain_line(tiny_run, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "microbatch_losses", lambda *a: 1 / 0)
+    monkeypatch.setattr(optimizer_step, "microbatch_losses", lambda *a: 1 / 0)
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 1
     assert (

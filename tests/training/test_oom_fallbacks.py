@@ -12,9 +12,17 @@ from trainer import config, families
 from trainer.data import latent_cache
 from trainer.inference.samples import generate
 from trainer.runs import events, run_folder, run_status
-from trainer.training import loop, oom_fallbacks, optimizers, setup
+from trainer.training import (
+    loop,
+    oom_fallbacks,
+    optimizers,
+    setup,
+    training_samples,
+    validation,
+)
 from trainer.training.oom_fallbacks import CHECKPOINT, FREE, SPLIT, TILE
 from trainer.training.runner import run_in
+from trainer.training.step import optimizer_step
 
 
 def failing(monkeypatch, module, name, times, error=None, only=lambda *args: True):
@@ -47,11 +55,11 @@ def adapter_of(folder):
     [
         (setup, "load_base", 1, [("load", 0, FREE)]),
         (latent_cache, "encode_image", 2, [("cache", 0, FREE), ("cache", 0, TILE)]),
-        (loop, "validation_losses", 2, [("validate", 0, FREE), ("validate", 0, SPLIT)]),
-        (loop, "generate", 2, [("sample", 0, FREE), ("sample", 0, TILE)]),
-        (loop, "microbatch_losses", 1, [("step", 1, FREE)]),
+        (validation, "validation_losses", 2, [("validate", 0, FREE), ("validate", 0, SPLIT)]),
+        (training_samples, "generate", 2, [("sample", 0, FREE), ("sample", 0, TILE)]),
+        (optimizer_step, "microbatch_losses", 1, [("step", 1, FREE)]),
         (
-            loop,
+            optimizer_step,
             "microbatch_losses",
             3,
             [("step", 1, FREE), ("step", 1, CHECKPOINT), ("step", 1, SPLIT)],
@@ -81,14 +89,14 @@ def test_each_phase_goes_on_by_the_next_measure(
     ids=["host", "torch"],
 )
 def test_want_of_host_memory_is_met_the_same_way(train_tiny, monkeypatch, error):
-    failing(monkeypatch, loop, "microbatch_losses", 2, error)
+    failing(monkeypatch, optimizer_step, "microbatch_losses", 2, error)
     assert relieved(train_tiny()) == [("step", 1, FREE), ("step", 1, CHECKPOINT)]
 
 
 def test_other_errors_are_no_want_of_memory(tiny_run, monkeypatch):
     failing(
         monkeypatch,
-        loop,
+        optimizer_step,
         "microbatch_losses",
         1,
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
@@ -99,7 +107,7 @@ def test_other_errors_are_no_want_of_memory(tiny_run, monkeypatch):
 
 @pytest.mark.parametrize(
     "module, name",
-    [(setup, "load_base"), (latent_cache, "encode_image"), (loop, "microbatch_losses")],
+    [(setup, "load_base"), (latent_cache, "encode_image"), (optimizer_step, "microbatch_losses")],
 )
 def test_after_the_last_measure_it_stops_with_advice_and_can_be_resumed(
     tiny_run, monkeypatch, module, name
@@ -120,7 +128,7 @@ def test_after_the_last_measure_it_stops_with_advice_and_can_be_resumed(
 def test_the_last_measure_is_an_optimiser_in_eight_bits(train_tiny, monkeypatch):
     """With a stand-in that works without a GPU: what matters is that the run goes on with it, and is resumed with it."""
     monkeypatch.setitem(optimizers.OPTIMIZERS, "adamw8bit", lambda run: torch.optim.Adam)
-    failing(monkeypatch, loop, "microbatch_losses", 4)
+    failing(monkeypatch, optimizer_step, "microbatch_losses", 4)
     folder = train_tiny()
     assert relieved(folder)[-1] == ("step", 1, oom_fallbacks.EIGHT_BIT)
     shutil.rmtree(max((folder / "state").iterdir()))
@@ -128,8 +136,8 @@ def test_the_last_measure_is_an_optimiser_in_eight_bits(train_tiny, monkeypatch)
 
 
 def test_samples_and_measuring_that_never_fit_end_no_run(train_tiny, monkeypatch):
-    failing(monkeypatch, loop, "generate", 1000)
-    failing(monkeypatch, loop, "validation_losses", 1000)
+    failing(monkeypatch, training_samples, "generate", 1000)
+    failing(monkeypatch, validation, "validation_losses", 1000)
     status = run_status.read_status(train_tiny())
     assert status.state == "finished" and not status.samples and not status.validation
 
@@ -172,7 +180,7 @@ def test_samples_are_drawn_without_the_text_encoders_where_these_learn_nothing(
         by_encoders, generate(session.base, **settings, texts=session.texts)
     )
     assert max(high for _, high in difference.getextrema()) <= 1
-    loop.sample(session, 0)
+    training_samples.sample(session, 0)
     status = run_status.read_status(folder)
     assert len(status.samples) == 1 and status.probes and not status.warnings
 
@@ -225,9 +233,9 @@ def test_a_step_in_pieces_learns_the_same(tiny_run):
     for loss, gradients in found[1:]:
         torch.testing.assert_close(loss, found[0][0], rtol=1e-6, atol=0)
         assert float((gradients - found[0][1]).norm() / found[0][1].norm()) < 1e-5
-    whole = loop.validation_losses(session)
+    whole = validation.validation_losses(session)
     session.fallbacks.pieces["validate"] = 8
-    assert loop.validation_losses(session) == pytest.approx(whole, rel=1e-6)
+    assert validation.validation_losses(session) == pytest.approx(whole, rel=1e-6)
 
 
 def test_a_resumed_run_takes_the_measures_again_at_the_same_step(tiny_run, monkeypatch):
@@ -238,11 +246,11 @@ def test_a_resumed_run_takes_the_measures_again_at_the_same_step(tiny_run, monke
         return microbatch == 3
 
     with monkeypatch.context() as patch:
-        failing(patch, loop, "microbatch_losses", 3, only=at_step_four)
+        failing(patch, optimizer_step, "microbatch_losses", 3, only=at_step_four)
         whole = run_folder.create(tiny_run(changes))
         assert run_in(whole) == 0
     with monkeypatch.context() as patch:
-        failing(patch, loop, "microbatch_losses", 3, only=at_step_four)
+        failing(patch, optimizer_step, "microbatch_losses", 3, only=at_step_four)
         broken = run_folder.create(tiny_run(changes))
         append = events.EventLog.append
 
@@ -277,7 +285,7 @@ def test_a_run_that_goes_back_to_before_a_measure_keeps_it_and_is_resumed_with_i
         )
         for _ in range(2)
     ]
-    real, append = loop.microbatch_losses, events.EventLog.append
+    real, append = optimizer_step.microbatch_losses, events.EventLog.append
     for folder, is_whole in zip(folders, (True, False), strict=True):
         calls, seen = iter(range(1, 1000)), []
 
@@ -295,7 +303,7 @@ def test_a_run_that_goes_back_to_before_a_measure_keeps_it_and_is_resumed_with_i
                 raise ZeroDivisionError
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "microbatch_losses", troubled)
+            patch.setattr(optimizer_step, "microbatch_losses", troubled)
             patch.setattr(events.EventLog, "append", dying)
             assert run_in(folder) == (0 if is_whole else 1), run_status.read_status(folder).message
     whole, broken = folders
@@ -312,4 +320,4 @@ def test_the_advice_fits_the_settings():
     assert "dataset.resolution to 576" in oom_fallbacks.advice(
         run
     ) and "rank" not in oom_fallbacks.advice(run)
-    assert families.ran_out is oom_fallbacks.ran_out and not oom_fallbacks.ran_out(OSError("x"))
+    assert families.is_out_of_memory is oom_fallbacks.is_out_of_memory and not oom_fallbacks.is_out_of_memory(OSError("x"))

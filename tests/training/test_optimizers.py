@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from trainer import config
 from trainer.errors import ConfigError, StateError
 from trainer.runs import events, run_folder, run_requests, run_status
-from trainer.training import loop, optimizers, trainer_state
+from trainer.training import optimizers, saving, trainer_state
 from trainer.training.optimizers import (
     build_optimizer,
     lr_factor,
@@ -324,7 +324,7 @@ def test_the_average_is_what_is_saved_and_the_training_goes_on_from_its_own_weig
     # Decays 0 (a copy), 2/11, 3/12: the weights before the first step have no share.
     expected = 1.0 * 2 / 11 + 2.0 * 9 / 11
     expected = expected * 3 / 12 + 4.0 * 9 / 12
-    with loop.final_weights(session):
+    with saving.final_weights(session):
         torch.testing.assert_close(first.detach(), torch.full_like(first, expected))
     assert torch.equal(first, values[-1])
 
@@ -340,7 +340,7 @@ def test_schedule_free_weights_are_the_averaged_ones_only_while_they_are_saved(t
             )
         session.optimizer.step()
     before = {name: p.detach().clone() for name, p in session.parameters.items()}
-    with loop.final_weights(session):
+    with saving.final_weights(session):
         inside = {name: p.detach().clone() for name, p in session.parameters.items()}
     assert all(torch.equal(p, before[name]) for name, p in session.parameters.items())
     assert all(not torch.equal(inside[name], before[name]) for name in before)

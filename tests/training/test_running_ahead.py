@@ -12,6 +12,7 @@ from tests.training.test_loop import adapter_of, poison, same
 from trainer.runs import events, run_folder, run_requests, run_status
 from trainer.training import loop, optimizers
 from trainer.training.runner import run_in
+from trainer.training.step import optimizer_step
 
 
 @pytest.fixture(autouse=True)
@@ -20,9 +21,12 @@ def fused(monkeypatch):
 
 
 def run_ahead(monkeypatch):
-    monkeypatch.setattr(
-        loop, "runs_ahead", lambda session, scaler: session.optimizer._step_supports_amp_scaling
-    )
+    for module in (loop, optimizer_step):
+        monkeypatch.setattr(
+            module,
+            "runs_ahead",
+            lambda session, scaler: session.optimizer._step_supports_amp_scaling,
+        )
 
 
 def told(folder):

@@ -13,7 +13,7 @@ import torch
 
 from trainer.config import RunConfig
 from trainer.errors import OutOfMemory
-from trainer.models.device import ran_out
+from trainer.models.device import is_out_of_memory
 from trainer.runs.events import Event, EventLog, MemoryRelieved, RolledBack
 from trainer.training.estimate import VAE_TILES
 
@@ -70,7 +70,7 @@ class Fallbacks:
             try:
                 return work()
             except (RuntimeError, MemoryError) as error:
-                if not ran_out(error):
+                if not is_out_of_memory(error):
                     raise
             # Only here, when the traceback has let go of the tensors that did not fit, can memory be given back.
             if not (rung == SPLIT and self._take(rung, phase, largest)):

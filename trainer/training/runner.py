@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from trainer import __version__, config
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, StateError, TrainerError
-from trainer.models.device import ran_out
+from trainer.models.device import is_out_of_memory
 from trainer.runs import (
     cache_limits,
     error_messages,
@@ -198,7 +198,7 @@ def _train(run: config.RunConfig, folder: Path, log: EventLog, world: "World | N
             chosen = train(run, folder, log, world)
     except Exception as error:  # the one place where any error becomes a sentence
         sentence = error_messages.without_secrets(
-            oom_fallbacks.advice(run) if ran_out(error) else error_messages.explain(error)
+            oom_fallbacks.advice(run) if is_out_of_memory(error) else error_messages.explain(error)
         )
         if is_main:
             _fail(folder, log, sentence, error)

@@ -1,6 +1,5 @@
 """One forward pass to a loss, for every family. All random draws come from (seed, position)."""
 
-import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,14 +21,7 @@ from trainer.families.objective import (
 from trainer.lora import inject
 from trainer.models.device import send
 from trainer.models.seeds import generator_for, seed_for
-from trainer.training.setup import Session, shape_buckets
-
-VALIDATION_TIMESTEPS = 8  # of each picture, in one forward pass
-FEW_IMAGES = (
-    8  # below this the draws are compared one by one: the scatter of three means says too little
-)
-ENOUGH_IMAGES = 4  # below this each is measured more often, so that there are always 32 draws
-COMPARED = 4  # training pictures that are measured beside those held out
+from trainer.training.session import Session, shape_buckets
 
 
 def spread_places(count: int, generator: torch.Generator) -> Tensor:
@@ -161,7 +153,7 @@ def _prior_loss(
         [without_trigger(caption, session.run.dataset) for caption in captions],
         session.components.values(),
     )
-    with torch.no_grad(), inject.switched_off(components):
+    with torch.no_grad(), inject.adapters_disabled(components):
         alone = replace(batch, conditioning=_conditioning(session, neutral, learns=False))
         target = session.base.family.predict(session.base.denoiser, noised, alone)
     ours = replace(batch, conditioning=_conditioning(session, neutral, learns))
@@ -226,74 +218,3 @@ def _losses(session: Session, batch: Batch, noised: Noised, mask: Tensor | None)
     """Of each picture, [B]."""
     model_pred = session.predict(noised, batch)
     return image_losses(session.objective, model_pred, noised, session.run.objective, mask)
-
-
-def validation_losses(session: Session) -> list[float]:
-    """On the held-out pictures at fixed noise and timesteps: the same weights always give the same numbers.
-
-    The loss of a step depends mostly on its random timestep; only this one shows progress. One mean a picture; with few pictures one
-    number for each draw of noise and timestep, and more of them where there are fewer still.
-    """
-    count = len(session.held_out)
-    draws = VALIDATION_TIMESTEPS * math.ceil(ENOUGH_IMAGES / count)
-    losses = [
-        fixed_losses(session, example, index, draws)
-        for index, example in enumerate(session.held_out)
-    ]
-    return (torch.stack(losses).mean(1) if count >= FEW_IMAGES else torch.cat(losses)).tolist()
-
-
-def training_loss(session: Session) -> float | None:
-    """Mean loss on a few training pictures, measured like those held out; None where these are training pictures themselves.
-
-    It goes on falling while the held-out loss rises: the distance between the two is what was memorised.
-    """
-    names = {example.name for example in session.examples}
-    if any(example.name in names for example in session.held_out):
-        return None
-    plain = [
-        example
-        for example in session.examples
-        if example.resolution == session.run.dataset.resolution
-    ]
-    chosen = plain[:: max(1, len(plain) // COMPARED)][:COMPARED]
-    return float(
-        torch.stack(
-            [fixed_losses(session, example, index) for index, example in enumerate(chosen)]
-        ).mean()
-    )
-
-
-@torch.no_grad()
-def fixed_losses(
-    session: Session, example: Example, index: int = 0, draws: int = VALIDATION_TIMESTEPS
-) -> Tensor:
-    """Losses of one picture, [draws]: timesteps spread evenly, and the noise of this index."""
-    places = (torch.arange(draws) + 0.5) / draws
-    timesteps = session.objective.timesteps(send(places, session.device))
-    noise = torch.randn(
-        draws,
-        *example.mean.shape,
-        generator=generator_for(session.run.training.seed, "validation", index),
-    )
-    view = example.views[0]
-    conditioning, sizes, mask = (
-        _conditioning(session, [example.caption]),
-        _size_ids(session, [view]),
-        _mask(session, [view]),
-    )
-    losses = []
-    for part in torch.arange(draws).chunk(
-        session.fallbacks.pieces["validate"] * draws // VALIDATION_TIMESTEPS
-    ):
-        repeated = {name: t.expand(len(part), *t.shape[1:]) for name, t in conditioning.items()}
-        batch = Batch(
-            _scaled(session, view.mean.expand_as(noise[part])),
-            repeated,
-            sizes.expand(len(part), -1),
-        )
-        noised = session.objective.noised(
-            batch.latents, send(noise[part], session.device), timesteps[part]
-        )
-        losses.append(_losses(session, batch, noised, mask))
-    return torch.cat(losses)
