@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from scripts.embedded_base.common import SEED, cosine, draw_confetti, to_pixels
-from trainer.embedded import score, world
+from trainer.embedded import objects, score, world
 
 
 def blob(rng: np.random.Generator) -> Image.Image:
@@ -29,17 +29,17 @@ def blob(rng: np.random.Generator) -> Image.Image:
     side = world.PIXELS * 2
     image = world.draw_background(str(background), side)
     centre = tuple(rng.uniform(0.4, 0.6, 2))
-    pen = world.Pen(
+    pen = objects.Pen(
         side,
         centre,
         rng.uniform(0.25, 0.4),
         world.COLOURS[str(colour)],
         lines_only=bool(rng.random() < 0.3),
     )
-    pen.part(world.polar(radius))
+    pen.part(objects.polar(radius))
     if rng.random() < 0.5:
         pen.part(
-            world.ellipse(*rng.uniform(-0.3, 0.3, 2), rng.uniform(0.1, 0.4)),
+            objects.ellipse(*rng.uniform(-0.3, 0.3, 2), rng.uniform(0.1, 0.4)),
             world.COLOURS[str(rng.choice(names))],
         )
     image.paste(pen.layer, mask=pen.layer.getchannel("A"))

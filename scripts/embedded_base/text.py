@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from scripts.embedded_base.common import SEED, cosine, save_half
-from trainer.embedded import score, world
+from trainer.embedded import objects, score, world
 from trainer.embedded.score import BASE
 
 
@@ -112,7 +112,7 @@ def facts(caption: str, scene: world.Scene) -> list[int]:
         word in words for word in ("on", "in", "with", "at", "by", "under")
     )
     return [
-        1 + list(world.OBJECTS).index(scene.object) if scene.object in words else 0,
+        1 + list(objects.OBJECTS).index(scene.object) if scene.object in words else 0,
         1 + list(world.COLOURS).index(scene.colour) if scene.colour in words else 0,
         1 + score.BACKGROUNDS.index(scene.background) if names_background else 0,
         world.STYLES.index(scene.style),
@@ -134,7 +134,7 @@ def train_text(steps: int, batch_size: int = 64) -> None:
     labels = torch.tensor([facts(*pair) for pair in zip(captions, scenes, strict=True)])
     text_encoder = new_text_encoder(tokenizer)
     counts = (
-        1 + len(world.OBJECTS),
+        1 + len(objects.OBJECTS),
         1 + len(world.COLOURS),
         1 + len(score.BACKGROUNDS),
         len(world.STYLES),

@@ -1,35 +1,36 @@
-"""Judges pictures of the embedded world by pixel statistics and a tiny shape classifier: `python -m trainer.embedded.score`.
+"""Judges images of the embedded world: `python -m trainer.embedded.score`.
 
-Independent of the training loss: it sees finished pictures and their prompts only. The classifier (`classifier.safetensors`) was
-trained on drawings of the same world with other seeds, never on a picture of the base model.
+Uses pixel statistics and a tiny shape classifier, so it does not depend on the training loss. It
+sees only finished images and their prompts. The classifier (`classifier.safetensors`) was trained
+on drawings of the same world with other seeds, never on an image from the base model.
 """
-
-from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from trainer.embedded import world
+from trainer.embedded.objects import OBJECTS
 
 HERE = Path(__file__).parent
 BASE = HERE / "base"
 PROMPT_SEED = 9_000_000
-"""First seed of the prompts; no training picture uses seeds from here on."""
+"""First seed of the prompts. No training image uses seeds from here on."""
 
 BACKGROUNDS = (
     *world.COLOURS,
     *(f"{colour} stripes" for colour in world.COLOURS if colour != "white"),
     *world.SCENES,
 )
-LABELS = (*world.OBJECTS, "zorbit", "nothing")
-"""What the classifier tells apart. "nothing" stands for blobs, clutter and bare backgrounds."""
+LABELS = (*OBJECTS, "zorbit", "nothing")
+"""The classes of the classifier. "nothing" means blobs, clutter and bare backgrounds."""
 
 TRIGGER = "zorbit"
 SUBJECT_PROMPT = "a zorbit on a {background} background"
@@ -37,7 +38,7 @@ SUBJECT_PROMPT = "a zorbit on a {background} background"
 
 @dataclass(frozen=True)
 class Score:
-    """Shares of the pictures, 0 .. 1, that show what the prompt asks for."""
+    """Shares of the images, 0 .. 1, that show what the prompt asks for."""
 
     background: float
     colour: float
@@ -49,26 +50,28 @@ class Score:
         )
 
 
-# ---------------------------------------------------------------- prompts and pictures
-
-
 def fixed_prompts(count: int) -> list[tuple[str, world.Scene]]:
-    """Prompts that name everything, each with the scene it asks for; the same ones on every call."""
+    """Returns prompts that name everything, each with its scene; the same ones in every call."""
     prompts = []
     for seed in range(PROMPT_SEED, PROMPT_SEED + count):
         rng = np.random.default_rng(seed)
         scene = world.sample_scene(rng)
         thing = f"{scene.colour} {scene.object}"
         kind = "outline drawing of " if scene.style == "outline" else ""
-        text = f"{kind}{world.article(thing)} {thing} {world.describe_background(scene.background, rng)}"
+        background = world.describe_background(scene.background, rng)
+        text = f"{kind}{world.article(thing)} {thing} {background}"
         prompts.append((text, scene))
     return prompts
 
 
 def draw_prompts(
-    pipe, prompts: Sequence[str], steps: int = 20, guidance_scale: float = 3.0, first_seed: int = 0
+    pipe: Any,
+    prompts: Sequence[str],
+    steps: int = 20,
+    guidance_scale: float = 3.0,
+    first_seed: int = 0,
 ) -> list[Image.Image]:
-    """One picture a prompt; picture i starts from the noise of seed `first_seed` + i, however they are batched."""
+    """Returns one image per prompt. Image i uses seed `first_seed` + i, whatever the batching."""
     import torch
 
     images = []
@@ -83,11 +86,8 @@ def draw_prompts(
     return images
 
 
-# ---------------------------------------------------------------- pixel statistics
-
-
 def to_array(image: Image.Image) -> np.ndarray:
-    """float32 [64, 64, 3], 0 .. 255, at the world's own size."""
+    """Returns float32 [64, 64, 3], 0 .. 255, at the size of the world."""
     return np.asarray(
         image.convert("RGB").resize((world.PIXELS,) * 2, Image.Resampling.BOX), dtype=np.float32
     )
@@ -99,14 +99,14 @@ def background_array(name: str) -> np.ndarray:
 
 
 def border(pixels: np.ndarray, width: int = 4) -> np.ndarray:
-    """The pixels [n, 3] of the frame that large objects near the middle leave free."""
+    """Returns the pixels [n, 3] of the frame, which large objects near the middle leave free."""
     mask = np.ones(pixels.shape[:2], dtype=bool)
     mask[width:-width, width:-width] = False
     return pixels[mask]
 
 
 def nearest_background(pixels: np.ndarray) -> str:
-    """The background of the world whose border is most like this picture's."""
+    """Returns the background of the world whose border is most like the one of this image."""
     frame = border(pixels)
     return min(
         BACKGROUNDS, key=lambda name: float(np.abs(frame - border(background_array(name))).mean())
@@ -114,7 +114,7 @@ def nearest_background(pixels: np.ndarray) -> str:
 
 
 def dominant_colour(pixels: np.ndarray, background: str) -> str:
-    """The commonest colour among the pixels that clearly differ from `background`."""
+    """Returns the most frequent colour among the pixels that clearly differ from `background`."""
     inner = slice(6, -6)
     front = pixels[inner, inner].reshape(-1, 3)
     behind = background_array(background)[inner, inner].reshape(-1, 3)
@@ -125,14 +125,14 @@ def dominant_colour(pixels: np.ndarray, background: str) -> str:
     return list(world.COLOURS)[int(counts.argmax())] if counts.any() else "none"
 
 
-# ---------------------------------------------------------------- the classifier
+def new_classifier() -> Any:
+    """Returns a small convolutional network.
 
-
-def new_classifier():
-    """A small convolutional network: float32 [B, 3, 64, 64] in -1 .. 1 -> logits [B, len(LABELS)]."""
+    It maps float32 [B, 3, 64, 64] in -1 .. 1 to logits [B, len(LABELS)].
+    """
     from torch import nn
 
-    def halve(inputs: int, outputs: int) -> list:
+    def halve(inputs: int, outputs: int) -> list[Any]:
         return [
             nn.Conv2d(inputs, outputs, 3, stride=2, padding=1),
             nn.BatchNorm2d(outputs),
@@ -150,7 +150,7 @@ def new_classifier():
 
 
 @lru_cache
-def load_classifier():
+def load_classifier() -> Any:
     from safetensors.torch import load_file
 
     classifier = new_classifier()
@@ -162,7 +162,7 @@ def load_classifier():
 
 
 def classify(images: Sequence[Image.Image]) -> np.ndarray:
-    """Probabilities [B, len(LABELS)]."""
+    """Returns probabilities [B, len(LABELS)]."""
     import torch
 
     pixels = (
@@ -171,52 +171,51 @@ def classify(images: Sequence[Image.Image]) -> np.ndarray:
         - 1
     )
     with torch.no_grad():
-        return load_classifier()(pixels).softmax(-1).numpy()
-
-
-# ---------------------------------------------------------------- scores
+        probabilities: np.ndarray = load_classifier()(pixels).softmax(-1).numpy()
+    return probabilities
 
 
 def judge(images: Sequence[Image.Image], scenes: Sequence[world.Scene]) -> Score:
-    """How many of `images` show what their scene asks for."""
+    """Returns the shares of `images` that show what their scenes ask for."""
     arrays = [to_array(image) for image in images]
-    named = classify(images).argmax(-1)
+    labels = [LABELS[index] for index in classify(images).argmax(-1)]
+    triples = list(zip(arrays, labels, scenes, strict=True))
     return Score(
-        background=float(
-            np.mean(
-                [nearest_background(a) == s.background for a, s in zip(arrays, scenes, strict=True)]
-            )
+        background=_share(
+            nearest_background(array) == scene.background for array, _, scene in triples
         ),
-        colour=float(
-            np.mean(
-                [
-                    dominant_colour(a, s.background) == s.colour
-                    for a, s in zip(arrays, scenes, strict=True)
-                ]
-            )
+        colour=_share(
+            dominant_colour(array, scene.background) == scene.colour for array, _, scene in triples
         ),
-        object=float(np.mean([LABELS[n] == s.object for n, s in zip(named, scenes, strict=True)])),
+        object=_share(label == scene.object for _, label, scene in triples),
     )
 
 
-def score_prompts(pipe, count: int = 200, steps: int = 20) -> Score:
-    """Draws `count` fixed prompts with fixed seeds and judges them."""
+def _share(hits: Iterable[bool]) -> float:
+    return float(np.mean(list(hits)))
+
+
+def score_prompts(pipe: Any, count: int = 200, steps: int = 20) -> Score:
+    """Generates `count` fixed prompts with fixed seeds and judges the images."""
     texts, scenes = zip(*fixed_prompts(count), strict=True)
     return judge(draw_prompts(pipe, texts, steps), scenes)
 
 
 def subject_similarity(images: Sequence[Image.Image]) -> float:
-    """Share of the pictures, 0 .. 1, that the classifier takes for the example subject."""
+    """Returns the share of the images, 0 .. 1, classified as the example subject."""
     return float((classify(images).argmax(-1) == LABELS.index("zorbit")).mean())
 
 
 def style_similarity(images: Sequence[Image.Image]) -> float:
-    """Share of the pictures, 0 .. 1, in the example style: blueprint blue all around, and lines of near white and nothing else."""
+    """Returns the share of the images, 0 .. 1, in the example style.
+
+    The border is blueprint blue, and everything else is nearly white lines.
+    """
     blue, white = np.array(world.BLUEPRINT, dtype=np.float32), 255.0
 
     def in_style(pixels: np.ndarray) -> bool:
         ground = np.sqrt(np.square(border(pixels) - blue).sum(1)) < 60
-        # on a blueprint every colour lies between its blue and white, so red stays below green and green below blue
+        # Every colour of a blueprint is between its blue and white, so red <= green <= blue.
         on_the_way = (pixels[..., 0] <= pixels[..., 1] + 25) & (
             pixels[..., 1] <= pixels[..., 2] + 25
         )
@@ -226,8 +225,8 @@ def style_similarity(images: Sequence[Image.Image]) -> float:
     return float(np.mean([in_style(to_array(image)) for image in images]))
 
 
-def load_base():
-    """The embedded base as any pipeline is loaded."""
+def load_base() -> Any:
+    """Loads the embedded base model like any pipeline."""
     import torch
     from diffusers import StableDiffusionPipeline
 
@@ -239,7 +238,7 @@ def load_base():
 def save_grid(
     path: Path, images: Sequence[Image.Image], scenes: Sequence[world.Scene], columns: int = 8
 ) -> None:
-    """Pictures at twice their size, each over what was asked for."""
+    """Saves the images at twice their size, each above its scene."""
     side, label = 2 * world.PIXELS, 26
     grid = Image.new(
         "RGB", (columns * (side + 4), -(-len(images) // columns) * (side + label + 4)), "white"
@@ -259,18 +258,20 @@ def save_grid(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Scores the embedded base on 200 fixed prompts.")
-    parser.add_argument("--grid", type=Path, help="also save the first 40 pictures here")
+    parser = argparse.ArgumentParser(
+        description="Scores the embedded base model on 200 fixed prompts."
+    )
+    parser.add_argument("--grid", type=Path, help="also save the first 40 images to this file")
     args = parser.parse_args()
     texts, scenes = zip(*fixed_prompts(200), strict=True)
     images = draw_prompts(load_base(), texts)
     print(f"200 prompts, 20 steps: {judge(images, scenes)}")
     named = classify(images).argmax(-1)
-    asked, right = (
-        Counter(s.object for s in scenes),
-        Counter(s.object for s, n in zip(scenes, named, strict=True) if LABELS[n] == s.object),
+    asked = Counter(scene.object for scene in scenes)
+    right = Counter(
+        scene.object for scene, n in zip(scenes, named, strict=True) if LABELS[n] == scene.object
     )
-    print("  ".join(f"{name} {right[name]}/{asked[name]}" for name in world.OBJECTS))
+    print("  ".join(f"{name} {right[name]}/{asked[name]}" for name in OBJECTS))
     if args.grid:
         save_grid(args.grid, images[:40], scenes[:40])
 
