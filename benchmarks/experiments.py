@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import config
-from trainer.cli.demo import EXAMPLE, PRESET
+from trainer.cli.demo_report import EXAMPLE, PRESET
 from trainer.config import presets
 from trainer.runs import run_folder, run_status
 from trainer.runs.atomic_files import atomic_write

@@ -6,7 +6,7 @@ The lines with a word in comments say what to change for pictures and a base of 
 
 # %% The settings: a recipe, and what differs from it. `python -m trainer train --help` lists them all.
 from trainer import RunConfig, run
-from trainer.cli.demo import EXAMPLE
+from trainer.cli.demo_report import EXAMPLE
 from trainer.config import replace
 from trainer.config.presets import load_preset
 from trainer.inference.samples import Sampler, SampleRequest, StackedAdapter

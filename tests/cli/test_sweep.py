@@ -7,10 +7,11 @@ import pytest
 
 from app.actions import library
 from trainer import config
-from trainer.cli import sweep
-from trainer.cli.main import STOPPED, main
+from trainer.cli import sweep, sweep_folder, sweep_results
+from trainer.cli.main import main
 from trainer.errors import ConfigError
 from trainer.runs import run_folder, run_requests
+from trainer.training.runner import STOPPED
 
 GRID = ["--grid", "adapter.rank=2,4", "--grid", "training.learning_rate=1e-2,1e-3"]
 
@@ -30,7 +31,7 @@ def the_sweep(outputs):
 def test_every_combination_is_trained_and_told_apart(recipe, outputs, capsys):
     assert main(["sweep", recipe, "--name", "trial", *GRID]) == 0
     folder, runs = the_sweep(outputs), run_folder.list_runs()
-    found = sweep.rows(folder)
+    found = sweep_results.rows(folder)
     assert len(runs) == len(found) == 4 and {row["state"] for row in found} == {"finished"}
     assert {tuple(row["settings"].values()) for row in found} == {
         (2, 1e-2),
@@ -77,14 +78,14 @@ def test_a_sweep_for_the_page_waits_in_its_order(recipe, outputs):
     assert [folder.name for folder in queue] == json.loads(
         (the_sweep(outputs) / "sweep.json").read_text()
     )["runs"] and len(queue) == 4
-    assert {row["validation_loss"] for row in sweep.rows(the_sweep(outputs))} == {None}
-    sweep.write_results(the_sweep(outputs))
+    assert {row["validation_loss"] for row in sweep_results.rows(the_sweep(outputs))} == {None}
+    sweep_results.write_results(the_sweep(outputs))
 
 
 @pytest.mark.parametrize("failure", [1, -9])
 def test_a_failure_does_not_end_a_sweep_and_a_stop_does(tiny_run, outputs, failure):
     """Also that of a launcher of several processes which was killed."""
-    folder = sweep.create(tiny_run(), [sweep.parse_grid("adapter.rank=2,4,8")])
+    folder = sweep_folder.create(tiny_run(), [sweep_folder.parse_grid("adapter.rank=2,4,8")])
     answers, asked = [failure, 0, 0], []
     assert (
         sweep.train(folder, lambda run: asked.append(run) or answers[len(asked) - 1], STOPPED)
@@ -110,7 +111,7 @@ def test_a_failure_does_not_end_a_sweep_and_a_stop_does(tiny_run, outputs, failu
     ],
 )
 def test_grids_from_the_command_line(text, expected):
-    assert sweep.parse_grid(text) == expected
+    assert sweep_folder.parse_grid(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -131,5 +132,5 @@ def test_grids_from_the_command_line(text, expected):
 )
 def test_what_cannot_be_is_said_before_anything_is_made(grid, words, tiny_run, outputs):
     with pytest.raises(ConfigError, match=words):
-        sweep.create(tiny_run(), [sweep.parse_grid(text) for text in grid])
+        sweep_folder.create(tiny_run(), [sweep_folder.parse_grid(text) for text in grid])
     assert run_folder.list_runs() == []

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from trainer import config
-from trainer.cli.info import describe
+from trainer.cli.describe import describe
 from trainer.errors import ModelError
 from trainer.families import FAMILIES, load_base
 from trainer.lora import export, inject, writer

@@ -13,7 +13,7 @@ from transformers import AutoConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from tests import ldm
 from trainer import config
-from trainer.cli.info import describe
+from trainer.cli.describe import describe
 from trainer.errors import ConfigError, ModelError
 from trainer.families import FAMILIES, from_single_file, load_base
 from trainer.inference.samples import generate

@@ -11,8 +11,9 @@ import pytest
 
 from app import __main__ as server
 from trainer import config
-from trainer.cli import sweep
-from trainer.cli.main import build_parser, main, read_recipe
+from trainer.cli import sweep_folder
+from trainer.cli.main import build_parser, main
+from trainer.cli.run_options import read_settings
 from trainer.models import model_files
 
 ROOT = Path(__file__).parents[2]
@@ -95,8 +96,8 @@ def read_only(line: str) -> None:
     words = shlex.split(line)
     if "trainer" in words and words[-1] != "...":
         options = build_parser().parse_args(words[words.index("trainer") + 1 :])
-        assert read_recipe(options).name
-        assert not hasattr(options, "grid") or [sweep.parse_grid(text) for text in options.grid]
+        assert read_settings(options).name
+        assert not hasattr(options, "grid") or [sweep_folder.parse_grid(text) for text in options.grid]
     elif words[:3] == ["python", "-m", "app"]:
         assert server.parse(words[3:]).ray
     elif words[0] == "make":

@@ -18,7 +18,7 @@ PRECISIONS = ("fp16", "bf16", "fp32")
 STEP = 0.5  # seconds between two signs of progress
 
 
-def add_to(commands: Any) -> None:
+def add_commands(commands: Any) -> None:
     convert = _command(
         commands,
         "convert",
@@ -185,7 +185,7 @@ def convert_command(options: argparse.Namespace) -> int:
     from trainer.lora.formats.reader import read_adapter
 
     file = read_adapter(options.file)
-    return _write(options, Report(options.json), file.modules, [file], remarks=file.remarks)
+    return _write(options, Report(options.json), file.modules, [file], remarks=file.notes)
 
 
 def compose_command(options: argparse.Namespace) -> int:
@@ -275,7 +275,7 @@ def merge_command(options: argparse.Namespace) -> int:
             merging.save_base(base, folder, DTYPES[options.precision])
     facts: dict[str, Any] = {"file": str(options.output), "changed": f"{len(added)} layers"}
     if options.prove:
-        left = merging.proof(
+        left = merging.remaining_difference(
             load_base(chosen.model_copy(update={"model": str(options.output)}), torch.float32),
             load_base(chosen, torch.float32),
             added,
@@ -316,11 +316,11 @@ def _check_free(output: Path) -> None:
 
 
 def _kept(kept: Sequence) -> dict[str, Any]:
-    from trainer.lora.transform import whole_energy
+    from trainer.lora.transform import total_energy
 
     worst = min(kept, key=lambda module: module.energy)
     return {
-        "kept_energy": f"{whole_energy(kept):.2%}",
+        "kept_energy": f"{total_energy(kept):.2%}",
         "worst_module": f"{worst.component}.{worst.name}, {worst.energy:.2%} at rank {worst.rank}",
         "by_module": [
             {"name": f"{m.component}.{m.name}", "rank": m.rank, "energy": round(m.energy, 6)}
