@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.corpus import JPG, PNG, encoded, photo
-from trainer.curation import ingest
-from trainer.curation.ingest import import_files, safe_name
-from trainer.data.captions import read_caption
+from trainer.curation import import_copy, import_zip
+from trainer.curation.import_names import safe_name
+from trainer.curation.ingest import import_files
+from trainer.data.captions import MAX_CAPTION_BYTES, read_caption
 from trainer.data.scan import scan_dataset
 from trainer.errors import TrainerError
 
@@ -263,8 +264,8 @@ def test_accents_are_one_letter_or_two(source, tmp_path, first):
 def test_only_pictures_of_the_same_size_are_compared(source, tmp_path, monkeypatch):
     target, read = tmp_path / "set", []
     import_files([put(source, "a.png", PNG), put(source, "b.jpg", JPG)], target)
-    sha256 = ingest._sha256
-    monkeypatch.setattr(ingest, "_sha256", lambda path: read.append(path.name) or sha256(path))
+    sha256 = import_copy._sha256
+    monkeypatch.setattr(import_copy, "_sha256", lambda path: read.append(path.name) or sha256(path))
     findings = import_files(
         [put(source, "c.png", PNG), put(source, "d.png", PNG), put(source, "e.bmp", b"no picture")],
         target,
@@ -315,7 +316,7 @@ def test_what_is_not_kept_is_named(source, tmp_path):
     ):
         put(source, f"d/{name}", b"\x80payload")
     put(source, "d/broken.txt", b"a cat")
-    put(source, "d/huge.txt", b"x" * (ingest.MAX_CAPTION_BYTES + 1))
+    put(source, "d/huge.txt", b"x" * (MAX_CAPTION_BYTES + 1))
     findings = import_files([source / "d", source / "gone.png"], tmp_path / "set")
     assert names(tmp_path / "set") == []
     left = {f"d/{path.name}" for path in (source / "d").iterdir()}
@@ -348,7 +349,7 @@ def test_zip_limits_count_real_bytes(source, tmp_path, monkeypatch):
             archive.writestr(f"{number}.txt", bytes(1000))
     for limit, value in (("MAX_ENTRIES", 4), ("MAX_TOTAL_BYTES", 4000), ("MAX_FILE_BYTES", 999)):
         with monkeypatch.context() as patch:
-            patch.setattr(ingest, limit, value)
+            patch.setattr(import_zip, limit, value)
             findings = import_files([source / "x.zip"], tmp_path / limit)
         assert [finding.level for finding in findings] == ["error"] and not names(
             tmp_path / limit

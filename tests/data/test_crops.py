@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from trainer import config
 from trainer.curation import crop_edits, history
-from trainer.data import buckets, crops
+from trainer.data import buckets
 from trainer.data.image_stats import focus_of
 from trainer.data.scan import crop_of, scan_dataset
 from trainer.errors import DatasetError
@@ -126,7 +126,7 @@ def test_a_place_that_is_none_is_refused(folder, place):
             crop_edits.move(folder, folder / "left.png", place)
     (folder / ".atelier").mkdir()
     (folder / ".atelier" / "crops.json").write_text(json.dumps({"left": place}))
-    assert crops.read(folder) == {}
+    assert buckets.read(folder) == {}
 
 
 def test_what_is_shown_is_what_the_vae_is_given(folder, tiny_run, monkeypatch):

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from tests.corpus import encoded, flipped, frames, hidden_magenta, oriented, photo, png16, with_gps
-from trainer.data.images import image_size, open_image, save_thumbnail, shown
+from trainer.data.images import image_size, open_image, save_thumbnail
+from trainer.data.issues import shown
 from trainer.errors import DatasetError
 
 

@@ -9,15 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.corpus import PNG, encoded, photo
-from trainer.data.captions import (
-    caption_path,
-    clean_caption,
-    decode_text,
-    read_caption,
-    suffix_of,
-    write_caption,
-)
+from trainer.data.captions import clean_caption, decode_text, read_caption, write_caption
 from trainer.data.checks import verdict
+from trainer.data.dataset_files import caption_path, suffix_of
 from trainer.data.issues import Issue
 from trainer.data.scan import scan_dataset
 from trainer.errors import DatasetError, DiskError

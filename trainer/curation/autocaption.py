@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from trainer.curation import caption_edits, history
-from trainer.data.captions import relative
+from trainer.data.dataset_files import relative
 from trainer.data.images import open_image
 from trainer.data.scan import DatasetItem, scan_dataset
 from trainer.errors import ModelError, TrainerError

@@ -13,8 +13,9 @@ from pathlib import Path
 import regex
 
 from trainer.curation.history import Edit
-from trainer.data.captions import MAX_CAPTION_BYTES, caption_path, clean_caption
+from trainer.data.captions import MAX_CAPTION_BYTES, clean_caption
 from trainer.data.checks import tags_of
+from trainer.data.dataset_files import caption_path
 from trainer.errors import DatasetError
 
 PATTERN_SECONDS = 5.0  # for all captions together: some patterns take longer than the universe has

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 from trainer.curation.history import Edit
-from trainer.data import crops
-from trainer.data.captions import stem_of
-from trainer.data.crops import Centre
-from trainer.data.issues import OWN_FOLDER
+from trainer.data import buckets
+from trainer.data.buckets import Centre
+from trainer.data.dataset_files import OWN_FOLDER, stem_of
 
 
 def move(dataset: Path, image: Path, centre: Centre | None) -> Edit:
@@ -15,9 +14,9 @@ def move(dataset: Path, image: Path, centre: Centre | None) -> Edit:
 
     Raises `DatasetError` if the centre is not two numbers from 0 to 1.
     """
-    moved = crops.read(dataset)
+    moved = buckets.read(dataset)
     moved.pop(stem_of(image), None)
     if centre is not None:
-        moved[stem_of(image)] = crops.centre_of(centre)
+        moved[stem_of(image)] = buckets.centre_of(centre)
     rows = {stem.relative_to(dataset).as_posix(): point for stem, point in sorted(moved.items())}
-    return Edit(dataset / OWN_FOLDER / crops.FILE, json.dumps(rows, indent=0).encode())
+    return Edit(dataset / OWN_FOLDER / buckets.CROPS_FILE, json.dumps(rows, indent=0).encode())

@@ -13,24 +13,19 @@ from pathlib import Path
 from trainer.curation import caption_edits, history
 from trainer.curation.history import Edit
 from trainer.data import token_count
-from trainer.data.captions import (
-    Metadata,
+from trainer.data.captions import Metadata, caption_of
+from trainer.data.dataset_files import (
     caption_candidates,
-    caption_of,
     caption_path,
+    files_of,
+    pair_masks,
     relative,
     stem_of,
     suffix_of,
 )
-from trainer.data.images import (
-    IMAGE_SUFFIXES,
-    alpha_mask,
-    decode_image,
-    image_format,
-    read_image,
-)
+from trainer.data.image_formats import IMAGE_SUFFIXES
+from trainer.data.images import alpha_mask, decode_image, image_format, read_image
 from trainer.data.issues import Issue
-from trainer.data.scan import files_of, pair_masks
 from trainer.errors import DatasetError
 
 SUFFIX_OF_FORMAT = {

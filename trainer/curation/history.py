@@ -18,8 +18,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from trainer.data.images import shown
-from trainer.data.issues import OWN_FOLDER
+from trainer.data.dataset_files import OWN_FOLDER
+from trainer.data.issues import shown
 from trainer.errors import DatasetError
 from trainer.runs.atomic_files import atomic_write
 

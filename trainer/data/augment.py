@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image, ImageEnhance, ImageOps
 
 from trainer import config
+from trainer.config import RunConfig
 from trainer.data.buckets import Crop, apply_crop
 from trainer.data.scan import with_trigger
 
@@ -55,6 +56,14 @@ def _drawn(crop: Crop, settings: config.Dataset, draws: random.Random) -> Look:
         colours=tuple(draws.uniform(1 - strength, 1 + strength) for _ in range(3))
         if strength
         else (),
+    )
+
+
+def variants_per_image(run: RunConfig) -> int:
+    """Returns how many versions of an image are cached at each resolution (see `augment.looks`)."""
+    dataset = run.dataset
+    return (dataset.variants if dataset.random_crop or dataset.colour_jitter else 1) * (
+        2 if dataset.flip else 1
     )
 
 

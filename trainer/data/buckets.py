@@ -3,13 +3,22 @@
 No picture is ever left out: each gets a crop. Nothing is enlarged unless asked, except a side shorter than one step.
 """
 
+import json
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from PIL import Image
 
+from trainer.data.dataset_files import OWN_FOLDER
+from trainer.errors import DatasetError
+
 MAX_ASPECT = 2.0
+CROPS_FILE = "crops.json"
+
+Centre = tuple[float, float]
+"""The point of a picture that should be in the middle of its crop, from left and top, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -152,3 +161,23 @@ def apply_crop(image: Image.Image, crop: Crop) -> Image.Image:
         min(bottom * image.height, image.height),
     )
     return image.resize(crop.bucket, Image.Resampling.LANCZOS, box=box)
+
+
+def read(dataset: Path) -> dict[Path, Centre]:
+    """Stem of each picture whose crop was moved -> its centre. A damaged file is one without crops."""
+    try:
+        rows = json.loads((dataset / OWN_FOLDER / CROPS_FILE).read_bytes())
+        return {dataset / name: centre_of(place) for name, place in rows.items()}
+    except (OSError, ValueError, TypeError, AttributeError, DatasetError):
+        return {}
+
+
+def centre_of(place: object) -> Centre:
+    """Raises `DatasetError` for what is no place in a picture."""
+    try:
+        x, y = (round(float(value), 4) for value in place)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise DatasetError("The place of a crop is two numbers from 0 to 1.") from None
+    if not (math.isfinite(x) and math.isfinite(y) and 0 <= x <= 1 and 0 <= y <= 1):
+        raise DatasetError("The place of a crop is two numbers from 0 to 1.")
+    return x, y

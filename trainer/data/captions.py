@@ -12,42 +12,14 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
-from trainer.data.images import shown
-from trainer.data.issues import Issue
+from trainer.data.dataset_files import METADATA_NAME, caption_candidates, caption_path, relative
+from trainer.data.issues import Issue, shown
 from trainer.errors import DatasetError
 from trainer.runs.atomic_files import atomic_write
 
-CAPTION_SUFFIXES = (
-    ".txt",
-    ".TXT",
-    ".caption",
-    ".CAPTION",
-)  # in this order; an edit is saved as .txt, so it wins
-METADATA_NAME = "metadata.jsonl"  # one JSON object a line, as in a Hugging Face "imagefolder"
 METADATA_KEYS = ("text", "caption", "prompt")
 MAX_CAPTION_BYTES = 2**20
 MAX_METADATA_BYTES = 64 * 2**20
-
-
-def suffix_of(name: str) -> str:
-    """Lower-case extension with its dot, also of names that only consist of dots."""
-    stem, _, extension = name.rpartition(".")
-    return f".{extension.lower()}" if stem and extension else ""
-
-
-def relative(path: Path, folder: Path) -> str:
-    """The path below the dataset as it is shown, and as a finding names it."""
-    return shown(path.relative_to(folder).as_posix())
-
-
-def stem_of(picture: Path) -> Path:
-    """The path of a picture without its extension, which its caption and its mask share."""
-    return picture.with_name(picture.name[: len(picture.name) - len(suffix_of(picture.name))])
-
-
-def caption_path(picture: Path) -> Path:
-    """Where an edited caption of `picture` is saved: `<stem>.txt` beside it."""
-    return picture.with_name(f"{stem_of(picture).name}.txt")
 
 
 def write_caption(picture: Path, text: str) -> None:
@@ -81,15 +53,6 @@ def read_caption(picture: Path, separate_lines: bool = False) -> tuple[str, list
         picture, picture.parent, Metadata(picture.parent, findings), separate_lines
     )
     return caption, findings + about_caption
-
-
-# Where it is
-
-
-def caption_candidates(picture: Path) -> list[Path]:
-    stem = stem_of(picture).name
-    names = [stem + suffix for suffix in CAPTION_SUFFIXES] + [picture.name + ".txt"]
-    return [picture.with_name(name) for name in names]
 
 
 def caption_of(

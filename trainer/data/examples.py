@@ -17,8 +17,7 @@ from trainer.config import RunConfig
 from trainer.data import latent_cache
 from trainer.data.augment import Look, looks, vary_caption
 from trainer.data.images import open_alpha, open_image
-from trainer.data.scan import DatasetItem, crop_of
-from trainer.data.splits import held_out_count, resolutions
+from trainer.data.scan import DatasetItem, crop_of, held_out_count, resolutions
 from trainer.errors import DatasetError, ModelError
 from trainer.families import LoadedBase
 from trainer.families.base import Conditioning, SizeIds

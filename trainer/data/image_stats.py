@@ -20,7 +20,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from trainer.data.images import SMALLEST_SIDE, conversions, decode_image, read_image, shown
+from trainer.data.image_formats import SMALLEST_SIDE
+from trainer.data.images import conversions, decode_image, read_image
+from trainer.data.issues import shown
 from trainer.errors import DatasetError
 from trainer.runs.run_folder import outputs_folder
 

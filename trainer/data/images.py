@@ -7,12 +7,8 @@ file carries besides its pixels (EXIF, GPS, text chunks).
 import contextlib
 import io
 import os
-import re
 import stat
-import struct
-import unicodedata
 import warnings
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -20,32 +16,21 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageCms
 
+from trainer.data.image_formats import (
+    IMAGE_ERRORS,
+    MAX_FILE_BYTES,
+    MAX_JPEG_SCANS,
+    frame_notes,
+    hidden_damage_notes,
+    jpeg_layout,
+    open_allowed,
+    refuse_bombs,
+    refuse_png_surplus,
+    too_large,
+)
+from trainer.data.issues import shown
 from trainer.errors import DatasetError
 from trainer.runs.atomic_files import atomic_write
-
-# Pillow recognises files by content whatever their name, so the allow-list is what keeps the parsers of EPS (which runs
-# Ghostscript), PSD, FITS and JPEG 2000 away from a file called x.png.
-# Never set ImageFile.LOAD_TRUNCATED_IMAGES: grey halves would be trained on.
-IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "HEIF")
-IMAGE_SUFFIXES = frozenset((
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif",
-    ".avif", ".heic", ".heif", ".hif",
-))  # fmt: skip
-MAX_PIXELS = (
-    Image.MAX_IMAGE_PIXELS or 89_478_485
-)  # 89 megapixels, where Pillow itself begins to warn of a decompression bomb
-MAX_FILE_BYTES = 512 * 2**20
-MAX_JPEG_SCANS = (
-    64  # encoders write about 10; each costs a decoding (300 scans of 25 megapixels took 13 s)
-)
-MAX_ROT_PIXELS = 40_000_000  # beyond, the search for hidden damage would take too much memory
-SMALLEST_SIDE = 8  # pixels: one latent
-
-# What Pillow's decoders were seen to raise on damaged files, and its relatives.
-IMAGE_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, MemoryError, RuntimeError,
-    AttributeError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
-)  # fmt: skip
 
 # Our own limit is the line at which Pillow warns, and odd metadata costs nothing: warnings would only fill the log.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -63,23 +48,6 @@ _UPRIGHT = {
 _ORIENTATION = 0x0112
 
 
-def shown(name: str | os.PathLike) -> str:
-    """`name` as text that is safe to print or show: control and direction characters and bad UTF-8 become escapes."""
-
-    def escape(character: str) -> str:
-        if (
-            "\udc80" <= character <= "\udcff"
-        ):  # a byte that is not UTF-8, as surrogateescape keeps it
-            return f"\\x{ord(character) - 0xDC00:02x}"
-        hidden = (
-            unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
-            and character != "\u200d"
-        )
-        return character.encode("unicode_escape").decode() if hidden else character
-
-    return "".join(map(escape, os.fspath(name)))
-
-
 def open_image(
     path: Path, background: tuple[int, int, int] = (255, 255, 255)
 ) -> tuple[Image.Image, tuple[str, ...]]:
@@ -94,8 +62,8 @@ def open_image(
 def open_alpha(path: Path) -> Image.Image:
     """How much of each place of the picture shows: upright, 8-bit grey, 255 where it is opaque. Raises `DatasetError`."""
     with _sentences(path):
-        image = _open(io.BytesIO(read_image(path)))
-        _refuse_bombs(image)
+        image = open_allowed(io.BytesIO(read_image(path)))
+        refuse_bombs(image)
         image.load()
         if image.mode.startswith("I;16"):
             alpha = _eight_bit_grey(image)[1]
@@ -116,8 +84,8 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises `DatasetError` as `open_image` does.
     """
     with _sentences(path), _regular_file(path) as file:
-        image = _open(file)
-        _refuse_bombs(image)
+        image = open_allowed(file)
+        refuse_bombs(image)
         width, height = image.size
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
@@ -156,23 +124,23 @@ def decode_image(
     with _sentences(path):
         if not data.strip():
             raise DatasetError("is empty: copy it again from where it came")
-        scans, end = _jpeg_layout(data)
+        scans, end = jpeg_layout(data)
         if scans > MAX_JPEG_SCANS:
             raise DatasetError(
                 f"is a JPEG of {scans} scans, made to be slow to decode: save it anew as an ordinary JPEG"
             )
-        image = _open(io.BytesIO(data))
-        _refuse_bombs(image)
+        image = open_allowed(io.BytesIO(data))
+        refuse_bombs(image)
         if image.format == "PNG":
-            _refuse_png_surplus(image, data)
+            refuse_png_surplus(image, data)
         # verify() checks PNG checksums that load() does not, and load() finds the cuts that verify() does not.
-        _open(io.BytesIO(data)).verify()
+        open_allowed(io.BytesIO(data)).verify()
         if draft_side:
             image.draft("RGB", (draft_side, draft_side))
-        notes = _frame_notes(image)
+        notes = frame_notes(image)
         image.load()
         if not draft_side:
-            notes += _hidden_damage_notes(image, data, end)
+            notes += hidden_damage_notes(image, data, end)
         orientation = _orientation(image)
         rgb, colour_notes = _to_rgb(image, background)
         if (
@@ -189,7 +157,7 @@ def conversions(data: bytes, path: Path) -> tuple[tuple[str, str], ...]:
     From the header only. Raises `DatasetError` as `open_image` does.
     """
     with _sentences(path):
-        image = _open(io.BytesIO(data))
+        image = open_allowed(io.BytesIO(data))
         found = []
         with contextlib.suppress(*IMAGE_ERRORS):
             if Image.Image.getexif(image).get(_ORIENTATION, 1) in _UPRIGHT:
@@ -218,7 +186,7 @@ def conversions(data: bytes, path: Path) -> tuple[tuple[str, str], ...]:
 def image_format(data: bytes, path: Path) -> str:
     """The format by content, one of `IMAGE_FORMATS`. Raises `DatasetError`."""
     with _sentences(path):
-        return str(_open(io.BytesIO(data)).format)
+        return str(open_allowed(io.BytesIO(data)).format)
 
 
 def alpha_mask(path: Path) -> Image.Image | None:
@@ -226,7 +194,7 @@ def alpha_mask(path: Path) -> Image.Image | None:
     data = read_image(path)
     decode_image(data, path)  # all that may be wrong with it
     with _sentences(path):
-        image = _open(io.BytesIO(data))
+        image = open_allowed(io.BytesIO(data))
         if not image.has_transparency_data:
             return None
         orientation = _orientation(image)
@@ -267,7 +235,7 @@ def _sentences(path: Path) -> Iterator[None]:
             f"{shown(Path(path).name)} may not be read: change its permissions."
         ) from None
     except Image.DecompressionBombError:
-        raise DatasetError(f"{shown(Path(path).name)} {_too_large()}.") from None
+        raise DatasetError(f"{shown(Path(path).name)} {too_large()}.") from None
     except IMAGE_ERRORS as error:
         reason = (shown(str(error)).strip() or type(error).__name__)[:160]
         raise DatasetError(
@@ -292,145 +260,6 @@ def _regular_file(path: Path) -> Iterator[BinaryIO]:
                 f"has {status.st_size >> 20} MB, the limit is {MAX_FILE_BYTES >> 20}: save it smaller"
             )
         yield file
-
-
-def _open(file: BinaryIO) -> Image.Image:
-    Image.init()
-    with contextlib.suppress(ImportError):
-        import pillow_heif
-
-        if "HEIF" not in Image.OPEN:
-            pillow_heif.register_heif_opener()
-    try:
-        return Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
-    except Image.UnidentifiedImageError:
-        file.seek(0)
-        raise DatasetError(_what_it_is(file.read(512))) from None
-
-
-def _what_it_is(head: bytes) -> str:
-    """For bytes that no allowed decoder recognises, what they seem to be and what to do."""
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    known = "save it as JPEG or PNG in a picture editor"
-    if head[4:8] == b"ftyp":
-        missing = "install pillow-heif" if "HEIF" not in Image.OPEN else known
-        return f"is a HEIC, AVIF or video file that cannot be decoded here: {missing}"
-    for start, kind in (
-        (b"<svg", "an SVG drawing"), (b"<?xml", "an XML or SVG file"), (b"<", "a web page, perhaps a failed download"),
-        (b"8bps", "a Photoshop file"), (b"\0\0\0\x0cjp", "a JPEG 2000 file"), (b"\xff\x4f\xff\x51", "a JPEG 2000 file"),
-        (b"%!ps", "a PostScript file"), (b"%pdf", "a PDF"), (b"pk\3\4", "a zip archive"), (b"riff", "a damaged WebP"),
-        (b"\xff\xd8", "a damaged JPEG"), (b"\x89png", "a damaged PNG"), (b"gif8", "a damaged GIF"),
-    ):  # fmt: skip
-        if text.startswith(start):
-            return f"is {kind}, not a picture that can be used: {'copy it again' if 'damaged' in kind else known}"
-    return f"is damaged or not a picture: {known}"
-
-
-def _refuse_bombs(image: Image.Image) -> None:
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise DatasetError(
-            f"claims to be {width} x {height} pixels: the file is damaged, save it anew"
-        )
-    if width * height >= MAX_PIXELS:
-        raise DatasetError(f"({width} x {height}) {_too_large()}")
-    if image.mode in ("F", "I"):
-        raise DatasetError(
-            "has 32-bit pixels, whose white is not known: save it with 8 or 16 bits a channel"
-        )
-
-
-def _too_large() -> str:
-    return f"has more than {MAX_PIXELS // 10**6} million pixels: make it smaller"
-
-
-def _jpeg_layout(data: bytes) -> tuple[int, int]:
-    """Number of scans of a JPEG and where its end marker is, without decoding; (0, end) for anything else."""
-    scans, position = 0, 2
-    # Inside a scan 0xFF is followed by 00 or a restart marker only, so the next marker is found without decoding;
-    # a marker with a length is stepped over, so a thumbnail inside EXIF is not counted.
-    marker = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])", re.DOTALL)
-    while data.startswith(b"\xff\xd8") and (found := marker.search(data, position)):
-        kind, position = found[1][0], found.end()
-        if kind == 0xD9:
-            return scans, found.start()
-        scans += kind == 0xDA
-        position += int.from_bytes(data[position : position + 2], "big")
-    return scans, len(data)
-
-
-def _hidden_damage_notes(image: Image.Image, data: bytes, jpeg_end: int) -> list[str]:
-    """Find flipped bytes that decoders pass over: after them a picture uses too little or too much of its data.
-
-    A sound picture changes when its last bytes do, and does not when more are added. Measured on made pictures: no
-    sound one was named (0 of 384 JPEG, 0 of 144 WebP). Of flips of 16 bytes it finds 2 of 3 in a JPEG, nearly all in a
-    lossy WebP and few in a lossless one; of holes of 4 kB all but those between restart markers.
-    Raises `DatasetError` for a WebP, where all that follows the flip is lost.
-    """
-    if image.width * image.height > MAX_ROT_PIXELS:
-        return []
-    found = image.tobytes()
-
-    def pixels(variant: bytes) -> bytes | None:
-        try:
-            with Image.open(io.BytesIO(variant), formats=["JPEG", "WEBP"]) as picture:
-                return picture.tobytes()
-        except IMAGE_ERRORS:
-            return None
-
-    if image.format in ("JPEG", "MPO"):
-        head, tail = data[: jpeg_end - 6], data[jpeg_end - 6 : jpeg_end]
-        changed = bytes(
-            byte if byte in (0, 0xFF) else byte ^ 0xFF for byte in tail
-        )  # 00 and FF are part of the syntax
-        more = b"\x5a\xa5\x3c\xc3" * 16 + b"\xff\xd9"
-        too_little = changed != tail and pixels(head + changed + more) == found
-        if too_little or pixels(head + tail + more) not in (None, found):
-            return [
-                "may be damaged inside: look at it, and copy it again if it has stripes or false colours"
-            ]
-    elif image.format == "WEBP" and (end := _webp_end(data)):
-        changed = bytes(byte ^ 0xFF for byte in data[end - 16 : end])
-        if pixels(data[: end - 16] + changed + data[end:]) == found:
-            raise DatasetError(
-                "is damaged inside: copy it again from where it came, or save it anew"
-            )
-    return []
-
-
-def _webp_end(data: bytes) -> int:
-    """Where the pixels of a still WebP end; 0 where there are none."""
-    position = 12
-    while position + 8 <= len(data):
-        kind, length = struct.unpack("<4sI", data[position : position + 8])
-        if kind in (b"VP8 ", b"VP8L"):
-            return position + 8 + length
-        position += 8 + length + length % 2
-    return 0
-
-
-def _refuse_png_surplus(image: Image.Image, data: bytes) -> None:
-    """Refuse a PNG whose compressed pixels are larger than its raw pixels can be: it inflates to something else."""
-    stored, position = 0, 8
-    while position + 8 <= len(data):
-        length, kind = struct.unpack(">I4s", data[position : position + 8])
-        stored += length if kind == b"IDAT" else 0
-        position += 12 + length
-    width, height = image.size
-    most = (width * 8 + 8) * height  # 16-bit RGBA, one filter byte a row and room for interlacing
-    if stored > most + most // 64 + 4096:
-        raise DatasetError(
-            "holds far more data than its pixels need: it is not an ordinary PNG, save it anew"
-        )
-
-
-def _frame_notes(image: Image.Image) -> list[str]:
-    # `is_animated` looks one frame ahead at most; `n_frames` would walk through all of a long GIF.
-    if image.format in ("MPO", "HEIF") or not getattr(image, "is_animated", False):
-        return []
-    if image.format == "TIFF":
-        return ["has several pages: only the first is used"]
-    return ["is animated: only its first frame is used"]
 
 
 def _orientation(image: Image.Image) -> int:

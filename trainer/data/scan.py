@@ -3,7 +3,6 @@
 It never changes the folder, and never leaves anything out without naming it.
 """
 
-import os
 import re
 import stat
 from collections.abc import Callable, Iterable
@@ -11,33 +10,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer import config
-from trainer.config import folder_repeats
-from trainer.data import checks, crops, token_count
-from trainer.data.buckets import Crop, choose_crop, whole_picture
-from trainer.data.captions import (
+from trainer.config import RunConfig, folder_repeats
+from trainer.data import buckets, checks, token_count
+from trainer.data.buckets import Centre, Crop, choose_crop, whole_picture
+from trainer.data.captions import Metadata, caption_of
+from trainer.data.dataset_files import (
+    MASK_ENDINGS,
     METADATA_NAME,
-    Metadata,
+    OTHER_IMAGE_SUFFIXES,
     caption_candidates,
-    caption_of,
+    pair_masks,
     relative,
     stem_of,
     suffix_of,
+    walk,
 )
+from trainer.data.image_formats import IMAGE_SUFFIXES
 from trainer.data.image_stats import inspect_all
-from trainer.data.images import IMAGE_SUFFIXES, shown
-from trainer.data.issues import OWN_FOLDER, Issue, Level
+from trainer.data.issues import Issue, shown
 from trainer.errors import DatasetError
 
+SMALLEST_SET_TO_HOLD_OUT = 10
 MAX_REPEATS = 200  # `2024_holiday` is a date
-MASK_ENDINGS = (".mask.png", "-masklabel.png")  # the second is OneTrainer's
-MASK_FOLDER = "masks"
-OTHER_IMAGE_SUFFIXES = frozenset((
-    ".jp2", ".j2k", ".jxl", ".psd", ".xcf", ".svg", ".eps", ".pdf", ".ico", ".tga", ".exr", ".hdr", ".ppm", ".pcx",
-    ".dds", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2",
-))  # fmt: skip
-JUNK_NAMES = frozenset(
-    ("thumbs.db", "desktop.ini", ".ds_store", "__macosx", "ehthumbs.db", "icon\r")
-)
 
 
 @dataclass(frozen=True)
@@ -54,13 +48,8 @@ class DatasetItem:
     """A grey picture of where to look: white is learned from in full, black not at all."""
     focus: tuple[float, float] = (0.5, 0.5)
     """Where the picture is most interesting, from left and top, 0 to 1 (`inspection.focus_of`)."""
-    crop_centre: crops.Centre | None = None
+    crop_centre: Centre | None = None
     """Where a person moved its crop to."""
-
-
-def is_junk(name: str) -> bool:
-    """Whether an operating system, not a person, put the file there."""
-    return name.startswith("._") or name.lower() in JUNK_NAMES
 
 
 def scan_dataset(
@@ -85,7 +74,7 @@ def scan_dataset(
     if not folder.is_dir():
         raise DatasetError(f"{shown(folder)} is not a folder: choose a folder with pictures.")
     findings: list[Issue] = []
-    files = _walk(folder, findings)
+    files = walk(folder, findings)
     pictures, masks = pair_masks(path for path in files if suffix_of(path.name) in IMAGE_SUFFIXES)
     metadata = Metadata(folder, findings)
     findings += _about_other_files(
@@ -93,7 +82,7 @@ def scan_dataset(
     ) + _about_case_twins(folder, pictures)
 
     items: list[DatasetItem] = []
-    used, captioned, moved = [], set(), crops.read(folder)
+    used, captioned, moved = [], set(), buckets.read(folder)
     for path, facts in zip(pictures, inspect_all(pictures, progress), strict=True):
         file = relative(path, folder)
         if facts.error:
@@ -167,100 +156,6 @@ def crop_of(item: DatasetItem, settings: config.Dataset) -> Crop:
         settings.allow_upscale,
         centre,
     )
-
-
-# Walking
-
-
-def _walk(folder: Path, findings: list[Issue]) -> list[Path]:
-    """All files to look at, sorted. Links to folders are not entered, so loops end; all passed over are findings."""
-    root, files, waiting = folder.resolve(), [], [folder]
-
-    def skip(path: Path, message: str, level: Level = "note") -> None:
-        findings.append(Issue(relative(path, folder), level, message))
-
-    while waiting:
-        parent = waiting.pop()
-        try:
-            entries = sorted(os.scandir(parent), key=lambda entry: entry.name)
-        except OSError as error:
-            skip(
-                parent,
-                f"The folder cannot be read ({error.strerror}): what is in it was left out.",
-                "warning",
-            )
-            continue
-        for entry in entries:
-            path = parent / entry.name
-            is_picture = suffix_of(entry.name) in IMAGE_SUFFIXES
-            if is_junk(entry.name):
-                skip(path, "Was put there by the operating system: ignored.")
-            elif entry.is_dir(follow_symlinks=False):
-                if entry.name.startswith("."):
-                    if entry.name != OWN_FOLDER:
-                        skip(path, "Is a hidden folder: ignored.")
-                    continue
-                if is_picture:
-                    skip(
-                        path,
-                        "Is a folder named like a picture: only what is inside it is used.",
-                        "warning",
-                    )
-                waiting.append(path)
-            elif entry.is_symlink() and entry.is_dir():
-                skip(
-                    path,
-                    "Is a link to a folder, which is not followed: copy the folder itself.",
-                    "warning",
-                )
-            elif entry.is_symlink() and is_picture and not _leads_inside(path, root):
-                skip(
-                    path,
-                    "Is a link that leaves the dataset: it was left out; copy the picture itself.",
-                    "error",
-                )
-            elif entry.name.startswith(".") and not is_picture:
-                skip(path, "Is a hidden file: ignored.")
-            else:
-                files.append(path)
-    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
-
-
-def files_of(folder: Path) -> list[Path]:
-    """All files that a scan looks at, sorted."""
-    return _walk(folder, [])
-
-
-def pair_masks(files: Iterable[Path]) -> tuple[list[Path], dict[Path, Path]]:
-    """Pictures, and the mask of each that has one: `<stem>.mask.png`, `<stem>-masklabel.png` or `masks/<stem>.png` beside it.
-
-    A mask is no picture to train on. One of the first two kinds without its picture is in neither.
-    """
-    named, others = {}, []
-    for path in files:
-        ending = next(
-            (ending for ending in MASK_ENDINGS if path.name.lower().endswith(ending)), None
-        )
-        if ending is None:
-            others.append(path)
-        else:
-            named[path.with_name(path.name[: -len(ending)])] = path
-    stems = {stem_of(path) for path in others if path.parent.name.lower() != MASK_FOLDER}
-    pictures = []
-    for path in others:
-        stem = path.parent.parent / stem_of(path).name
-        if path.parent.name.lower() == MASK_FOLDER and stem in stems:
-            named.setdefault(stem, path)
-        else:
-            pictures.append(path)
-    return pictures, {path: named[stem_of(path)] for path in pictures if stem_of(path) in named}
-
-
-def _leads_inside(link: Path, root: Path) -> bool:
-    try:
-        return link.resolve(strict=True).is_relative_to(root)
-    except (OSError, RuntimeError):  # leads nowhere, or in a circle
-        return False
 
 
 def _about_other_files(
@@ -365,3 +260,13 @@ def with_trigger(caption: str, trigger: str) -> str:
     if not trigger or checks.has_word(caption, trigger):
         return caption
     return f"{trigger}, {caption}" if caption else trigger
+
+
+def held_out_count(run: RunConfig, images: int) -> int:
+    """Returns how many of so many images are held out for validation."""
+    return round(images * run.dataset.hold_out) if images >= SMALLEST_SET_TO_HOLD_OUT else 0
+
+
+def resolutions(run: RunConfig) -> tuple[int, ...]:
+    """Returns the resolutions at which each image is trained, in pixels."""
+    return run.dataset.resolution, *run.dataset.resolutions
