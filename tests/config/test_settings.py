@@ -1,5 +1,7 @@
 """One declaration a knob: bounds, help, files and faults all come from it."""
 
+import tomllib
+
 import pytest
 
 from trainer import config
@@ -132,7 +134,7 @@ def test_a_setting_that_a_later_version_brings_leaves_old_states_resumable():
         training: Later = Later()
 
     run = config.replace(config.RunConfig(), {"adapter.rank": 8, "training.steps": 100})
-    updated = Next.model_validate(config.tomllib.loads(config.to_toml(run)))
+    updated = Next.model_validate(tomllib.loads(config.to_toml(run)))
     assert updated.training.new_knob == 0.5 and config.fingerprint(updated) == config.fingerprint(
         run
     )

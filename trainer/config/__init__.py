@@ -3,10 +3,11 @@
 This folder is the bottom of the engine. It imports only `trainer.errors`, and never torch.
 """
 
+from trainer.config.io import fingerprint, from_dict, load, parse, parse_setting, replace, to_toml
+from trainer.config.parsers import folder_repeats, numbers_by_name, optimizer_arguments
+from trainer.config.schema import choices, fields, get, several_choices
 from trainer.config.settings import (
-    COMPONENTS,
     EMBEDDED,
-    WITHOUT_FORM,
     Adapter,
     Base,
     Dataset,
@@ -16,26 +17,10 @@ from trainer.config.settings import (
     Saving,
     Section,
     Training,
-    choices,
-    fields,
-    fingerprint,
-    folder_repeats,
-    from_dict,
-    get,
-    load,
-    numbers_by_name,
-    optimizer_arguments,
-    parse,
-    parse_setting,
-    replace,
-    several_choices,
-    to_toml,
 )
 
 __all__ = [
-    "COMPONENTS",
     "EMBEDDED",
-    "WITHOUT_FORM",
     "Adapter",
     "Base",
     "Dataset",
