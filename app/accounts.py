@@ -22,10 +22,10 @@ def signed_in() -> str:
 
 def separate() -> None:
     """From here on `run_folder.outputs_folder` gives each person their own."""
-    run_folder.signed_in = signed_in
+    run_folder.current_user = signed_in
 
 
 def all_runs_folders() -> list[Path]:
     """The runs folders of everyone: what has to share the device."""
-    root = run_folder.everyones_folder()
-    return [root / "runs", *sorted((root / run_folder.USERS).glob("*/runs"))]
+    root = run_folder.outputs_root()
+    return [root / "runs", *sorted((root / run_folder.USERS_FOLDER).glob("*/runs"))]

@@ -108,7 +108,7 @@ def status(run: str) -> dict[str, Any]:
         "total_steps": current.total_steps,
         "seconds_left": current.seconds_left if current.is_active else None,
         "losses": run_view.thin(current.losses, MOST_LOSSES),
-        "validation": current.validation,
+        "validation": current.validation_losses,
         "samples": [f"/runfile/{folder.name}/{sample.file}" for sample in current.samples],
         "file": run_view.final_file(folder, current),
         "message": current.message,

@@ -122,7 +122,7 @@ def measure(row: Row, common: dict) -> dict:
     ]
     return report | {
         "losses": [loss for _, loss in status.losses],
-        "validation": status.validation[-1][1],
+        "validation": status.validation_losses[-1][1],
         "seconds_per_step": statistics.median(seconds[1:] or seconds),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30
         if torch.cuda.is_available()

@@ -111,7 +111,7 @@ def _side(folder: Path, current: RunStatus, sample: SampleSaved | None, longer: 
         "name": name_of(folder),
         "steps": current.step,
         "loss": run_view.thin(run_view.smooth(current.losses, longer)),
-        "validation": current.validation,
+        "validation": current.validation_losses,
         "sample": f"/runfile/{folder.name}/{sample.file}" if sample else "",
         "prompt": sample.prompt if sample else "",
     }

@@ -145,7 +145,7 @@ def anyone_trains() -> bool:
         return any(
             run_lock.is_alive(folder)
             for place in accounts.all_runs_folders()
-            for folder in run_folder.any_order(place)
+            for folder in run_folder.unsorted_runs(place)
         )
 
 

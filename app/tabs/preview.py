@@ -422,7 +422,7 @@ def elsewhere(request: PreviewRequest) -> list[str]:
     prompt = " ".join(filter(None, [request.prompt, tags]))
     embeddings = [
         path
-        for path in (run_folder.embedding_of(Path(adapter.file)) for adapter in request.adapters)
+        for path in (run_folder.embedding_path(Path(adapter.file)) for adapter in request.adapters)
         if path.is_file()
     ]
     words = [

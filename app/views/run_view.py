@@ -155,17 +155,17 @@ def progress() -> dict:
 
 def gauge(folder: Path, current: RunStatus) -> dict | None:
     """Where a run stands between learning and memorising, in a sentence, and what to change; None where nothing says so."""
-    reading = current.reading
+    reading = current.assessment
     if reading is None:
         return None
     whole = (current.seconds_per_step or 0.0) * current.total_steps
     try:
-        changes = convergence.what_to_change(runs.settings(folder), reading, whole)
+        changes = convergence.suggest_changes(runs.settings(folder), reading, whole)
     except TrainerError:
         changes = []
     return {
         "zone": reading.zone,
-        "needle": round(reading.needle, 3),
+        "needle": round(reading.gauge, 3),
         "sentence": reading.sentence,
         "changes": changes,
     }
@@ -173,7 +173,7 @@ def gauge(folder: Path, current: RunStatus) -> dict | None:
 
 def _present(current: RunStatus) -> dict:
     """What is measured while it runs; the last validation loss stays."""
-    now = {"validation": f"{current.validation[-1][1]:.4f}" if current.validation else ""}
+    now = {"validation": f"{current.validation_losses[-1][1]:.4f}" if current.validation_losses else ""}
     if not current.is_active:
         return now
     here, host = device.measured()
@@ -230,10 +230,10 @@ def curve() -> dict:
         "total": current.total_steps,
         "loss": thin(current.losses),
         "smooth": thin(smooth(current.losses)),
-        "validation": current.validation,
+        "validation": current.validation_losses,
         "training": [
             (point.step, point.training_loss)
-            for point in current.measured
+            for point in current.validations
             if point.training_loss is not None and math.isfinite(point.training_loss)
         ],
         "rates": thin(current.learning_rates, 100),
@@ -346,8 +346,8 @@ def _sample(folder: Path, sample: SampleSaved | Probed) -> dict:
 def report_href(folder: Path, current: RunStatus) -> str:
     """Where the report of a failure is fetched; "" without one."""
     return (
-        f"/runfile/{folder.name}/{error_messages.NAME}"
-        if current.state in ("failed", "interrupted") and (folder / error_messages.NAME).is_file()
+        f"/runfile/{folder.name}/{error_messages.REPORT_FILE}"
+        if current.state in ("failed", "interrupted") and (folder / error_messages.REPORT_FILE).is_file()
         else ""
     )
 
@@ -357,7 +357,7 @@ def final_file(folder: Path, current: RunStatus) -> dict | None:
     name = current.adapter
     if not name or not (folder / name).is_file():
         return None
-    embedding = run_folder.embedding_of(folder / name)
+    embedding = run_folder.embedding_path(folder / name)
     return {
         "href": f"/runfile/{folder.name}/{name}",
         "name": name,

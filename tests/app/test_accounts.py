@@ -28,7 +28,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
         patch.setenv("ATELIER_OUTPUTS", str(root))
         patch.setattr(security, "WRONG_PASSWORD_DELAY", 0)
         patch.setenv("GRADIO_TEMP_DIR", "")
-        patch.setattr(run_folder, "signed_in", run_folder.signed_in)  # restored afterwards
+        patch.setattr(run_folder, "current_user", run_folder.current_user)  # restored afterwards
         for name in PEOPLE:
             folder = run_folder.create(
                 config.RunConfig(name=f"run of {name}"), root / "users" / name / "runs"
@@ -128,7 +128,7 @@ def test_one_waits_for_the_training_of_another(
 ) -> None:
     monkeypatch.setattr(device, "has_cuda", lambda: True)
     lock = run_lock.acquire(
-        run_folder.everyones_folder() / "users" / "boris" / "runs" / run_of("boris")
+        run_folder.outputs_root() / "users" / "boris" / "runs" / run_of("boris")
     )
     workspace_user = accounts.user.set("anna")
     try:

@@ -17,7 +17,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from app import __main__ as page
-from app.jobs import runs
+from app.jobs import queue, run_actions, trainer_process
 from trainer import config
 from trainer.runs import atomic_files, events, run_folder, run_lock, run_requests, run_status
 from trainer.training.runner import STOPPED, run_in
@@ -206,20 +206,20 @@ print("its last words", flush=True)
 @pytest.mark.parametrize(
     "how, said",
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", "for want of memory"),
-        ("os.kill(os.getpid(), signal.SIGSEGV)", "crashed in the code of a library"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "memory ran out"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "crashed in a library or driver"),
         ("os._exit(7)", "exit code 7"),
     ],
 )
 def test_P14_a_trainer_that_dies_is_explained(outputs, tmp_path, monkeypatch, how, said):
     (tmp_path / "dying.py").write_text(DYING.format(how=how))
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
-    monkeypatch.setattr(runs, "TRAINER", "dying")
-    folder = run_folder.runs_folder() / runs.start(config.RunConfig(name="short life"))
-    launcher = runs.Launcher()
-    launcher.look()
+    monkeypatch.setattr(trainer_process, "TRAINER", "dying")
+    folder = run_folder.runs_folder() / run_actions.start(config.RunConfig(name="short life"))
+    launcher = queue.Launcher()
+    launcher.check()
     launcher.executor.process.wait(60)
-    launcher.look()
+    launcher.check()
     status = run_status.read_status(folder)
     assert (
         status.state == "interrupted"
@@ -239,7 +239,7 @@ def test_P14_a_restart_of_the_machine_is_told_from_a_crash(outputs, monkeypatch)
     assert (
         "The machine was restarted" in status.message
         and status.can_resume
-        and "resume" in runs.actions(status)
+        and "resume" in run_actions.available(status)
     )
     monkeypatch.setattr(run_lock, "boot_id", lambda: "")
     (folder / "log.txt").write_text("Fatal Python error: Segmentation fault\n\nCurrent thread")
@@ -311,14 +311,14 @@ def test_T01_what_is_typed_reaches_the_trainer_as_it_is_and_is_never_run(outputs
         config.RunConfig(),
         {"name": text, "dataset.trigger": text, "sampling.prompts": [text], "base.model": text},
     )
-    folder = run_folder.runs_folder() / runs.start(run)
+    folder = run_folder.runs_folder() / run_actions.start(run)
     assert folder.parent == run_folder.runs_folder() and config.load(folder / "run.toml") == run
     asked = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             subprocess, "Popen", lambda command, **options: asked.append((command, options))
         )
-        runs.trainer_process(["resume", str(folder)], folder)
+        trainer_process.start(["resume", str(folder)], folder)
     command, options = asked[0]
     assert command == [
         sys.executable,
@@ -333,11 +333,11 @@ def test_T01_what_is_typed_reaches_the_trainer_as_it_is_and_is_never_run(outputs
 def test_T08_no_data_folder_is_a_place_that_code_comes_from(outputs, tmp_path, monkeypatch):
     (tmp_path / "paths.py").write_text("import sys; print(sys.path)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(runs, "TRAINER", "paths")
+    monkeypatch.setattr(trainer_process, "TRAINER", "paths")
     folder = outputs / "runs" / "x"
     folder.mkdir(parents=True)
     (folder / "torch.py").write_text("raise SystemExit('code of a data folder was run')")
-    process = runs.trainer_process([], folder, stdout=subprocess.PIPE)
+    process = trainer_process.start([], folder, stdout=subprocess.PIPE)
     paths = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 0 and str(folder) not in paths and "''" not in paths
 

@@ -83,10 +83,10 @@ def test_a_full_or_read_only_disk_is_a_sentence_and_leaves_the_old_file(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(DiskError, match="everything before is kept"):
+    with pytest.raises(DiskError, match="existing files are kept"):
         atomic_files.atomic_write(tmp_path / "a", "new")
     with (
-        pytest.raises(DiskError, match="everything before is kept"),
+        pytest.raises(DiskError, match="existing files are kept"),
         atomic_files.atomic_folder(tmp_path / "b") as temporary,
     ):
         (temporary / "x").write_text("x")

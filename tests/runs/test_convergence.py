@@ -44,8 +44,8 @@ def test_a_difference_is_told_in_pairs():
     """The pictures differ far more from each other than the saves do, and still the better save is known."""
     better, worse = measured(1, 0.1, 0.5, 0.9, 0.3), measured(2, 0.11, 0.51, 0.91, 0.31)
     assert convergence.is_worse(worse, better) and not convergence.is_worse(better, worse)
-    assert convergence.worse_by(worse, better) == pytest.approx((0.01, 0.0))
-    assert convergence.worse_by(
+    assert convergence.loss_difference(worse, better) == pytest.approx((0.01, 0.0))
+    assert convergence.loss_difference(
         measured(1, 1.0, 2.0, 6.0), measured(2, 0.0, 0.0, 0.0)
     ) == pytest.approx((3.0, stdev([1, 2, 6]) / 3**0.5))
     chance = measured(2, 0.2, 0.4, 0.95, 0.28)
@@ -84,12 +84,14 @@ def test_a_loss_that_is_no_number_is_the_worst_and_nothing_breaks():
         convergence.best_save(broken, range(1, 99)).step == 20
         and convergence.best_save(broken[3:], range(1, 99)) is None
     )
-    assert convergence.has_run_dry(broken, 1) and not convergence.has_run_dry(fine, 1)
-    reading = convergence.read(broken)
-    assert reading.fault == "burning" and "step 30" in reading.sentence
-    assert convergence.read([*broken, Validated(40, 0.5, [0.49, 0.51], 0.45)]).zone == "ready"
+    assert convergence.has_stopped_improving(broken, 1) and not convergence.has_stopped_improving(
+        fine, 1
+    )
+    assessment = convergence.assess(broken)
+    assert assessment.problem == "diverging" and "step 30" in assessment.sentence
+    assert convergence.assess([*broken, Validated(40, 0.5, [0.49, 0.51], 0.45)]).zone == "ready"
     assert (
-        convergence.read(fine[1:]).zone == "learning"
+        convergence.assess(fine[1:]).zone == "learning"
     )  # without step 0, none of them early enough to compare with
 
 
@@ -106,7 +108,7 @@ def test_a_loss_that_is_no_number_is_the_worst_and_nothing_breaks():
 )
 def test_patience_counts_the_saves_without_a_lower_loss(losses, patience, dry):
     assert (
-        convergence.has_run_dry(
+        convergence.has_stopped_improving(
             [Validated(step, loss) for step, loss in enumerate(losses)], patience
         )
         is dry
@@ -245,16 +247,20 @@ def reading_at(name, step):
         for event in events.read_events(RECORDED / f"{name}.jsonl")
         if isinstance(event, Validated) and event.step <= step
     ]
-    return convergence.read(found, ended=True)
+    return convergence.assess(found, ended=True)
 
 
 def test_a_short_run_is_learning_and_an_over_long_one_memorising():
     short, middle, long = (reading_at("overlong", step) for step in (100, 200, 450))
-    assert (short.zone, short.fault) == ("learning", "weak") and "still falls" in short.sentence
-    assert (long.zone, long.fault) == ("memorising", "overfit") and "copies them" in long.sentence
-    assert (
-        short.needle < 1 / 3 and long.needle > 2 / 3 and short.needle < middle.needle < long.needle
-    )
+    assert (short.zone, short.problem) == (
+        "learning",
+        "underfit",
+    ) and "still falls" in short.sentence
+    assert (long.zone, long.problem) == (
+        "memorising",
+        "overfit",
+    ) and "memorises them" in long.sentence
+    assert short.gauge < middle.gauge < long.gauge
 
 
 def curve(*points):
@@ -270,26 +276,32 @@ def curve(*points):
     "points, zone, fault",
     [
         ([(1.0, 1.0)], None, ""),
-        ([(1.0, 1.0), (0.8, 0.8)], "learning", "weak"),
-        ([(1.0, 1.0), (0.99, 0.99), (0.99, 0.98)], "learning", "weak"),
+        ([(1.0, 1.0), (0.8, 0.8)], "learning", "underfit"),
+        ([(1.0, 1.0), (0.99, 0.99), (0.99, 0.98)], "learning", "underfit"),
         ([(1.0, 1.0), (0.6, 0.6), (0.5, 0.5), (0.5, 0.45), (0.5, 0.43)], "ready", ""),
         ([(1.0, 1.0), (0.5, 0.4), (0.6, 0.3), (0.7, 0.2)], "memorising", "overfit"),
-        ([(1.0, 1.0), (0.5, 0.4), (0.6, 0.5), (0.7, 0.7)], "learning", "burning"),
-        ([(1.0, 1.0), (1.2, 1.1), (1.3, 1.2)], "learning", "burning"),
+        ([(1.0, 1.0), (0.5, 0.4), (0.6, 0.5), (0.7, 0.7)], "learning", "diverging"),
+        ([(1.0, 1.0), (1.2, 1.1), (1.3, 1.2)], "learning", "diverging"),
     ],
 )
 def test_the_zones(points, zone, fault):
-    reading = convergence.read(curve(*points), ended=True)
-    assert (reading and reading.zone) == zone and (not reading or reading.fault == fault)
+    assessment = convergence.assess(curve(*points), ended=True)
+    assert (assessment and assessment.zone) == zone and (
+        not assessment or assessment.problem == fault
+    )
 
 
 def test_nothing_held_out_says_nothing():
-    assert convergence.read([Validated(step, 1 / (1 + step), [1.0]) for step in range(5)]) is None
+    assert convergence.assess([Validated(step, 1 / (1 + step), [1.0]) for step in range(5)]) is None
 
 
 @pytest.mark.parametrize(
     "last, said",
-    [([], "goes on"), ([events.Failed("x")], "ended"), ([events.Stopped(10, "")], "ended")],
+    [
+        ([], "the run continues"),
+        ([events.Failed("x")], "the run has ended"),
+        ([events.Stopped(10, "")], "the run has ended"),
+    ],
 )
 def test_only_a_run_at_work_goes_on(outputs, last, said):
     folder = run_folder.create(config.RunConfig())
@@ -304,14 +316,16 @@ def test_only_a_run_at_work_goes_on(outputs, last, said):
     ):
         log.append(event)
     lock = run_lock.acquire(folder)
-    assert f"the run {said}" in run_status.read_status(folder).reading.sentence
+    assert said in run_status.read_status(folder).assessment.sentence
     lock.release()
-    assert "the run ended" in run_status.read_status(folder).reading.sentence, "without its trainer"
+    assert "the run has ended" in run_status.read_status(folder).assessment.sentence, (
+        "without its trainer"
+    )
 
 
 def test_what_to_change_follows_the_fault_and_the_settings():
-    run, weak = config.RunConfig(), convergence.Reading("learning", 0.1, "", "weak")
-    advice = convergence.what_to_change(run, weak)
+    run, weak = config.RunConfig(), convergence.Assessment("learning", 0.1, "", "underfit")
+    advice = convergence.suggest_changes(run, weak)
     assert advice == [
         "raise the rank (16 to 32)",
         "add targets (attention to attention+feed-forward)",
@@ -322,20 +336,24 @@ def test_what_to_change_follows_the_fault_and_the_settings():
         run, {"training.optimizer": "prodigy", "training.learning_rate": 1.0}
     )
     assert not any(
-        "learning rate" in each for each in convergence.what_to_change(finds_its_own, weak)
+        "learning rate" in each for each in convergence.suggest_changes(finds_its_own, weak)
     )
-    over = convergence.what_to_change(run, convergence.Reading("memorising", 0.9, "", "overfit"))
+    over = convergence.suggest_changes(
+        run, convergence.Assessment("memorising", 0.9, "", "overfit")
+    )
     assert (
         "lower the rank (16 to 8)" in over
         and "more dropout (0.1)" in over
         and "train fewer steps" in over
-        and "more pictures" in over
+        and "more images" in over
     )
     assert over[0] == "train fewer steps"
     last = config.replace(run, {"saving.main": "last"})
     assert (
-        convergence.what_to_change(last, convergence.Reading("memorising", 0.9, "", "overfit"))[0]
-        == "take the save with the star"
+        convergence.suggest_changes(last, convergence.Assessment("memorising", 0.9, "", "overfit"))[
+            0
+        ]
+        == "use the save marked with a star"
     )
     dropping = config.replace(
         run,
@@ -345,18 +363,19 @@ def test_what_to_change_follows_the_fault_and_the_settings():
             "training.gradient_checkpointing": True,
         },
     )
-    assert "more dropout (0.1)" not in convergence.what_to_change(
-        dropping, convergence.Reading("memorising", 0.9, "", "overfit")
+    assert "more dropout (0.1)" not in convergence.suggest_changes(
+        dropping, convergence.Assessment("memorising", 0.9, "", "overfit")
     )
-    ready = convergence.Reading("ready", 0.5, "")
-    assert convergence.what_to_change(dropping, ready) == []
-    assert convergence.what_to_change(dropping, ready, 10_000) == [
+    ready = convergence.Assessment("ready", 0.5, "")
+    assert convergence.suggest_changes(dropping, ready) == []
+    assert convergence.suggest_changes(dropping, ready, 10_000) == [
         "to be faster: fewer targets, gradient checkpointing off, a bigger batch"
     ]
 
 
 def test_a_loss_that_is_no_number_leaves_the_page_standing(outputs):
-    from app.views import run_view
+    from app.views import charts, run_cards
+    from app.views.progress import progress_view
 
     folder = run_folder.create(config.RunConfig(name="burnt"))
     log = events.EventLog(folder / "events.jsonl")
@@ -366,15 +385,16 @@ def test_a_loss_that_is_no_number_leaves_the_page_standing(outputs):
     log.append(Validated(460, float("nan"), [float("nan"), 0.5, 0.4], float("nan")))
     log.append(events.AdapterSaved(460, "long-000460.safetensors"))
     assert (
-        run_view.curve()["best"] == best
-        and run_view.progress()["gauge"]["needle"] < 0.1
-        and len(run_view.library()["cards"]) == 1
+        charts.curve_view()["best"] == best
+        and progress_view()["gauge"]["needle"] < 0.1
+        and len(run_cards.library_view()["cards"]) == 1
     )
-    json.dumps(run_view.curve(), allow_nan=False)
+    json.dumps(charts.curve_view(), allow_nan=False)
 
 
 def test_page_and_terminal_say_where_a_run_stands(outputs, capsys):
-    from app.views import run_view
+    from app.views import run_cards
+    from app.views.progress import progress_view
     from trainer.runs.console import TerminalLog
 
     folder = run_folder.create(config.RunConfig(name="long"))
@@ -386,13 +406,13 @@ def test_page_and_terminal_say_where_a_run_stands(outputs, capsys):
     assert (
         "Learning: " in said
         and "Memorising: " in said
-        and "For another run: train fewer steps; lower the rank (16 to 8)" in said
+        and "For the next run: train fewer steps; lower the rank (16 to 8)" in said
     )
-    gauge = run_view.progress()["gauge"]
+    gauge = progress_view()["gauge"]
     assert (
         gauge["zone"] == "memorising"
         and gauge["changes"]
-        and run_view.library()["cards"][0]["gauge"] == gauge
+        and run_cards.library_view()["cards"][0]["gauge"] == gauge
     )
 
 
@@ -421,7 +441,7 @@ def test_on_the_embedded_base_the_best_save_of_an_over_long_run_beats_its_last(o
     )
     assert run_in(folder) == 0
     status = run_status.read_status(folder)
-    held_out = dict(status.validation)
+    held_out = dict(status.validation_losses)
     assert status.finished.file_step == status.best_step < status.step
     assert held_out[status.best_step] < 0.95 * held_out[status.step]
 
@@ -446,7 +466,7 @@ def test_a_copy_is_nearer_than_the_pictures_are_to_each_other():
 
 def test_each_save_is_probed_without_the_trigger(train_tiny):
     """What an adapter of noise does without the trigger is seen, and alters no other number."""
-    from app.views import run_view
+    from app.views.samples import samples_view
 
     changes = {
         "dataset.trigger": "zorbit",
@@ -463,7 +483,7 @@ def test_each_save_is_probed_without_the_trigger(train_tiny):
         (folder / found.file).is_file() and -1 <= found.likeness <= 1 for found in status.probes
     )
     assert [saved.file.split("-")[-1] for saved in status.samples[-2:]] == ["0.png", "1.png"]
-    shown = run_view.samples()
+    shown = samples_view()
     assert [picture["leak"] for picture in shown["without"]["pictures"]] == [
         found.leak for found in status.probes
     ]
@@ -472,7 +492,7 @@ def test_each_save_is_probed_without_the_trigger(train_tiny):
     assert (
         not any(found.file for found in plain.probes)
         and plain.losses == status.losses
-        and run_view.samples()["without"] is None
+        and samples_view()["without"] is None
     )
 
 
@@ -501,9 +521,10 @@ def test_the_spectrum_tells_the_rank_that_would_have_been_enough():
     assert sum(found["spectrum"]) == pytest.approx(1) and found["spectrum"][0] == pytest.approx(
         100 / 110.01, rel=1e-3
     )
-    assert analysis.sufficient_ranks([[6.0, 3.0, 1.0]]) == {"95": 3, "99": 3} and analysis.sufficient_ranks(
-        [[99.5, 0.5]]
-    ) == {"95": 1, "99": 1}
+    assert analysis.sufficient_ranks([[6.0, 3.0, 1.0]]) == {
+        "95": 3,
+        "99": 3,
+    } and analysis.sufficient_ranks([[99.5, 0.5]]) == {"95": 1, "99": 1}
 
 
 @pytest.mark.parametrize(
@@ -521,12 +542,12 @@ def test_every_family_has_its_blocks(component, name, block):
 
 def test_a_finished_run_shows_what_it_learned_and_is_made_smaller_by_a_click(train_tiny):
     from app.tabs import train as tab
-    from app.views import run_view
+    from app.views import charts
 
     folder = train_tiny(
         {"training.text_encoder_learning_rate": 1e-3, "adapter.rank": 3, "saving.precision": "fp32"}
     )
-    shown = run_view.learned()
+    shown = charts.learned_view()
     assert [name for name, norm in shown["blocks"] if norm > 0] == [
         "down 0",
         "middle",
@@ -548,7 +569,7 @@ def test_a_finished_run_shows_what_it_learned_and_is_made_smaller_by_a_click(tra
     assert "whole number" in tab.shrink({"run": folder.name, "rank": 0.5})["error"]
     (folder / "learned.json").unlink()
     assert (
-        run_view.learned() == {}
+        charts.learned_view() == {}
         and "Library" in tab.shrink({"run": folder.name, "rank": 1})["error"]
     )
 

@@ -43,13 +43,13 @@ KNOWN = [
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         "Memory ran out",
     ),
-    (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), "library of the GPU failed"),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), "A GPU library failed"),
     (
         RuntimeError("CUDA error: no kernel image is available for execution on the device"),
         "not built for this GPU",
     ),
     (RuntimeError("Found no NVIDIA driver on your system."), "driver is missing"),
-    (AssertionError("Torch not compiled with CUDA enabled"), "has no CUDA"),
+    (AssertionError("Torch not compiled with CUDA enabled"), "no CUDA support"),
     (RuntimeError("CUDA error: unspecified launch failure"), "The GPU failed"),
     (
         NotImplementedError(
@@ -87,11 +87,11 @@ KNOWN = [
         OSError(errno.ENOSPC, "No space left on device", "a.safetensors"),
         "disk is full (No space left on device, a.safetensors)",
     ),
-    (OSError(errno.EACCES, "Permission denied", "x"), "no permission"),
-    (OSError(errno.EROFS, "Read-only file system", "x"), "no permission"),
+    (OSError(errno.EACCES, "Permission denied", "x"), "No permission"),
+    (OSError(errno.EROFS, "Read-only file system", "x"), "No permission"),
     (
         FileNotFoundError(errno.ENOENT, "No such file or directory", "01.png"),
-        "is gone (No such file or directory, 01.png)",
+        "is missing (No such file or directory, 01.png)",
     ),
     (OSError(errno.EMFILE, "Too many open files"), "Too many files"),
     (OSError(errno.EIO, "Input/output error", "x"), "local disk"),
@@ -122,10 +122,10 @@ def test_each_known_error_has_its_sentence(error, expected):
 @pytest.mark.parametrize(
     "code, expected",
     [
-        (-9, "for want of memory"),
+        (-9, "memory ran out"),
         (-11, "crashed"),
         (0xC0000005, "crashed"),
-        (-15, "told to end"),
+        (-15, "terminated before it could save"),
         (77, "exit code 77"),
     ],
 )

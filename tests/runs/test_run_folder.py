@@ -142,7 +142,7 @@ def test_what_a_resumed_run_repeats_is_superseded(folder):
     write(folder, started(step=4), StepDone(5, 50.0, 1e-4, 0.1))
     status = run_status.read_status(folder)
     assert status.losses == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 50.0)]
-    assert not status.adapters and not status.samples and not status.validation
+    assert not status.adapters and not status.samples and not status.validation_losses
 
 
 def test_the_best_save_is_told_by_what_is_held_out_and_only_by_that(folder):
@@ -173,7 +173,7 @@ def test_a_second_trainer_is_refused_and_a_dead_one_is_succeeded(folder):
     assert ready.wait(60)
     write(folder, Launched(holder.pid, "0"))
     assert run_lock.is_alive(folder)
-    with pytest.raises(StateError, match=f"already being trained by process {holder.pid}"):
+    with pytest.raises(StateError, match=f"Process {holder.pid} is already training"):
         run_lock.acquire(folder)
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
@@ -191,7 +191,7 @@ def test_the_queue_is_in_the_order_of_asking(outputs):
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StateError, match="cannot be made"):
+    with pytest.raises(StateError, match="Cannot create the run folder"):
         run_folder.create(config.RunConfig(), tmp_path / "file" / "runs")
 
 

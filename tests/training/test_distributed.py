@@ -112,7 +112,7 @@ def alike(one, other, tolerance):
         step for step, _ in theirs.losses
     ]
     for mine, yours in zip(
-        ours.losses + ours.validation, theirs.losses + theirs.validation, strict=True
+        ours.losses + ours.validation_losses, theirs.losses + theirs.validation_losses, strict=True
     ):
         assert mine[1] == pytest.approx(yours[1], rel=tolerance)
     a, b = load_file(one / ours.finished.file), load_file(other / theirs.finished.file)

@@ -48,7 +48,7 @@ def test_a_pause_is_no_measuring() -> None:
         events.Paused(1, time=4), events.Continued(1, time=1000), events.StepDone(2, 1.0, 1e-4, 0.5, time=1000.5),
     ):  # fmt: skip
         run_status._apply(status, event)
-    assert status.stations == [2.5] and status.images_per_second == 8
+    assert status.seconds_between_steps == [2.5] and status.images_per_second == 8
     assert status.seconds_left == 8 * 0.5 + 2 * 2.5
 
 

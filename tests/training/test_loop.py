@@ -40,7 +40,7 @@ def test_a_run_leaves_what_its_folder_promises(train_tiny):
     assert [s.step for s in status.samples] == [0, 3, 6] and all(
         (folder / s.file).is_file() for s in status.samples
     )
-    assert [point[0] for point in status.validation] == [0, 3, 6] and status.best_step is None
+    assert [point[0] for point in status.validation_losses] == [0, 3, 6] and status.best_step is None
     assert (folder / status.finished.file).read_bytes() == (
         folder / status.adapters[-1].file
     ).read_bytes()
@@ -52,7 +52,7 @@ def test_it_learns_the_pictures(train_tiny):
     folder = train_tiny(
         {"training.steps": 40, "adapter.rank": 8, "adapter.alpha": 8.0, "saving.saves": 1}
     )
-    validation = run_status.read_status(folder).validation
+    validation = run_status.read_status(folder).validation_losses
     assert validation[-1][1] < 0.97 * validation[0][1]
 
 

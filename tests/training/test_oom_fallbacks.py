@@ -139,7 +139,7 @@ def test_samples_and_measuring_that_never_fit_end_no_run(train_tiny, monkeypatch
     failing(monkeypatch, training_samples, "generate", 1000)
     failing(monkeypatch, validation, "validation_losses", 1000)
     status = run_status.read_status(train_tiny())
-    assert status.state == "finished" and not status.samples and not status.validation
+    assert status.state == "finished" and not status.samples and not status.validation_losses
 
 
 def test_a_base_that_does_not_fit_while_loading_is_no_damaged_base(tiny_run, monkeypatch):

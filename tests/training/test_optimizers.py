@@ -370,4 +370,4 @@ def test_runs_with_averages_resume_to_the_bit(tiny_run, train_tiny, monkeypatch,
     assert run_in(folder) == 0
     ours, theirs = (load_file(f / "tiny.safetensors") for f in (folder, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert run_status.read_status(folder).validation[-1] == run_status.read_status(whole).validation[-1]
+    assert run_status.read_status(folder).validation_losses[-1] == run_status.read_status(whole).validation_losses[-1]

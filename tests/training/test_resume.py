@@ -89,7 +89,7 @@ def test_killed_anywhere_and_resumed_gives_the_uninterrupted_adapter(tiny_run, t
         assert (
             status.losses == expected.losses
             and status.learning_rates == expected.learning_rates
-            and status.validation == expected.validation
+            and status.validation_losses == expected.validation_losses
         ), kills
         ours, theirs = (
             load_file(folder / status.finished.file),

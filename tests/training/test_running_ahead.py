@@ -32,7 +32,7 @@ def run_ahead(monkeypatch):
 def told(folder):
     """All that the events say of the steps, but for the seconds."""
     status = run_status.read_status(folder)
-    return status.losses, status.learning_rates, status.warnings, status.validation, status.step
+    return status.losses, status.learning_rates, status.warnings, status.validation_losses, status.step
 
 
 @pytest.mark.parametrize("bad_steps", [set(), {1}, {3}, {4, 5, 6}, {7, 8}])

@@ -347,7 +347,7 @@ def _write(
         if options.family not in known:
             raise ConfigError(f"--family takes one of {', '.join(known)}; got {options.family!r}.")
     family = family or transform.family_for(files[0], options.family)
-    dialect = options.dialect or family.dialect
+    dialect = options.dialect or family.default_format
     values = metadata.metadata_of_tool(options.output.stem, modules, files, family)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     writer.save_adapter(options.output, dialect, modules, family, DTYPES[options.precision], values)

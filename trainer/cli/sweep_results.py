@@ -31,17 +31,17 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     found = []
     for run in runs:
         settings, status = config.load(run / "run.toml"), run_status.read_status(run)
-        losses = dict(status.validation)
+        losses = dict(status.validation_losses)
         found.append(
             {
                 "run": run.name,
                 "settings": {path: config.get(settings, path) for path in paths},
                 "state": status.state,
-                "validation_loss": status.validation[-1][1] if status.validation else None,
+                "validation_loss": status.validation_losses[-1][1] if status.validation_losses else None,
                 "best_step": status.best_step,
                 "best_loss": None if status.best_step is None else losses.get(status.best_step),
                 "seconds": status.finished.seconds if status.finished else None,
-                "curve": status.validation,
+                "curve": status.validation_losses,
             }
         )
     return sorted(

@@ -23,7 +23,7 @@ from trainer.families.base import ModelFamily, placeholders
 from trainer.lora.writer import FILE_ERROR_LIMIT, serialize
 from trainer.models.safetensors_header import read_header
 from trainer.runs.atomic_files import atomic_write
-from trainer.runs.run_folder import embedding_of
+from trainer.runs.run_folder import embedding_path
 
 LEGACY_END = 2  # what CLIP's configurations once gave as the id of the end mark; the encoder then looks for the highest id instead
 TRIGGER = "modelspec.trigger_phrase"
@@ -209,4 +209,4 @@ def read_embedding(path: Path, family: ModelFamily) -> Embedding:
 
 def read_beside(adapters: Iterable[Path], family: ModelFamily) -> list[Embedding]:
     """Those that lie beside adapter files."""
-    return [read_embedding(path, family) for path in map(embedding_of, adapters) if path.is_file()]
+    return [read_embedding(path, family) for path in map(embedding_path, adapters) if path.is_file()]

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: every file of a run is written through here."""
+"""Files and folders that appear whole or not at all. Every file of a run is written here."""
 
 import errno
 import os
@@ -11,42 +11,52 @@ from tempfile import mkdtemp, mkstemp
 from trainer.errors import DiskError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-WRITING = ".writing-"  # how the names of files and folders begin that are not whole yet
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+WRITING = ".writing-"
+"""Prefix of files and folders that are not complete yet."""
 
 
-def check_room(folder: Path, needed: float, what: str) -> None:
-    """Raises DiskError where the disk of a folder (which may not exist yet) has fewer bytes free than needed."""
-    free = disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+def check_room(folder: Path, needed: float, content: str) -> None:
+    """Raises DiskError if the disk of a folder has fewer free bytes than needed.
+
+    The folder need not exist yet. `content` names what needs the room, such as "the run".
+    """
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = disk_usage(existing).free
     if free < needed:
         raise DiskError(
-            f"The disk is full: {what} needs {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free in {folder}. "
-            "Make room and try again; everything before is kept."
+            f"The disk is full: {content} needs {_megabytes(needed)}, and {_megabytes(free)} are "
+            f"free in {folder}. Make room and try again; existing files are kept."
         )
 
 
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
 @contextmanager
-def _said(path: Path, needed: int) -> Iterator[None]:
-    """A full or read-only disk as a sentence."""
+def _disk_errors(path: Path, needed: int) -> Iterator[None]:
+    """Turns the OSError of a full or read-only disk into a DiskError."""
     try:
         yield
     except OSError as error:
         if error.errno in FULL:
             free = disk_usage(path.parent).free
             raise DiskError(
-                f"The disk is full ({error.strerror}): {path.name} needs {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free. "
-                "Make room and try again; everything before is kept."
+                f"The disk is full ({error.strerror}): {path.name} needs {_megabytes(needed)}, "
+                f"and {_megabytes(free)} are free. "
+                "Make room and try again; existing files are kept."
             ) from error
         if error.errno in READ_ONLY:
             raise DiskError(
-                f"The folder {path.parent} cannot be written ({error.strerror}). "
-                "Give permission or choose another folder with $ATELIER_OUTPUTS; everything before is kept."
+                f"Cannot write to the folder {path.parent} ({error.strerror}). Grant permission, "
+                "or choose another folder with $ATELIER_OUTPUTS; existing files are kept."
             ) from error
         raise
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable. Windows cannot open a folder and needs no such call."""
+    """Makes the file names in a folder durable. Windows needs no such call, and refuses it."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -56,27 +66,32 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _umask_mode(mode: int) -> int:
+def _apply_umask(mode: int) -> int:
+    # The umask can only be read by setting it.
     umask = os.umask(0)
     os.umask(umask)
     return mode & ~umask
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Writes a file so that a reader, a kill or a power cut sees the old content or the new one, never a part."""
-    content = content.encode("utf-8") if isinstance(content, str) else content
-    with _said(path, len(content)):
-        _replace(path, content)
+    """Writes a file that readers see either as it was or complete, also after a power cut.
+
+    Raises DiskError if the disk is full or read-only.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    with _disk_errors(path, len(data)):
+        _replace_file(path, data)
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _replace_file(path: Path, content: bytes) -> None:
     descriptor, temporary = mkstemp(prefix=WRITING, dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, _umask_mode(0o666))  # mkstemp makes files only the owner can read
+        # mkstemp creates files that only their owner can read.
+        os.chmod(temporary, _apply_umask(0o666))
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -86,23 +101,20 @@ def _replace(path: Path, content: bytes) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that gets its final name, complete and durable, when the block ends without an error."""
-    with _said(path, 0), _new_folder(path) as temporary:
+    """Yields a temporary folder, which replaces `path` if the block ends without an error.
+
+    Raises DiskError if the disk is full or read-only.
+    """
+    with _disk_errors(path, 0), _replace_folder(path) as temporary:
         yield temporary
 
 
 @contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
+def _replace_folder(path: Path) -> Iterator[Path]:
     temporary = Path(mkdtemp(prefix=WRITING, dir=path.parent))
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_dir():
-                sync_folder(file)
-                continue
-            with open(file, "rb+") as opened:
-                os.fsync(opened.fileno())
-        sync_folder(temporary)
+        _sync_contents(temporary)
         if path.exists():
             rmtree(path)
         os.replace(temporary, path)
@@ -110,3 +122,13 @@ def _new_folder(path: Path) -> Iterator[Path]:
         rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(path.parent)
+
+
+def _sync_contents(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
+            continue
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)

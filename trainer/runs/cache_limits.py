@@ -1,92 +1,123 @@
-"""What may be deleted at any time: caches up to a limit, and what uploads and killed processes leave behind.
+"""Deletes what can be deleted at any time: caches above a limit, old uploads, unfinished files.
 
-Nothing here is the person's work: datasets, runs and pictures that were taken out (`cache/removed`) are never touched.
+Datasets, runs and removed images (`cache/removed`) belong to the user and are never touched.
 """
 
-import contextlib
 import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from trainer.runs.atomic_files import WRITING
 from trainer.runs.run_folder import outputs_folder
 
-KEPT = (
-    "removed",
-    "uploads",
-)  # below `cache`: the first is the person's, the second has its own rule
-UPLOAD_AGE = 3600.0  # seconds; a drop that is still arriving is younger
-DEFAULT_LIMIT = 20  # gigabytes; $ATELIER_CACHE_GB
+NOT_CACHES = ("removed", "uploads")
+"""Folders below `cache` that are not caches: removed images, and uploads (`clean_uploads`)."""
+UNFINISHED_AGE = 3600.0
+"""Seconds after which an upload or an unfinished file counts as abandoned."""
+DEFAULT_LIMIT_GB = 20.0
+
+
+class CacheEntry(NamedTuple):
+    """A cached file. Entries sort by their last use."""
+
+    used_at: float
+    """Seconds since 1970."""
+    size: int
+    path: Path
 
 
 def cache_folder() -> Path:
+    """Returns the folder of the caches: latents, embeddings, thumbnails and previews."""
     return outputs_folder() / "cache"
 
 
 def limit() -> float:
-    """How large the caches may be, in bytes."""
+    """Returns the maximum size of the caches in bytes, from $ATELIER_CACHE_GB."""
     try:
-        return float(os.environ.get("ATELIER_CACHE_GB", DEFAULT_LIMIT)) * 1e9
+        return float(os.environ.get("ATELIER_CACHE_GB", DEFAULT_LIMIT_GB)) * 1e9
     except ValueError:
-        return DEFAULT_LIMIT * 1e9
+        return DEFAULT_LIMIT_GB * 1e9
 
 
 def touch(path: Path) -> None:
-    """Notes that an entry was used. The time of its last change stays, by which it is known."""
-    with contextlib.suppress(OSError):
+    """Records the use of a cached file. Its modification time stays: keys depend on it."""
+    with suppress(OSError):
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
 
-def _entries() -> Iterator[tuple[float, int, Path]]:
-    """(last use, bytes, file) of latents, captions, thumbnails and previews."""
-    for folder, names, files in os.walk(cache_folder()):
+def _entries() -> Iterator[CacheEntry]:
+    for folder, subfolders, files in os.walk(cache_folder()):
         if Path(folder) == cache_folder():
-            names[:] = [name for name in names if name not in KEPT]
+            subfolders[:] = [name for name in subfolders if name not in NOT_CACHES]
         for name in files:
-            with contextlib.suppress(OSError):  # gone meanwhile
-                stat = os.stat(os.path.join(folder, name))
-                yield max(stat.st_atime, stat.st_mtime), stat.st_size, Path(folder, name)
+            path = Path(folder, name)
+            # Another process may delete the file at the same time.
+            with suppress(OSError):
+                stat = path.stat()
+                yield CacheEntry(max(stat.st_atime, stat.st_mtime), stat.st_size, path)
 
 
 def size() -> int:
-    """Bytes of the caches."""
-    return sum(count for _, count, _ in _entries())
+    """Returns the size of the caches in bytes."""
+    return sum(entry.size for entry in _entries())
 
 
-def prune(most: float | None = None) -> int:
-    """Deletes what was not used for longest until the caches fit their limit; returns the bytes freed."""
-    most, found = limit() if most is None else most, sorted(_entries())
-    total, freed = sum(count for _, count, _ in found), 0
-    for used, count, path in found:
-        if total - freed <= most:
+def prune(max_bytes: float | None = None) -> int:
+    """Deletes the least recently used files until the caches fit; returns the bytes freed.
+
+    `max_bytes` defaults to `limit()`.
+    """
+    if max_bytes is None:
+        max_bytes = limit()
+    entries = sorted(_entries())
+    left = sum(entry.size for entry in entries)
+    freed = 0
+    for entry in entries:
+        if left <= max_bytes:
             break
-        if path.name.startswith(WRITING) and time.time() - used < 3600:
-            continue  # somebody is at it
-        with contextlib.suppress(OSError):
-            path.unlink()
-            freed += count
+        is_young = time.time() - entry.used_at < UNFINISHED_AGE
+        if entry.path.name.startswith(WRITING) and is_young:
+            continue  # Another process is writing this file.
+        with suppress(OSError):
+            entry.path.unlink()
+            left -= entry.size
+            freed += entry.size
     return freed
 
 
 def clear() -> int:
-    """Deletes all caches; they are made anew when they are needed. Returns the bytes freed."""
+    """Deletes all caches and returns the bytes freed. They are filled again when needed."""
     return prune(0)
 
 
-def clean_uploads(older_than: float = UPLOAD_AGE) -> None:
-    """Deletes uploads that no dataset took, and the work folders of imports that were killed."""
+def clean_uploads(older_than: float = UNFINISHED_AGE) -> None:
+    """Deletes uploads that no dataset uses and the folders of killed imports.
+
+    `older_than` is in seconds: an upload that is younger may still be arriving.
+    """
     uploads = cache_folder() / "uploads"
-    for path in uploads.iterdir() if uploads.is_dir() else ():
-        with contextlib.suppress(OSError):
+    if not uploads.is_dir():
+        return
+    for path in uploads.iterdir():
+        with suppress(OSError):
             if time.time() - path.stat().st_mtime > older_than:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                _delete(path)
 
 
 def clean_half_written(folder: Path) -> None:
-    """Deletes what a killed trainer left of files and states it was writing."""
-    for place in (folder, folder / "state", folder / "samples"):
-        for path in place.glob(f"{WRITING}*"):
-            with contextlib.suppress(OSError):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Deletes the unfinished files and checkpoints that a killed trainer left in a run folder."""
+    for parent in (folder, folder / "state", folder / "samples"):
+        for path in parent.glob(f"{WRITING}*"):
+            with suppress(OSError):
+                _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

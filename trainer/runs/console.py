@@ -1,107 +1,154 @@
-"""A run's events as lines and a progress bar in the terminal."""
+"""The terminal display of a run: its events as lines, and a progress bar."""
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from trainer import config
-from trainer.runs import events, run_status
-from trainer.runs.convergence import what_to_change
-from trainer.runs.events import Event, EventLog
+from trainer.runs import convergence, events, run_status
 
-LEAKS = 0.5  # of the change with the trigger; from here on it is said
+LEAK_TO_REPORT = 0.5
+"""The `Probed.leak` above which the terminal reports it."""
 
 
-class TerminalLog(EventLog):
-    """Writes events to the run folder, and shows them."""
+def _started_line(event: events.Started) -> str:
+    line = (
+        f"{event.family} on {event.device}, {event.precision}, {event.attention}; "
+        f"{event.pictures} images, {event.held_out} more in the validation set; "
+        f"{event.trainable_parameters:,} parameters to train"
+    )
+    for component, count in event.parameters.items():
+        line += f"; {count / event.base_parameters[component]:.2%} of the {component}"
+    return line
 
-    bar: tqdm | None = None
-    zone: str = ""
-    """The last one that was said."""
 
-    def append(self, event: Event) -> None:
+def _progress_line(event: events.Progress) -> str:
+    if event.phase == "downloading":
+        return f"Downloading the base model: {event.done:,}/{event.total:,} MB"
+    if event.phase == "caching":
+        return f"Caching images and captions: {event.done}/{event.total}"
+    if event.phase == "waiting":
+        return "Another run uses the device; this run starts when that one ends."
+    return ""
+
+
+def _saved_line(event: events.AdapterSaved) -> str:
+    line = f"Step {event.step}: saved {event.file}"
+    if event.validation_loss is not None:
+        line += f", validation loss {event.validation_loss:.4f}"
+    return line
+
+
+def _probed_line(event: events.Probed) -> str:
+    if event.leak is None or event.leak <= LEAK_TO_REPORT:
+        return ""
+    return (
+        f"Step {event.step}: without its trigger word the adapter changes images "
+        f"{event.leak:.0%} as much as with it."
+    )
+
+
+def _warning_line(event: events.Warned | events.MemoryRelieved | events.RolledBack) -> str:
+    return f"Warning: {event.message}"
+
+
+def _paused_line(event: events.Paused) -> str:
+    return f"Paused after step {event.step}"
+
+
+def _stopped_line(event: events.Stopped) -> str:
+    return f"Stopped after step {event.step}. Everything is saved; `resume` continues from here."
+
+
+def _ended_early_line(event: events.EndedEarly) -> str:
+    return event.message
+
+
+def _finished_line(event: events.Finished) -> str:
+    return (
+        f"Finished {event.step} steps in {event.seconds:.0f} s; "
+        f"{event.file} is the save of step {event.file_step}"
+    )
+
+
+LINES: dict[type[events.Event], Callable[[Any], str]] = {
+    events.Started: _started_line,
+    events.Progress: _progress_line,
+    events.AdapterSaved: _saved_line,
+    events.Probed: _probed_line,
+    events.Warned: _warning_line,
+    events.MemoryRelieved: _warning_line,
+    events.RolledBack: _warning_line,
+    events.Paused: _paused_line,
+    events.Stopped: _stopped_line,
+    events.EndedEarly: _ended_early_line,
+    events.Finished: _finished_line,
+}
+"""The function that describes an event in a line, or "" to print nothing."""
+
+
+class TerminalLog(events.EventLog):
+    """Writes events to the run folder and shows them in the terminal."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.bar: tqdm[Any] | None = None
+        self.zone = ""
+        """The last zone of the assessment that was printed."""
+
+    def append(self, event: events.Event) -> None:
         super().append(event)
-        match event:
-            case events.Started():
-                self._say(
-                    f"{event.family} on {event.device}, {event.precision}, {event.attention}; {event.pictures} pictures, "
-                    f"{event.held_out} more held out, {event.trainable_parameters:,} parameters to train"
-                    + "".join(
-                        f"; {count / event.base_parameters[part]:.2%} of the {part}"
-                        for part, count in event.parameters.items()
-                    )
-                )
-                self.bar = tqdm(
-                    total=event.total_steps,
-                    initial=event.step,
-                    unit="step",
-                    file=sys.stdout,
-                    dynamic_ncols=True,
-                    disable=None,
-                )  # a log file wants no bar
-            case events.Progress(phase="downloading"):
-                self._say(f"Downloading the base model: {event.done:,}/{event.total:,} MB")
-            case events.Progress(phase="caching"):
-                self._say(f"Caching pictures and captions: {event.done}/{event.total}")
-            case events.Progress(phase="waiting"):
-                self._say("Another run has the device; this one starts when that ends.")
-            case events.StepDone() if self.bar is not None:
-                self.bar.set_postfix(loss=f"{event.loss:.4f}", refresh=False)
-                self.bar.update()
-            case events.AdapterSaved():
-                self._say(
-                    f"Step {event.step}: saved {event.file}"
-                    + (
-                        ""
-                        if event.validation_loss is None
-                        else f", validation loss {event.validation_loss:.4f}"
-                    )
-                )
-                self._guide()
-            case events.Warned() | events.MemoryRelieved() | events.RolledBack():
-                self._say(f"Warning: {event.message}")
-            case events.Paused():
-                self._say(f"Paused after step {event.step}")
-            case events.Stopped():
-                self._say(
-                    f"Stopped after step {event.step}; everything is saved, and `resume` goes on from here"
-                )
-            case events.Probed() if event.leak is not None and event.leak > LEAKS:
-                self._say(
-                    f"Step {event.step}: without its trigger word the adapter changes pictures {event.leak:.0%} as much as with it."
-                )
-            case events.EndedEarly():
-                self._say(event.message)
-            case events.Finished():
-                self._say(
-                    f"Finished {event.step} steps in {event.seconds:.0f} s; {event.file} is the save of step {event.file_step}"
-                )
-                self._guide(ended=True)
+        describe = LINES.get(type(event))
+        line = describe(event) if describe else ""
+        if line:
+            self._print(line)
+        if isinstance(event, events.Started):
+            self.bar = _new_bar(event)
+        elif isinstance(event, events.StepDone) and self.bar is not None:
+            self.bar.set_postfix(loss=f"{event.loss:.4f}", refresh=False)
+            self.bar.update()
+        elif isinstance(event, events.AdapterSaved):
+            self._print_assessment()
+        elif isinstance(event, events.Finished):
+            self._print_assessment(ended=True)
 
-    def _guide(self, ended: bool = False) -> None:
-        """Says where the run stands, when it has come into another zone and at the end; then also what to change."""
-        status = run_status.read_status(self.path.parent)
-        reading = status.reading
-        if reading and (ended or reading.zone != self.zone):
-            self.zone = reading.zone
-            self._say(f"{reading.zone.capitalize()}: {reading.sentence}")
-            whole = (status.seconds_per_step or 0.0) * status.total_steps
-            changes = (
-                what_to_change(config.load(self.path.parent / "run.toml"), reading, whole)
-                if ended
-                else []
-            )
-            if changes:
-                self._say(f"For another run: {'; '.join(changes)}.")
+    def _print_assessment(self, ended: bool = False) -> None:
+        """Prints the assessment if its zone changed, and at the end also what to change."""
+        folder = self.path.parent
+        status = run_status.read_status(folder)
+        assessment = status.assessment
+        if assessment is None or (assessment.zone == self.zone and not ended):
+            return
+        self.zone = assessment.zone
+        self._print(f"{assessment.zone.capitalize()}: {assessment.sentence}")
+        if not ended:
+            return
+        seconds = (status.seconds_per_step or 0.0) * status.total_steps
+        run = config.load(folder / "run.toml")
+        changes = convergence.suggest_changes(run, assessment, seconds)
+        if changes:
+            self._print(f"For the next run: {'; '.join(changes)}.")
 
-    def _say(self, line: str) -> None:
-        tqdm.write(
-            line.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(
-                sys.stdout.encoding or "utf-8"
-            ),
-            file=sys.stdout,
-        )
+    def _print(self, line: str) -> None:
+        encoding = sys.stdout.encoding or "utf-8"
+        # A terminal with a small character set gets escapes instead of a UnicodeEncodeError.
+        printable = line.encode(encoding, "backslashreplace").decode(encoding)
+        tqdm.write(printable, file=sys.stdout)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def _new_bar(event: events.Started) -> "tqdm[Any]":
+    return tqdm(
+        total=event.total_steps,
+        initial=event.step,
+        unit="step",
+        file=sys.stdout,
+        dynamic_ncols=True,
+        disable=None,  # No bar if the output is a file.
+    )

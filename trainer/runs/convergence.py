@@ -1,4 +1,7 @@
-"""What the measurements of a run say: which save is the best one, when more steps no longer help, and what to change. Reads events only."""
+"""Convergence of a run: its best save, early stopping, and advice for the next run.
+
+Pure arithmetic on `Validated` events; nothing here reads a file or imports torch.
+"""
 
 import math
 from collections.abc import Container, Sequence
@@ -6,53 +9,74 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from trainer.config import RunConfig
+from trainer.config import Adapter, RunConfig
 from trainer.runs.events import Validated
 
+# The thresholds were chosen on recorded runs of the embedded base (tests/recorded/guidance).
+MIN_FALL = 0.02
+"""A run has learned something if its loss fell by this fraction of the base's own loss."""
+STILL_FALLING = 0.03
+"""A loss still falls if more than this fraction of its total fall happened recently."""
+RECENT_STEPS = 0.25
+"""The fraction of the steps that counts as recent."""
+TOLERATED_RISE = 0.05
+"""A loss has risen if it is above its lowest by more than this fraction of its total fall."""
+LONG_RUN = 2 * 3600.0
+"""Seconds. A run that takes longer gets advice on how to make it faster."""
 
-def worse_by(one: Validated, other: Validated) -> tuple[float, float]:
-    """How much higher the held-out loss of one is, and the standard error of that.
+START_OF_GAUGE = 0.05
+WIDER_TARGETS = {
+    "attention": "attention+feed-forward",
+    "attention+feed-forward": "linear",
+    "linear": "linear+conv",
+}
 
-    Both were measured on the same pictures, noise and timesteps, so their parts are compared in pairs: what makes a picture or a
-    timestep hard cancels out, and a difference far smaller than the scatter of the losses can be told. A loss that is no finite number,
-    of an adapter that overflows half precision, is the worst.
+
+def loss_difference(one: Validated, other: Validated) -> tuple[float, float]:
+    """Returns how much higher the first validation loss is, and the standard error of that.
+
+    Both validations used the same images, noise and timesteps, so their parts are compared in
+    pairs. The difficulty of an image or a timestep cancels out, and a difference far smaller
+    than the spread of the losses becomes visible.
+
+    A loss that is not finite is the worst: the adapter overflows in half precision.
     """
     if not math.isfinite(one.loss):
         return math.inf, 0.0
-    pairs = list(zip(one.parts, other.parts, strict=False))
-    if len(pairs) < 2:
+    differences = [a - b for a, b in zip(one.parts, other.parts, strict=False)]
+    count = len(differences)
+    if count < 2:
         return one.loss - other.loss, 0.0
-    differences = [mine - theirs for mine, theirs in pairs]
-    more = fmean(differences)
-    scatter = sum(
-        (each - more) ** 2 for each in differences
-    )  # statistics.stdev is exact and slow; the page asks each second
-    return more, math.sqrt(scatter / (len(pairs) - 1) / len(pairs))
+    mean = fmean(differences)
+    # statistics.stdev computes with exact fractions: too slow for a page that calls this often.
+    squares = sum((difference - mean) ** 2 for difference in differences)
+    return mean, math.sqrt(squares / (count - 1) / count)
 
 
 def is_worse(one: Validated, other: Validated) -> bool:
-    """Whether the held-out loss of one is above the other's by more than the standard error of their difference."""
-    more, error = worse_by(one, other)
-    return more > error
+    """Whether the first validation loss is higher by more than the standard error."""
+    difference, error = loss_difference(one, other)
+    return difference > error
 
 
 def has_risen(one: Validated, lowest: Validated, first: Validated) -> bool:
-    """Whether a held-out loss is measurably above the lowest, and by more than a small share of all that it has fallen since the first.
+    """Whether a validation loss is measurably above the lowest and above `TOLERATED_RISE`.
 
-    With few held-out pictures a loss that is measurably higher on these says little of others; one that is clearly higher says more.
+    With a small validation set, a measurable rise on these few images means little for others.
+    Only a rise that is also large compared with the whole fall counts.
     """
-    return is_worse(one, lowest) and one.loss - lowest.loss > RISEN * max(
-        0.0, first.loss - lowest.loss
-    )
+    fallen = max(0.0, first.loss - lowest.loss)
+    return is_worse(one, lowest) and one.loss - lowest.loss > TOLERATED_RISE * fallen
 
 
-def best_save(measured: Sequence[Validated], steps: Container[int]) -> Validated | None:
-    """The latest of the saves at these steps whose held-out loss has not risen above the lowest one.
+def best_save(validations: Sequence[Validated], steps: Container[int]) -> Validated | None:
+    """Returns the latest of the saves at these steps whose loss has not risen, or None.
 
-    Not simply the lowest: where the loss has gone flat, chance would choose, and of saves that are as good on pictures they never saw
-    the one with more training knows its subject better. Where it has risen for good, all later saves are worse and the choice is early.
+    Simply taking the lowest loss would leave the choice to chance once the loss is flat. Of saves
+    that do equally well on unseen images, the one with more training knows its subject better.
+    If the loss rises for good, all later saves are worse and an early one is chosen.
     """
-    finite = [point for point in measured if math.isfinite(point.loss)]
+    finite = [point for point in validations if math.isfinite(point.loss)]
     saves = [point for point in finite if point.step in steps]
     if not saves:
         return None
@@ -60,128 +84,155 @@ def best_save(measured: Sequence[Validated], steps: Container[int]) -> Validated
     return [save for save in saves if not has_risen(save, lowest, finite[0])][-1]
 
 
-def has_run_dry(saves: Sequence[Validated], patience: int) -> bool:
-    """Whether the last `patience` saves did not lower the held-out loss (early stopping with patience)."""
+def has_stopped_improving(saves: Sequence[Validated], patience: int) -> bool:
+    """Whether none of the last `patience` saves has a lower loss than all saves before them."""
     if not patience or len(saves) <= patience:
         return False
     losses = [save.loss if math.isfinite(save.loss) else math.inf for save in saves]
     return min(losses[:-patience]) <= min(losses[-patience:])
 
 
-STILL_FALLING = 0.03  # of all that the held-out loss has fallen, in the last quarter of the steps
-RISEN = 0.05  # of all that it has fallen, above its lowest
-HARDLY = 0.02  # of the base's own loss
-SLOW = 2 * 3600  # seconds
-
-
 @dataclass(frozen=True)
-class Reading:
-    """What the held-out loss and that of the training pictures say together."""
+class Assessment:
+    """What the losses on the validation set and on the training images show together."""
 
     zone: Literal["learning", "ready", "memorising"]
-    needle: float
-    """Where it stands from 0, just begun, to 1, mostly memorised; each zone is a third."""
+    gauge: float
+    """From 0, just begun, to 1, mostly memorised. Each zone is a third."""
     sentence: str
-    fault: Literal["", "weak", "overfit", "burning"] = ""
+    problem: Literal["", "underfit", "overfit", "diverging"] = ""
 
 
-def read(measured: Sequence[Validated], ended: bool = False) -> Reading | None:
-    """What has been measured so far, the base at step 0 first; None before the first save, and where no pictures are held out.
+def assess(validations: Sequence[Validated], ended: bool = False) -> Assessment | None:
+    """Assesses a run from all its validations; the base's own, at step 0, comes first.
 
-    While the held-out loss falls, what is learned holds for pictures that were never seen. When it is flat the work is done. When it
-    rises while the loss on the training pictures goes on falling, only these are learned (the thresholds were chosen on the small base).
+    While the validation loss falls, the adapter learns what also holds for unseen images. When it
+    is flat, the run is ready. If it rises while the loss on training images still falls, the run
+    memorises them.
+
+    Returns None before the first save, and without a validation set.
     """
-    training = {
-        point.step: point.training_loss for point in measured if point.training_loss is not None
-    }
-    points = [point for point in measured if point.step in training]
-    if points and not math.isfinite(points[-1].loss):
-        return Reading(
-            "learning",
-            0.05,
-            f"The loss at step {points[-1].step} is no finite number: the learning rate is too high.",
-            "burning",
-        )
-    points = [point for point in points if math.isfinite(point.loss)]
+    compared = [point for point in validations if point.training_loss is not None]
+    if compared and not math.isfinite(compared[-1].loss):
+        return _diverging(f"The loss at step {compared[-1].step} is not a finite number")
+    points = [point for point in compared if math.isfinite(point.loss)]
     if len(points) < 2:
         return None
-    first, last, lowest = points[0], points[-1], min(points, key=lambda point: point.loss)
-    fallen = first.loss - lowest.loss
-    before = [first, *(point for point in points if point.step <= 0.75 * last.step)][-1]
-    ends = "ended" if ended else "goes on"
-    if fallen < HARDLY * first.loss:
-        burning = is_worse(last, first)
-        said = (
-            "The loss rises instead of falling: the learning rate is too high."
-            if burning
-            else f"The loss on held-out pictures has hardly fallen yet, and the run {ends}."
-        )
-        return Reading("learning", 0.05, said, "burning" if burning else "weak" if ended else "")
-    risen = (last.loss - lowest.loss) / fallen
+    first, last = points[0], points[-1]
+    lowest = min(points, key=lambda point: point.loss)
+    if first.loss - lowest.loss < MIN_FALL * first.loss:
+        return _assess_without_fall(first, last, ended)
     if has_risen(last, lowest, first):
-        if training[last.step] > training[lowest.step]:
-            return Reading(
-                "learning",
-                0.05,
-                f"Since step {lowest.step} both losses rise: the learning rate is too high.",
-                "burning",
-            )
-        sentence = (
-            f"Since step {lowest.step} the loss falls only on the training pictures ({training[last.step] / training[first.step]:.0%} of "
-            f"the base's) and rises on the others ({last.loss / lowest.loss - 1:+.0%}): it copies them."
-        )
-        return Reading("memorising", 2 / 3 + min(1.0, risen) / 3, sentence, "overfit")
-    falls = (before.loss - last.loss) / fallen
-    if falls > STILL_FALLING and (before is first or is_worse(before, last)):
-        sentence = f"The loss on held-out pictures still falls ({last.loss / first.loss - 1:+.0%} so far), and the run {ends}."
-        return Reading("learning", (1 - min(1.0, falls)) / 3, sentence, "weak" if ended else "")
-    sentence = f"The loss on held-out pictures has settled ({last.loss / first.loss - 1:+.0%} against the base): more steps add little."
-    return Reading("ready", 1 / 3 + min(1.0, max(0.0, risen) / RISEN) / 3, sentence)
+        return _assess_rise(first, lowest, last)
+    return _assess_fall(points, lowest, ended)
 
 
-def what_to_change(run: RunConfig, reading: Reading, seconds: float = 0.0) -> list[str]:
-    """The classic rules, with the numbers of this run. `seconds` is how long a whole run takes."""
-    adapter, training, found = run.adapter, run.training, []
-    wider = {
-        "attention": "attention+feed-forward",
-        "attention+feed-forward": "linear",
-        "linear": "linear+conv",
-    }.get(adapter.targets)
-    if reading.fault == "weak":
-        found += (
-            [f"raise the rank ({adapter.rank} to {2 * adapter.rank})"] if adapter.rank < 128 else []
-        )
-        found += (
-            [f"add targets ({adapter.targets} to {wider})"]
-            if wider and not adapter.target_pattern
-            else []
-        )
-        higher = 1.5 * training.learning_rate
-        found += (
-            [f"raise the learning rate ({training.learning_rate:g} to {higher:.2g})"]
-            if 0 < higher <= 1
-            else []
-        )
-        found += ["train longer"]
-    if reading.fault == "overfit":
-        found += ["take the save with the star"] if run.saving.main == "last" else []
-        found += ["train fewer steps"]
-        found += (
-            [f"lower the rank ({adapter.rank} to {adapter.rank // 2})"] if adapter.rank > 4 else []
-        )
-        found += (
-            ["more dropout (0.1)"]
-            if adapter.dropout < 0.1 and adapter.kind not in ("loha", "lokr")
-            else []
-        )
-        found += ["more pictures"]
-    if reading.fault == "burning":
-        found += [
-            f"lower the learning rate ({training.learning_rate:g} to {training.learning_rate / 3:.2g})"
-        ]
-    if seconds > SLOW:
-        faster = ["fewer targets"] if adapter.targets != "attention" else []
-        faster += ["a lower rank"] if adapter.rank > 16 else []
-        faster += ["gradient checkpointing off"] if training.gradient_checkpointing else []
-        found.append(f"to be faster: {', '.join([*faster, 'a bigger batch'])}")
-    return found
+def _diverging(observation: str) -> Assessment:
+    sentence = f"{observation}: the learning rate is too high."
+    return Assessment("learning", START_OF_GAUGE, sentence, "diverging")
+
+
+def _progress(ended: bool) -> str:
+    return "the run has ended" if ended else "the run continues"
+
+
+def _assess_without_fall(first: Validated, last: Validated, ended: bool) -> Assessment:
+    """Assesses a run whose loss never fell by `MIN_FALL`."""
+    if is_worse(last, first):
+        return _diverging("The loss rises instead of falling")
+    sentence = f"The validation loss has hardly fallen so far, and {_progress(ended)}."
+    return Assessment("learning", START_OF_GAUGE, sentence, "underfit" if ended else "")
+
+
+def _assess_rise(first: Validated, lowest: Validated, last: Validated) -> Assessment:
+    """Assesses a run whose validation loss is clearly above its lowest."""
+    training = [point.training_loss or 0.0 for point in (first, lowest, last)]
+    if training[2] > training[1]:
+        return _diverging(f"Both losses rise since step {lowest.step}")
+    rise = (last.loss - lowest.loss) / (first.loss - lowest.loss)
+    sentence = (
+        f"Since step {lowest.step} the validation loss rises "
+        f"({last.loss / lowest.loss - 1:+.0%}), while the loss on training images still falls "
+        f"(to {training[2] / training[0]:.0%} of the base's): "
+        "the adapter memorises them."
+    )
+    return Assessment("memorising", 2 / 3 + min(1.0, rise) / 3, sentence, "overfit")
+
+
+def _assess_fall(points: Sequence[Validated], lowest: Validated, ended: bool) -> Assessment:
+    """Assesses a run whose validation loss has fallen and not risen: still learning, or ready."""
+    first, last = points[0], points[-1]
+    total_fall = first.loss - lowest.loss
+    # The last validation before the recent steps. With few saves it may be the base's.
+    early = [point for point in points if point.step <= (1 - RECENT_STEPS) * last.step]
+    before = early[-1] if early else first
+    recent_fall = (before.loss - last.loss) / total_fall
+    change = f"{last.loss / first.loss - 1:+.0%}"
+    if recent_fall > STILL_FALLING and (before is first or is_worse(before, last)):
+        sentence = f"The validation loss still falls ({change} so far), and {_progress(ended)}."
+        gauge = (1 - min(1.0, recent_fall)) / 3
+        return Assessment("learning", gauge, sentence, "underfit" if ended else "")
+    rise = max(0.0, (last.loss - lowest.loss) / total_fall)
+    sentence = (
+        f"The validation loss has settled ({change} against the base): more steps add little."
+    )
+    return Assessment("ready", 1 / 3 + min(1.0, rise / TOLERATED_RISE) / 3, sentence)
+
+
+def suggest_changes(run: RunConfig, assessment: Assessment, seconds: float = 0.0) -> list[str]:
+    """Returns changes to try in the next run, with this run's numbers.
+
+    `seconds` is how long the whole run takes.
+    """
+    suggestions: list[str] = []
+    if assessment.problem == "underfit":
+        suggestions += _against_underfitting(run)
+    if assessment.problem == "overfit":
+        suggestions += _against_overfitting(run)
+    if assessment.problem == "diverging":
+        rate = run.training.learning_rate
+        suggestions.append(f"lower the learning rate ({rate:g} to {rate / 3:.2g})")
+    if seconds > LONG_RUN:
+        suggestions.append(f"to be faster: {', '.join(_against_slowness(run))}")
+    return suggestions
+
+
+def _against_underfitting(run: RunConfig) -> list[str]:
+    adapter, rate = run.adapter, run.training.learning_rate
+    suggestions = []
+    if adapter.rank < 128:
+        suggestions.append(f"raise the rank ({adapter.rank} to {2 * adapter.rank})")
+    wider = WIDER_TARGETS.get(adapter.targets)
+    if wider and not adapter.target_pattern:
+        suggestions.append(f"add targets ({adapter.targets} to {wider})")
+    # Optimizers that find their own learning rate have 1 here; raising it would be wrong.
+    if 0 < 1.5 * rate <= 1:
+        suggestions.append(f"raise the learning rate ({rate:g} to {1.5 * rate:.2g})")
+    return [*suggestions, "train longer"]
+
+
+def _against_overfitting(run: RunConfig) -> list[str]:
+    suggestions = []
+    if run.saving.main == "last":
+        suggestions.append("use the save marked with a star")
+    suggestions.append("train fewer steps")
+    if run.adapter.rank > 4:
+        suggestions.append(f"lower the rank ({run.adapter.rank} to {run.adapter.rank // 2})")
+    if _can_raise_dropout(run.adapter):
+        suggestions.append("more dropout (0.1)")
+    return [*suggestions, "more images"]
+
+
+def _can_raise_dropout(adapter: Adapter) -> bool:
+    return adapter.dropout < 0.1 and adapter.kind not in ("loha", "lokr")
+
+
+def _against_slowness(run: RunConfig) -> list[str]:
+    suggestions = []
+    if run.adapter.targets != "attention":
+        suggestions.append("fewer targets")
+    if run.adapter.rank > 16:
+        suggestions.append("a lower rank")
+    if run.training.gradient_checkpointing:
+        suggestions.append("gradient checkpointing off")
+    return [*suggestions, "a bigger batch"]

@@ -1,7 +1,7 @@
-"""What happened in a run, one JSON line each. The page, the terminal and the tests read only this.
+"""The events of a run, one JSON object per line in events.jsonl.
 
-Lines are only ever appended, each with a single write, so that a reader sees whole lines or none.
-A reader skips what it does not know: logs of other versions stay readable.
+The page, the terminal and the trackers read nothing else. A reader skips events and fields that
+it does not know, so logs of older and newer versions stay readable.
 """
 
 import errno
@@ -16,22 +16,25 @@ from pathlib import Path
 @dataclass(frozen=True)
 class Event:
     time: float = field(default_factory=time.time, kw_only=True)
-    """Seconds since 1970. For showing only: durations are measured by the trainer's monotonic clock."""
+    """Seconds since 1970, for display. Durations come from the trainer's monotonic clock."""
 
 
 @dataclass(frozen=True)
 class Launched(Event):
-    """A trainer process took the run. A resumed run has several of these."""
+    """A trainer process started. A resumed run has several of these events."""
 
     pid: int
     version: str
     boot: str = ""
-    """Which start of the machine it was, where the system tells."""
+    """The `run_lock.boot_id` of the machine."""
 
 
 @dataclass(frozen=True)
 class Progress(Event):
-    """How far a phase other than the steps has come: "loading", "downloading" (in megabytes), "caching" or "sampling"."""
+    """Progress of a phase other than training.
+
+    The phases are "waiting", "loading", "downloading" (in megabytes), "caching" and "sampling".
+    """
 
     phase: str
     done: int = 0
@@ -40,24 +43,27 @@ class Progress(Event):
 
 @dataclass(frozen=True)
 class Started(Event):
-    """All is loaded and checked; steps follow."""
+    """Everything is loaded and checked, and the first step follows."""
 
     step: int
+    """The step to start from: 0, or the step of the checkpoint."""
     total_steps: int
     pictures: int
+    """Training images."""
     held_out: int
+    """Images of the validation set."""
     trainable_parameters: int
     device: str
     precision: str
     attention: str
     family: str
     saves: int = 0
-    """How often the run is measured, saved and sampled in all."""
+    """How many times the whole run validates, saves and samples."""
     images_per_step: int = 1
     parameters: dict[str, int] = field(default_factory=dict)
-    """What is trained of each component."""
+    """Trained parameters by component."""
     base_parameters: dict[str, int] = field(default_factory=dict)
-    """The weights of those components."""
+    """Parameters of the same components in the base model."""
 
 
 @dataclass(frozen=True)
@@ -71,42 +77,46 @@ class StepDone(Event):
 
 @dataclass(frozen=True)
 class Validated(Event):
-    """What the adapter makes of pictures at fixed noise and timesteps."""
+    """Losses measured at fixed noise and timesteps."""
 
     step: int
     loss: float
-    """On the held-out pictures; on training pictures where none are held out."""
+    """The mean on the validation set, or on training images if the validation set is empty."""
     parts: list[float] = field(default_factory=list)
-    """What that is the mean of: a number for each held-out picture, or for each draw of noise where there are fewer than eight."""
+    """One loss per validation image.
+
+    With fewer than eight images, one loss per image and draw of noise.
+    """
     training_loss: float | None = None
-    """On some of the training pictures, in the same way; None where none are held out."""
+    """The mean on some training images, or None if the validation set is empty."""
 
 
 @dataclass(frozen=True)
 class SampleSaved(Event):
     step: int
+    """0 for the base model without an adapter."""
     prompt: str
     seed: int
     file: str
-    """Relative to the run folder. Step 0 is the base without an adapter."""
+    """Relative to the run folder."""
 
 
 @dataclass(frozen=True)
 class Probed(Event):
-    """What the samples of a save give away."""
+    """Measurements on the samples of a save."""
 
     step: int
     prompt: str = ""
     """The first sample prompt without its trigger word."""
     seed: int = 0
     file: str = ""
-    """The picture of that prompt, relative to the run folder; empty where the prompt has no trigger word."""
+    """The sample of that prompt in the run folder, or "" if the prompt has no trigger word."""
     leak: float | None = None
-    """How much of the change with the trigger is there without it: 0 none, 1 as much."""
+    """The change without the trigger word, as a fraction of the change with it."""
     likeness: float | None = None
-    """Of the samples to the nearest training picture, -1..1, in colour and layout."""
+    """Similarity of the samples to their nearest training image, in -1..1."""
     likeness_between: float | None = None
-    """Of the training pictures to each other, in the same measure."""
+    """The same similarity between the training images."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +128,8 @@ class AdapterSaved(Event):
 
 @dataclass(frozen=True)
 class StateSaved(Event):
+    """A checkpoint was saved."""
+
     step: int
 
 
@@ -128,22 +140,26 @@ class Warned(Event):
 
 @dataclass(frozen=True)
 class MemoryRelieved(Event):
-    """Memory ran out in a phase ("load", "cache", "step", "validate", "sample") and a measure of `memory.FALLBACKS_BY_PHASE` was taken."""
+    """A phase ran out of memory and applied a fallback of `FALLBACKS_BY_PHASE`.
+
+    The phases are "load", "cache", "step", "validate" and "sample".
+    """
 
     step: int
     phase: str
     rung: str
+    """The name of the fallback."""
     message: str
 
 
 @dataclass(frozen=True)
 class RolledBack(Event):
-    """The numbers went wrong: training goes on from an earlier step with a lower learning rate."""
+    """Losses were not finite, so training continues from an earlier step, more slowly."""
 
     step: int
     from_step: int
     lr_scale: float
-    """What the learning rate of the settings is multiplied with from here on."""
+    """The factor on the learning rate of the settings from this step on."""
     message: str
 
 
@@ -159,17 +175,17 @@ class Continued(Event):
 
 @dataclass(frozen=True)
 class Stopped(Event):
-    """The person asked the run to end early; it can be resumed."""
+    """A person stopped the run, which can be resumed."""
 
     step: int
     file: str
     file_step: int = 0
-    """The save that the file is."""
+    """The step of the save that became the file."""
 
 
 @dataclass(frozen=True)
 class EndedEarly(Event):
-    """The held-out loss did not fall any more, and `training.early_stop` asks to end then."""
+    """The validation loss stopped falling, and `training.early_stop` ends the run."""
 
     step: int
     best_step: int
@@ -183,7 +199,7 @@ class Failed(Event):
 
 @dataclass(frozen=True)
 class TrainerDied(Event):
-    """The page saw its trainer end without having said why."""
+    """The trainer process ended without a last event. Written by the page."""
 
     exit_code: int
 
@@ -193,15 +209,15 @@ class Finished(Event):
     step: int
     file: str
     best_step: int
-    """The save with the best held-out loss; the last one where none are held out."""
+    """The save with the best validation loss, or the last save without a validation set."""
     seconds: float
     file_step: int = 0
-    """The save that the file is; 0 in the logs of older versions: the last one."""
+    """The step of the save that became the file. 0 in logs of older versions: the last save."""
 
 
 @dataclass(frozen=True)
 class Captioned(Event):
-    """A picture of a dataset got a caption by a model."""
+    """A model wrote the caption of an image."""
 
     file: str
     caption: str
@@ -209,37 +225,39 @@ class Captioned(Event):
 
 @dataclass(frozen=True)
 class CaptionsDone(Event):
-    """A captioning job ended, by itself or because it was asked to."""
+    """A captioning job ended."""
 
     written: int
     kept: int
-    """Pictures that had a caption already and kept it."""
+    """Images that kept the caption they had."""
     stopped: bool = False
+    """Whether a person stopped the job."""
 
 
-KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclasses__()}
+EVENT_TYPES: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclasses__()}
 
 
 class EventLog:
-    """Appends events to a file."""
+    """Appends events to a file, each with a single write, so that readers see whole lines."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.listeners: list[Callable[[Event], None]] = []
-        """Told of each event after it is written."""
+        """Called with each event after it is written."""
         if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            self._write(b"\n")  # a line cut by a power loss must not swallow the first one after it
+            # End a line that a power cut left unfinished, so that the next line stays readable.
+            self._write(b"\n")
 
     def append(self, event: Event) -> None:
-        line = (
-            json.dumps({"event": type(event).__name__, **asdict(event)}, ensure_ascii=True) + "\n"
-        )
-        self._write(line.encode("ascii"))
+        """Writes an event, then calls the listeners. Raises OSError if the disk is full."""
+        line = json.dumps({"event": type(event).__name__, **asdict(event)}, ensure_ascii=True)
+        self._write(f"{line}\n".encode("ascii"))
+        # A listener may remove itself while it is called.
         for listener in tuple(self.listeners):
             listener(event)
 
     def close(self) -> None:
-        """The run ended; a log that shows it may have to tidy up."""
+        """Called at the end of the run. A subclass with a display closes it here."""
 
     def _write(self, line: bytes) -> None:
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -251,28 +269,29 @@ class EventLog:
 
 
 class SilentLog(EventLog):
-    """Of a process that trains beside the one that writes."""
+    """Discards events. In distributed training all ranks but rank 0 use it."""
 
     def __init__(self) -> None:
-        self.path, self.listeners = Path(os.devnull), []
+        self.path = Path(os.devnull)
+        self.listeners = []
 
     def append(self, event: Event) -> None:
         pass
 
 
 def parse_event(line: str | bytes) -> Event | None:
-    """One line as an event; None for a cut line or an event of another version."""
+    """Returns the event in a line, or None if the line is cut or its event is unknown."""
     try:
         data = json.loads(line)
-        kind = KINDS[data.pop("event")]
-        known = {f.name for f in fields(kind)}
-        return kind(**{key: value for key, value in data.items() if key in known})
+        event_type = EVENT_TYPES[data.pop("event")]
+        known = {f.name for f in fields(event_type)}
+        return event_type(**{key: value for key, value in data.items() if key in known})
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def read_events(path: Path) -> Iterator[Event]:
-    """All events of a run, oldest first; none where the file is not there yet."""
+    """Yields all events of a run, oldest first. Yields nothing if the file does not exist."""
     if not path.exists():
         return
     with open(path, "rb") as file:

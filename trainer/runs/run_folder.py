@@ -1,16 +1,17 @@
-"""The run folder: the only thing that the page and the trainer share.
+"""The run folder: everything that a run leaves on disk.
 
     outputs/runs/2026-11-22-maya/
       run.toml                 the settings exactly as trained
-      events.jsonl             what happened, one event a line
+      events.jsonl             what happened, one event per line
       log.txt                  output of the trainer process
-      state/                   what resuming needs
+      state/                   checkpoints, from which the run resumes
       samples/000500-2.png     step 500, prompt 2
-      maya-000500.safetensors  adapters as exported
-      maya.safetensors         the chosen one
-      queued | stop | pause    requests: their presence is the message; save | sample are used up
+      maya-000500.safetensors  adapters saved during training
+      maya.safetensors         the finished file: one of these saves
+      queued | stop | pause    requests (`run_requests`)
+      .lock                    held by the trainer (`run_lock`)
 
-A run is alive while its trainer holds the lock; the system lets go of it however the process ends.
+The page, the command line and the trainer share runs only through this folder.
 """
 
 import os
@@ -26,46 +27,60 @@ from trainer.runs import events
 from trainer.runs.atomic_files import atomic_write
 
 SAMPLE_SUFFIX = ".png"
+USERS_FOLDER = "users"
+MAX_SLUG_BYTES = 100
 
-USERS = "users"
 
+def current_user() -> str:
+    """Returns the name of the current user, or "" if all users share one outputs folder.
 
-def signed_in() -> str:
-    """The name of the person that asks, "" where all is one's own. The page puts another function in its place (`app/workspace.py`)."""
+    `app.accounts` replaces this function if several people sign in.
+    """
     return ""
 
 
-def everyones_folder() -> Path:
-    """$ATELIER_OUTPUTS, else `outputs` below the working directory."""
+def outputs_root() -> Path:
+    """Returns $ATELIER_OUTPUTS, or `outputs` in the working directory."""
     return Path(os.environ.get("ATELIER_OUTPUTS", "outputs")).resolve()
 
 
 def outputs_folder() -> Path:
-    """Where runs, datasets and caches live: those of the person that asks."""
-    user = signed_in()
-    return everyones_folder() / USERS / user if user else everyones_folder()
+    """Returns the folder with the runs, datasets and caches of the current user."""
+    user = current_user()
+    return outputs_root() / USERS_FOLDER / user if user else outputs_root()
 
 
 def runs_folder() -> Path:
+    """Returns the folder that contains the run folders of the current user."""
     return outputs_folder() / "runs"
 
 
 def slug(name: str) -> str:
-    """A file name from any text: letters of any script, digits, `-` and `_`; at most 100 bytes; never empty."""
-    text = re.sub(r"[^\w-]+", "-", unicodedata.normalize("NFC", name), flags=re.UNICODE).strip("-_")
-    text = text.encode("utf-8", "ignore")[:100].decode("utf-8", "ignore").strip("-_")
-    return text or "lora"
+    """Returns a file name made from any text, or "lora" if nothing of it can be used.
+
+    Keeps letters of any script, digits, `-` and `_`, and at most `MAX_SLUG_BYTES` bytes.
+    """
+    text = re.sub(r"[^\w-]+", "-", unicodedata.normalize("NFC", name)).strip("-_")
+    # Decoding with "ignore" drops a character that the limit cut in two.
+    cut = text.encode("utf-8", "ignore")[:MAX_SLUG_BYTES]
+    return cut.decode("utf-8", "ignore").strip("-_") or "lora"
 
 
-def embedding_of(adapter: Path) -> Path:
-    """Where the trigger's embedding of an adapter file lies: maya.safetensors -> maya-embedding.safetensors, for every dialect of it."""
-    return adapter.with_name(
-        re.sub("-(kohya|diffusers|peft)$", "", adapter.stem) + "-embedding.safetensors"
-    )
+def embedding_path(adapter: Path) -> Path:
+    """Returns the path of the trigger's embedding for an adapter file in any format.
+
+    For example `maya-kohya.safetensors` -> `maya-embedding.safetensors`.
+    """
+    stem = re.sub("-(kohya|diffusers|peft)$", "", adapter.stem)
+    return adapter.with_name(f"{stem}-embedding.safetensors")
 
 
 def create(run: config.RunConfig, parent: Path | None = None) -> Path:
-    """Makes a new run folder with its run.toml. A name used before gets a number: nothing is ever overwritten."""
+    """Creates a run folder with its run.toml and returns its path.
+
+    A name that is taken gets a number, so no run is ever overwritten. Raises StateError if the
+    folder cannot be created.
+    """
     parent = parent or runs_folder()
     stem = f"{date.today().isoformat()}-{slug(run.name)}"
     for number in range(1, 10_000):
@@ -76,27 +91,34 @@ def create(run: config.RunConfig, parent: Path | None = None) -> Path:
             continue
         except OSError as error:
             raise StateError(
-                f"The run folder {folder} cannot be made: {error.strerror}. Choose a place that can be written to."
+                f"Cannot create the run folder {folder}: {error.strerror}. "
+                "Choose an outputs folder that you can write to, with $ATELIER_OUTPUTS."
             ) from None
         atomic_write(folder / "run.toml", config.to_toml(run))
         return folder
-    raise StateError(f"There are too many runs named {stem}; choose another name.")
+    raise StateError(f"Too many runs are named {stem}. Choose another name.")
 
 
 def list_runs(parent: Path | None = None) -> list[Path]:
-    """Run folders, newest first (by the date in their name, then by their number)."""
+    """Returns the run folders, newest first."""
     return sorted(
-        any_order(parent), key=lambda folder: (_created(folder), folder.name), reverse=True
+        unsorted_runs(parent),
+        key=lambda folder: (_created_at(folder), folder.name),
+        reverse=True,
     )
 
 
-def any_order(parent: Path | None = None) -> Iterator[Path]:
-    """Run folders as the disk has them: a look at thousands reads no file of theirs."""
+def unsorted_runs(parent: Path | None = None) -> Iterator[Path]:
+    """Yields the run folders in the order of the file system, without reading their files."""
     parent = parent or runs_folder()
-    if parent.is_dir():
-        yield from (folder for folder in parent.iterdir() if (folder / "run.toml").is_file())
+    if not parent.is_dir():
+        return
+    for folder in parent.iterdir():
+        if (folder / "run.toml").is_file():
+            yield folder
 
 
-def _created(folder: Path) -> float:
+def _created_at(folder: Path) -> float:
+    """Returns the time of the first event, or of run.toml if the run was never started."""
     first = next(events.read_events(folder / "events.jsonl"), None)
     return first.time if first else (folder / "run.toml").stat().st_mtime

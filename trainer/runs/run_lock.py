@@ -1,4 +1,8 @@
-"""Locks: which process trains a run, and which run has the device."""
+"""Locks of a run and of the device.
+
+A run is alive while its trainer holds the lock of its folder. The operating system releases a
+lock however the process ends.
+"""
 
 import os
 from pathlib import Path
@@ -7,54 +11,61 @@ from filelock import FileLock, Timeout
 
 from trainer.errors import StateError
 from trainer.runs import events
-from trainer.runs.run_folder import USERS, outputs_folder, slug
+from trainer.runs.run_folder import USERS_FOLDER, outputs_folder, slug
+
+READABLE_BY_ALL = 0o644
 
 
 def lock(folder: Path) -> FileLock:
-    """Held by the trainer for its whole life."""
-    return FileLock(folder / ".lock", mode=0o644)
+    """Returns the lock of a run, which its trainer holds for as long as it runs."""
+    return FileLock(folder / ".lock", mode=READABLE_BY_ALL)
 
 
 def acquire(folder: Path) -> FileLock:
-    """Takes the run for this process. Raises StateError when another trainer has it."""
-    taken = lock(folder)
+    """Locks the run for this process and returns the lock.
+
+    Raises StateError if another trainer holds it, or if the folder cannot be written.
+    """
+    acquired = lock(folder)
     try:
-        taken.acquire(
-            timeout=1
-        )  # the page tries the lock for a moment to see whether the run is alive
+        # Not 0: `is_alive`, called by the page, takes the lock for a moment.
+        acquired.acquire(timeout=1)
     except Timeout:
-        owner = next(
-            (
-                e.pid
-                for e in reversed(list(events.read_events(folder / "events.jsonl")))
-                if isinstance(e, events.Launched)
-            ),
-            "?",
-        )
         raise StateError(
-            f"The run {folder.name} is already being trained by process {owner}; wait for it or stop it first."
+            f"Process {_last_trainer(folder)} is already training the run {folder.name}. "
+            "Wait for it, or stop it first."
         ) from None
     except OSError as error:
-        raise StateError(
-            f"The run folder {folder} cannot be written to: {error.strerror}."
-        ) from None
-    return taken
+        raise StateError(f"Cannot write to the run folder {folder}: {error.strerror}.") from None
+    return acquired
+
+
+def _last_trainer(folder: Path) -> str:
+    """Returns the id of the process that started last, or "?" if there is none."""
+    pid = "?"
+    for event in events.read_events(folder / "events.jsonl"):
+        if isinstance(event, events.Launched):
+            pid = str(event.pid)
+    return pid
 
 
 def device_lock() -> FileLock:
-    """Held by the trainer that has the device; others wait. One for all that train below the same outputs folder.
+    """Returns the lock of the device, which one trainer holds while the others wait.
 
-    $ATELIER_SLOT names the device where a cluster has many behind one outputs folder, and gives each to one run itself.
+    All runs below the same outputs root share it, whichever user they belong to. On a cluster,
+    $ATELIER_SLOT names the device, and each device has a separate lock.
     """
     root = outputs_folder()
-    root = root.parents[1] if root.parent.name == USERS else root
+    if root.parent.name == USERS_FOLDER:
+        root = root.parents[1]
     root.mkdir(parents=True, exist_ok=True)
     slot = os.environ.get("ATELIER_SLOT", "")
-    return FileLock(root / (f".device-{slug(slot)}.lock" if slot else ".device.lock"), mode=0o644)
+    name = f".device-{slug(slot)}.lock" if slot else ".device.lock"
+    return FileLock(root / name, mode=READABLE_BY_ALL)
 
 
 def boot_id() -> str:
-    """Tells one start of the machine from another; empty where the system does not say."""
+    """Returns an id that changes when the machine restarts, or "" if the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

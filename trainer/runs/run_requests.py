@@ -1,40 +1,48 @@
-"""Requests to a trainer or to the queue: files whose presence is the message."""
+"""Requests to a run: files in its folder whose presence is the message.
+
+The trainer reads "stop", "pause", "save" and "sample"; the page reads "queued".
+"""
 
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 from trainer.runs.atomic_files import atomic_write
-from trainer.runs.run_folder import any_order
+from trainer.runs.run_folder import unsorted_runs
+
+Request = Literal["queued", "stop", "pause", "save", "sample"]
 
 
-def request(folder: Path, what: str) -> None:
-    """Asks the trainer for "stop", "pause", "save" or "sample", or the page for "queued"."""
-    atomic_write(folder / what, f"{time.time_ns()}\n")
+def request(folder: Path, name: Request) -> None:
+    """Requests something of a run. The file contains the time, which orders the queue."""
+    atomic_write(folder / name, f"{time.time_ns()}\n")
 
 
-def withdraw(folder: Path, what: str) -> None:
-    (folder / what).unlink(missing_ok=True)
+def withdraw(folder: Path, name: Request) -> None:
+    """Removes a request, if it is there."""
+    (folder / name).unlink(missing_ok=True)
 
 
-def take(folder: Path, what: str) -> bool:
-    """Whether something was asked for; the request is used up."""
+def take(folder: Path, name: Request) -> bool:
+    """Removes a request and returns whether it was there."""
     try:
-        (folder / what).unlink()
+        (folder / name).unlink()
     except FileNotFoundError:
         return False
     return True
 
 
-def requested(folder: Path, what: str) -> bool:
-    return (folder / what).exists()
+def requested(folder: Path, name: Request) -> bool:
+    """Whether a request is there. It stays."""
+    return (folder / name).exists()
 
 
-def queue(parent: Path | None = None) -> Sequence[Path]:
-    """Runs that wait for the device, in the order in which they were asked for."""
-    waiting: dict[Path, str] = {}
-    for folder in any_order(parent):
-        with suppress(OSError):  # it waits for nothing, or no longer
-            waiting[folder] = (folder / "queued").read_text().strip()
-    return sorted(waiting, key=lambda folder: waiting[folder])
+def queue(parent: Path | None = None) -> list[Path]:
+    """Returns the runs that wait for the device, in the order in which they were queued."""
+    queued_at: dict[Path, str] = {}
+    for folder in unsorted_runs(parent):
+        # Most runs are not queued, and a request can be withdrawn at any moment.
+        with suppress(OSError):
+            queued_at[folder] = (folder / "queued").read_text().strip()
+    return sorted(queued_at, key=lambda folder: queued_at[folder])

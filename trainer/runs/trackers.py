@@ -1,12 +1,13 @@
-"""What happens in a run, reported to TensorBoard, W&B or trackio as well, through accelerate's trackers.
+"""Reports a run to TensorBoard, W&B or trackio as well, through accelerate's trackers.
 
-A tracker is never needed for a training: what it cannot do is a warning, and the events stay the truth.
+A tracker is optional: whatever it cannot do becomes a warning, and the training continues.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from trainer import config
 from trainer.config import RunConfig
@@ -15,11 +16,16 @@ from trainer.runs import events
 from trainer.runs.events import Event, EventLog, Warned
 
 PROJECT = "lora-atelier"
+MAX_LABEL = 80
+"""Characters of a prompt that label its sample."""
 
 
 @contextmanager
 def tracked(run: RunConfig, folder: Path, log: EventLog) -> Iterator[None]:
-    """Reports while the block lasts, if the run asks for it. Raises ConfigError where the tracker is not installed."""
+    """Reports the events of a block if `saving.tracking` names a tracker.
+
+    Raises ConfigError if the package of the tracker is not installed.
+    """
     if run.saving.tracking == "none":
         yield
         return
@@ -33,22 +39,26 @@ def tracked(run: RunConfig, folder: Path, log: EventLog) -> Iterator[None]:
 
 
 class Reporter:
-    """An accelerate tracker that is told of events."""
+    """A listener of an EventLog that passes events on to an accelerate tracker."""
 
-    def __init__(self, run: RunConfig, folder: Path, log: EventLog):
-        name = run.saving.tracking
-        if find_spec(name) is None:
+    def __init__(self, run: RunConfig, folder: Path, log: EventLog) -> None:
+        self.name = run.saving.tracking
+        self.folder = folder
+        self.log = log
+        self.tracker: Any = None
+        """A `GeneralTracker`, or None after it failed."""
+        if find_spec(self.name) is None:
             raise ConfigError(
-                f"saving.tracking = {name} needs the package {name}: run `pip install {name}`, or choose none."
+                f"saving.tracking = {self.name} needs the package {self.name}. "
+                f"Run `pip install {self.name}`, or choose none."
             )
-        self.name, self.folder, self.log, self.tracker = name, folder, log, None
+        # Trackers raise errors of any type, for example if they are offline or signed out.
         try:
-            self.tracker = build(name, folder)
+            self.tracker = build(self.name, folder)
             self.tracker.start()
-            self.tracker.store_init_configuration(
-                {path: flat(config.get(run, path)) for path, _ in config.fields()}
-            )
-        except Exception as error:  # signed out, offline, a full disk: whatever a tracker's library raises, the training goes on
+            settings = {path: _as_text(config.get(run, path)) for path, _ in config.fields()}
+            self.tracker.store_init_configuration(settings)
+        except Exception as error:
             self._give_up(error)
 
     def __call__(self, event: Event) -> None:
@@ -60,6 +70,7 @@ class Reporter:
             self._give_up(error)
 
     def finish(self) -> None:
+        """Ends the tracker's run, which may upload what is left."""
         if self.tracker is None:
             return
         try:
@@ -71,17 +82,19 @@ class Reporter:
         self.tracker = None
         self.log.append(
             Warned(
-                f"Nothing more is reported to {self.name} ({str(error)[:200]}); the training goes on."
+                f"Cannot report to {self.name} any more ({str(error)[:200]}). "
+                "The training continues."
             )
         )
 
 
-def build(name: str, folder: Path):
-    """The tracker of a run: its project is this program, its name that of the run folder."""
+def build(name: str, folder: Path) -> Any:
+    """Returns the accelerate tracker of a run, named after its folder."""
     from accelerate import PartialState
     from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 
-    PartialState()  # their methods ask it whether this is the main process
+    # Tracker methods read from it whether this process is rank 0.
+    PartialState()
     if name == "tensorboard":
         return TensorBoardTracker("tracking", logging_dir=folder)
     if name == "wandb":
@@ -89,35 +102,32 @@ def build(name: str, folder: Path):
     return TrackioTracker(PROJECT, name=folder.name)
 
 
-def flat(value: object) -> object:
-    """A tracker takes texts and numbers."""
-    return value if isinstance(value, int | float | str | bool) else str(value)
+def _as_text(value: object) -> int | float | str:
+    """Returns a setting in a type that all trackers accept."""
+    return value if isinstance(value, int | float | str) else str(value)
 
 
-def report(tracker, event: Event, folder: Path) -> None:
-    match event:
-        case events.StepDone():
-            tracker.log(
-                {
-                    "loss": event.loss,
-                    "learning_rate": event.learning_rate,
-                    "seconds_per_step": event.seconds,
-                },
-                step=event.step,
-            )
-        case events.Validated():
-            tracker.log({"validation_loss": event.loss}, step=event.step)
-        case events.SampleSaved() if hasattr(tracker, "log_images"):
-            import numpy
-            from PIL import Image
-
-            with Image.open(folder / event.file) as image:
-                tracker.log_images(
-                    {event.prompt[:80]: numpy.asarray(image.convert("RGB"))[None]},
-                    step=event.step,
-                    **image_layout(tracker),
-                )
+def report(tracker: Any, event: Event, folder: Path) -> None:
+    """Passes losses, learning rates and samples on to a tracker. Other events are ignored."""
+    if isinstance(event, events.StepDone):
+        values = {
+            "loss": event.loss,
+            "learning_rate": event.learning_rate,
+            "seconds_per_step": event.seconds,
+        }
+        tracker.log(values, step=event.step)
+    elif isinstance(event, events.Validated):
+        tracker.log({"validation_loss": event.loss}, step=event.step)
+    elif isinstance(event, events.SampleSaved) and hasattr(tracker, "log_images"):
+        _report_sample(tracker, event, folder)
 
 
-def image_layout(tracker) -> dict[str, str]:
-    return {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+def _report_sample(tracker: Any, event: events.SampleSaved, folder: Path) -> None:
+    import numpy
+    from PIL import Image
+
+    with Image.open(folder / event.file) as image:
+        batch = numpy.asarray(image.convert("RGB"))[None]
+    # TensorBoard expects channels first unless it gets a layout.
+    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+    tracker.log_images({event.prompt[:MAX_LABEL]: batch}, step=event.step, **layout)

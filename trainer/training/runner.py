@@ -123,7 +123,7 @@ def run_in(
         events.listeners.append(progress)
     if not launch.was_started_here():
         _put_aside(folder)
-    (folder / error_messages.NAME).unlink(missing_ok=True)  # of an earlier failure
+    (folder / error_messages.REPORT_FILE).unlink(missing_ok=True)  # of an earlier failure
     events.append(Launched(os.getpid(), __version__, run_lock.boot_id()))
     run_requests.withdraw(
         folder, "queued"
@@ -229,6 +229,6 @@ def _fail(folder: Path, log: EventLog, sentence: str, error: Exception) -> None:
     try:
         log.append(Failed(sentence))
         error_messages.write_report(folder, sentence, error)
-        print(f"The whole story is in {folder / error_messages.NAME}", file=sys.stderr)
+        print(f"The whole story is in {folder / error_messages.REPORT_FILE}", file=sys.stderr)
     except (OSError, TrainerError) as also:
         print(f"It could not be written down: {also}", file=sys.stderr)

@@ -103,7 +103,7 @@ def keep_adapter(session: Session, step: int, facts: dict) -> None:
         )
         writer.verify(session.folder / name, modules)
     if session.trigger:
-        path = run_folder.embedding_of(session.folder / next(iter(names.values())))
+        path = run_folder.embedding_path(session.folder / next(iter(names.values())))
         textual_inversion.save_embedding(
             path, session.trigger, base.family, DTYPES[run.saving.precision], values
         )
@@ -126,7 +126,7 @@ def adapter_names(session: Session, step: int | None = None) -> dict[str, str]:
 def saved_files(session: Session, step: int | None = None) -> list[Path]:
     """All that belongs to a save, the adapter that the page shows first."""
     files = [session.folder / name for name in adapter_names(session, step).values()]
-    return files + ([run_folder.embedding_of(files[0])] if session.trigger else [])
+    return files + ([run_folder.embedding_path(files[0])] if session.trigger else [])
 
 
 def finish(session: Session, step: int, clock: float) -> Path:

@@ -132,10 +132,10 @@ def ends_early(session: Session, step: int, saves: Sequence[int]) -> bool:
     if not patience or step not in saves:
         return False
     status = run_status.read_status(session.folder)
-    measured = [point for point in status.measured if point.step in saves]
+    measured = [point for point in status.validations if point.step in saves]
     if not session.world.agree(
         bool(status.started and status.started.held_out)
-        and convergence.has_run_dry(measured, patience)
+        and convergence.has_stopped_improving(measured, patience)
     ):
         return False
     best = status.best_step or step
