@@ -1,4 +1,7 @@
-"""Attention is chosen by running it. CUDA is not here, so its choices are tried with stand-ins for the kernel on the CPU."""
+"""The choice of the attention kernel.
+
+The tests run without CUDA: functions on the CPU replace the kernel of xformers.
+"""
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from trainer.models import attention
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def test_a_cpu_uses_torch():
+def test_torch_is_used_on_a_cpu():
     assert attention.choose_attention(tiny_unet(), CPU, torch.float32) == (
         "torch",
         "torch's attention (xformers needs CUDA)",
@@ -20,52 +23,62 @@ def test_a_cpu_uses_torch():
 
 @pytest.fixture
 def pretend_cuda(monkeypatch):
-    """The trial as on CUDA, its tensors on the CPU, its clock scripted."""
-    real = attention._inputs
-    monkeypatch.setattr(attention, "TRIAL_SIZE", (1, 2, 16, 8))
-    monkeypatch.setattr(attention, "_inputs", lambda device, dtype: real(CPU, torch.float32))
+    """Returns a function that chooses as on CUDA, with tensors on the CPU and given timings.
 
-    def use(kernel, seconds):
+    `seconds` contains the time of the kernel under True and of torch under False.
+    """
+    real_inputs = attention._inputs
+    monkeypatch.setattr(attention, "TRIAL_SIZE", (1, 2, 16, 8))
+    monkeypatch.setattr(attention, "_inputs", lambda device, dtype: real_inputs(CPU, torch.float32))
+
+    def choose(kernel, seconds):
         monkeypatch.setattr(attention, "_xformers", lambda: kernel)
-        monkeypatch.setattr(attention, "_seconds", lambda a, device, dtype: seconds[a is kernel])
+        monkeypatch.setattr(
+            attention, "_seconds", lambda tried, device, dtype: seconds[tried is kernel]
+        )
         return attention.choose_attention(tiny_unet(), CUDA, torch.float16)
 
-    return use
+    return choose
 
 
-def right(q, k, v):
+def correct_kernel(q, k, v):
     return scaled_dot_product_attention(q, k, v) * 1.0
 
 
-def test_the_faster_of_two_working_ones_is_used_and_shown(pretend_cuda):
-    name, why = pretend_cuda(right, {True: 0.001, False: 0.002})
-    assert name == "xformers" and "1.00 ms" in why and "2.00 ms" in why
-    assert pretend_cuda(right, {True: 0.002, False: 0.001})[0] == "torch"
+def test_the_faster_kernel_is_used_and_both_times_are_reported(pretend_cuda):
+    name, reason = pretend_cuda(correct_kernel, {True: 0.001, False: 0.002})
+    assert name == "xformers"
+    assert "xformers 1.00 ms" in reason and "torch 2.00 ms" in reason
+    assert pretend_cuda(correct_kernel, {True: 0.002, False: 0.001})[0] == "torch"
 
 
-def detached(q, k, v):
-    return right(q.detach(), k, v) + 0 * q
+def kernel_with_wrong_gradients(q, k, v):
+    return correct_kernel(q.detach(), k, v) + 0 * q
 
 
-def raising(q, k, v):
+def kernel_that_gives_nan(q, k, v):
+    return correct_kernel(q, k, v) * float("nan")
+
+
+def kernel_that_fails(q, k, v):
     raise NotImplementedError("No operator found\nfor this device")
 
 
 @pytest.mark.parametrize(
     "kernel, words",
     [
-        (detached, "gradients of xformers are off"),
-        (raising, "No operator found"),
-        (lambda q, k, v: right(q, k, v) * float("nan"), "gradients of xformers"),
+        (kernel_with_wrong_gradients, "xformers' gradients are off by"),
+        (kernel_that_gives_nan, "xformers' gradients are off by nan"),
+        (kernel_that_fails, "No operator found"),
     ],
 )
-def test_one_that_is_wrong_or_fails_is_not_used(pretend_cuda, kernel, words):
-    name, why = pretend_cuda(kernel, {True: 0.001, False: 1.0})
-    assert name == "torch" and words in why
+def test_a_faster_kernel_that_is_wrong_or_fails_is_not_used(pretend_cuda, kernel, words):
+    name, reason = pretend_cuda(kernel, {True: 0.001, False: 1.0})
+    assert name == "torch" and words in reason
 
 
-def test_a_denoiser_with_an_attention_of_its_own_keeps_it():
-    """Diffusers would put one over the pictures alone in the place of this one over pictures and text, and fail."""
+def test_a_denoiser_with_another_kind_of_attention_keeps_it():
+    """Diffusers would replace its attention over image and text by one over the image, and fail."""
     shape = {
         "num_attention_heads": 2,
         "attention_head_dim": 8,
@@ -77,11 +90,11 @@ def test_a_denoiser_with_an_attention_of_its_own_keeps_it():
     )
     assert attention.choose_attention(denoiser, CUDA, torch.float16) == (
         "torch",
-        "torch's attention (xformers has no form of this denoiser's)",
+        "torch's attention (xformers has no equivalent of this denoiser's)",
     )
 
 
-def test_without_xformers_torch_is_used(monkeypatch):
+def test_torch_is_used_if_xformers_is_not_installed(monkeypatch):
     def missing():
         raise ImportError
 

@@ -1,4 +1,4 @@
-"""Downloads from a small hub of our own on this machine: the real client, the real protocol, no network."""
+"""Downloads with the real client from a small server on this machine, without network."""
 
 import hashlib
 import json
@@ -28,10 +28,10 @@ REPOSITORIES = {
     },
     "someone/single": {"model.safetensors": b"x", "README.md": b"hello"},
 }
-ASK = """
+DOWNLOAD = """
 import json, sys
-from trainer import hub
 from trainer.errors import ModelError
+from trainer.models import hub
 events = []
 try:
     folder = hub.download(sys.argv[1], sys.argv[2], hub.MODEL_FILES, events.append)
@@ -40,9 +40,19 @@ except ModelError as error:
     print(json.dumps({"error": str(error)}))
 """
 
+LOCATE = """
+import sys
+from trainer import config
+from trainer.models import model_files
+print(model_files.locate(config.Base(model=sys.argv[1])))
+"""
+
 
 class Hub(BaseHTTPRequestHandler):
-    seen: list[tuple[str, str]] = []
+    """Answers the client's requests from REPOSITORIES."""
+
+    requests: list[tuple[str, str]] = []
+    """(path, Authorization header) of every request."""
 
     def do_HEAD(self):
         self._answer(body=False)
@@ -52,7 +62,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def _answer(self, body):
         path = self.path.partition("?")[0].strip("/")
-        self.seen.append((path, self.headers.get("Authorization", "")))
+        self.requests.append((path, self.headers.get("Authorization", "")))
         api = path.startswith("api/models/")
         owner, name, *rest = path.removeprefix("api/models/").split("/")
         files = REPOSITORIES.get(f"{owner}/{name}")
@@ -63,17 +73,12 @@ class Hub(BaseHTTPRequestHandler):
         if rest and rest[1] not in ("main", "v2", COMMIT):
             return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
         if api:
-            listed = [{"rfilename": file, "size": len(content)} for file, content in files.items()]
-            return self._send(
-                200,
-                json.dumps({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": listed}).encode(),
-                {},
-                body,
-            )
+            siblings = [{"rfilename": file, "size": len(data)} for file, data in files.items()]
+            info = {"id": f"{owner}/{name}", "sha": COMMIT, "siblings": siblings}
+            return self._send(200, json.dumps(info).encode(), {}, body)
         content = files["/".join(rest[2:])]
-        return self._send(
-            200, content, {"ETag": hashlib.sha1(content).hexdigest(), "X-Repo-Commit": COMMIT}, body
-        )
+        headers = {"ETag": hashlib.sha1(content).hexdigest(), "X-Repo-Commit": COMMIT}
+        return self._send(200, content, headers, body)
 
     def _send(self, status, content, headers, body):
         self.send_response(status)
@@ -89,10 +94,10 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def environment(tmp_path):
-    """Of a process whose hub is the one below."""
+    """Returns environment variables of a process that uses the server above as the hub."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    Hub.seen = []
+    Hub.requests = []
     yield os.environ | {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         "HF_HOME": str(tmp_path / "hf"),
@@ -104,55 +109,56 @@ def environment(tmp_path):
 
 
 @pytest.fixture
-def ask(environment):
-    """Downloads in a process of its own, since the client reads its settings once."""
+def download(environment):
+    """Downloads in another process, because the client reads its settings only once."""
 
     def run(model, revision="", **changes):
         done = subprocess.run(
-            [sys.executable, "-c", ASK, model, revision],
+            [sys.executable, "-c", DOWNLOAD, model, revision],
             env=environment | changes,
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 0 and "hf_secret" not in done.stdout + done.stderr, done.stderr
+        assert done.returncode == 0, done.stderr
+        assert "hf_secret" not in done.stdout + done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
     return run
 
 
-def test_a_model_is_downloaded_with_progress_and_found_again_offline(ask, tmp_path):
-    """The fp16 edition where there is no other; no code, no pickle; the token from the environment; then from the cache alone."""
-    told = ask("someone/half")
-    folder = Path(told["folder"])
-    got = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert got == {
+def test_a_model_is_downloaded_with_progress_and_found_again_offline(download, tmp_path):
+    """Takes the fp16 edition if there is no other, no code and no pickles, and sends the token."""
+    result = download("someone/half")
+    folder = Path(result["folder"])
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert files == {
         "model_index.json",
         "unet/config.json",
         "unet/diffusion_pytorch_model.fp16.safetensors",
         "vae/diffusion_pytorch_model.safetensors",
     }
-    assert (
-        folder / "unet/diffusion_pytorch_model.fp16.safetensors"
-    ).read_bytes() == b"u" * 3_000_000
-    places = [(event["phase"], event["done"], event["total"]) for event in told["events"]]
-    assert (
-        places[-1] == ("downloading", 4, 4) and places == sorted(places) and len(set(places)) >= 3
-    )
-    assert all(token == "Bearer hf_secret" for path, token in Hub.seen) and Hub.seen[-1][
-        0
-    ].endswith("model_index.json")
-    find = "from trainer import base_model, config; print(base_model.locate(config.Base(model='someone/half')))"
+    unet = folder / "unet/diffusion_pytorch_model.fp16.safetensors"
+    assert unet.read_bytes() == b"u" * 3_000_000
+    progress = [(event["phase"], event["done"], event["total"]) for event in result["events"]]
+    assert progress[-1] == ("downloading", 4, 4)
+    assert progress == sorted(progress) and len(set(progress)) >= 3
+    assert {token for _, token in Hub.requests} == {"Bearer hf_secret"}
+    assert Hub.requests[-1][0].endswith("model_index.json")
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    assert subprocess.run(
-        [sys.executable, "-c", find], env=environment, capture_output=True, text=True
-    ).stdout.strip() == str(folder)
+    located = subprocess.run(
+        [sys.executable, "-c", LOCATE, "someone/half"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert located.stdout.strip() == str(folder), located.stderr
 
 
 @pytest.mark.parametrize(
     "model, revision, changes, words",
     [
         ("someone/nothing", "", {}, "there is no such model, or it is private"),
-        ("gated/model", "", {}, "wants its terms accepted first"),
+        ("gated/model", "", {}, "requires you to accept its terms"),
         ("someone/half", "v9", {}, "it has no revision v9"),
         (
             "someone/single",
@@ -164,7 +170,7 @@ def test_a_model_is_downloaded_with_progress_and_found_again_offline(ask, tmp_pa
             "someone/half",
             "",
             {"HF_HUB_OFFLINE": "1"},
-            "HF_HUB_OFFLINE is set, so nothing is fetched",
+            "HF_HUB_OFFLINE is set, so nothing is downloaded",
         ),
         (
             "someone/half",
@@ -174,29 +180,21 @@ def test_a_model_is_downloaded_with_progress_and_found_again_offline(ask, tmp_pa
         ),
     ],
 )
-def test_what_cannot_be_downloaded_is_said_in_a_sentence(ask, model, revision, changes, words):
-    error = ask(model, revision, **changes)["error"]
+def test_a_failed_download_gives_its_reason(download, model, revision, changes, words):
+    error = download(model, revision, **changes)["error"]
     assert re.search(words, error) and error.endswith(".") and "http" not in error
 
 
-def test_of_two_editions_the_plain_one_is_wanted():
-    parts = [
-        f"transformer/diffusion_pytorch_model{edition}-0000{n}-of-00002.safetensors"
-        for edition in ("", ".fp16")
-        for n in (1, 2)
-    ]
-    assert hub.wanted_files(parts) == parts[:2] and hub.wanted_files(parts[2:]) == parts[2:]
-    assert (
-        hub.wanted_files(
-            [
-                "unet/a.non_ema.safetensors",
-                "x/y.safetensors",
-                "unet/deep/er.safetensors",
-                "pipeline.py",
-            ]
-        )
-        == []
-    )
+def test_an_fp16_edition_is_taken_only_if_there_is_no_other():
+    full = [f"unet/diffusion_pytorch_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    half = [f"unet/diffusion_pytorch_model.fp16-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    assert hub.wanted_files(full + half) == full
+    assert hub.wanted_files(half) == half
+
+
+def test_other_folders_non_ema_weights_and_code_are_never_downloaded():
+    other = ["unet/a.non_ema.safetensors", "x/y.safetensors", "unet/sub/z.safetensors", "pipe.py"]
+    assert hub.wanted_files(other) == []
 
 
 FIND = """
@@ -204,13 +202,19 @@ import json, sys
 from trainer import config
 from trainer.families import find_files
 events = []
-files = [find_files(config.Base(model=sys.argv[1], vae="someone/vae"), events.append).weights["vae"] for _ in range(2)]
-print(json.dumps({"vae": [[str(path) for path in paths] for paths in files], "phases": [event.phase for event in events]}))
+base = config.Base(model=sys.argv[1], vae="someone/vae")
+first = find_files(base, events.append).weights["vae"]
+second = find_files(base, events.append).weights["vae"]
+print(json.dumps({
+    "first": [str(path) for path in first],
+    "second": [str(path) for path in second],
+    "phases": [event.phase for event in events],
+}))
 """
 
 
-def test_another_vae_comes_from_the_hub_once(environment, tiny_base, monkeypatch):
-    """Its settings and weights alone, the second time from the cache; the base's other parts stay those on the disk."""
+def test_a_replacement_vae_is_downloaded_once(environment, tiny_base, monkeypatch):
+    """Only its configuration and weights are downloaded, and the second time it is cached."""
     own = {path.name: path.read_bytes() for path in (tiny_base / "vae").iterdir()}
     monkeypatch.setitem(
         REPOSITORIES,
@@ -225,10 +229,10 @@ def test_another_vae_comes_from_the_hub_once(environment, tiny_base, monkeypatch
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    first, again = ([Path(path) for path in paths] for paths in found["vae"])
-    assert first == again and len(first) == 1 and first[0].parent != tiny_base / "vae"
-    assert {path.name: path.read_bytes() for path in first[0].parent.iterdir()} == own
-    assert (
-        set(found["phases"]) == {"downloading"}
-        and len([path for path, _ in Hub.seen if path.startswith("api/")]) == 1
-    )
+    assert found["first"] == found["second"] and len(found["first"]) == 1
+    folder = Path(found["first"][0]).parent
+    assert folder != tiny_base / "vae"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == own
+    assert set(found["phases"]) == {"downloading"}
+    api_requests = [path for path, _ in Hub.requests if path.startswith("api/")]
+    assert len(api_requests) == 1

@@ -1,4 +1,4 @@
-"""Base models are checked before they are loaded: hostile and broken folders end in a sentence, and run nothing."""
+"""Hostile and broken model folders are refused with a message before anything is loaded."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ CASES = {
         lambda d: edit_json(d / "model_index.json", _class_name="FluxPipeline"),
         "is a FluxPipeline",
     ),
-    "dir_said_to_be_xl": (
+    "dir_named_as_xl": (
         lambda d: edit_json(d / "model_index.json", _class_name="StableDiffusionXLPipeline"),
         "names None as text_encoder_2",
     ),
@@ -80,25 +80,25 @@ CASES = {
     ),
     "dir_auto_map_te": (
         lambda d: edit_json(d / "text_encoder/config.json", auto_map={"AutoModel": "x.Y"}),
-        "run code of its own",
+        "run its own code",
     ),
     "dir_attn_internal": (
         lambda d: edit_json(d / "text_encoder/config.json", _attn_implementation_internal="a/b"),
-        "run code of its own",
+        "run its own code",
     ),
     "dir_auto_map_tok": (
         lambda d: edit_json(
             d / "tokenizer/tokenizer_config.json", auto_map={"AutoTokenizer": "x.Y"}
         ),
-        "run code of its own",
+        "run its own code",
     ),
     "dir_auto_map_unet": (
         lambda d: edit_json(d / "unet/config.json", auto_map={"AutoModel": "x.Y"}),
-        "run code of its own",
+        "run its own code",
     ),
     "dir_cfg_mismatch": (
         lambda d: edit_json(d / "unet/config.json", block_out_channels=[32, 64]),
-        "does not fit together",
+        "do not fit together",
     ),
     "dir_nan_unet": (
         lambda d: save_file(
@@ -131,7 +131,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_bad_model_folder_is_refused_in_a_sentence(case, tiny_base, tmp_path, monkeypatch):
+def test_a_bad_model_folder_is_refused_and_runs_nothing(case, tiny_base, tmp_path, monkeypatch):
     (tmp_path / "evil.py").write_text("open('PWNED', 'w')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -140,7 +140,8 @@ def test_a_bad_model_folder_is_refused_in_a_sentence(case, tiny_base, tmp_path, 
     spoil(folder)
     with pytest.raises(ModelError, match=words) as error:
         load_base(config.Base(model=str(folder)), torch.float32)
-    assert str(error.value).endswith(".") and not (tmp_path / "PWNED").exists()
+    assert str(error.value).endswith(".")
+    assert not (tmp_path / "PWNED").exists()
 
 
 def test_unknown_config_keys_and_a_hostile_template_are_harmless(tiny_base, tmp_path):
@@ -150,7 +151,7 @@ def test_unknown_config_keys_and_a_hostile_template_are_harmless(tiny_base, tmp_
     load_base(config.Base(model=str(folder)), torch.float32)
 
 
-def test_half_precision_files_are_found(tiny_base, tmp_path):
+def test_a_folder_with_fp16_weights_only_is_loaded(tiny_base, tmp_path):
     folder = shutil.copytree(tiny_base, tmp_path / "model")
     for path in folder.glob("*/*.safetensors"):
         path.rename(path.with_suffix(".fp16.safetensors"))
@@ -158,44 +159,42 @@ def test_half_precision_files_are_found(tiny_base, tmp_path):
     load_base(config.Base(model=str(folder)), torch.float32)
 
 
-def test_a_part_that_has_no_fp16_edition_is_taken_as_it_is(tiny_base, tmp_path):
-    """Diffusers takes the fp16 edition of every part that has one; the named files must be those that are loaded."""
+def test_files_are_listed_as_diffusers_loads_them_if_some_parts_have_no_fp16_edition(
+    tiny_base, tmp_path
+):
+    """Diffusers loads the fp16 edition of every part that has one."""
     folder = shutil.copytree(tiny_base, tmp_path / "model")
     (folder / UNET).rename((folder / UNET).with_suffix(".fp16.safetensors"))
     vae = folder / "vae/diffusion_pytorch_model.safetensors"
     doubled = {name: 2 * tensor for name, tensor in load_file(vae).items()}
     save_file(doubled, vae.with_suffix(".fp16.safetensors"))
     base = load_base(config.Base(model=str(folder)), torch.float32)
-    assert {part: ".fp16." in paths[0].name for part, paths in base.files.weights.items()} == {
-        "unet": True,
-        "vae": True,
-        "text_encoder": False,
-    }
+    is_fp16 = {part: ".fp16." in paths[0].name for part, paths in base.files.weights.items()}
+    assert is_fp16 == {"unet": True, "vae": True, "text_encoder": False}
     assert torch.equal(base.pipe.vae.quant_conv.weight, doubled["quant_conv.weight"])
 
 
-def test_of_two_editions_side_by_side_the_one_that_is_loaded_is_named(tiny_base, tmp_path):
+def test_the_full_precision_edition_is_listed_if_both_are_there(tiny_base, tmp_path):
     folder = shutil.copytree(tiny_base, tmp_path / "model")
     for path in folder.glob("*/*.safetensors"):
         shutil.copy(path, path.with_suffix(".fp16.safetensors"))
     inspected = model_files.inspect(folder)
-    assert inspected.variant is None and not any(
-        ".fp16." in path.name for paths in inspected.weights.values() for path in paths
-    )
+    assert inspected.variant is None
+    files = [path.name for paths in inspected.weights.values() for path in paths]
+    assert not [name for name in files if ".fp16." in name]
     assert set(inspected.weights) == set(inspected.tensors)
 
 
-def test_a_model_of_the_hub_that_is_not_here_is_said_without_network(monkeypatch):
+def test_a_model_that_is_not_downloaded_is_refused_offline():
     base = config.Base(model="someone/not-downloaded")
     assert model_files.locate(base) is None
-    with pytest.raises(
-        ModelError, match="not on this machine and could not be downloaded .HF_HUB_OFFLINE is set"
-    ):
+    words = "not on this machine and could not be downloaded .HF_HUB_OFFLINE is set"
+    with pytest.raises(ModelError, match=words):
         load_base(base, torch.float32)
 
 
-def test_a_downloaded_model_of_the_hub_trains_offline(tiny_base, tmp_path, monkeypatch):
-    """The hub's own cache layout, filled by hand: snapshots that link to blobs."""
+def test_a_downloaded_model_is_loaded_offline(tiny_base, tmp_path, monkeypatch):
+    """The cache is filled by hand in the layout of the hub client."""
     from huggingface_hub import constants
 
     cache = tmp_path / "hub"
@@ -236,7 +235,8 @@ FILES = {
     "st_overflow": raw(described(a=("F32", [2**40, 2**40], [0, 8])), b"0" * 8),
     "st_off_rev": raw(described(a=("F32", [2], [8, 0])), b"0" * 8),
     "st_dup": raw(
-        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
+        b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
         b"0",
     ),
     "st_dtype": raw(described(a=("F99", [2], [0, 8])), b"0" * 8),
@@ -271,7 +271,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_a_bad_safetensors_file_is_refused_in_a_sentence(case, tmp_path):
+def test_a_bad_safetensors_file_is_refused(case, tmp_path):
     path = tmp_path / f"{case}.safetensors"
     path.write_bytes(FILES[case])
     with pytest.raises(ModelError, match=f"{case}.safetensors is not a usable"):
@@ -284,7 +284,7 @@ def test_a_bad_safetensors_file_is_refused_in_a_sentence(case, tmp_path):
             read_header(path)
 
 
-def test_a_good_header_is_read(tiny_base):
+def test_a_header_gives_the_shapes_of_all_tensors(tiny_base):
     header = read_header(tiny_base / UNET)
     loaded = load_file(tiny_base / UNET)
     assert {name: info.shape for name, info in header.tensors.items()} == {

@@ -18,7 +18,7 @@ from trainer.errors import ConfigError, ModelError
 from trainer.families import FAMILIES, from_single_file, load_base
 from trainer.inference.samples import generate
 from trainer.models import model_files
-from trainer.models import single_file as checkpoint
+from trainer.models import single_file
 from trainer.models.safetensors_header import TensorInfo
 from trainer.runs import events, run_folder, run_status
 from trainer.training import estimate, setup

@@ -1,4 +1,12 @@
-"""What the trainer asks of a model family. Nothing outside this folder knows which family it has."""
+"""The contract of a model family.
+
+`ModelFamily` contains everything that differs between families. Code outside this folder calls
+these methods and never checks which family it has. To add a family, subclass `LatentDiffusion`
+(`latent_diffusion.py`) in a new file and add a row to `FAMILIES` (`registry.py`).
+
+In shapes, B is the batch size, D a width, C the number of latent channels, and h and w are the
+height and width of the latents.
+"""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -11,41 +19,50 @@ from trainer.families.objective import Noised, Objective
 from trainer.models.model_files import BaseFiles
 
 Conditioning = dict[str, Tensor]
-"""What the denoiser is told about the pictures, by name, each with the batch first: {"prompt_embeds": [B, 77, D]}."""
+"""What a caption becomes for the denoiser: name -> tensor, batch first.
+
+Every family has {"prompt_embeds": [B, tokens, D]}; some add {"pooled_prompt_embeds": [B, D]}.
+"""
 
 SizeIds = tuple[int, int, int, int, int, int]
-"""Height and width of the picture as it came, top and left of its crop after resizing, height and width of the crop: SDXL's order
-(Podell et al. 2023, arXiv:2307.01952, section 2.2), in pixels."""
+"""Original height and width of the image, top and left of its crop after resizing, height and
+width of the crop, all in pixels. This is SDXL's order (Podell et al. 2023, arXiv:2307.01952,
+section 2.2)."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How captions and prompts are read, in training and in samples alike."""
+    """How captions and prompts are encoded, in training and in samples alike."""
 
     clip_skip: int = 1
-    """Which layer of the text encoder, from the end: 1 is the last."""
+    """The layer of the text encoder to use, counted from the end: 1 is the last."""
     chunks: int = 1
-    """Pieces of 75 tokens, each encoded by itself between a start and an end mark, then set side by side as A1111 does."""
+    """Number of pieces of 75 tokens. Each is encoded separately between a start and an end token,
+    and the results are concatenated, as in A1111."""
     words: tuple[tuple[str, int], ...] = ()
-    """Words that the CLIP encoders have learned anew, with the number of their vectors (`trainer/textual_inversion.py`)."""
+    """(word, number of vectors) of each textual inversion (`trainer/lora/textual_inversion.py`)."""
 
-    def spelled(self, prompts: Sequence[str]) -> list[str]:
-        """The prompts as the tokenizers of CLIP are to read them, with placeholders for the learned words."""
+    def with_placeholders(self, prompts: Sequence[str]) -> list[str]:
+        """Returns the prompts with every textual inversion replaced by its placeholder tokens.
+
+        Words are matched whole and in any case. Only CLIP tokenizers have the placeholders.
+        """
         if not self.words:
             return list(prompts)
         tokens = {
             word.lower(): " ".join(placeholders(word, vectors)) for word, vectors in self.words
         }
-        known = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
-        pattern = re.compile(rf"(?<!\w)(?:{known})(?!\w)", re.IGNORECASE)
+        longest_first = sorted(tokens, key=len, reverse=True)
+        words = "|".join(map(re.escape, longest_first))
+        pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
         return [
-            pattern.sub(lambda found: tokens.get(found[0].lower(), found[0]), prompt)
+            pattern.sub(lambda match: tokens.get(match[0].lower(), match[0]), prompt)
             for prompt in prompts
         ]
 
 
 def placeholders(word: str, vectors: int) -> list[str]:
-    """Tokens that stand for the vectors of a learned word."""
+    """Returns the tokens that represent the vectors of a textual inversion, one per vector."""
     return [f"<|{word}:{vectors}:{index}|>" for index in range(vectors)]
 
 
@@ -54,108 +71,167 @@ PLAIN_READING = Reading()
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass."""
+    """The inputs of one forward pass, without the noise."""
 
     latents: Tensor
-    """[B, C, h, w], float32, scaled as the denoiser wants them."""
+    """[B, C, h, w], float32, shifted and scaled as the denoiser expects."""
     conditioning: Conditioning
     size_ids: Tensor
-    """The SizeIds of each picture, [B, 6], float32."""
+    """The SizeIds of each image, [B, 6], float32."""
 
 
 def denoiser_of(pipe: Any) -> nn.Module:
-    """The UNet or transformer of a pipeline of any family."""
-    return pipe.components.get("transformer") or pipe.components["unet"]
+    """Returns the UNet or transformer of a pipeline of any family."""
+    denoiser: nn.Module = pipe.components.get("transformer") or pipe.components["unet"]
+    return denoiser
 
 
-def pixel_step(pipe: Any) -> int:
-    """Sides of a picture are multiples of this: pixels per latent, times latents per patch where the denoiser cuts them into patches."""
-    return pipe.vae_scale_factor * getattr(denoiser_of(pipe).config, "patch_size", 1)
+def size_multiple(pipe: Any) -> int:
+    """Returns the number of pixels that the width and height of an image must be multiples of.
+
+    It is the pixels per latent, times the latents per patch if the denoiser uses patches.
+    """
+    patch_size: int = getattr(denoiser_of(pipe).config, "patch_size", 1)
+    return int(pipe.vae_scale_factor) * patch_size
 
 
 class ModelFamily(Protocol):
-    """Stateless: everything it needs is handed over."""
+    """What the trainer needs to know about a family of base models.
+
+    A family has no state: methods receive the pipeline, `pipe`, or its parts. A *component* is a
+    model's name in the pipeline, such as "unet" or "text_encoder_2". A *module* is the path of a
+    layer inside a component, such as "mid_block.attentions.0.proj_in".
+    """
+
+    # Recognising and loading a base model
 
     name: str
+    """Shown to the user: "Stable Diffusion XL"."""
     pipeline_class: Any
     """The diffusers pipeline that loads and samples this family."""
 
     @property
     def pipeline_options(self) -> Mapping[str, Any]:
-        """What its `from_pretrained` is told, so that parts which no training needs are not loaded."""
+        """Arguments for `from_pretrained` that keep unused components from being loaded."""
         ...
 
     denoiser_name: str
-    """Of its component in the pipeline: "unet" or "transformer"."""
-
-    @property
-    def metadata_prefixes(self) -> tuple[str, ...]:
-        """How the family's name begins in the metadata of adapter files."""
-        ...
-
-    @property
-    def open_clip(self) -> Sequence[str]:
-        """The text encoders that other programs have in OpenCLIP's form, with q, k, v and out in one."""
-        ...
-
-    @property
-    def embedding_keys(self) -> Mapping[str, str]:
-        """What A1111 and ComfyUI call the vectors of each CLIP encoder in the file of an embedding."""
-        ...
-
-    text_width: int
-    """Numbers by token that the denoiser's cross attention reads, in the published models; 0 where there is none."""
-    skips_layers: bool
-    """Whether `Reading.clip_skip` means something; where the family fixes the layer it does not."""
-    reads_in_chunks: bool
+    """Component of the denoiser: "unet" or "transformer"."""
 
     def matches_base(self, files: BaseFiles) -> bool:
-        """Whether checked model files hold this family."""
+        """Returns whether checked model files belong to this family.
+
+        At most one family may match a base.
+        """
         ...
 
-    def matches_adapter_keys(self, paths: Collection[str]) -> bool:
-        """Whether an adapter that says nothing of itself is of this family: told by what it changes, such as "unet.mid_block...to_q"."""
+    def denoiser(self, pipe: Any) -> nn.Module:
+        """Returns the network that predicts the noise."""
         ...
-
-    def denoiser(self, pipe: Any) -> nn.Module: ...
 
     def text_encoders(self, pipe: Any) -> dict[str, nn.Module]:
-        """The text encoders by the name of their component: {"text_encoder": ...}."""
+        """Returns all loaded text encoders by component, in the order of the pipeline."""
         ...
 
     def trainable_text_encoders(self, pipe: Any) -> dict[str, nn.Module]:
-        """Those of them that get an adapter where one is asked for."""
+        """Returns the text encoders that get an adapter if the settings train text encoders."""
         ...
 
-    def objective(self, pipe: Any) -> Objective: ...
+    # Captions
+
+    text_width: int
+    """Text embedding width of the published models' cross-attention, or 0 if they have none."""
+    supports_clip_skip: bool
+    """Whether `Reading.clip_skip` may be set; False if the family always uses one layer."""
+    supports_long_captions: bool
+    """Whether `Reading.chunks` may be larger than 1."""
 
     def encode_prompts(
         self, pipe: Any, prompts: Sequence[str], reading: Reading = PLAIN_READING
     ) -> Conditioning:
-        """With gradients where a text encoder is trained. Prompts longer than is read are cut; all come out equally long."""
+        """Encodes B prompts, with gradients unless the caller disables them.
+
+        Every prompt is cut or padded to the same number of tokens. The tensors have the dtype and
+        device of the text encoders.
+        """
         ...
 
     def token_counts(self, pipe: Any, prompts: Sequence[str]) -> tuple[list[int], int]:
-        """Tokens of each prompt without its start and end marks, and how many the encoder reads."""
+        """Returns the tokens of each prompt, and how many of them are encoded without chunks.
+
+        Start and end tokens are not counted.
+        """
+        ...
+
+    # Denoising
+
+    def objective(self, pipe: Any) -> Objective:
+        """Returns what the denoiser learns, with the noise schedule of the pipeline."""
         ...
 
     def predict(self, denoiser: nn.Module, noised: Noised, batch: Batch) -> Tensor:
-        """The denoiser's output, in the shape of the target."""
+        """Returns the denoiser's output, [B, C, h, w], which is compared with `noised.target`.
+
+        The inputs are converted to the dtype of the frozen weights.
+        """
+        ...
+
+    # Adapter files
+
+    @property
+    def metadata_prefixes(self) -> tuple[str, ...]:
+        """Lists how `modelspec.architecture` and `ss_base_model_version` start in its files."""
+        ...
+
+    def matches_adapter_keys(self, paths: Collection[str]) -> bool:
+        """Returns whether an adapter file without metadata belongs to this family.
+
+        `paths` are the adapted layers as "component.module", such as "unet.mid_block...to_q".
+        `text_width` is compared before this method is called.
+        """
         ...
 
     @property
-    def dialect(self) -> Literal["kohya", "diffusers"]:
-        """What its files are written in: what most programs read."""
+    def default_format(self) -> Literal["kohya", "diffusers"]:
+        """The file format that most programs read for this family."""
         ...
 
-    def export_key(self, component: str, module: str) -> str:
-        """Where a module stands in a kohya file: ("unet", "mid_block...to_q") -> "lora_unet_mid_block_..._to_q"."""
+    def kohya_key(self, component: str, module: str) -> str:
+        """Returns the name of a module in a kohya file, without the ending.
+
+        ("unet", "mid_block...to_q") becomes "lora_unet_mid_block_..._to_q".
+        """
         ...
 
-    def fused(self, module: str) -> tuple[str, int | None]:
-        """A layer of the denoiser as kohya files have it: where these have q, k and v in one, the path of that and which third it is."""
+    def fused_projection(self, module: str) -> tuple[str, int | None]:
+        """Returns the path of a denoiser module in a kohya file, and its index in a fused layer.
+
+        If the kohya format stores query, key and value as one layer, the path is the fused layer's
+        and the index is 0, 1 or 2. Otherwise the index is None.
+        """
+        ...
+
+    @property
+    def open_clip_encoders(self) -> Sequence[str]:
+        """Components of the text encoders that other programs load as OpenCLIP.
+
+        Their query, key, value and output projections form one layer there, so a file must contain
+        all four of them or none.
+        """
+        ...
+
+    @property
+    def embedding_keys(self) -> Mapping[str, str]:
+        """Component of each CLIP encoder -> its tensor in a textual inversion file.
+
+        The names are those that A1111 and ComfyUI read.
+        """
         ...
 
     def metadata(self, prediction_type: str) -> dict[str, Any]:
-        """What a file says of its family: `ss_base_model_version` and `ss_v2`, by which A1111 sorts it, and `modelspec.architecture`."""
+        """Returns the metadata that identifies the family in an adapter file.
+
+        The keys are `ss_base_model_version` and `ss_v2`, which A1111 reads, and
+        `modelspec.architecture`.
+        """
         ...

@@ -1,6 +1,7 @@
-"""Loading what is not a diffusers folder: single-file checkpoints and single-file VAEs, with diffusers' own conversion, offline.
+"""Loads single-file base models and VAEs with diffusers' own conversion, offline.
 
-Diffusers takes the configurations as a folder. One is written for the moment, with what `trainer.checkpoint` read from the shapes.
+Diffusers takes configurations as a folder, so a temporary one is written. Its contents were
+derived from the tensor shapes by `trainer.models.single_file`.
 """
 
 import gzip
@@ -16,16 +17,20 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
-from trainer.models.model_files import WEIGHTS, BaseFiles
+from trainer.models.model_files import BaseFiles
+from trainer.models.pipelines import WEIGHTS
 from trainer.models.single_file import CONFIGS_FOLDER
 
-END = "<|endoftext|>"
+START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def load_pipeline(
     files: BaseFiles, pipeline_class: Any, options: dict[str, Any], dtype: torch.dtype
 ) -> Any:
-    """A pipeline of a single-file checkpoint, its VAE in float32. Raises what diffusers raises."""
+    """Returns the pipeline of a single file in `dtype`, with the VAE of `options`.
+
+    Raises what diffusers raises.
+    """
     with _configs_folder(files) as configs:
         return pipeline_class.from_single_file(
             str(files.path),
@@ -38,7 +43,7 @@ def load_pipeline(
 
 
 def load_vae(files: BaseFiles) -> AutoencoderKL:
-    """The VAE that `files` names, in float32, from a diffusers folder or out of a single file."""
+    """Returns the VAE of `files` in float32, from a diffusers folder or a single file."""
     weights = files.weights["vae"][0]
     if weights.name.startswith(WEIGHTS["vae"]) and weights.with_name("config.json").is_file():
         variant = "fp16" if ".fp16." in weights.name else None
@@ -61,6 +66,7 @@ def load_vae(files: BaseFiles) -> AutoencoderKL:
 
 @contextmanager
 def _configs_folder(files: BaseFiles) -> Iterator[Path]:
+    """Writes the configurations of a base into a temporary folder in diffusers' layout."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         if files.template:
@@ -73,42 +79,45 @@ def _configs_folder(files: BaseFiles) -> Iterator[Path]:
 
 
 def _tokenizers(files: BaseFiles) -> dict[str, CLIPTokenizer]:
-    """OpenAI's encoders were trained with the end mark as padding, OpenCLIP's with 0, which is "!"."""
+    """Returns the tokenizers of a single file by component.
+
+    OpenAI's encoders were trained with the end token as padding, OpenCLIP's with token 0, "!".
+    """
     tokenizers = {}
     for part in files.tokenizers:
-        open_clip = (
-            files.configs[part.replace("tokenizer", "text_encoder")]["hidden_act"] != "quick_gelu"
-        )
-        tokenizers[part] = clip_tokenizer("!" if open_clip else END)
+        encoder = files.configs[part.replace("tokenizer", "text_encoder")]
+        is_open_clip = encoder["hidden_act"] != "quick_gelu"
+        tokenizers[part] = clip_tokenizer("!" if is_open_clip else END)
     return tokenizers
 
 
 def clip_tokenizer(pad_token: str = END) -> CLIPTokenizer:
-    """CLIP's byte-level BPE of 49,408 words: the 256 bytes, the same at the end of a word, one for each merge, and two marks."""
-    merges = (
-        gzip.decompress((CONFIGS_FOLDER / "clip" / "merges.txt.gz").read_bytes())
-        .decode("utf-8")
-        .splitlines()
-    )
-    pairs = [tuple(line.split(" ")) for line in merges]
-    letters = byte_letters()
-    words = [
-        *letters,
-        *(letter + "</w>" for letter in letters),
-        *("".join(pair) for pair in pairs),
-        "<|startoftext|>",
-        END,
+    """Returns CLIP's tokenizer, a byte-level BPE of 49,408 tokens.
+
+    The tokens are the 256 bytes, the 256 bytes at the end of a word, one token per merge, and the
+    start and end tokens.
+    """
+    compressed = (CONFIGS_FOLDER / "clip" / "merges.txt.gz").read_bytes()
+    merges = [
+        tuple(line.split(" ")) for line in gzip.decompress(compressed).decode("utf-8").splitlines()
     ]
+    letters = byte_letters()
+    tokens = [*letters, *(letter + "</w>" for letter in letters)]
+    tokens += ["".join(pair) for pair in merges]
+    tokens += [START, END]
     return CLIPTokenizer(
-        vocab={word: number for number, word in enumerate(words)},
-        merges=pairs,
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=merges,
         pad_token=pad_token,
         model_max_length=77,
     )
 
 
 def byte_letters() -> list[str]:
-    """The letters that stand for the 256 bytes: printable ones for themselves, then the others from U+0100 on, in that order."""
+    """Returns the characters that represent the 256 bytes in the vocabulary, in its order.
+
+    A printable byte is represented by itself, and the others follow as U+0100, U+0101 and so on.
+    """
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),

@@ -1,4 +1,4 @@
-"""What the UNet families have in common: latents of a VAE, CLIP text encoders, epsilon or v prediction."""
+"""The defaults of a family: latents of a VAE, one CLIP text encoder, epsilon or v prediction."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
@@ -13,7 +13,11 @@ from trainer.models.device import send
 
 
 class LatentDiffusion:
-    """With one text encoder, as in Rombach et al. 2022 (arXiv:2112.10752)."""
+    """A UNet with one text encoder, as in Rombach et al. 2022 (arXiv:2112.10752).
+
+    The base class of all families. A subclass adds `name`, `text_width`, `metadata_prefixes`,
+    `matches_base` and `metadata`; `ModelFamily` documents all of them.
+    """
 
     pipeline_class: Any = StableDiffusionPipeline
     pipeline_options: Mapping[str, Any] = {
@@ -24,15 +28,16 @@ class LatentDiffusion:
     }
     denoiser_name = "unet"
     text_encoder_keys: Mapping[str, str] = {"text_encoder": "lora_te"}
-    """How kohya files name each text encoder."""
+    """Component of each CLIP text encoder -> its prefix in kohya files."""
     embedding_keys: Mapping[str, str] = {"text_encoder": "emb_params"}
-    dialect: Literal["kohya", "diffusers"] = "kohya"
-    open_clip: Sequence[str] = ()
-    skips_layers = True
-    reads_in_chunks = True
+    default_format: Literal["kohya", "diffusers"] = "kohya"
+    open_clip_encoders: Sequence[str] = ()
+    supports_clip_skip = True
+    supports_long_captions = True
 
     def matches_adapter_keys(self, paths: Collection[str]) -> bool:
-        return False  # the width of the text tells it, or nothing does
+        """Returns False: adapters of these families differ only in `text_width`."""
+        return False
 
     def denoiser(self, pipe: Any) -> nn.Module:
         return denoiser_of(pipe)
@@ -49,19 +54,20 @@ class LatentDiffusion:
     def encode_prompts(
         self, pipe: Any, prompts: Sequence[str], reading: Reading = PLAIN_READING
     ) -> Conditioning:
-        """prompt_embeds [B, 77 x chunks, D]: the last layer, or an earlier one with the last layer's norm on it, as A1111 has it."""
+        """Returns prompt_embeds [B, 77 x chunks, D] from the last layer.
+
+        With clip skip they come from an earlier layer, followed by the final norm as in A1111.
+        """
         encoder = pipe.text_encoder
-        ids = send(
-            token_ids(pipe.tokenizer, reading.spelled(prompts), reading.chunks), encoder.device
-        )
+        texts = reading.with_placeholders(prompts)
+        ids = send(token_ids(pipe.tokenizer, texts, reading.chunks), encoder.device)
         if reading.clip_skip == 1:
             embeds = encoder(ids)[0]
         else:
-            hidden_states = encoder(ids, output_hidden_states=True).hidden_states
-            embeds = getattr(encoder, "text_model", encoder).final_layer_norm(
-                hidden_states[-reading.clip_skip]
-            )
-        return {"prompt_embeds": side_by_side(embeds, reading.chunks)}
+            states = encoder(ids, output_hidden_states=True).hidden_states
+            final_norm = getattr(encoder, "text_model", encoder).final_layer_norm
+            embeds = final_norm(states[-reading.clip_skip])
+        return {"prompt_embeds": join_chunks(embeds, reading.chunks)}
 
     def token_counts(self, pipe: Any, prompts: Sequence[str]) -> tuple[list[int], int]:
         tokenized = pipe.tokenizer(list(prompts), truncation=False, verbose=False).input_ids
@@ -76,19 +82,23 @@ class LatentDiffusion:
             return_dict=False,
         )[0]
 
-    def fused(self, module: str) -> tuple[str, int | None]:
+    def fused_projection(self, module: str) -> tuple[str, int | None]:
         return module, None
 
-    def export_key(self, component: str, module: str) -> str:
+    def kohya_key(self, component: str, module: str) -> str:
         path = module.replace(".", "_")
         if component == self.denoiser_name:
             return f"lora_unet_{path}"
-        # The level `text_model` left some modules in transformers 5.6, but every reader still expects it in the key.
+        # Since transformers 5.6 some encoders lack the level `text_model`, but every program that
+        # loads the file still expects it.
         return f"{self.text_encoder_keys[component]}_text_model_{path.removeprefix('text_model_')}"
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], chunks: int = 1) -> Tensor:
-    """[B x chunks, 77], cut or padded to what the encoder reads; the chunks of a prompt follow one another."""
+    """Returns the tokens of each prompt, cut or padded, [B x chunks, 77].
+
+    Each row has a start and an end token. The chunks of one prompt are consecutive rows.
+    """
     length = tokenizer.model_max_length
     if chunks == 1:
         return tokenizer(
@@ -98,27 +108,24 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], chunks: int = 1) -> Tensor
             max_length=length,
             return_tensors="pt",
         ).input_ids
+    tokenized = tokenizer(list(prompts), add_special_tokens=False, truncation=False, verbose=False)
+    start, end, padding = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    per_chunk = length - 2
     rows = []
-    for words in tokenizer(
-        list(prompts), add_special_tokens=False, truncation=False, verbose=False
-    ).input_ids:
-        for start in range(0, chunks * (length - 2), length - 2):
-            row = [
-                tokenizer.bos_token_id,
-                *words[start : start + length - 2],
-                tokenizer.eos_token_id,
-            ]
-            rows.append(row + [tokenizer.pad_token_id] * (length - len(row)))
+    for tokens in tokenized.input_ids:
+        for first in range(0, chunks * per_chunk, per_chunk):
+            row = [start, *tokens[first : first + per_chunk], end]
+            rows.append(row + [padding] * (length - len(row)))
     return torch.tensor(rows)
 
 
-def side_by_side(embeds: Tensor, chunks: int) -> Tensor:
-    """[B x chunks, 77, D] -> [B, chunks x 77, D]."""
+def join_chunks(embeds: Tensor, chunks: int) -> Tensor:
+    """Concatenates the chunks of each prompt: [B x chunks, 77, D] to [B, chunks x 77, D]."""
     return embeds.reshape(-1, chunks * embeds.shape[1], embeds.shape[2])
 
 
 def frozen_dtype(denoiser: nn.Module) -> torch.dtype:
-    """That of the base's weights; the adapter's are always float32."""
+    """Returns the dtype of the base's weights; the adapter's weights are always float32."""
     return next(
         p.dtype for p in denoiser.parameters() if not p.requires_grad and p.is_floating_point()
     )

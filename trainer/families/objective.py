@@ -1,13 +1,17 @@
 """What the denoiser learns to predict, as short pure functions with their papers.
 
-Shapes: latents, noise and targets are [B, C, h, w]; places, timesteps and weights are [B].
-A place is where a timestep stands in the noise schedule: 0 at the picture, 1 at the noise.
+Latents, noise, predictions and targets are [B, C, h, w]. Positions, timesteps, noise levels,
+signal-to-noise ratios and loss weights are [B].
+
+A *position* in the noise schedule is 0 at the image and 1 at pure noise. `Objective.timesteps`
+maps it to the *timestep* that the denoiser receives. A *noise level* is the share of noise at a
+timestep. It differs from the position only if the base shifts its schedule.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -19,113 +23,225 @@ from trainer.errors import ModelError
 
 @dataclass(frozen=True)
 class Noised:
+    """Noisy latents and what the denoiser should predict for them."""
+
     noisy_latents: Tensor
     timesteps: Tensor
     target: Tensor
 
 
-MODE_SCALE = 1.29  # rf/mode(1.29) in the tables of Esser et al.
+class Objective(Protocol):
+    """The noise schedule of a base model and the target of its denoiser."""
+
+    @property
+    def prediction_type(self) -> str:
+        """Returns "epsilon", "v_prediction" or "flow"."""
+        ...
+
+    @property
+    def timestep_sampling(self) -> str:
+        """The key of TIMESTEP_SAMPLING that is used if the settings choose "auto"."""
+        ...
+
+    @property
+    def weightings(self) -> tuple[str, ...]:
+        """The values of `objective.weighting` that apply to this objective."""
+        ...
+
+    def to(self, device: torch.device) -> "Objective":
+        """Returns the same objective with its tensors on the device."""
+        ...
+
+    def timesteps(self, positions: Tensor) -> Tensor:
+        """Returns the timesteps at these positions, as the denoiser expects them."""
+        ...
+
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Noised:
+        """Mixes latents and noise."""
+        ...
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """Returns the signal-to-noise ratio (signal variance over noise variance)."""
+        ...
+
+    def noise_level(self, timesteps: Tensor) -> Tensor:
+        """Returns the share of noise, 0 to 1."""
+        ...
+
+    def weights(self, timesteps: Tensor, settings: config.Objective) -> Tensor:
+        """Returns the factor of each image's loss."""
+        ...
+
+
+# Timestep sampling (Esser et al. 2024, arXiv:2403.03206, section 3.1)
+#
+# Each function maps uniform positions to positions that are denser at some noise levels. It is the
+# inverse of a distribution function, so evenly spread positions stay evenly spread.
+
+MODE_SCALE = 1.29  # "rf/mode(1.29)" in the tables of Esser et al.
+
+
+def uniform(positions: Tensor, settings: config.Objective) -> Tensor:
+    """Leaves the positions uniform."""
+    return positions
+
+
+def logit_normal(positions: Tensor, settings: config.Objective) -> Tensor:
+    """Favours the middle: the logit of the position is normally distributed."""
+    return (settings.logit_mean + settings.logit_std * torch.special.ndtri(positions)).sigmoid()
+
+
+def mode(positions: Tensor, settings: config.Objective) -> Tensor:
+    """Favours the middle, with heavier tails than `logit_normal`."""
+    return 1 - positions - MODE_SCALE * ((math.pi / 2 * positions).cos() ** 2 - 1 + positions)
+
+
+def cosmap(positions: Tensor, settings: config.Objective) -> Tensor:
+    """Gives a flow the log-SNR distribution of a cosine schedule."""
+    return 1 - 1 / ((math.pi / 2 * positions).tan() + 1)
+
 
 TIMESTEP_SAMPLING: dict[str, Callable[[Tensor, config.Objective], Tensor]] = {
-    "uniform": lambda places, settings: places,
-    "logit_normal": lambda places, settings: (
-        settings.logit_mean + settings.logit_std * torch.special.ndtri(places)
-    ).sigmoid(),
-    "mode": lambda places, settings: (
-        1 - places - MODE_SCALE * ((math.pi / 2 * places).cos() ** 2 - 1 + places)
-    ),
-    "cosmap": lambda places, settings: 1 - 1 / ((math.pi / 2 * places).tan() + 1),
+    "uniform": uniform,
+    "logit_normal": logit_normal,
+    "mode": mode,
+    "cosmap": cosmap,
 }
-"""Uniform draws to places that are dense where the learning is hard (Esser et al. 2024, arXiv:2403.03206, section 3.1).
-
-Each is the inverse of its distribution function, so that draws which are spread evenly stay so.
-"""
+"""Values of `objective.timestep_sampling`."""
 
 
-def sample_places(places: Tensor, sampling: str, settings: config.Objective) -> Tensor:
-    """Uniform draws to places in the trained range, distributed as the named sampling."""
+def sample_positions(uniform_draws: Tensor, sampling: str, settings: config.Objective) -> Tensor:
+    """Returns positions in the trained range, distributed as the named sampling.
+
+    `uniform_draws` are uniform in 0..1, [B].
+    """
     low, high = settings.min_timestep / 1000, settings.max_timestep / 1000
-    return low + (high - low) * TIMESTEP_SAMPLING[sampling](places, settings)
+    return low + (high - low) * TIMESTEP_SAMPLING[sampling](uniform_draws, settings)
+
+
+# Loss weights
+
+MIN_SNR = 1e-3  # below all schedules of Stable Diffusion; keeps weights finite if the SNR ends at 0
 
 
 def snr(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
-    """Signal-to-noise ratio, alpha_bar / (1 - alpha_bar); 0 at the end of a schedule with zero terminal SNR."""
+    """Returns alpha_bar / (1 - alpha_bar), 0 at the end of a zero terminal SNR schedule."""
     alpha_bar = alphas_cumprod[timesteps]
     return alpha_bar / (1 - alpha_bar)
 
 
 def min_snr_weights(ratio: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """Loss weights that cap the influence of steps with little noise (Hang et al. 2023, arXiv:2303.09556, section 3.4).
+    """Returns min(SNR, gamma) / SNR, which limits the influence of steps with little noise.
 
-    For v prediction the loss already carries a factor SNR + 1, which is divided out (same paper, appendix).
+    The v-prediction loss already has a factor of SNR + 1, which is divided out (Hang et al. 2023,
+    arXiv:2303.09556, section 3.4 and appendix).
     """
     if prediction_type == "v_prediction":
         return ratio.clamp(max=gamma) / (ratio + 1)
     return (gamma / ratio).clamp(max=1)
 
 
-LEAST_SNR = 1e-3  # below the schedules of Stable Diffusion; keeps the weight finite where the SNR ends at zero
-
-
 def debiased_weights(ratio: Tensor, prediction_type: str) -> Tensor:
-    """1 / sqrt(SNR), so that noisy steps count as their error in the picture does (Yu et al. 2023, arXiv:2310.08442, section 4)."""
-    return _of_noise_error(ratio.clamp(LEAST_SNR, 1 / LEAST_SNR).rsqrt(), ratio, prediction_type)
+    """Returns 1 / sqrt(SNR), so that noisy steps count as much as their error in the image.
+
+    Source: Yu et al. 2023, arXiv:2310.08442, section 4.
+    """
+    weights = ratio.clamp(MIN_SNR, 1 / MIN_SNR).rsqrt()
+    return _from_noise_error_weights(weights, ratio, prediction_type)
 
 
 def p2_weights(ratio: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """1 / (1 + SNR)^gamma: less for the steps that only clean up (Choi et al. 2022, arXiv:2204.00227, section 3.3, k = 1)."""
-    return _of_noise_error((1 + ratio) ** -gamma, ratio, prediction_type)
+    """Returns 1 / (1 + SNR)^gamma, less for steps that only remove the last noise.
+
+    Source: Choi et al. 2022, arXiv:2204.00227, section 3.3, with k = 1.
+    """
+    return _from_noise_error_weights((1 + ratio) ** -gamma, ratio, prediction_type)
 
 
-def _of_noise_error(weights: Tensor, ratio: Tensor, prediction_type: str) -> Tensor:
-    """Weights of errors in the noise as weights of those in v: the noise is off by alpha times as much, alpha^2 = SNR / (SNR + 1)."""
+def _from_noise_error_weights(weights: Tensor, ratio: Tensor, prediction_type: str) -> Tensor:
+    """Converts weights for errors in epsilon to weights for errors in the predicted quantity.
+
+    An error in v is an error in epsilon divided by alpha, and alpha^2 = SNR / (SNR + 1).
+    """
     return weights / (1 + 1 / ratio) if prediction_type == "v_prediction" else weights
 
 
+# Losses
+#
+# A Huber schedule returns the error at which a loss turns from squared to linear, [B], from
+# `objective.huber_c`, the noise level and the SNR (Khrapov et al. 2024, arXiv:2403.16728, sec. 4).
+
+
+def constant_huber(c: float, noise_level: Tensor, ratio: Tensor) -> Tensor:
+    """Returns c at every noise level."""
+    return torch.full_like(noise_level, c)
+
+
+def exponential_huber(c: float, noise_level: Tensor, ratio: Tensor) -> Tensor:
+    """Falls from 1 at the image to c at pure noise."""
+    return c**noise_level
+
+
+def snr_huber(c: float, noise_level: Tensor, ratio: Tensor) -> Tensor:
+    """Falls from 1 at the image to c at pure noise, following the SNR."""
+    return (1 - c) / (1 + ratio.rsqrt()) ** 2 + c
+
+
 HUBER_SCHEDULES: dict[str, Callable[[float, Tensor, Tensor], Tensor]] = {
-    "constant": lambda c, place, ratio: torch.full_like(place, c),
-    "exponential": lambda c, place, ratio: c**place,
-    "snr": lambda c, place, ratio: (1 - c) / (1 + ratio.rsqrt()) ** 2 + c,
+    "constant": constant_huber,
+    "exponential": exponential_huber,
+    "snr": snr_huber,
 }
-"""Where an error becomes a large one, by the place in the noise schedule and its SNR (Khrapov et al. 2024, arXiv:2403.16728, section 4)."""
+"""Values of `objective.huber_schedule`."""
 
 
 def pointwise_error(model_pred: Tensor, target: Tensor, loss: str, c: Tensor) -> Tensor:
-    """Squared error, or its pseudo-Huber relative with the bend at c, [B]: float32, the shape of the prediction.
+    """Returns the error of every latent value, float32, in the shape of the prediction.
 
-    2 c (sqrt(e^2 + c^2) - c) is e^2 for small errors and 2 c |e| for large ones; smooth_l1 leaves out the factor c.
+    "l2" is the squared error. "huber" is 2 c (sqrt(e^2 + c^2) - c), which is e^2 for small errors
+    and 2 c |e| for large ones. "smooth_l1" is the same without the factor c. `c` is [B].
     """
     difference = model_pred.float() - target.float()
     if loss == "l2":
         return difference.square()
     c = c.view(-1, 1, 1, 1)
-    bent = 2 * ((difference.square() + c**2).sqrt() - c)
-    return c * bent if loss == "huber" else bent
+    smooth_l1 = 2 * ((difference.square() + c**2).sqrt() - c)
+    return c * smooth_l1 if loss == "huber" else smooth_l1
 
 
 def image_losses(
-    objective: "Objective",
+    objective: Objective,
     model_pred: Tensor,
     noised: Noised,
     settings: config.Objective,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Weighted mean error of each picture, float32, [B]. A mask, [B, 1, h, w] in 0..1, says how much each place counts."""
-    place, ratio = objective.noise_share(noised.timesteps), objective.snr(noised.timesteps)
-    bend = HUBER_SCHEDULES[settings.huber_schedule](settings.huber_c, place, ratio)
-    error = pointwise_error(model_pred, noised.target, settings.loss, bend)
-    mean = (
-        error.mean(dim=(1, 2, 3))
-        if mask is None
-        else (error.mean(dim=1, keepdim=True) * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))
-    )
+    """Returns the weighted mean error of each image, [B], float32.
+
+    `mask`, [B, 1, h, w] in 0..1, is the weight of each latent position; None weights all equally.
+    """
+    noise_level, ratio = objective.noise_level(noised.timesteps), objective.snr(noised.timesteps)
+    c = HUBER_SCHEDULES[settings.huber_schedule](settings.huber_c, noise_level, ratio)
+    error = pointwise_error(model_pred, noised.target, settings.loss, c)
+    if mask is None:
+        mean = error.mean(dim=(1, 2, 3))
+    else:
+        weighted = error.mean(dim=1, keepdim=True) * mask
+        mean = weighted.sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))
     return mean * objective.weights(noised.timesteps, settings)
+
+
+# Noise
 
 
 def offset_noise(
     noise: Tensor, strength: float, generator: torch.Generator, random_strength: bool = False
 ) -> Tensor:
-    """Adds one random constant per picture and channel (Guttenberg 2023, "Diffusion with offset noise")."""
+    """Adds one random constant per image and channel.
+
+    `random_strength` multiplies it by a uniform number per image. Source: Guttenberg 2023,
+    "Diffusion with offset noise".
+    """
     if strength == 0:
         return noise
     offset = strength * torch.randn(*noise.shape[:2], 1, 1, generator=generator)
@@ -135,23 +251,26 @@ def offset_noise(
 
 
 def pyramid_noise(noise: Tensor, discount: float, generator: torch.Generator) -> Tensor:
-    """Noise with coarser grains in it, each two to four times as wide as the last and `discount` times as strong; of variance 1 again.
+    """Adds noise of lower and lower resolution, and scales the sum back to variance 1.
 
-    Whitaker 2023, "Multi-Resolution Noise for Diffusion Model Training".
+    Each level is two to four times coarser than the one before it and `discount` times as strong.
+    Source: Whitaker 2023, "Multi-Resolution Noise for Diffusion Model Training".
     """
     if discount == 0:
         return noise
-    size, total, strength, (height, width) = noise.shape, noise, 1.0, map(float, noise.shape[2:])
+    total, strength = noise, 1.0
+    height, width = float(noise.shape[2]), float(noise.shape[3])
     while height >= 2 and width >= 2:
         shrink = 2 + 2 * float(torch.rand(1, generator=generator))
         height, width, strength = height / shrink, width / shrink, strength * discount
-        grains = torch.randn(
-            *size[:2], max(1, int(height)), max(1, int(width)), generator=generator
-        )
-        total = total + strength * torch.nn.functional.interpolate(
-            grains, size=size[2:], mode="bilinear"
-        ).to(noise.device)
+        size = (*noise.shape[:2], max(1, int(height)), max(1, int(width)))
+        coarse = torch.randn(*size, generator=generator)
+        enlarged = torch.nn.functional.interpolate(coarse, size=noise.shape[2:], mode="bilinear")
+        total = total + strength * enlarged.to(noise.device)
     return total / total.std(dim=(1, 2, 3), keepdim=True)
+
+
+# Objectives
 
 
 @dataclass(frozen=True)
@@ -159,46 +278,51 @@ class DiffusionObjective:
     """Denoising diffusion with epsilon (Ho et al. 2020) or v (Salimans & Ho 2022) prediction."""
 
     alphas_cumprod: Tensor
-    """[T], float32."""
+    """Cumulative product of the alphas, [T], float32."""
     prediction_type: str
     timestep_sampling = "uniform"
-    """Where the settings leave it to the base."""
     weightings = ("min_snr", "debiased", "p2")
 
     @classmethod
     def from_scheduler(cls, noise_scheduler: Any) -> "DiffusionObjective":
-        """Takes the noise schedule of a diffusers pipeline. Raises ModelError for one that is neither."""
+        """Takes the noise schedule of a diffusers pipeline.
+
+        Raises ModelError unless it is a diffusion schedule with epsilon or v prediction.
+        """
         if not hasattr(noise_scheduler, "alphas_cumprod"):
             name = type(noise_scheduler).__name__
             raise ModelError(
-                f"The base model's noise schedule ({name}) is none of Stable Diffusion's; no adapter can be trained on it."
+                f"The base model has the noise schedule {name}, which Stable Diffusion does not "
+                "use; no adapter can be trained on it. Choose another base."
             )
         prediction_type = noise_scheduler.config.prediction_type
         if prediction_type not in ("epsilon", "v_prediction"):
             raise ModelError(
-                f"The base model asks for {prediction_type} prediction; adapters are trained on epsilon or v prediction."
+                f"The base model predicts {prediction_type}; "
+                "adapters are trained on epsilon or v prediction. Choose another base."
             )
         return cls(noise_scheduler.alphas_cumprod.float(), prediction_type)
-
-    def timesteps(self, places: Tensor) -> Tensor:
-        """Whole numbers from 0 to T - 1."""
-        total = len(self.alphas_cumprod)
-        return (places * total).long().clamp(max=total - 1)
 
     def to(self, device: torch.device) -> "DiffusionObjective":
         return DiffusionObjective(self.alphas_cumprod.to(device), self.prediction_type)
 
+    def timesteps(self, positions: Tensor) -> Tensor:
+        """Returns whole numbers from 0 to T - 1."""
+        total = len(self.alphas_cumprod)
+        return (positions * total).long().clamp(max=total - 1)
+
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Noised:
+        """Returns alpha x + sigma e, and the target e or v = alpha e - sigma x."""
         alpha_bar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        target = noise if self.prediction_type == "epsilon" else signal * noise - sigma * latents
-        return Noised(signal * latents + sigma * noise, timesteps, target)
+        alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        target = noise if self.prediction_type == "epsilon" else alpha * noise - sigma * latents
+        return Noised(alpha * latents + sigma * noise, timesteps, target)
 
     def snr(self, timesteps: Tensor) -> Tensor:
         return snr(self.alphas_cumprod, timesteps)
 
-    def noise_share(self, timesteps: Tensor) -> Tensor:
-        """The places of timesteps, 0 to 1."""
+    def noise_level(self, timesteps: Tensor) -> Tensor:
+        """Returns timestep / T."""
         return timesteps / len(self.alphas_cumprod)
 
     def weights(self, timesteps: Tensor, settings: config.Objective) -> Tensor:
@@ -207,58 +331,65 @@ class DiffusionObjective:
             return debiased_weights(ratio, self.prediction_type)
         if settings.weighting == "p2":
             return p2_weights(ratio, settings.p2_gamma, self.prediction_type)
-        return (
-            min_snr_weights(ratio, settings.min_snr_gamma, self.prediction_type)
-            if settings.min_snr_gamma
-            else torch.ones_like(ratio)
-        )
+        if settings.min_snr_gamma:
+            return min_snr_weights(ratio, settings.min_snr_gamma, self.prediction_type)
+        return torch.ones_like(ratio)
 
 
 @dataclass(frozen=True)
 class FlowMatchingObjective:
-    """Rectified flow, straight from the picture to the noise (Liu et al. 2022, arXiv:2209.03003; Esser et al. 2024, arXiv:2403.03206)."""
+    """Rectified flow: a straight line from the image to the noise.
 
-    table: Tensor
-    """The timesteps by growing noise, [T], float32, each 1000 times its share of noise (sigma); shifted as the base has it."""
+    Sources: Liu et al. 2022, arXiv:2209.03003; Esser et al. 2024, arXiv:2403.03206.
+    """
+
+    schedule: Tensor
+    """All timesteps by increasing noise, [T], float32; each is 1000 sigma, shifted by the base."""
     prediction_type: str = "flow"
     timestep_sampling = "logit_normal"
-    weightings = ("min_snr", "sigma_sqrt")  # the first is the default, and changes nothing here
+    weightings = ("min_snr", "sigma_sqrt")  # min_snr is the default setting and has no effect here
 
     @classmethod
     def from_scheduler(cls, noise_scheduler: Any) -> "FlowMatchingObjective":
-        """Takes the timesteps of a diffusers pipeline with its shift (Esser et al., section 5.3.2). Raises ModelError for another kind."""
+        """Takes the timesteps of a diffusers pipeline, with its shift (Esser et al., sec. 5.3.2).
+
+        Raises ModelError unless it is a flow matching schedule.
+        """
         if not isinstance(noise_scheduler, FlowMatchEulerDiscreteScheduler):
             name = type(noise_scheduler).__name__
             raise ModelError(
-                f"The base model's noise schedule ({name}) is not one of flow matching; no adapter can be trained on it."
+                f"The base model has the noise schedule {name}, which is not one of flow matching; "
+                "no adapter can be trained on it. Choose another base."
             )
         return cls(noise_scheduler.timesteps.float().flip(0))
 
-    def timesteps(self, places: Tensor) -> Tensor:
-        return self.table[(places * len(self.table)).long().clamp(max=len(self.table) - 1)]
-
     def to(self, device: torch.device) -> "FlowMatchingObjective":
-        return FlowMatchingObjective(self.table.to(device))
+        return FlowMatchingObjective(self.schedule.to(device))
+
+    def timesteps(self, positions: Tensor) -> Tensor:
+        """Returns the nearest timesteps of the schedule, float32."""
+        total = len(self.schedule)
+        return self.schedule[(positions * total).long().clamp(max=total - 1)]
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Noised:
-        sigma = self.noise_share(timesteps).view(-1, 1, 1, 1)
+        """Returns (1 - sigma) x + sigma e, and the target e - x."""
+        sigma = self.noise_level(timesteps).view(-1, 1, 1, 1)
         return Noised((1 - sigma) * latents + sigma * noise, timesteps, noise - latents)
 
     def snr(self, timesteps: Tensor) -> Tensor:
-        sigma = self.noise_share(timesteps)
+        """Returns ((1 - sigma) / sigma)^2."""
+        sigma = self.noise_level(timesteps)
         return ((1 - sigma) / sigma) ** 2
 
-    def noise_share(self, timesteps: Tensor) -> Tensor:
-        """Sigma, 0 to 1."""
-        return timesteps / len(self.table)
+    def noise_level(self, timesteps: Tensor) -> Tensor:
+        """Returns sigma."""
+        return timesteps / len(self.schedule)
 
     def weights(self, timesteps: Tensor, settings: config.Objective) -> Tensor:
-        """1 unless asked otherwise: which timesteps are drawn is the weight (Esser et al., section 3.1)."""
-        return (
-            self.noise_share(timesteps) ** -2
-            if settings.weighting == "sigma_sqrt"
-            else torch.ones_like(timesteps)
-        )
+        """Returns 1 / sigma^2 for "sigma_sqrt", else 1.
 
-
-Objective = DiffusionObjective | FlowMatchingObjective
+        The sampling of timesteps already weights the loss (Esser et al., section 3.1).
+        """
+        if settings.weighting == "sigma_sqrt":
+            return self.noise_level(timesteps) ** -2
+        return torch.ones_like(timesteps)

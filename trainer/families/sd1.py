@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x: a UNet of 768 wide text, OpenAI's CLIP text encoder."""
+"""Stable Diffusion 1.x: OpenAI's CLIP text encoder, and a UNet for text of width 768."""
 
 from typing import Any
 
@@ -7,14 +7,16 @@ from trainer.models.model_files import BaseFiles
 
 
 class StableDiffusion1(LatentDiffusion):
+    """Differs from 2.x by the convolutions around its attention."""
+
     name = "Stable Diffusion 1.x"
     metadata_prefixes = ("sd_v1", "stable-diffusion-v1")
     text_width = 768
 
     def matches_base(self, files: BaseFiles) -> bool:
-        return files.pipeline == "StableDiffusionPipeline" and not files.configs["unet"].get(
-            "use_linear_projection"
-        )
+        if files.pipeline != "StableDiffusionPipeline":
+            return False
+        return not files.configs["unet"].get("use_linear_projection")
 
     def metadata(self, prediction_type: str) -> dict[str, Any]:
         v = prediction_type == "v_prediction"

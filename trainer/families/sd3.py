@@ -1,10 +1,11 @@
-"""Stable Diffusion 3 and 3.5: a transformer over image and text together, trained by flow matching (Esser et al. 2024, arXiv:2403.03206).
+"""Stable Diffusion 3 and 3.5: a transformer over image and text, trained by flow matching.
 
-Captions are read by two CLIP encoders and by T5; a model without T5 has zeros in its place, as in its pipeline.
+Captions are encoded by two CLIP encoders and T5. If a model has no T5, its part of the text is
+zero, as in the diffusers pipeline. Source: Esser et al. 2024, arXiv:2403.03206.
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -18,24 +19,37 @@ from trainer.lora.formats.stability_names import to_mmdit
 from trainer.models.device import send
 from trainer.models.model_files import BaseFiles
 
-T5_TOKENS = 256  # as in the pipeline, so that training and samples see the same
-TOPS = (
+T5_TOKENS = 256  # the default of the pipeline, so that training and samples use the same text
+TRANSFORMER_PATHS = (
     "transformer_blocks.",
     "context_embedder",
     "time_text_embed",
     "pos_embed",
     "norm_out",
     "proj_out",
-)  # of its transformer
+)
+"""How the paths of all its layers start."""
+
+
+class Names(NamedTuple):
+    """How a model is called on the page, and in `modelspec.architecture`."""
+
+    shown: str
+    architecture: str
+
+
 SIZES = {
-    "3m": ("Stable Diffusion 3 Medium", "stable-diffusion-3-m"),
-    "35m": ("Stable Diffusion 3.5 Medium", "stable-diffusion-3-5-medium"),
-    "35l": ("Stable Diffusion 3.5 Large", "stable-diffusion-3-5-large"),
+    "3m": Names("Stable Diffusion 3 Medium", "stable-diffusion-3-m"),
+    "35m": Names("Stable Diffusion 3.5 Medium", "stable-diffusion-3-5-medium"),
+    "35l": Names("Stable Diffusion 3.5 Large", "stable-diffusion-3-5-large"),
 }
 
 
 class StableDiffusion3(LatentDiffusion):
-    """The three published models differ in what their blocks are made of, so that an adapter of one does not fit another."""
+    """One of the three published models, a key of SIZES.
+
+    They have different blocks, so an adapter of one does not fit another.
+    """
 
     pipeline_class = StableDiffusion3Pipeline
     pipeline_options = {"feature_extractor": None, "image_encoder": None}
@@ -43,38 +57,39 @@ class StableDiffusion3(LatentDiffusion):
     text_width = 0
     text_encoder_keys = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     embedding_keys = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-    dialect = "diffusers"
-    skips_layers = False  # always the penultimate ones
-    reads_in_chunks = False  # what is long is T5's
+    default_format = "diffusers"
+    supports_clip_skip = False  # always the penultimate layers
+    supports_long_captions = False  # T5 encodes the tokens behind CLIP's 77
 
     def __init__(self, size: str) -> None:
+        self.size = size
         self.name, self.architecture = SIZES[size]
         self.metadata_prefixes = (self.architecture,)
-        self.size = size
 
     def matches_base(self, files: BaseFiles) -> bool:
         if files.pipeline != "StableDiffusion3Pipeline":
             return False
         config = files.configs["transformer"]
-        return self.size == (
-            "35m"
-            if config.get("dual_attention_layers")
-            else "35l"
-            if config.get("qk_norm")
-            else "3m"
-        )
+        if config.get("dual_attention_layers"):
+            return self.size == "35m"
+        return self.size == ("35l" if config.get("qk_norm") else "3m")
 
     def matches_adapter_keys(self, paths: Collection[str]) -> bool:
-        inside = [
+        """Returns whether a transformer is adapted and all its layers have names of this one.
+
+        All three models match, because their layers have the same names.
+        """
+        layers = [
             path.removeprefix("transformer.") for path in paths if path.startswith("transformer.")
         ]
-        return bool(inside) and all(path.startswith(TOPS) for path in inside)
+        return bool(layers) and all(path.startswith(TRANSFORMER_PATHS) for path in layers)
 
     def text_encoders(self, pipe: Any) -> dict[str, nn.Module]:
         t5 = {} if pipe.text_encoder_3 is None else {"text_encoder_3": pipe.text_encoder_3}
         return self.trainable_text_encoders(pipe) | t5
 
     def trainable_text_encoders(self, pipe: Any) -> dict[str, nn.Module]:
+        """Returns the CLIP encoders; T5 is larger than everything else and never trained."""
         return super().text_encoders(pipe)
 
     def objective(self, pipe: Any) -> FlowMatchingObjective:
@@ -83,11 +98,16 @@ class StableDiffusion3(LatentDiffusion):
     def encode_prompts(
         self, pipe: Any, prompts: Sequence[str], reading: Reading = PLAIN_READING
     ) -> Conditioning:
-        """prompt_embeds [B, 77 + 256, 4096]: the penultimate layers of both CLIP encoders side by side, then T5;
-        pooled_prompt_embeds [B, 2048]: the projections of both CLIP encoders."""
+        """Returns prompt_embeds [B, 77 + 256, 4096] and pooled_prompt_embeds [B, 2048].
+
+        prompt_embeds are the penultimate layers of both CLIP encoders, concatenated and padded to
+        the width of T5, followed by T5's tokens. pooled_prompt_embeds are the projections of both
+        CLIP encoders.
+        """
+        texts = reading.with_placeholders(prompts)
         clips = [
             encoder(
-                send(token_ids(tokenizer, reading.spelled(prompts)), encoder.device),
+                send(token_ids(tokenizer, texts), encoder.device),
                 output_hidden_states=True,
             )
             for tokenizer, encoder in (
@@ -96,14 +116,15 @@ class StableDiffusion3(LatentDiffusion):
             )
         ]
         clip_embeds = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)
-        t5_embeds = self._t5(pipe, prompts).to(clip_embeds)
+        t5_embeds = self._encode_t5(pipe, prompts).to(clip_embeds)
         clip_embeds = pad(clip_embeds, (0, t5_embeds.shape[-1] - clip_embeds.shape[-1]))
         return {
             "prompt_embeds": torch.cat([clip_embeds, t5_embeds], dim=1),
             "pooled_prompt_embeds": torch.cat([clip.text_embeds for clip in clips], dim=-1),
         }
 
-    def _t5(self, pipe: Any, prompts: Sequence[str]) -> Tensor:
+    def _encode_t5(self, pipe: Any, prompts: Sequence[str]) -> Tensor:
+        """Returns the last layer of T5, [B, 256, 4096], or zeros on the CPU without T5."""
         if pipe.text_encoder_3 is None:
             return torch.zeros(len(prompts), T5_TOKENS, pipe.transformer.config.joint_attention_dim)
         tokens = pipe.tokenizer_3(
@@ -113,17 +134,18 @@ class StableDiffusion3(LatentDiffusion):
             max_length=T5_TOKENS,
             return_tensors="pt",
         )
-        with torch.no_grad():  # never trained, even where the CLIP encoders are
+        with torch.no_grad():  # never trained, even if the CLIP encoders are
             return pipe.text_encoder_3(send(tokens.input_ids, pipe.text_encoder_3.device))[0]
 
     def token_counts(self, pipe: Any, prompts: Sequence[str]) -> tuple[list[int], int]:
-        """T5 reads what is beyond CLIP's 77 tokens; without it, nothing does."""
+        """Counts the tokens of T5 if the model has one, else CLIP's.
+
+        T5 has an end token and no start token.
+        """
         if pipe.text_encoder_3 is None:
             return super().token_counts(pipe, prompts)
-        return [
-            len(tokens) - 1
-            for tokens in pipe.tokenizer_3(list(prompts), truncation=False, verbose=False).input_ids
-        ], T5_TOKENS - 1
+        tokenized = pipe.tokenizer_3(list(prompts), truncation=False, verbose=False).input_ids
+        return [len(tokens) - 1 for tokens in tokenized], T5_TOKENS - 1
 
     def predict(self, denoiser: nn.Module, noised: Noised, batch: Batch) -> Tensor:
         dtype = frozen_dtype(denoiser)
@@ -135,13 +157,13 @@ class StableDiffusion3(LatentDiffusion):
             return_dict=False,
         )[0]
 
-    def fused(self, module: str) -> tuple[str, int | None]:
+    def fused_projection(self, module: str) -> tuple[str, int | None]:
         return to_mmdit(module)
 
-    def export_key(self, component: str, module: str) -> str:
-        return super().export_key(
-            component, to_mmdit(module)[0] if component == self.denoiser_name else module
-        )
+    def kohya_key(self, component: str, module: str) -> str:
+        """Returns the key with Stability's layer names."""
+        is_denoiser = component == self.denoiser_name
+        return super().kohya_key(component, to_mmdit(module)[0] if is_denoiser else module)
 
     def metadata(self, prediction_type: str) -> dict[str, Any]:
         return {

@@ -1,6 +1,7 @@
-"""Which attention runs on this device: found out by running it forward and backward, not by importing it.
+"""Chooses the attention kernel by running it forward and backward on this device.
 
-An xformers built for another torch imports well and fails, or gives wrong gradients, when used.
+Importing it is not enough: an xformers that was built for another torch imports without an error,
+then fails or gives wrong gradients.
 """
 
 import time
@@ -15,61 +16,68 @@ from diffusers.models.attention_processor import (
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # [B, heads, tokens, head size] each
-# In the place of any other diffusers puts a plain one of xformers, which leaves out what it does besides.
-TAKEN_OVER = (AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0)
-TRIAL_SIZE, TRIAL_REPEATS = (2, 8, 1024, 40), 10  # the attention of SD 1.5 at 256 px
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Query, key and value to output; each is [B, heads, tokens, head size]."""
 
+REPLACEABLE = (AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0)
+"""Processors with an equivalent for xformers. Diffusers would replace any other by a plain one,
+which lacks what the other does besides."""
 
-def _xformers() -> Attention:
-    from xformers.ops import memory_efficient_attention
-
-    return lambda q, k, v: memory_efficient_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    ).transpose(1, 2)
+TRIAL_SIZE = (2, 8, 1024, 40)  # the attention of Stable Diffusion 1.5 at 256 px
+TRIAL_REPEATS = 10
+MAX_GRADIENT_ERROR = 0.02  # relative; the rounding of fp16 is well below it
 
 
 def choose_attention(
     denoiser: nn.Module, device: torch.device, dtype: torch.dtype
 ) -> tuple[str, str]:
-    """The faster working one of "torch" and "xformers", and a sentence that says why."""
+    """Returns the faster of "torch" and "xformers" that works, and the reason for the choice."""
     if device.type != "cuda":
         return "torch", "torch's attention (xformers needs CUDA)"
-    if not all(
-        isinstance(processor, TAKEN_OVER) for processor in denoiser.attn_processors.values()
-    ):
-        return "torch", "torch's attention (xformers has no form of this denoiser's)"
+    processors = denoiser.attn_processors.values()
+    if not all(isinstance(processor, REPLACEABLE) for processor in processors):
+        return "torch", "torch's attention (xformers has no equivalent of this denoiser's)"
     try:
         xformers = _xformers()
         error = _gradient_error(xformers, device, dtype)
-        if not error < 0.02:
-            return (
-                "torch",
-                f"torch's attention (the gradients of xformers are off by {error:.2g} on this device)",
+        if not error < MAX_GRADIENT_ERROR:  # also if it is NaN
+            return "torch", (
+                f"torch's attention (xformers' gradients are off by {error:.2g} on this device)"
             )
-        theirs, ours = (
-            _seconds(xformers, device, dtype),
-            _seconds(scaled_dot_product_attention, device, dtype),
-        )
+        xformers_seconds = _seconds(xformers, device, dtype)
+        torch_seconds = _seconds(scaled_dot_product_attention, device, dtype)
     except ImportError:
         return "torch", "torch's attention (xformers is not installed)"
     except (RuntimeError, NotImplementedError, ValueError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return "torch", f"torch's attention (xformers does not work here: {reason[:100]})"
-    name = "xformers" if theirs < ours else "torch"
-    return (
-        name,
-        f"{name} (forward and backward: xformers {theirs * 1e3:.2f} ms, torch {ours * 1e3:.2f} ms)",
+    name = "xformers" if xformers_seconds < torch_seconds else "torch"
+    return name, (
+        f"{name} (forward and backward: xformers {xformers_seconds * 1e3:.2f} ms, "
+        f"torch {torch_seconds * 1e3:.2f} ms)"
     )
 
 
 def use_attention(denoiser: nn.Module, name: str) -> None:
-    """Torch's attention is what diffusers uses by itself."""
+    """Switches the denoiser to "xformers"; "torch" is the default of diffusers."""
     if name == "xformers":
         denoiser.enable_xformers_memory_efficient_attention()
 
 
+def _xformers() -> Attention:
+    from xformers.ops import memory_efficient_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # xformers expects [B, tokens, heads, head size].
+        return memory_efficient_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        ).transpose(1, 2)
+
+    return attention
+
+
 def _inputs(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Returns random query, key and value of TRIAL_SIZE, the same at every call."""
     generator = torch.Generator("cpu").manual_seed(0)
     return [
         torch.randn(TRIAL_SIZE, generator=generator).to(device, dtype).requires_grad_()
@@ -78,25 +86,30 @@ def _inputs(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _run(attention: Attention, inputs: list[Tensor]) -> list[Tensor]:
+    """Returns the output and the gradients of the three inputs."""
     output = attention(*inputs)
     return [output.detach(), *torch.autograd.grad(output.float().square().sum(), inputs)]
 
 
 def _gradient_error(attention: Attention, device: torch.device, dtype: torch.dtype) -> float:
-    """Largest relative difference of output and gradients from torch's attention in float32."""
+    """Returns the largest relative error of output and gradients.
+
+    The reference is torch's attention in float32.
+    """
     inputs = _inputs(device, dtype)
-    exact = _run(
-        scaled_dot_product_attention, [x.detach().float().requires_grad_() for x in inputs]
-    )
+    exact_inputs = [x.detach().float().requires_grad_() for x in inputs]
+    exact = _run(scaled_dot_product_attention, exact_inputs)
+    results = _run(attention, inputs)
     return max(
-        float((a.float() - b).norm() / b.norm())
-        for a, b in zip(_run(attention, inputs), exact, strict=True)
+        float((result.float() - reference).norm() / reference.norm())
+        for result, reference in zip(results, exact, strict=True)
     )
 
 
 def _seconds(attention: Attention, device: torch.device, dtype: torch.dtype) -> float:
+    """Returns the mean time of one forward and backward pass, in seconds."""
     inputs = _inputs(device, dtype)
-    for _ in range(3):
+    for _ in range(3):  # the first runs also load and choose kernels
         _run(attention, inputs)
     torch.cuda.synchronize(device)
     start = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Convolutions with many weights over few positions, on a CPU, as one matrix product each.
+"""Convolutions with many weights over few positions, computed on a CPU as one matrix product.
 
-oneDNN lays the weights out anew at every call. Over the 8 x 8 positions of a UNet's lowest levels that takes longer than the arithmetic,
-while a matrix product reads them as they lie.
+oneDNN reorders the weights at every call. Over the 8 x 8 positions of the lowest UNet levels that
+takes longer than the arithmetic, while a matrix product reads the weights in their stored order.
 """
 
 import torch
@@ -9,44 +9,61 @@ from torch import Tensor, nn
 from torch.nn.functional import unfold
 
 WEIGHTS_PER_POSITION = 100_000
-"""With more than these the matrix product is the faster, forward and backward, on one thread and on two (benchmarks/convolutions.py)."""
+"""Above this number the matrix product is faster, forward and backward, on one thread and on two
+(benchmarks/convolutions.py)."""
 
 
 class MatrixConv2d(nn.Conv2d):
-    """A 3 x 3 convolution that is a matrix product where that pays; the results differ by rounding alone.
+    """A 3 x 3 convolution that becomes a matrix product when that is faster.
 
-    The columns are those of im2col (Chellapilla et al. 2006, "High Performance Convolutional Neural Networks for Document Processing").
+    Results differ from `nn.Conv2d` by rounding only. The columns are im2col's (Chellapilla et al.
+    2006, "High Performance Convolutional Neural Networks for Document Processing").
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, inputs, H, W] to [B, outputs, H, W]."""
+        """Convolves x, [B, in_channels, H, W], to [B, out_channels, H, W]."""
         batch, _, height, width = x.shape
-        few = self.weight.numel() > WEIGHTS_PER_POSITION * batch * height * width
-        if not few or x.device.type != "cpu" or x.dtype != torch.float32:
+        pays = self.weight.numel() > WEIGHTS_PER_POSITION * batch * height * width
+        if not pays or x.device.type != "cpu" or x.dtype != torch.float32:
             return super().forward(x)
-        columns = (
-            unfold(x, self.kernel_size, padding=self.padding).transpose(0, 1).flatten(1)
-        )  # [inputs * 9, B * H * W]
+        columns = unfold(x, self.kernel_size, padding=self.padding)  # [B, inputs * 9, H * W]
+        columns = columns.transpose(0, 1).flatten(1)  # [inputs * 9, B * H * W]
         weight = self.weight.flatten(1)
-        product = (
-            weight @ columns
-            if self.bias is None
-            else torch.addmm(self.bias[:, None], weight, columns)
-        )
+        if self.bias is None:
+            product = weight @ columns
+        else:
+            product = torch.addmm(self.bias[:, None], weight, columns)
         return product.view(-1, batch, height, width).transpose(0, 1).contiguous()
 
 
 def use_matrix_products(denoiser: nn.Module) -> None:
-    """For the 3 x 3 convolutions that keep the size of what they see, as those of a UNet's blocks do."""
-    for layer in denoiser.modules():
-        if type(layer) is nn.Conv2d and _keeps_size(layer):
-            layer.__class__ = MatrixConv2d
+    """Replaces the 3 x 3 convolutions that keep the size of their input by MatrixConv2d.
+
+    The replacements share the parameters of the originals, and the names of all parameters stay.
+    """
+    for parent in list(denoiser.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is nn.Conv2d and _keeps_size(layer):
+                setattr(parent, name, _matrix_conv(layer))
+
+
+def _matrix_conv(layer: nn.Conv2d) -> MatrixConv2d:
+    """Returns a MatrixConv2d with the parameters of a convolution."""
+    new = MatrixConv2d(
+        layer.in_channels,
+        layer.out_channels,
+        kernel_size=3,
+        padding=1,
+        bias=layer.bias is not None,
+        device="meta",  # allocates nothing; the parameters are replaced below
+    )
+    new.weight, new.bias = layer.weight, layer.bias
+    new.train(layer.training)
+    return new
 
 
 def _keeps_size(layer: nn.Conv2d) -> bool:
-    of_one_group = layer.weight.shape[1:] == (layer.in_channels, 3, 3)
-    return (
-        of_one_group
-        and layer.padding == layer.stride == layer.dilation == (1, 1)
-        and layer.padding_mode == "zeros"
-    )
+    """Returns whether the output has the height and width of the input (one group, 3 x 3)."""
+    has_one_group = layer.weight.shape[1:] == (layer.in_channels, 3, 3)
+    one_step = layer.padding == layer.stride == layer.dilation == (1, 1)
+    return bool(has_one_group and one_step and layer.padding_mode == "zeros")

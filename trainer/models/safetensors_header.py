@@ -1,7 +1,8 @@
-"""What a .safetensors file says it holds, read from its header alone and without trust.
+"""Reads and checks the header of a .safetensors file.
 
-The header is checked whole before any library maps the file: a hostile one can claim tensors that
-overlap, leave the file, or take minutes to parse (format: github.com/huggingface/safetensors).
+The whole header is checked before any library maps the file, because a hostile one can declare
+tensors that overlap, exceed the file, or take minutes to parse. The format is described at
+github.com/huggingface/safetensors.
 """
 
 import json
@@ -14,10 +15,11 @@ from typing import Any
 
 from trainer.errors import ModelError
 
-HEADER_LIMIT = 16 * 2**20  # bytes; the header of SDXL, the largest we read, has 0.4 million
-TENSOR_LIMIT = 20_000  # SDXL in one file has 2,515
-DIMENSION_LIMIT = 8  # no weight has more than 5
-ITEM_SIZE = {
+MAX_HEADER_BYTES = 16 * 2**20  # the header of SDXL in one file has 0.4 million
+MAX_TENSORS = 20_000  # SDXL in one file has 2,515
+MAX_DIMENSIONS = 8  # no weight has more than 5
+MAX_NUMBER = 2**48  # no size or offset is larger
+ITEM_BYTES = {
     "F64": 8,
     "F32": 4,
     "F16": 2,
@@ -31,106 +33,131 @@ ITEM_SIZE = {
     "F8_E4M3": 1,
     "F8_E5M2": 1,
 }
-NAME = re.compile(r"[A-Za-z0-9_.\-]{1,512}")
+TENSOR_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,512}")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
+    """Type and shape of a stored tensor."""
+
     dtype: str
+    """As in the file: a key of ITEM_BYTES."""
     shape: tuple[int, ...]
 
     @property
     def numel(self) -> int:
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Header:
+    """The checked header of a .safetensors file."""
+
     tensors: dict[str, TensorInfo]
+    """By name."""
     metadata: dict[str, str]
 
 
 def read_header(path: Path) -> Header:
-    """Reads and checks a header. Raises ModelError that names the file and what is wrong with it."""
+    """Reads and checks a header.
+
+    Raises ModelError with the file's name and the problem if the header or the size of the file is
+    wrong.
+    """
+    content, body_bytes = _read_header_bytes(path)
+    try:
+        data = json.loads(content, object_pairs_hook=_refuse_duplicates)
+    except (ValueError, RecursionError):
+        raise _refuse(path, "its header is damaged") from None
+    if not isinstance(data, dict):
+        raise _refuse(path, "its header is not a table of tensors")
+    metadata = data.pop("__metadata__", {})
+    is_text_table = isinstance(metadata, dict) and all(
+        isinstance(value, str) for value in metadata.values()
+    )
+    if not is_text_table:
+        raise _refuse(path, "its metadata is not a table of texts")
+    if len(data) > MAX_TENSORS:
+        raise _refuse(
+            path, f"it declares {len(data):,} tensors; no model has more than {MAX_TENSORS:,}"
+        )
+    return Header(_check_tensors(path, data, body_bytes), metadata)
+
+
+def _read_header_bytes(path: Path) -> tuple[bytes, int]:
+    """Returns the JSON of the header, and the number of bytes behind it.
+
+    A file starts with the length of the header as a little-endian 64-bit integer.
+    """
     try:
         with open(path, "rb") as file:
             size = path.stat().st_size
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= HEADER_LIMIT or length + 8 > size:
-                raise _refuse(path, _what_it_is(prefix))
-            content = file.read(length)
+            if not 2 <= length <= MAX_HEADER_BYTES or length + 8 > size:
+                raise _refuse(path, _describe_format(prefix))
+            return file.read(length), size - 8 - length
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
-    try:
-        data = json.loads(content, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError):
-        raise _refuse(path, "its header is damaged") from None
-    if not isinstance(data, dict):
-        raise _refuse(path, "its header is no table of tensors")
-    metadata = data.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(
-        isinstance(value, str) for value in metadata.values()
-    ):
-        raise _refuse(path, "its metadata is no table of texts")
-    if len(data) > TENSOR_LIMIT:
-        raise _refuse(
-            path, f"it claims {len(data):,} tensors; no model has more than {TENSOR_LIMIT:,}"
-        )
-    return Header(_check_tensors(path, data, size - 8 - length), metadata)
 
 
-def _check_tensors(path: Path, data: dict[str, Any], body: int) -> dict[str, TensorInfo]:
+def _check_tensors(path: Path, data: dict[str, Any], body_bytes: int) -> dict[str, TensorInfo]:
+    """Returns the declared tensors. Raises ModelError unless they fill the body exactly."""
     tensors, spans = {}, []
     for name, entry in data.items():
-        if not NAME.fullmatch(name):
+        if not TENSOR_NAME.fullmatch(name):
             raise _refuse(path, "a tensor has an unusual name")
-        try:
-            dtype, shape, (begin, end) = (
-                entry["dtype"],
-                tuple(entry["shape"]),
-                entry["data_offsets"],
-            )
-            numbers = [*shape, begin, end]
-        except (TypeError, KeyError, ValueError):
-            raise _refuse(path, f"the tensor {name} is described wrongly") from None
-        known = isinstance(dtype, str) and dtype in ITEM_SIZE
-        if (
-            not known
-            or len(shape) > DIMENSION_LIMIT
-            or any(type(n) is not int or not 0 <= n < 2**48 for n in numbers)
-        ):
-            raise _refuse(path, f"the tensor {name} has an unknown type or impossible size")
-        if (0 in shape and shape != (0,)) or math.prod(shape) * ITEM_SIZE[dtype] != end - begin:
-            raise _refuse(path, f"the size of the tensor {name} does not fit its data")
-        tensors[name] = TensorInfo(dtype, shape)
-        spans.append((begin, end))
+        tensors[name], span = _check_tensor(path, name, entry)
+        spans.append(span)
     position = 0
     for begin, end in sorted(spans):
         if begin != position:
             raise _refuse(path, "its tensors overlap or leave gaps")
         position = end
-    if position != body:
+    if position != body_bytes:
         raise _refuse(path, "it is cut off or has data that belongs to no tensor")
     return tensors
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _check_tensor(path: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
+    """Returns a tensor and its first and last byte in the body, the last exclusive."""
+    try:
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise _refuse(path, f"the tensor {name} is described wrongly") from None
+    has_known_type = isinstance(dtype, str) and dtype in ITEM_BYTES
+    # bool is a subclass of int, so the types are compared.
+    has_valid_numbers = all(
+        type(number) is int and 0 <= number < MAX_NUMBER for number in (*shape, begin, end)
+    )
+    if not has_known_type or len(shape) > MAX_DIMENSIONS or not has_valid_numbers:
+        raise _refuse(path, f"the tensor {name} has an unknown type or impossible size")
+    is_empty = 0 in shape and shape != (0,)  # (0,) marks a name without data, such as "v_pred"
+    if is_empty or math.prod(shape) * ITEM_BYTES[dtype] != end - begin:
+        raise _refuse(path, f"the size of the tensor {name} does not fit its data")
+    return TensorInfo(dtype, shape), (begin, end)
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object as a dict. Raises ValueError if a key appears twice."""
     table = dict(pairs)
     if len(table) != len(pairs):
         raise ValueError("duplicate key")
     return table
 
 
-def _what_it_is(prefix: bytes) -> str:
-    if prefix.startswith(b"PK") or prefix.startswith(b"\x80"):
+def _describe_format(prefix: bytes) -> str:
+    """Returns what a file is, judged by its first 8 bytes, and what to do about it."""
+    if prefix.startswith((b"PK", b"\x80")):
         return (
             "it is a pickle file, which can run code when opened; convert it to .safetensors first"
         )
     if prefix.startswith(b"GGUF"):
-        return "it is a GGUF file; get the .safetensors edition of the model"
+        return "it is a GGUF file; download the .safetensors edition of the model"
     if prefix.lstrip().startswith(b"<"):
-        return "it is a web page; the download asked for a login or failed. Download it again"
+        return "it is a web page; the download needed a login or failed. Download it again"
     return "it is empty, cut off or of another kind"
 
 

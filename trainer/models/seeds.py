@@ -10,7 +10,7 @@ import torch
 
 
 def seed_for(*position: object) -> int:
-    """Returns a 63-bit seed for a position in the training: `seed_for(42, "noise", step, microbatch)`."""
+    """Returns a 63-bit seed for a position: `seed_for(42, "noise", step, microbatch)`."""
     digest = hashlib.sha256(repr(position).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
