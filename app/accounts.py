@@ -1,31 +1,40 @@
-"""Whose folders a request works in: where several people sign in, each has runs, datasets and caches of their own."""
+"""Which person's folders a request uses.
+
+If several people sign in, each person has separate runs, datasets and caches.
+"""
 
 from contextvars import ContextVar
 from pathlib import Path
 
 from trainer.runs import run_folder
 
-SCOPE_KEY = "atelier_user"  # where the guard puts the name into the request
+SCOPE_KEY = "atelier_user"
+"""The key of the name in the scope of a request, set by `app.security`."""
 user: ContextVar[str] = ContextVar("user", default="")
 
 
 def signed_in() -> str:
-    """Gradio's queue works in tasks of its own and hands the request over; every other route works in the request's own context."""
-    from gradio.context import (
-        LocalContext,  # not before the server has told Gradio what it may send home
-    )
+    """Returns the name of the person who sent the present request, "" if nobody signed in.
 
-    asked = LocalContext.request.get(None)
-    scope = getattr(getattr(asked, "request", None), "scope", None)
-    return user.get() if scope is None else scope.get(SCOPE_KEY, "")
+    Gradio's queue runs handlers in other tasks, and passes the request on in `LocalContext`. All
+    other routes run in the context of the request.
+    """
+    # Imported late: the server first sets the variables that Gradio reads during its import.
+    from gradio.context import LocalContext
+
+    gradio_request = LocalContext.request.get(None)
+    scope = getattr(getattr(gradio_request, "request", None), "scope", None)
+    if scope is None:
+        return user.get()
+    return str(scope.get(SCOPE_KEY, ""))
 
 
 def separate() -> None:
-    """From here on `run_folder.outputs_folder` gives each person their own."""
+    """Gives each person a separate outputs folder from now on."""
     run_folder.current_user = signed_in
 
 
 def all_runs_folders() -> list[Path]:
-    """The runs folders of everyone: what has to share the device."""
+    """Returns the runs folders of everyone, because all of them share the device."""
     root = run_folder.outputs_root()
     return [root / "runs", *sorted((root / run_folder.USERS_FOLDER).glob("*/runs"))]

@@ -9,10 +9,10 @@ from typing import Any
 import gradio as gr
 
 from app.actions import datasets
-from app.jobs import previews, runs
+from app.jobs import previews, run_actions, runs
 from app.jobs.previews import Adapter, PreviewRequest
 from app.tabs.dataset import add_files
-from app.views import run_view
+from app.views import charts, files
 from trainer import config
 from trainer.config import presets
 from trainer.errors import ConfigError, StateError, TrainerError
@@ -95,7 +95,7 @@ def train(
     run = config.replace(
         presets.load_preset(recipe).config, {"name": name, "dataset.folder": str(folder)} | changes
     )
-    return runs.start(run)
+    return run_actions.start(run)
 
 
 def status(run: str) -> dict[str, Any]:
@@ -107,24 +107,24 @@ def status(run: str) -> dict[str, Any]:
         "step": current.step,
         "total_steps": current.total_steps,
         "seconds_left": current.seconds_left if current.is_active else None,
-        "losses": run_view.thin(current.losses, MOST_LOSSES),
+        "losses": charts.thin(current.losses, MOST_LOSSES),
         "validation": current.validation_losses,
         "samples": [f"/runfile/{folder.name}/{sample.file}" for sample in current.samples],
-        "file": run_view.final_file(folder, current),
+        "file": files.adapter_file(folder, current),
         "message": current.message,
-        "actions": sorted(runs.actions(current)),
+        "actions": sorted(run_actions.available(current)),
     }
 
 
 def act(run: str, action: str) -> dict[str, Any]:
     """Does what a button of the page does, one of the "actions" of its status: stop, pause, continue, resume, save, sample, repeat ..."""
-    runs.act(run, action)
+    run_actions.act(run, action)
     return {"done": action}
 
 
 def download(run: str) -> str:
     """The address of a run's adapter file, below that of the page."""
-    file = run_view.final_file(folder := runs.resolve(run), runs.status(folder))
+    file = files.adapter_file(folder := runs.resolve(run), runs.status(folder))
     if file is None:
         raise StateError("The run has no adapter yet; its status says how far it is.")
     return file["href"]
@@ -141,7 +141,7 @@ def draw(
 ) -> dict[str, Any]:
     previews.check_free()
     folder = runs.resolve(run)
-    file = run_view.final_file(folder, runs.status(folder))
+    file = files.adapter_file(folder, runs.status(folder))
     if file is None:
         raise StateError("The run has no adapter yet; its status says how far it is.")
     settings = runs.settings(folder)

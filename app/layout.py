@@ -9,7 +9,7 @@ from app.jobs.previews import PreviewEngine
 from app.page.html_view import drawn, read_static
 from app.page.live import QUIET, Page, answer_for_ourselves
 from app.tabs import dataset, library, preview, train
-from app.views.run_view import header
+from app.views.header import header_view
 
 TABS = (dataset, train, preview, library)
 MAX_WAITING = 200  # events in the queue; more are refused
@@ -23,7 +23,7 @@ def build(engine: PreviewEngine, device: str) -> gr.Blocks:
         heading = drawn("header", data={"device": device, "text": "Idle"}, elem_id="header")
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabs:
             page = Page(tabs, engine, device)
-            page.follow(heading, lambda: header(device))
+            page.follow(heading, lambda: header_view(device))
             parts, panes = {}, []
             for number, tab in enumerate(TABS, 1):
                 with gr.Tab(f"{number}  {tab.TITLE}", id=tab.ID, elem_id=f"tab-{tab.ID}") as pane:

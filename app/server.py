@@ -12,8 +12,8 @@ from fastapi import FastAPI
 from fastapi.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 
 from app import accounts as workspace
-from app.actions import datasets
-from app.jobs import device, previews, runs
+from app.actions import dataset_folders, dataset_images
+from app.jobs import device, previews, queue, runs
 from app.jobs.ray_jobs import RayJobs
 from app.page.html_view import STATIC
 from app.security import Guard
@@ -56,10 +56,10 @@ def create_app(
 
     device.trains_elsewhere = bool(ray)
     engine = previews.PreviewEngine()
-    launcher = runs.Launcher(
+    launcher = queue.Launcher(
         RayJobs(ray)
         if ray
-        else runs.Local(before_start=lambda: engine.end() if device.has_cuda() else None)
+        else queue.LocalExecutor(before_start=lambda: engine.end() if device.has_cuda() else None)
     )
 
     @asynccontextmanager
@@ -97,10 +97,10 @@ def _add_file_routes(app: FastAPI) -> None:
     @app.get("/thumb/{dataset}/{key}")
     def thumb(dataset: str, key: str, large: bool = False) -> Response:
         try:
-            side = datasets.LARGE if large else datasets.THUMBNAIL
+            side = dataset_images.LARGE if large else dataset_images.THUMBNAIL
             headers = {"cache-control": "private, max-age=31536000"}
             return FileResponse(
-                datasets.thumbnail(dataset, key, side), media_type="image/webp", headers=headers
+                dataset_images.thumbnail(dataset, key, side), media_type="image/webp", headers=headers
             )
         except TrainerError:
             return not_found()
@@ -109,7 +109,7 @@ def _add_file_routes(app: FastAPI) -> None:
     def mask(dataset: str, key: str) -> Response:
         try:
             return FileResponse(
-                datasets.mask_shown(dataset, key),
+                dataset_images.mask_image(dataset, key),
                 media_type="image/png",
                 headers={"cache-control": "no-store"},
             )
@@ -119,7 +119,7 @@ def _add_file_routes(app: FastAPI) -> None:
     @app.get("/datasetfile/{name}.zip")
     def datasetfile(name: str) -> Response:
         try:
-            pieces = datasets.export(name)
+            pieces = dataset_folders.export(name)
         except TrainerError:
             return not_found()
         disposition = f"attachment; filename*=UTF-8''{quote(name)}.zip"

@@ -61,44 +61,44 @@ def main() -> None:
 
 
 def measure(folder: Path) -> None:
-    from app.actions import dataset_editor, datasets
+    from app.actions import dataset_changes, dataset_images, dataset_scans, dataset_view
 
     time.sleep(3)  # a file just written to is not trusted by its time
     settings = {"resolution": 512, "bucket_step": 64, "crop": "centre", "base": "embedded"}
     asked = {"dataset": "many", "settings": settings}
-    dataset_editor.PATIENCE = 36_000
+    dataset_scans.PATIENCE = 36_000
 
     def first_page(**more: object) -> dict:
-        view = dataset_editor.view(asked | more)
+        view = dataset_view.view(asked | more)
         for card in view["cards"]:
-            datasets.thumbnail("many", card["src"].split("/")[-1].split("?")[0])
+            dataset_images.thumbnail("many", card["src"].split("/")[-1].split("?")[0])
         return view
 
     print(
         f"\n{len(list(folder.glob('*.jpg')))} pictures of {SIZE[0]} x {SIZE[1]}, {os.cpu_count()} cores\n"
     )
     print("| what | time | most memory so far |\n|---|---|---|")
-    timed("first scan, nothing known", lambda: dataset_editor.look(asked))
+    timed("first scan, nothing known", lambda: dataset_scans.scan(asked))
     timed("first page of the gallery, 60 new thumbnails", lambda: first_page(turn=True))
     timed("the same page again", lambda: first_page(turn=True))
     timed("another page", lambda: first_page(turn=True, page=70))
     timed(
         "one caption edit",
-        lambda: dataset_editor.save_caption(asked | {"file": "00050.jpg", "caption": "a red sky"}),
+        lambda: dataset_changes.save_caption(asked | {"file": "00050.jpg", "caption": "a red sky"}),
     )
     timed(
         "the next caption edit",
-        lambda: dataset_editor.save_caption(asked | {"file": "00051.jpg", "caption": "a blue sky"}),
+        lambda: dataset_changes.save_caption(asked | {"file": "00051.jpg", "caption": "a blue sky"}),
     )
-    timed("scan again after the edits", lambda: dataset_editor.look(asked))
-    dataset_editor._looks.clear()
+    timed("scan again after the edits", lambda: dataset_scans.scan(asked))
+    dataset_scans.scans.clear()
     timed(
-        "scan again, nothing in memory, only the cache on disk", lambda: dataset_editor.look(asked)
+        "scan again, nothing in memory, only the cache on disk", lambda: dataset_scans.scan(asked)
     )
     words = asked | {"operation": "replace", "find": "photo", "replacement": "picture"}
-    timed("replace a word in all captions: preview", lambda: dataset_editor.preview_edit(words))
-    timed("replace a word in all captions: done", lambda: dataset_editor.apply_edit(words))
-    timed("take that back", lambda: dataset_editor.undo(asked))
+    timed("replace a word in all captions: preview", lambda: dataset_changes.preview_edit(words))
+    timed("replace a word in all captions: done", lambda: dataset_changes.apply_edit(words))
+    timed("take that back", lambda: dataset_changes.undo(asked))
 
 
 if __name__ == "__main__":

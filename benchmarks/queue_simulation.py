@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.jobs.runs import Launcher, Local
+from app.jobs.queue import Launcher, LocalExecutor
 from trainer import config
 from trainer.runs import events, run_folder, run_requests
 
@@ -226,11 +226,11 @@ def look_at_folders(count: int) -> tuple[float, float]:
                 events.EventLog(folder / "events.jsonl").append(
                     events.Finished(1, "a.safetensors", 1, 1.0)
                 )
-        launcher, local = Launcher(Full()), Local()
-        return timed(launcher.look), timed(local.has_room)
+        launcher, local = Launcher(Full()), LocalExecutor()
+        return timed(launcher.check), timed(local.has_room)
 
 
-class Full(Local):
+class Full(LocalExecutor):
     """With a run at work."""
 
     def has_room(self) -> bool:

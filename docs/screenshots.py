@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from app.jobs import runs
+from app.jobs import run_actions
 from tests.browser.conftest import ARGUMENTS, CHROMIUM, Server
 from trainer import config
 
@@ -107,7 +107,7 @@ def fail_a_run(server: Server) -> None:
     """A base that goes away after the start, as a disk that is unplugged does."""
     os.environ["ATELIER_OUTPUTS"] = str(server.outputs)
     dataset = config.Dataset(folder=str(server.outputs / "datasets" / "example-subject"))
-    runs.start(
+    run_actions.start(
         config.RunConfig(
             name="went wrong", base=config.Base(model="/media/models/gone"), dataset=dataset
         )

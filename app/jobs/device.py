@@ -1,21 +1,26 @@
-"""Which device this machine trains on and how full it is, found without torch."""
+"""Which device this machine trains on and how busy it is, without torch."""
 
 import os
 import platform
-import time
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import psutil
 import pynvml
 
+from app.jobs.ttl_cache import ttl_cached
+
 trains_elsewhere = False
-"""Whether a cluster trains the runs: nothing that this machine lacks then stands in their way."""
+"""Whether a cluster trains the runs. This machine's memory and GPUs are then not checked."""
+
+MEASURED_FOR = 2.0
+"""Seconds between two measurements. Every number that changes is sent to each open page."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes of memory and share of time at work. `total` 0: not known."""
+    """Memory in bytes, and the utilisation from 0 to 1. A `total` of 0 means unknown."""
 
     total: int
     used: int
@@ -27,82 +32,80 @@ class Usage:
 
 
 @cache
-def _gpu() -> object | None:
-    """The first NVIDIA GPU that a training would take, or None."""
+def _gpu() -> Any | None:
+    """Returns the handle of the first NVIDIA GPU that a training would use, or None."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if visible in ("", "-1"):
+        return None
     try:
         pynvml.nvmlInit()
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-        if visible in ("", "-1"):
-            return None
-        return (
-            pynvml.nvmlDeviceGetHandleByIndex(int(visible))
-            if visible.isdigit()
-            else pynvml.nvmlDeviceGetHandleByUUID(visible)
-        )
+        if visible.isdigit():
+            return pynvml.nvmlDeviceGetHandleByIndex(int(visible))
+        return pynvml.nvmlDeviceGetHandleByUUID(visible)
     except pynvml.NVMLError:
         return None
 
 
 def has_cuda() -> bool:
+    """Returns whether trainings use an NVIDIA GPU."""
     return _gpu() is not None
 
 
 @cache
 def count() -> int:
-    """How many devices a training may use at once; 1 where there is no NVIDIA GPU."""
+    """Returns how many devices a training may use at once, 1 if there is no NVIDIA GPU."""
     if _gpu() is None:
         return 1
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return len(visible.split(",")) if visible.strip() else int(pynvml.nvmlDeviceGetCount())
+    if visible.strip():
+        return len(visible.split(","))
+    return int(pynvml.nvmlDeviceGetCount())
 
 
 def kind() -> str:
-    """ "cuda" or "cpu", as `trainer.estimate` counts."""
+    """Returns "cuda" or "cpu", the names that `trainer.training.estimate` uses."""
     return "cuda" if has_cuda() else "cpu"
 
 
 def usage() -> Usage:
-    """Of the training device now: the GPU's memory, else that of the machine."""
-    if (gpu := _gpu()) is not None:
-        try:
-            memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
-            return Usage(
-                int(memory.total),
-                int(memory.used),
-                pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100,
-            )
-        except pynvml.NVMLError:  # such as a card that tells no utilisation
-            return Usage(0, 0, 0.0)
-    return host()
+    """Returns the present usage of the GPU, or of the machine if there is no GPU."""
+    gpu = _gpu()
+    if gpu is None:
+        return host()
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
+        utilisation = pynvml.nvmlDeviceGetUtilizationRates(gpu)
+    except pynvml.NVMLError:  # some cards do not report their utilisation
+        return Usage(0, 0, 0.0)
+    return Usage(int(memory.total), int(memory.used), utilisation.gpu / 100)
 
 
 def host() -> Usage:
+    """Returns the present usage of the machine's memory and processor."""
     memory = psutil.virtual_memory()
     return Usage(memory.total, memory.total - memory.available, psutil.cpu_percent(None) / 100)
 
 
 def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Returns how many processor cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @cache
 def describe() -> str:
-    if (gpu := _gpu()) is not None:
-        name = pynvml.nvmlDeviceGetName(gpu)
-        return f"{name} · {round(pynvml.nvmlDeviceGetMemoryInfo(gpu).total / 2**30)} GB"
+    """Returns the name of the device for the page, such as "NVIDIA L4 · 24 GB"."""
+    gpu = _gpu()
+    if gpu is not None:
+        gigabytes = round(pynvml.nvmlDeviceGetMemoryInfo(gpu).total / 2**30)
+        return f"{pynvml.nvmlDeviceGetName(gpu)} · {gigabytes} GB"
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         return "Apple GPU"
     return "CPU · slow, good for trying out"
 
 
-_measured: tuple[float, Usage, Usage] | None = None
-MEASURED_FOR = 2.0  # seconds; a number that moves each tick would be sent each tick
-
-
+@ttl_cached(MEASURED_FOR)
 def measured() -> tuple[Usage, Usage]:
-    """Device and host, measured every other second."""
-    global _measured
-    now = time.monotonic()
-    if _measured is None or now - _measured[0] > MEASURED_FOR:
-        _measured = (now, usage(), host())
-    return _measured[1:]
+    """Returns the usage of the device and of the host."""
+    return usage(), host()

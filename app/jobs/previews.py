@@ -1,7 +1,7 @@
-"""Pictures on demand: one `python -m trainer sample --serve` child that keeps the model loaded between them.
+"""Samples on demand, made by one `python -m trainer sample --serve` process that keeps the model.
 
-It starts with the first picture, is started once more if it dies, and ends with the page. Finished pictures
-are kept under the hash of everything that makes them, so that asking twice costs nothing.
+The process starts with the first sample. If it dies it is started once more. It ends with the page.
+Samples are cached under the hash of everything that determines them, so a repeated request is free.
 """
 
 import hashlib
@@ -13,27 +13,37 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from app.jobs import device, runs
+from app.jobs import device, runs, trainer_process
 from trainer.errors import TrainerError
 from trainer.runs import run_folder
 from trainer.runs.atomic_files import atomic_write
 
+MAX_PROMPTS = 30
+MAX_PROMPT_LENGTH = 2000
+END_TIMEOUT = 10  # seconds
+MAX_REASON_LENGTH = 300
+
+Reply = dict[str, Any]
+"""An answer of the sampling process: {"file", "seconds"} or {"error"}."""
+
 
 class PreviewError(TrainerError):
-    """A picture could not be drawn."""
+    """A sample could not be made."""
 
 
 @dataclass(frozen=True)
 class Adapter:
+    """An adapter file and its strengths."""
+
     file: str
     strength: float
     text_strength: float | None = None
-    """In the text encoders; None: the same."""
+    """In the text encoders. None: the same as `strength`."""
 
 
 @dataclass(frozen=True)
 class PreviewRequest:
-    """Everything that decides a picture; the engine's request but for the file to write."""
+    """Everything that determines a sample: the request to the process without its target file."""
 
     base: dict[str, Any]
     prompt: str
@@ -48,54 +58,59 @@ class PreviewRequest:
     caption_tokens: int = 75
 
     def key(self) -> str:
-        files = [
-            (Path(adapter.file).stat().st_size, Path(adapter.file).stat().st_mtime_ns)
-            for adapter in self.adapters
-        ]
-        return hashlib.sha256(
-            json.dumps([asdict(self), files], sort_keys=True).encode()
-        ).hexdigest()[:32]
-
-
-def check_free() -> None:
-    """Raises PreviewError while a training has the GPU: two models would not fit."""
-    if device.has_cuda() and runs.anyone_trains():
-        raise PreviewError(
-            "The GPU is busy with a training. Pause does not free its memory: wait for the end, or stop and save first."
-        )
-
-
-PROMPTS_KEPT = 30
-
-
-def prompts() -> list[str]:
-    """What was drawn before, the latest first."""
-    try:
-        kept = json.loads((folder() / "prompts.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    return [text for text in kept if isinstance(text, str)] if isinstance(kept, list) else []
-
-
-def keep_prompt(text: str) -> None:
-    text = text.strip()[:2000]
-    kept = prompts()
-    if text and kept[:1] != [text]:
-        folder().mkdir(parents=True, exist_ok=True)
-        atomic_write(
-            folder() / "prompts.json",
-            json.dumps([text, *(other for other in kept if other != text)][:PROMPTS_KEPT]),
-        )
+        """Returns the name of the sample in the cache: a hash of the request and its files."""
+        files = [Path(adapter.file).stat() for adapter in self.adapters]
+        versions = [(file.st_size, file.st_mtime_ns) for file in files]
+        content = json.dumps([asdict(self), versions], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def folder() -> Path:
+    """Returns the folder of the samples and of the earlier prompts."""
     return run_folder.outputs_folder() / "cache" / "previews"
 
 
+def check_free() -> None:
+    """Raises PreviewError while a training uses the GPU: two models would not fit."""
+    if device.has_cuda() and runs.anyone_trains():
+        raise PreviewError(
+            "The GPU is busy with a training. Pause does not free its memory: "
+            "wait for the end, or stop and save first."
+        )
+
+
+def prompts() -> list[str]:
+    """Returns the earlier prompts, the latest first."""
+    try:
+        content = json.loads((folder() / "prompts.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    if not isinstance(content, list):
+        return []
+    return [text for text in content if isinstance(text, str)]
+
+
+def keep_prompt(text: str) -> None:
+    """Adds a prompt to the earlier prompts, or moves it to the top."""
+    text = text.strip()[:MAX_PROMPT_LENGTH]
+    earlier = prompts()
+    if not text or earlier[:1] == [text]:
+        return
+    latest = [text, *(other for other in earlier if other != text)][:MAX_PROMPTS]
+    folder().mkdir(parents=True, exist_ok=True)
+    atomic_write(folder() / "prompts.json", json.dumps(latest))
+
+
+Launch = Callable[[list[str], Path], "subprocess.Popen[bytes]"]
+
+
 class PreviewEngine:
-    def __init__(self, launch: Callable[[list[str], Path], subprocess.Popen] | None = None):
+    """The sampling process. Threads may share an engine: it makes one sample at a time."""
+
+    def __init__(self, launch: Launch | None = None):
+        """`launch` starts the process with pipes, given its arguments and its working directory."""
         self._launch = launch or _launch
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._endings = 0
         self._lock = threading.Lock()
 
@@ -104,7 +119,10 @@ class PreviewEngine:
         return self._process is not None and self._process.poll() is None
 
     def draw(self, request: PreviewRequest) -> Path:
-        """The picture's file. Takes seconds. Raises PreviewError with the engine's own sentence."""
+        """Makes a sample, which takes seconds, or finds it in the cache. Returns its file.
+
+        Raises PreviewError, with the message of the process if the process refused the request.
+        """
         target = folder() / f"{request.key()}.png"
         if target.is_file():
             return target
@@ -112,34 +130,39 @@ class PreviewEngine:
         line = json.dumps({**asdict(request), "target": str(target)}) + "\n"
         with self._lock:
             endings = self._endings
-            reply = self._ask(line)
+            reply = self._send(line)
+            # A process that died may have been killed, so it gets a second chance.
             if reply is None and endings == self._endings:
-                reply = self._ask(line)  # it died; a second death is no accident
+                reply = self._send(line)
         if reply is None and endings != self._endings:
             raise PreviewError(
-                "The preview was ended, since a training starts on the device or the page closes."
+                "The preview was ended, because a training starts on the device or the page closes."
             )
         if reply is None:
-            raise PreviewError(
-                f"The preview engine ended unexpectedly, often for want of memory. {self._last_words()}".strip()
+            message = (
+                "The preview engine ended unexpectedly, often because memory ran out. "
+                f"{self._last_log_line()}"
             )
+            raise PreviewError(message.strip())
         if "error" in reply:
             raise PreviewError(str(reply["error"]))
         return target
 
     def end(self) -> None:
-        """Frees the memory; the next picture starts the engine again."""
+        """Ends the process, which frees its memory. The next sample starts it again."""
         self._endings += 1
         process, self._process = self._process, None
-        if process is not None and process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        if process is None or process.poll() is not None:
+            return
+        process.terminate()
+        try:
+            process.wait(END_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
-    def _ask(self, line: str) -> dict | None:
+    def _send(self, line: str) -> Reply | None:
+        """Returns the reply of the process, or None if the process died."""
         if not self.is_running:
             self._process = self._launch(["sample", "--serve"], folder())
         process = self._process
@@ -150,26 +173,26 @@ class PreviewEngine:
             reply = _read_reply(process.stdout)
         except BrokenPipeError:
             reply = None
-        if (
-            reply is None
-        ):  # it said its last; make sure that it is gone before another takes its place
+        if reply is None:
+            # It may have closed its output only. It must be gone before another one is started.
             process.kill()
             process.wait()
             self._process = None
         return reply
 
-    def _last_words(self) -> str:
+    def _last_log_line(self) -> str:
         log = folder() / "engine.log"
-        lines = (
-            log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            if log.is_file()
-            else []
-        )
-        return lines[-1][:300] if lines else ""
+        if not log.is_file():
+            return ""
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return lines[-1][:MAX_REASON_LENGTH] if lines else ""
 
 
-def _read_reply(lines: IO[bytes]) -> dict | None:
-    """The next line that is a reply; what a library prints in between is none. None when the engine ended."""
+def _read_reply(lines: IO[bytes]) -> Reply | None:
+    """Returns the next line that is a reply, or None if the output ends.
+
+    Libraries print other lines in between.
+    """
     for line in lines:
         try:
             reply = json.loads(line)
@@ -180,8 +203,8 @@ def _read_reply(lines: IO[bytes]) -> dict | None:
     return None
 
 
-def _launch(arguments: list[str], where: Path) -> subprocess.Popen:
-    with open(where / "engine.log", "wb") as log:
-        return runs.trainer_process(
-            arguments, where, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+def _launch(arguments: list[str], directory: Path) -> "subprocess.Popen[bytes]":
+    with open(directory / "engine.log", "wb") as log:
+        return trainer_process.start(
+            arguments, directory, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
         )

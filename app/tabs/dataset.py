@@ -1,13 +1,19 @@
 """Dataset tab: pictures come in, the doctor looks at them, captions, crops and masks are edited beside them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from app.actions import captioning, dataset_editor, datasets
+from app.actions import (
+    captioning,
+    dataset_changes,
+    dataset_folders,
+    dataset_view,
+    datasets,
+)
 from app.page.html_view import drawn
 from app.page.live import LATEST, QUIET, Page
 from trainer.errors import DatasetError, TrainerError
@@ -45,18 +51,18 @@ def build(page: Page) -> dict[str, Any]:
         restore_dataset,
     ]
     served += [
-        dataset_editor.view,
-        dataset_editor.save_caption,
-        dataset_editor.preview_edit,
-        dataset_editor.apply_edit,
-        dataset_editor.cure,
-        dataset_editor.undo,
+        dataset_view.view,
+        dataset_changes.save_caption,
+        dataset_changes.preview_edit,
+        dataset_changes.apply_edit,
+        dataset_changes.cure,
+        dataset_changes.undo,
     ]
     served += [
-        dataset_editor.remove_picture,
-        dataset_editor.move_crop,
-        dataset_editor.save_mask,
-        dataset_editor.crops_overview,
+        dataset_changes.remove_picture,
+        dataset_changes.move_crop,
+        dataset_changes.save_mask,
+        dataset_view.crops_overview,
     ]
     served += [caption_start, caption_stop, caption_status, caption_size]
     grid = drawn(
@@ -139,7 +145,9 @@ def show(name: object, settings: dict) -> list:
     return [gr.Dropdown(choices if slug in choices else [slug, *choices], value=slug), view]
 
 
-def _guarded(handle: Callable[[dict], dict]) -> Callable[[dict], dict]:
+def _guarded(
+    handle: Callable[[dict], Mapping[str, object]],
+) -> Callable[[dict], Mapping[str, object]]:
     """A server function whose TrainerErrors reach the browser as sentences."""
 
     def guarded(data):
@@ -198,43 +206,43 @@ def add_example(data: dict) -> dict:
     return {"name": datasets.add_example(data.get("example")), "messages": []}
 
 
-def add_mask(data: dict) -> dict:
+def add_mask(data: dict) -> Mapping[str, object]:
     """An uploaded picture becomes the mask of `file`."""
     upload = _upload(data.get("path"))
     try:
-        return dataset_editor.put_mask(data, upload.read_bytes(), Path(upload.name))
+        return dataset_changes.put_mask(data, upload.read_bytes(), Path(upload.name))
     finally:
         upload.unlink(missing_ok=True)
 
 
 def rename_dataset(data: dict) -> dict:
-    return {"name": datasets.rename(data.get("dataset"), data.get("to"))}
+    return {"name": dataset_folders.rename(data.get("dataset"), data.get("to"))}
 
 
 def copy_dataset(data: dict) -> dict:
-    return {"name": datasets.duplicate(data.get("dataset"))}
+    return {"name": dataset_folders.duplicate(data.get("dataset"))}
 
 
 def remove_dataset(data: dict) -> dict:
-    kept = datasets.remove(data.get("dataset"))
+    kept = dataset_folders.remove(data.get("dataset"))
     return {"name": next(iter(datasets.names()), ""), "kept": kept}
 
 
 def restore_dataset(data: dict) -> dict:
-    return {"name": datasets.restore(data.get("kept"))}
+    return {"name": dataset_folders.restore(data.get("kept"))}
 
 
-def caption_start(data: dict) -> dict:
+def caption_start(data: dict) -> Mapping[str, object]:
     return captioning.start(data)
 
 
-def caption_stop(data: dict) -> dict:
+def caption_stop(data: dict) -> Mapping[str, object]:
     return captioning.stop(data)
 
 
-def caption_status(data: dict) -> dict:
+def caption_status(data: dict) -> Mapping[str, object]:
     return captioning.status(data)
 
 
-def caption_size(data: dict) -> dict:
+def caption_size(data: dict) -> Mapping[str, object]:
     return captioning.download_size(data)

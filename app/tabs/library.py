@@ -1,17 +1,17 @@
 """Library tab: every run as a card, to find, compare, download, preview, repeat, share or delete."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
 import gradio as gr
 
-from app.actions import adapter_tools, library
+from app.actions import adapter_tools, library, publishing
 from app.jobs import runs
 from app.page.html_view import drawn
 from app.page.live import QUIET, Page
 from app.tabs.train import act
-from app.views import run_view
+from app.views import formatting, run_cards
 from trainer.errors import TrainerError
 from trainer.runs import cache_limits
 
@@ -34,19 +34,13 @@ def build(page: Page) -> dict[str, Any]:
         )
     ]
     cards = drawn("library", elem_id="library-view", server_functions=[act, clear_cache, *handlers])
-    page.follow(cards, cards_with_notes)
+    page.follow(cards, run_cards.library_view)
     return {"cards": cards}
 
 
-def cards_with_notes() -> dict:
-    view = run_view.library()
-    for card in view["cards"]:
-        given = library.notes(runs.resolve(card["run"]))
-        card |= {"given": given["name"], "tags": given["tags"]}
-    return view
-
-
-def answered(handle: Callable[[dict], dict]) -> Callable[[dict], dict]:
+def answered(
+    handle: Callable[[dict], Mapping[str, object]],
+) -> Callable[[dict], Mapping[str, object]]:
     """A server function whose TrainerErrors reach the browser as sentences."""
 
     @wraps(handle)
@@ -74,17 +68,17 @@ def restore(data: dict) -> dict:
     return {"ok": True}
 
 
-def compare(data: dict) -> dict:
+def compare(data: dict) -> Mapping[str, object]:
     return library.compare(data.get("first"), data.get("second"))
 
 
 def model_card(data: dict) -> dict:
-    return {"text": library.model_card(data.get("run"))}
+    return {"text": publishing.model_card(data.get("run"))}
 
 
 def push(data: dict) -> dict:
     return {
-        "address": library.push(
+        "address": publishing.push(
             data.get("run"), data.get("repository"), data.get("private") is True
         )
     }
@@ -98,15 +92,15 @@ def make_file(data: dict) -> dict:
     return {"job": adapter_tools.make(data.get("run"), data)}
 
 
-def tool_state(data: dict) -> dict:
+def tool_state(data: dict) -> Mapping[str, object]:
     return adapter_tools.state(data.get("job"))
 
 
 def clear_cache(data: dict) -> dict:
     """Latents, embeddings, thumbnails and previews go; they are made anew when they are needed."""
     freed = cache_limits.clear()
-    run_view.cache_size.forget()
-    return {"text": f"{run_view.size(freed)} freed"}
+    run_cards.cache_size.forget()
+    return {"text": f"{formatting.file_size(freed)} freed"}
 
 
 def connect(page: Page, own: dict, others: dict[str, dict]) -> None:

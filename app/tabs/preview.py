@@ -10,10 +10,11 @@ import gradio as gr
 
 from app.jobs import previews, runs
 from app.jobs.previews import Adapter, PreviewRequest
+from app.jobs.ttl_cache import ttl_cached
 from app.page.html_view import drawn
 from app.page.live import LATEST, QUIET, Page
 from app.settings import form
-from app.views import run_view
+from app.views import labels
 from trainer.errors import TrainerError
 from trainer.runs import run_folder
 from trainer.runs.run_status import RunStatus
@@ -205,10 +206,10 @@ def connect(page: Page, own: dict, others: dict[str, dict]) -> None:
 
 def _run_choices() -> list[tuple[str, str]]:
     """Runs that have saved an adapter, newest first; by folder where several have one name."""
-    folders = [folder for folder in runs.all_runs() if runs.glance(folder).adapters]
-    names = Counter(run_view.title(folder) for folder in folders)
+    folders = [folder for folder in runs.all_runs() if runs.status_without_curves(folder).adapters]
+    names = Counter(labels.title(folder) for folder in folders)
     return [
-        (run_view.title(folder) if names[run_view.title(folder)] == 1 else folder.name, folder.name)
+        (labels.title(folder) if names[labels.title(folder)] == 1 else folder.name, folder.name)
         for folder in folders
     ]
 
@@ -259,7 +260,7 @@ def choose_run(run_id: str | None) -> list:
     saves = _save_choices(folder)
     prompt, seed = _first_sample(folder, runs.status(folder))
     chosen = gr.Dropdown(saves, value=saves[0][1] if saves else None)
-    sampling = form.write([f"sampling.{name}" for name in SAMPLING], runs.settings(folder))
+    sampling = form.widget_values([f"sampling.{name}" for name in SAMPLING], runs.settings(folder))
     return [gr.Dropdown(choices, value=run_id), chosen, prompt, seed, *sampling]
 
 
@@ -316,7 +317,7 @@ def _request(values: dict[str, Any], save: str | None, strength: float) -> Previ
     )
 
 
-@runs.ttl_cached
+@ttl_cached(runs.MOMENT, key=run_folder.runs_folder)
 def _file_choices() -> list[tuple[str, str]]:
     """The file of each run that has one: the finished one, else the latest save. Several parts of the page follow it each second."""
     found = [(label, run, _newest_file(runs.resolve(run))) for label, run in _run_choices()]
@@ -324,7 +325,7 @@ def _file_choices() -> list[tuple[str, str]]:
 
 
 def _newest_file(folder: Path) -> str:
-    current = runs.glance(folder)
+    current = runs.status_without_curves(folder)
     files = [current.file, *(saved.file for saved in reversed(current.adapters))]
     return next((file for file in files if file and (folder / file).is_file()), "")
 
@@ -472,7 +473,7 @@ def draw_all(page: Page, plan, values: dict[str, Any]) -> Iterator[dict]:
 
 def _check(values: dict[str, Any]) -> None:
     """What the sampler would refuse, said at once and by the field's name."""
-    wrong = form.faults({f"sampling.{name}": values[name] for name in SAMPLING})
+    wrong = form.errors({f"sampling.{name}": values[name] for name in SAMPLING})
     if wrong:
         raise TrainerError(
             " ".join(f"{form.label(path)}: {text}" for path, text in wrong.items() if path)

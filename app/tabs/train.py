@@ -1,20 +1,23 @@
 """Train tab: a recipe, a few basic knobs, everything else under Advanced; on the right, the run."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from app.actions import adapter_tools, datasets, preflight
-from app.jobs import device, runs
+from app.actions.records import Check, PreflightView
+from app.jobs import device, run_actions, runs
 from app.page.html_view import drawn
 from app.page.live import LATEST, QUIET, Page
 from app.settings import form, own_presets
-from app.views import run_view
+from app.views import charts
+from app.views.progress import progress_view
+from app.views.samples import samples_view
 from trainer import config
-from trainer.config import EMBEDDED, RunConfig, presets
-from trainer.config.interop import foreign_configs
+from trainer.config import EMBEDDED, RunConfig, interop, presets
 from trainer.errors import ConfigError, TrainerError
 from trainer.models import model_files
 from trainer.runs import run_folder
@@ -72,10 +75,10 @@ def build(page: Page) -> dict[str, Any]:
             curve = drawn("curve", elem_id="curve")
             samples = drawn("samples", elem_id="samples")
             learned = drawn("learned", elem_id="learned", server_functions=[shrink, shrunk])
-    page.follow(progress, run_view.progress)
-    page.follow(curve, run_view.curve)
-    page.follow(samples, run_view.samples)
-    page.follow(learned, run_view.learned)
+    page.follow(progress, progress_view)
+    page.follow(curve, charts.curve_view)
+    page.follow(samples, samples_view)
+    page.follow(learned, charts.learned_view)
     own = {
         "fields": fields,
         "line": line,
@@ -182,7 +185,7 @@ def _base_choices() -> list[tuple[str, str]]:
 def recipes_for(base: str, own_base: str = "") -> list[presets.Preset]:
     """The recipes for a base; for a model of one's own those of its kind."""
     bases = {_kind_of(own_base), own_base} if base == OWN else {base}
-    return [recipe for recipe in own_presets.every().values() if recipe.config.base.model in bases]
+    return [recipe for recipe in own_presets.all_presets().values() if recipe.config.base.model in bases]
 
 
 def _kind_of(own_base: str) -> str:
@@ -223,11 +226,11 @@ def _wire(page: Page, own: dict) -> None:
     fields, line = own["fields"], own["line"]
     names, inputs = list(fields), list(fields.values())
 
-    def estimated(*values) -> list[dict]:
+    def estimated(*values) -> list[Mapping[str, object]]:
         by_name = dict(zip(names, values, strict=True))
         return [summary(by_name), changes(by_name)]
 
-    def started(*values) -> dict:
+    def started(*values) -> PreflightView:
         return start(dict(zip(names, values, strict=True)))
 
     line_update = {"fn": estimated, "inputs": inputs, "outputs": [line, own["tools"]], **LATEST}
@@ -328,7 +331,7 @@ def _recipe_widgets(fields: dict) -> list:
 def choose_base(base: str, preset: str, own_base: str) -> list:
     """The recipes for a base: the one with the same title stays chosen."""
     choices = recipes_for(base, own_base)
-    known = own_presets.every()
+    known = own_presets.all_presets()
     title = known[preset].title if preset in known else ""
     chosen = next((recipe for recipe in choices if recipe.title == title), choices[0])
     return [
@@ -339,9 +342,9 @@ def choose_base(base: str, preset: str, own_base: str) -> list:
 
 
 def choose_recipe(name: str) -> list:
-    if name not in (known := own_presets.every()):  # removed in another window
+    if name not in (known := own_presets.all_presets()):  # removed in another window
         return [gr.skip()] * len(advanced_paths())
-    return form.write(advanced_paths(), known[name].config)
+    return form.widget_values(advanced_paths(), known[name].config)
 
 
 def choose_dataset(name: str) -> list:
@@ -368,7 +371,7 @@ def show_settings(run: RunConfig) -> list:
         if run.base.model in dict.fromkeys(value for _, value in _base_choices())
         else OWN
     )
-    known = own_presets.every()
+    known = own_presets.all_presets()
     folder = Path(run.dataset.folder)
     dataset = (
         folder.name
@@ -385,7 +388,7 @@ def show_settings(run: RunConfig) -> list:
         "dataset.folder": gr.Dropdown(datasets.names(), value=dataset),
     }
     paths = [*BASIC, *advanced_paths()]
-    shown = dict(zip(paths, form.write(paths, run), strict=True)) | values
+    shown = dict(zip(paths, form.widget_values(paths, run), strict=True)) | values
     return [shown[name] for name in _field_names()]
 
 
@@ -419,7 +422,7 @@ def _read(values: dict[str, Any]) -> RunConfig:
     return form.read(_by_path(values))
 
 
-def summary(values: dict[str, Any]) -> dict:
+def summary(values: dict[str, Any]) -> PreflightView:
     """The live line: steps, time and memory before anything starts, and the list of what stands in the way."""
     if values["base"] == OWN and not (values["own_base"] or "").strip():
         return {
@@ -430,30 +433,32 @@ def summary(values: dict[str, Any]) -> dict:
                 )
             ]
         }
-    wrong = form.faults(_by_path(values))
+    wrong = form.errors(_by_path(values))
     if wrong:
         return {"checks": [_fault_check(path, text) for path, text in wrong.items()]}
     return preflight.view(
-        _read(values), values["dataset.folder"], own_presets.every().get(values["preset"])
+        _read(values), values["dataset.folder"], own_presets.all_presets().get(values["preset"])
     )
 
 
-def _fault_check(path: str, text: str) -> dict:
+def _fault_check(path: str, text: str) -> Check:
     """A fault of one field can be reset by itself; a contradiction takes back all that was changed."""
     if path in BASIC:
         return preflight.check("bad", f"{form.label(path)}: {text}")
     if path:
-        return preflight.check("bad", f"{form.label(path)}: {text}", "Reset it", reset=[path])
-    return preflight.check("bad", text, "Back to the recipe", reset=advanced_paths())
+        return preflight.check(
+            "bad", f"{form.label(path)}: {text}", {"label": "Reset it", "reset": [path]}
+        )
+    return preflight.check("bad", text, {"label": "Back to the recipe", "reset": advanced_paths()})
 
 
 def changes(values: dict[str, Any]) -> dict:
     """What differs from the recipe, for the tools above the advanced fields."""
-    recipe = own_presets.every().get(values["preset"])
-    if recipe is None or form.faults(_by_path(values)):
+    recipe = own_presets.all_presets().get(values["preset"])
+    if recipe is None or form.errors(_by_path(values)):
         return {"changed": [], "own": values["preset"] in own_presets.own()}
     return {
-        "changed": form.changed(_read(values), recipe.config, advanced_paths()),
+        "changed": form.differences(_read(values), recipe.config, advanced_paths()),
         "own": recipe.name in own_presets.own(),
     }
 
@@ -468,10 +473,10 @@ def _changed_fields(names: list[str], changed: object) -> list:
 
 def reset(event: gr.EventData, preset: str) -> list:
     """The recipe's values of some fields."""
-    recipe = own_presets.every().get(preset)
+    recipe = own_presets.all_presets().get(preset)
     source = recipe.config if recipe else RunConfig()
     paths = [path for path in event.paths if path in advanced_paths()]
-    return _changed_fields(_field_names(), dict(zip(paths, form.write(paths, source), strict=True)))
+    return _changed_fields(_field_names(), dict(zip(paths, form.widget_values(paths, source), strict=True)))
 
 
 def save_recipe(title: object, values: dict[str, Any]) -> list:
@@ -544,12 +549,12 @@ def read_settings(text: str, values: dict[str, Any]) -> tuple[RunConfig, str]:
         return config.parse(text), "The settings are those of the file."
     except ConfigError as own_fault:
         try:
-            foreign = foreign_configs.read(text)
+            foreign = interop.read(text)
         except ConfigError as error:
             raise (
                 own_fault if "cannot be used" in str(own_fault) and "[training]" in text else error
             ) from None
-    run, left_out = foreign_configs.apply(foreign, _read(values))
+    run, left_out = interop.apply(foreign, _read(values))
     said = f"Taken from {foreign.program}: {len(foreign.changes)} settings."
     if left_out:
         said += "\nNot carried over, since there is no counterpart here:\n" + "\n".join(
@@ -558,14 +563,14 @@ def read_settings(text: str, values: dict[str, Any]) -> tuple[RunConfig, str]:
     return config.replace(run, {"preset": ""}), said
 
 
-def start(values: dict[str, Any]) -> dict:
+def start(values: dict[str, Any]) -> PreflightView:
     """Puts the run into the queue. What stands in the way is said, and every field stays as it is."""
     view = summary(values)
     if "steps" not in view or any(each["level"] == "bad" for each in view["checks"]):
         return view | {"refused": "The training cannot start yet:"}
     busy = runs.active() is not None
     try:
-        runs.start(_read(values))
+        run_actions.start(_read(values))
     except TrainerError as error:
         return view | {"refused": str(error)}
     return view | {"started": "It waits in the queue until the present run ends." if busy else ""}
@@ -574,7 +579,7 @@ def start(values: dict[str, Any]) -> dict:
 def act(data: dict) -> dict:
     """A button of the status card or of the queue."""
     try:
-        runs.act(data.get("run"), data.get("action"))
+        run_actions.act(data.get("run"), data.get("action"))
     except TrainerError as error:
         return {"error": str(error)}
     return {"ok": True}
@@ -582,7 +587,7 @@ def act(data: dict) -> dict:
 
 def read_log(data: dict) -> dict:
     try:
-        return {"text": runs.read_log(data.get("run"))}
+        return {"text": runs.read_log(runs.resolve(data.get("run")))}
     except TrainerError as error:
         return {"error": str(error)}
 
@@ -595,7 +600,7 @@ def shrink(data: dict) -> dict:
         return {"error": str(error)}
 
 
-def shrunk(data: dict) -> dict:
+def shrunk(data: dict) -> Mapping[str, object]:
     """How far that is."""
     try:
         return adapter_tools.state(data.get("job"))

@@ -12,7 +12,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from app import accounts, security
-from app.jobs import device, previews, runs
+from app.jobs import device, previews, queue
 from trainer import config
 from trainer.runs import run_folder, run_lock, run_requests
 
@@ -37,7 +37,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
             dataset = root / "users" / name / "datasets" / f"set-{name}"
             dataset.mkdir(parents=True)
             Image.new("RGB", (64, 64)).save(dataset / "one.png")
-        patch.setattr(runs.Launcher, "look", lambda self: None)
+        patch.setattr(queue.Launcher, "check", lambda self: None)
         with TestClient(
             create_app(PEOPLE, separate=True), base_url="http://127.0.0.1:7860"
         ) as client:
@@ -145,20 +145,20 @@ def test_the_device_is_shared_and_the_oldest_request_of_anyone_comes_first(
 ) -> None:
     monkeypatch.undo()
     launched = []
-    launcher = runs.Launcher()
-    monkeypatch.setattr(runs.Launcher, "_launch", lambda self, folder: launched.append(folder))
+    launcher = queue.Launcher()
+    monkeypatch.setattr(queue.Launcher, "_launch", lambda self, folder: launched.append(folder))
     folders = [
         run_folder.outputs_folder() / "users" / name / "runs" / run_of(name)
         for name in ("boris", "anna")
     ]
     for folder in folders:
         run_requests.request(folder, "queued")
-    LOOK(launcher)
+    CHECK(launcher)
     assert launched == [folders[0]]
     lock = run_lock.acquire(folders[1])
-    LOOK(launcher)
+    CHECK(launcher)
     assert launched == [folders[0]]
     lock.release()
 
 
-LOOK = runs.Launcher.look
+CHECK = queue.Launcher.check

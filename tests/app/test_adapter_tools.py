@@ -41,7 +41,7 @@ def test_a_file_is_looked_into_and_others_are_made_from_it(train_tiny):
     file = ended(made)["file"]
     assert (
         file["href"] == f"/runfile/{folder.name}/tiny-diffusers-fp32.safetensors"
-        and read_adapter(folder / file["name"]).dialect == "diffusers"
+        and read_adapter(folder / file["name"]).file_format == "diffusers"
     )
     both = adapter_tools.make(
         folder.name, WISHES | {"other": other.name, "own_strength": 0.5, "other_strength": -1}
@@ -69,7 +69,7 @@ def test_a_file_is_looked_into_and_others_are_made_from_it(train_tiny):
 
 def test_a_tool_that_fails_says_its_sentence(tiny_run):
     folder = run_folder.create(tiny_run())
-    with pytest.raises(StateError, match="has saved no adapter"):
+    with pytest.raises(StateError, match="has no adapter yet"):
         adapter_tools.look(folder.name)
     from trainer.runs.events import AdapterSaved, EventLog
 
@@ -78,7 +78,7 @@ def test_a_tool_that_fails_says_its_sentence(tiny_run):
     with pytest.raises(StateError, match="tiny-000002.safetensors is not a usable"):
         ended(adapter_tools.look(folder.name))
     for wishes, words in (
-        ({"dialect": "../x"}, "Choose a dialect"),
+        ({"dialect": "../x"}, "Choose a format"),
         ({"precision": None}, "Choose a precision"),
         ({"rank": "4; touch x"}, "whole number"),
         ({"rank": True}, "whole number"),

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub.errors import HFValidationError
 
-from app.actions import library as shelf
+from app.actions import library, publishing
 from app.jobs import runs
-from app.tabs import library, preview
-from app.views import run_view
+from app.tabs import library as library_tab
+from app.tabs import preview
+from app.views import files, run_cards, run_notes
 from tests.browser import staged
 from trainer.errors import TrainerError
 from trainer.runs import events, run_folder, run_requests
@@ -23,38 +24,38 @@ def finished(outputs):
 
 
 def test_names_and_tags(finished) -> None:
-    shelf.describe(finished.name, "  Maya,  the cat ", ["cat", " cat ", "", "x" * 99])
+    library.describe(finished.name, "  Maya,  the cat ", ["cat", " cat ", "", "x" * 99])
     assert (
-        shelf.notes(finished) == {"name": "Maya, the cat", "tags": ["cat", "x" * 30]}
-        and shelf.name_of(finished) == "Maya, the cat"
+        run_notes.read_notes(finished) == {"name": "Maya, the cat", "tags": ["cat", "x" * 30]}
+        and run_notes.name_of(finished) == "Maya, the cat"
     )
-    card = library.cards_with_notes()["cards"][0]
+    card = run_cards.library_view()["cards"][0]
     assert (
         card["given"] == "Maya, the cat"
         and card["trigger"] == "zorbit"
         and card["base"] == "someone/model"
     )
-    (finished / shelf.NOTES).write_text("[]")
-    assert shelf.name_of(finished) == "maya"
+    (finished / run_notes.FILE).write_text("[]")
+    assert run_notes.name_of(finished) == "maya"
 
 
 def test_delete_is_undone(finished) -> None:
     before = {path.name for path in finished.iterdir()}
-    shelf.delete(finished.name)
-    assert not finished.exists() and "error" in library.answered(library.compare)(
+    library.delete(finished.name)
+    assert not finished.exists() and "error" in library_tab.answered(library_tab.compare)(
         {"first": finished.name, "second": finished.name}
     )
-    shelf.restore(finished.name)
+    library.restore(finished.name)
     assert {path.name for path in finished.iterdir()} == before
     for wrong in ("../maya", "", None, "nothing"):
         with pytest.raises(TrainerError):
-            shelf.restore(wrong)
+            library.restore(wrong)
     with staged.at_work(finished), pytest.raises(TrainerError, match="stop it first"):
         run_requests.request(finished, "pause")
         (finished / "events.jsonl").write_text(
             "\n".join((finished / "events.jsonl").read_text().splitlines()[:-1]) + "\n"
         )
-        shelf.delete(finished.name)
+        library.delete(finished.name)
 
 
 def test_of_two_deleted_runs_of_one_name_none_is_lost(finished) -> None:
@@ -63,11 +64,11 @@ def test_of_two_deleted_runs_of_one_name_none_is_lost(finished) -> None:
         finished.mkdir(exist_ok=True)
         (finished / "run.toml").write_bytes(content)
         (finished / mark).touch()
-        shelf.delete(name)
+        library.delete(name)
     assert {
-        path.name for path in shelf.removed_folder().glob("*/*") if path.name in ("first", "second")
+        path.name for path in library.removed_folder().glob("*/*") if path.name in ("first", "second")
     } == {"first", "second"}
-    shelf.restore(name)
+    library.restore(name)
     assert (finished / "second").exists()
 
 
@@ -78,29 +79,29 @@ def test_hundreds_of_runs_are_read_once(finished, monkeypatch) -> None:
         log.append(events.StepDone(number, 0.1, 1e-4, 0.25))
         log.append(events.AdapterSaved(number, "x.safetensors", 0.1))
     runs.all_runs.forget()
-    assert len(library.cards_with_notes()["cards"]) == 301
+    assert len(run_cards.library_view()["cards"]) == 301
     parsed, parse = [], events.parse_event
     monkeypatch.setattr(events, "parse_event", lambda line: parsed.append(line) or parse(line))
     for _ in range(2):
-        runs._latest.forget()
+        runs.latest.forget()
         preview._file_choices.forget()
         preview._file_choices()
         assert runs.status(runs.shown()).step == 299
     assert sum(b"StepDone" in line for line in parsed) == 1
-    assert runs.glance(finished).seconds_per_step == runs.status(finished).seconds_per_step
+    assert runs.status_without_curves(finished).seconds_per_step == runs.status(finished).seconds_per_step
 
 
 def test_the_same_losses_are_the_same_curve_however_long_a_run_was(outputs) -> None:
     short, long = (staged.stage(name, steps) for name, steps in (("short", 60), ("long", 100)))
-    one, other = (side["loss"] for side in shelf.compare(short.name, long.name)["runs"])
+    one, other = (side["loss"] for side in library.compare(short.name, long.name)["runs"])
     assert one == other[:60] and len(other) == 100
 
 
 def test_two_runs_side_by_side(finished) -> None:
     other = staged.stage("other", 40, **{"adapter.rank": 4, "base.model": "someone/model"})
-    found = shelf.compare(finished.name, other.name)
+    found = library.compare(finished.name, other.name)
     assert [(each["label"], each["was"], each["now"]) for each in found["settings"]] == [
-        ("Rank", "16", "4")
+        ("Network rank (dimension)", "16", "4")
     ]
     for folder, step in (
         (finished, 100),
@@ -109,11 +110,11 @@ def test_two_runs_side_by_side(finished) -> None:
         log = events.EventLog(folder / "events.jsonl")
         log.append(events.StepDone(step, 0.1, 1e-4, 0.25))
         log.append(events.SampleSaved(step, "a moon", 3, f"samples/{step:06d}-1.png"))
-    assert [side["prompt"] for side in shelf.compare(finished.name, other.name)["runs"]] == [
+    assert [side["prompt"] for side in library.compare(finished.name, other.name)["runs"]] == [
         "a moon"
     ] * 2
     fresh = run_folder.create(runs.settings(other))
-    assert shelf.compare(finished.name, fresh.name)["runs"][1]["loss"] == [], (
+    assert library.compare(finished.name, fresh.name)["runs"][1]["loss"] == [], (
         "a run that has not begun has no curve"
     )
     assert [side["steps"] for side in found["runs"]] == [100, 40] and all(
@@ -122,7 +123,7 @@ def test_two_runs_side_by_side(finished) -> None:
 
 
 def test_the_model_card(finished) -> None:
-    card = shelf.model_card(finished.name)
+    card = publishing.model_card(finished.name)
     assert (
         "base_model: someone/model" in card
         and "`zorbit`" in card
@@ -139,23 +140,23 @@ def test_a_card_and_the_preview_tell_of_the_save_that_is_handed_out(finished) ->
         events.Stopped(100, "maya.safetensors", 60),
     ):
         events.EventLog(finished / "events.jsonl").append(end)
-        card, hub = shelf.model_card(finished.name), Hub()
+        card, hub = publishing.model_card(finished.name), Hub()
         assert (
             "trained for 60 steps" in card
             and "(samples/000060-0.png)" in card
             and "000100" not in card
         )
-        shelf.push(finished.name, "me/maya", True, api=hub)
+        publishing.push(finished.name, "me/maya", True, api=hub)
         assert hub.files == ["maya.safetensors", "samples/000060-0.png", "README.md"]
         assert preview._save_choices(finished)[0] == (
             "The finished file (step 60)",
             "maya.safetensors",
         )
-        assert run_view.final_file(finished, runs.status(finished))["name"] == "maya.safetensors"
-        assert "000060-0" in library.cards_with_notes()["cards"][0]["sample"]
+        assert files.adapter_file(finished, runs.status(finished))["name"] == "maya.safetensors"
+        assert "000060-0" in run_cards.library_view()["cards"][0]["sample"]
     events.EventLog(finished / "events.jsonl").append(events.Launched(1, "0"))
     assert (
-        run_view.final_file(finished, runs.status(finished))["name"] == "maya-000100.safetensors"
+        files.adapter_file(finished, runs.status(finished))["name"] == "maya-000100.safetensors"
     ), "a resumed run goes on"
 
 
@@ -177,20 +178,20 @@ class Hub:
 
 def test_pushing(finished) -> None:
     hub = Hub()
-    shelf.push(finished.name, "me/maya", True, api=hub)
+    publishing.push(finished.name, "me/maya", True, api=hub)
     assert (
         hub.made == ("me/maya", True)
         and hub.files[0] == "maya.safetensors"
         and hub.files[-1] == "README.md"
         and len(hub.files) == 3
     )
-    with pytest.raises(TrainerError, match="like user/name"):
-        shelf.push(finished.name, "maya", True, api=hub)
+    with pytest.raises(TrainerError, match="form user/name"):
+        publishing.push(finished.name, "maya", True, api=hub)
 
 
 def test_a_run_with_the_name_of_a_deleted_one_has_its_own_settings(finished) -> None:
     assert runs.settings(finished).training.steps == 100
-    shelf.delete(finished.name)
+    library.delete(finished.name)
     again = staged.stage("maya", 10, total=50)
     assert (
         again == finished

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 
-from app.actions import datasets, preflight
+from app.actions import datasets, preflight, run_estimate
 from app.jobs import device, runs
 from app.server import create_app
 from app.settings import form, own_presets
@@ -55,13 +55,13 @@ def test_the_line_says_what_the_run_will_do(values) -> None:
     run = train._read(values)
     steps = estimate.steps_for(run, [1] * 12)
     assert (
-        view["sum"] == "11 pictures × 100 views in batches of 4 = "
+        view["sum"] == "11 images × 100 views in batches of 4 = "
         and view["steps"] == f"{steps} steps"
         and steps == -(-11 * 100 // 4)
     )
     assert "roughly" in view["time"] and "learning rate 0.0015" in view["facts"][0]
     assert [phase["name"] for phase in view["memory"]["phases"]] == list(
-        preflight.PHASES.values()
+        run_estimate.PHASES.values()
     ) and view["checks"] == []
 
 
@@ -162,9 +162,9 @@ def test_a_tracker_that_is_not_there_is_told_before(values, monkeypatch) -> None
 
 def test_many_pictures_are_seen_less_often() -> None:
     recipe = presets.load_preset("sd15-subject")
-    found = preflight._length_checks(recipe.config, [None] * 120, recipe)
+    found = preflight._length_checks(recipe.config, 120, recipe)
     assert found[0]["cure"]["changes"] == {"training.views_per_picture": 25}
-    assert preflight._length_checks(recipe.config, [None] * 30, recipe) == []
+    assert preflight._length_checks(recipe.config, 30, recipe) == []
 
 
 def test_what_was_changed_is_listed(values) -> None:
@@ -173,7 +173,7 @@ def test_what_was_changed_is_listed(values) -> None:
         "changed"
     ]
     assert [(each["label"], each["was"], each["now"]) for each in changed] == [
-        ("Rank", "8", "24"),
+        ("Network rank (dimension)", "8", "24"),
         ("Gradient checkpointing", "off", "on"),
     ]
 
@@ -240,7 +240,7 @@ def test_settings_of_another_trainer_fill_the_form(values) -> None:
 
 
 def test_values_are_short_enough_for_a_button() -> None:
-    assert [form.shown(value) for value in (True, 1e-4, ("a", "b"), "x" * 99)] == [
+    assert [form.short_text(value) for value in (True, 1e-4, ("a", "b"), "x" * 99)] == [
         "on",
         "0.0001",
         "a\nb",

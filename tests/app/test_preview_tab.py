@@ -92,7 +92,7 @@ def test_prompts_are_kept_once_and_the_latest_first(outputs) -> None:
     for text in ("a", "b", "a", " ", *map(str, range(40))):
         previews.keep_prompt(text)
     assert (
-        previews.prompts()[:2] == ["39", "38"] and len(previews.prompts()) == previews.PROMPTS_KEPT
+        previews.prompts()[:2] == ["39", "38"] and len(previews.prompts()) == previews.MAX_PROMPTS
     )
     (previews.folder() / "prompts.json").write_text("{broken")
     assert previews.prompts() == []

@@ -1,18 +1,18 @@
-"""The preview engine's child process: asked once per picture, started again when it dies, quiet when it is ended."""
+"""The sampling process: one request per sample, and what happens if it dies or is ended."""
 
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from app.jobs.previews import Adapter, PreviewEngine, PreviewError, PreviewRequest
+from tests.browser.conftest import wait_for
 
 FAKE = """
 import json, pathlib, sys
-print("chatter of a library", flush=True)
+print("output of a library", flush=True)
 for line in sys.stdin:
     request = json.loads(line)
     seen = pathlib.Path(sys.argv[1])
@@ -29,13 +29,14 @@ for line in sys.stdin:
 
 @pytest.fixture
 def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file to which the fake process writes the prompts that it receives."""
     monkeypatch.setenv("ATELIER_OUTPUTS", str(tmp_path / "outputs"))
     return tmp_path / "seen.txt"
 
 
 @pytest.fixture
 def engine(seen: Path) -> PreviewEngine:
-    def launch(arguments: list[str], where: Path) -> subprocess.Popen:
+    def launch(arguments: list[str], directory: Path) -> subprocess.Popen:
         assert arguments == ["sample", "--serve"]
         return subprocess.Popen(
             [sys.executable, "-c", FAKE, str(seen)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -50,68 +51,60 @@ def request(prompt: str, **changes) -> PreviewRequest:
     return PreviewRequest(base={"model": "embedded", "revision": ""}, prompt=prompt, **changes)
 
 
-def test_a_picture_is_drawn_once(engine: PreviewEngine, seen: Path) -> None:
+def test_a_repeated_request_is_answered_from_the_cache(engine: PreviewEngine, seen: Path) -> None:
     first = engine.draw(request("a cat"))
-    assert first.read_bytes() == b"png" and engine.draw(request("a cat")) == first
+    assert first.read_bytes() == b"png"
+    assert engine.draw(request("a cat")) == first
     assert engine.draw(request("a cat", seed=2)) != first
     assert seen.read_text().splitlines() == ["a cat", "a cat"]
 
 
-def test_another_save_under_the_same_name_is_another_picture(
-    engine: PreviewEngine, tmp_path: Path
-) -> None:
+def test_a_changed_adapter_file_is_another_request(engine: PreviewEngine, tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"1")
     with_adapter = request("a cat", adapters=[Adapter(str(file), 0.8)])
-    first = with_adapter.key()
+    key = with_adapter.key()
+    assert with_adapter.key() == key
     file.write_bytes(b"22")
-    assert with_adapter.key() != first
+    assert with_adapter.key() != key
 
 
-def test_hostile_prompts_arrive_as_they_are(engine: PreviewEngine, seen: Path) -> None:
+def test_hostile_prompts_arrive_unchanged(engine: PreviewEngine, seen: Path) -> None:
     text = "x; touch PWNED $(touch PWNED) `touch PWNED` --output_dir=/tmp/x \"'"
     engine.draw(request(text))
     assert seen.read_text().strip() == text
 
 
-def test_a_refusal_is_a_sentence(engine: PreviewEngine) -> None:
-    with pytest.raises(PreviewError, match="No such thing"):
+def test_a_refused_request_raises_the_message_of_the_process(engine: PreviewEngine) -> None:
+    with pytest.raises(PreviewError, match=r"^No such thing\.$"):
         engine.draw(request("refuse"))
 
 
-def test_a_dead_engine_is_started_once_more(engine: PreviewEngine) -> None:
+def test_a_process_that_dies_is_started_once_more(engine: PreviewEngine, seen: Path) -> None:
     assert engine.draw(request("die once")).is_file()
     with pytest.raises(PreviewError, match="ended unexpectedly"):
         engine.draw(request("die"))
+    assert seen.read_text().splitlines() == ["die once", "die once", "die", "die"]
     assert engine.draw(request("a cat")).is_file()
 
 
-def test_an_ended_engine_stays_ended(
-    engine: PreviewEngine, seen: Path, wait_until: Callable
+def test_a_request_during_which_the_engine_is_ended_is_not_repeated(
+    engine: PreviewEngine, seen: Path
 ) -> None:
-    said = []
+    messages = []
 
     def draw() -> None:
         try:
             engine.draw(request("hang"))
         except PreviewError as error:
-            said.append(str(error))
+            messages.append(str(error))
 
-    waiting = threading.Thread(target=draw)
-    waiting.start()
-    wait_until(lambda: seen.exists() and "hang" in seen.read_text())
+    drawing = threading.Thread(target=draw)
+    drawing.start()
+    wait_for(lambda: seen.exists() and "hang" in seen.read_text(), "the request", 60)
     engine.end()
-    waiting.join(60)
-    assert said and "was ended" in said[0] and not engine.is_running
-
-
-@pytest.fixture
-def wait_until() -> Callable[[Callable[[], bool]], None]:
-    def wait(condition: Callable[[], bool]) -> None:
-        for _ in range(600):
-            if condition():
-                return
-            threading.Event().wait(0.1)
-        raise AssertionError("waited in vain")
-
-    return wait
+    drawing.join(60)
+    assert len(messages) == 1
+    assert "was ended" in messages[0]
+    assert not engine.is_running
+    assert seen.read_text().splitlines() == ["hang"]

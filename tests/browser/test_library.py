@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from app.actions import library
+from app.views import run_notes
 from tests.browser import staged
 from tests.browser.conftest import open_dataset, wait_for
 from tests.corpus import encoded, photo
@@ -46,7 +46,8 @@ def test_find_compare_rename_delete_and_undo(open_page) -> None:
     page.wait_for_selector(".at-side tbody tr")
     assert 0 <= page.locator(".at-side h3").bounding_box()["y"] < 300
     page.set_viewport_size({"width": 1440, "height": 900})
-    assert page.locator(".at-side tbody").inner_text().split() == ["Rank", "8", "16"]
+    row = page.locator(".at-side tbody").inner_text().split()
+    assert row == ["Network", "rank", "(dimension)", "8", "16"]
     assert (
         page.locator(".at-side polyline").count() == 2
         and page.locator(".at-side figure img").count() == 2
@@ -62,7 +63,7 @@ def test_find_compare_rename_delete_and_undo(open_page) -> None:
     card.get_by_label("Tags of").fill("best, cat")
     card.get_by_role("button", name="Keep").click()
     wait_for(
-        lambda: library.notes(folders[1]) == {"name": "Renamed", "tags": ["best", "cat"]},
+        lambda: run_notes.read_notes(folders[1]) == {"name": "Renamed", "tags": ["best", "cat"]},
         "the notes",
     )
     page.get_by_label("Search the library").fill("cat")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.jobs import runs
+from app.jobs import queue, run_actions, trainer_process
 from tests.browser import staged
 from tests.browser.conftest import open_dataset, wait_for
 from trainer import config
@@ -43,7 +43,7 @@ def long_run(
         folder = (
             server.outputs
             / "runs"
-            / runs.start(config.replace(config.RunConfig(), settings | changes))
+            / run_actions.start(config.replace(config.RunConfig(), settings | changes))
         )
         started.append(folder)
         return folder
@@ -160,12 +160,12 @@ def test_a_trainer_that_cannot_begin_is_not_started_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ATELIER_OUTPUTS", str(tmp_path))
-    folder = tmp_path / "runs" / runs.start(config.RunConfig(name="never"))
-    monkeypatch.setattr(runs, "TRAINER", "no_such_module")
-    launcher = runs.Launcher()
-    launcher.look()
+    folder = tmp_path / "runs" / run_actions.start(config.RunConfig(name="never"))
+    monkeypatch.setattr(trainer_process, "TRAINER", "no_such_module")
+    launcher = queue.Launcher()
+    launcher.check()
     launcher.executor.process.wait(60)
-    launcher.look()
+    launcher.check()
     status = run_status.read_status(folder)
     assert status.state == "failed" and "no_such_module" in status.message
     assert launcher.executor.process is None and not run_requests.requested(folder, "queued")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from app.jobs import runs
+from app.jobs import run_actions
 from tests.browser import staged
 from tests.browser.conftest import open_dataset
 from trainer import config
@@ -44,7 +44,7 @@ def hostile_run(server, monkeypatch: pytest.MonkeyPatch) -> str:
         log.append(event)
     (folder / "log.txt").write_text(HOSTILE)
     yield folder.name
-    runs.act(folder.name, "delete")
+    run_actions.act(folder.name, "delete")
 
 
 def test_hostile_text_stays_text(open_page, server, hostile_run: str, tmp_path: Path) -> None:

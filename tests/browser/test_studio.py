@@ -15,7 +15,7 @@ from tests.browser.conftest import open_dataset, wait_for
 from tests.corpus import encoded, frames, hidden_magenta, oriented, photo
 from tests.curation.test_autocaption import blip  # noqa: F401 (a fixture: the tiny captioning model)
 from trainer import config
-from trainer.data.augment import Look
+from trainer.data.augment import ImageView
 from trainer.data.latent_cache import to_pixels
 from trainer.data.scan import crop_of, scan_dataset
 
@@ -189,7 +189,7 @@ def move_a_crop(page, folder: Path) -> None:
         "(node) => ['left', 'top', 'width', 'height'].map((side) => parseFloat(node.style[side]) / 100)"
     )
     item = next(
-        item for item in scan_dataset(folder, resolution=64)[0] if item.path.name == "wide.png"
+        item for item in scan_dataset(folder, config.Dataset(resolution=64, bucket_step=8))[0] if item.path.name == "wide.png"
     )
     settings = config.Dataset(
         resolution=64, bucket_step=8
@@ -197,7 +197,7 @@ def move_a_crop(page, folder: Path) -> None:
     assert item.crop_centre is not None and shown[0] + shown[2] == pytest.approx(1, abs=0.01), (
         "dragged to the right edge"
     )
-    overlay = datasets.crop_shown(item, settings)
+    overlay = datasets.crop_view(item, settings)
     left, top, right, bottom = overlay["box"]
     assert [left, top, right - left, bottom - top] == pytest.approx(shown, abs=0.002)
     image = Image.open(item.path)
@@ -215,7 +215,7 @@ def move_a_crop(page, folder: Path) -> None:
         - 1
     )
     assert (
-        np.abs(to_pixels(item.path, Look(crop))[0].permute(1, 2, 0).numpy() - seen).max() < 0.05
+        np.abs(to_pixels(item.path, ImageView(crop))[0].permute(1, 2, 0).numpy() - seen).max() < 0.05
     ), "the overlay is the tensor"
     page.locator(".at-editor").get_by_role("button", name="Close", exact=True).click()
 
@@ -294,7 +294,7 @@ def nothing_is_lost_by_a_reload(page, folder: Path) -> None:
         "p003.png" not in [file for file, _ in shown]
         and "Undo" in page.locator(".at-undo").inner_text()
     )
-    items = {item.path.name: item for item in scan_dataset(folder, resolution=64)[0]}
+    items = {item.path.name: item for item in scan_dataset(folder, config.Dataset(resolution=64, bucket_step=8))[0]}
     assert (
         items["wide.png"].crop_centre is not None
         and items["p010.png"].mask == folder / "p010.mask.png"
@@ -375,5 +375,5 @@ def test_a_folder_arrives_whole_in_two_windows_at_once(open_page, server, tmp_pa
     for name in pages:
         assert [
             item.caption
-            for item in scan_dataset(server.outputs / "datasets" / name, resolution=64)[0]
+            for item in scan_dataset(server.outputs / "datasets" / name, config.Dataset(resolution=64, bucket_step=8))[0]
         ] == ["a photo"] * 2

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from app.actions import datasets
-from app.jobs import runs
+from app.actions import dataset_folders, datasets
+from app.jobs import run_actions
 from tests.browser import staged
 from tests.browser.conftest import wait_for
 from trainer import config
@@ -59,7 +59,7 @@ def test_advanced_is_searched_marked_and_reset(open_page, server, tmp_path: Path
         and page.locator("#section-adapter").is_visible()
     )
     page.locator("#field-adapter-rank input").first.fill("32")
-    page.wait_for_selector(".at-chip:has-text('Rank 32')")
+    page.wait_for_selector(".at-chip:has-text('Network rank (dimension) 32')")
     assert "inset" in page.locator("#field-adapter-rank").evaluate(
         "node => getComputedStyle(node).boxShadow"
     )
@@ -104,14 +104,14 @@ def test_of_two_recipes_chosen_quickly_the_second_fills_the_form(open_page) -> N
 
 
 def test_a_dataset_that_gets_another_name_is_not_chosen_any_more(open_page) -> None:
-    name = datasets.duplicate(datasets.add_example("subject"))
+    name = dataset_folders.duplicate(datasets.add_example("subject"))
     os.utime(datasets.resolve(name))  # the one worked on last is chosen at first
     page = open_page("train")
     page.wait_for_function(
         f"document.querySelector('#field-dataset-folder input')?.value == '{name}'"
     )
     page.wait_for_function("document.querySelector('#estimate')?.innerText.includes(' steps in ')")
-    datasets.remove(datasets.rename(name, "vanished"))
+    dataset_folders.remove(dataset_folders.rename(name, "vanished"))
     page.wait_for_function("document.querySelector('#field-dataset-folder input').value == ''")
     page.wait_for_function("!document.querySelector('#estimate')?.innerText.includes(' steps in ')")
     page.get_by_role("button", name="Start training").click()
@@ -123,7 +123,7 @@ def test_while_it_runs(open_page, server) -> None:
     folder = staged.stage("at work", 40)
     with staged.at_work(folder) as log:
         waiting = [
-            server.outputs / "runs" / runs.start(config.RunConfig(name=name))
+            server.outputs / "runs" / run_actions.start(config.RunConfig(name=name))
             for name in ("one", "two")
         ]
         page = open_page("train")
@@ -195,10 +195,10 @@ def test_run_again_takes_the_same_settings(server) -> None:
     folder = staged.stage("once more", 100)
     staged.finish(folder)
     with staged.at_work(staged.stage("keeps the device", 1)):
-        runs.act(folder.name, "repeat")
+        run_actions.act(folder.name, "repeat")
         again = run_requests.queue()[-1]
         assert again != folder and config.load(again / "run.toml") == config.load(
             folder / "run.toml"
         )
-        runs.act(again.name, "unqueue")
-        runs.act(again.name, "delete")
+        run_actions.act(again.name, "unqueue")
+        run_actions.act(again.name, "delete")

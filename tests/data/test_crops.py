@@ -48,7 +48,7 @@ def middle_of(item, chosen: config.Dataset) -> float:
 
 
 def test_each_mode_keeps_what_it_says(folder):
-    left, right = scan_dataset(folder, resolution=64)[0]
+    left, right = scan_dataset(folder, config.Dataset(resolution=64, bucket_step=8))[0]
     assert (
         middle_of(left, settings_with())
         == middle_of(right, settings_with())
@@ -78,7 +78,7 @@ def test_what_stands_out_is_found(x, y):
 def test_the_whole_picture_keeps_its_shape_and_limits(
     width, height, resolution, step, allow_upscale
 ):
-    crop = buckets.whole_picture(width, height, resolution, step, allow_upscale)
+    crop = buckets.squeeze_whole_image(width, height, resolution, step, allow_upscale)
     w, h = crop.bucket
     assert w % step == h % step == 0 < min(w, h) and w * h <= resolution**2
     if not allow_upscale:
@@ -105,7 +105,7 @@ def test_a_moved_crop_is_kept_and_taken_back(folder):
     history.apply(
         folder, "Moved the crop of left.png", [crop_edits.move(folder, picture, (0.9, 0.5))]
     )
-    items, findings = scan_dataset(folder, resolution=64)
+    items, findings = scan_dataset(folder, config.Dataset(resolution=64, bucket_step=8))
     assert [item.crop_centre for item in items] == [(0.9, 0.5), None]
     assert (
         middle_of(items[0], settings_with()) > 0.7
@@ -113,7 +113,7 @@ def test_a_moved_crop_is_kept_and_taken_back(folder):
     )
     assert not [finding for finding in findings if ".atelier" in finding.file]
     history.apply(folder, "Put back", [crop_edits.move(folder, picture, None)])
-    assert scan_dataset(folder, resolution=64)[0][0].crop_centre is None
+    assert scan_dataset(folder, config.Dataset(resolution=64, bucket_step=8))[0][0].crop_centre is None
     history.undo(folder)
     history.undo(folder)
     assert not (folder / ".atelier" / "crops.json").exists()
@@ -126,7 +126,7 @@ def test_a_place_that_is_none_is_refused(folder, place):
             crop_edits.move(folder, folder / "left.png", place)
     (folder / ".atelier").mkdir()
     (folder / ".atelier" / "crops.json").write_text(json.dumps({"left": place}))
-    assert buckets.read(folder) == {}
+    assert buckets.read_crop_centres(folder) == {}
 
 
 def test_what_is_shown_is_what_the_vae_is_given(folder, tiny_run, monkeypatch):
@@ -147,10 +147,10 @@ def test_what_is_shown_is_what_the_vae_is_given(folder, tiny_run, monkeypatch):
     run = tiny_run({"dataset.folder": str(folder), "dataset.crop": "salient"})
     place = run_folder.create(run)
     setup.prepare(run, place, EventLog(place / "events.jsonl"))
-    items, _ = scan_dataset(folder, resolution=32)
+    items, _ = scan_dataset(folder, config.Dataset(resolution=32, bucket_step=8))
     assert len(given) == len(items) == 2
     for item, pixels in zip(items, given, strict=True):
-        overlay = datasets.crop_shown(item, run.dataset)
+        overlay = datasets.crop_view(item, run.dataset)
         image = Image.open(item.path)
         left, top, right, bottom = (overlay["box"][i] * image.size[i % 2] for i in range(4))
         seen = image.resize(

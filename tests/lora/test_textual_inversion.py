@@ -59,12 +59,12 @@ def test_the_word_is_learned_and_every_other_row_stays(kind, bases, tiny_run):
     folder = run_folder.create(run)
     session = prepare(run, folder, EventLog(folder / "events.jsonl"))
     before, start = (
-        tables(session.base.pipe),
-        {part: rows.detach().clone() for part, rows in session.trigger.rows.items()},
+        tables(session.model.base.pipe),
+        {part: rows.detach().clone() for part, rows in session.model.trigger.rows.items()},
     )
     plain = load_base(run.base, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(before, tables(plain.pipe), strict=True))
-    count = sum(p.numel() for p in session.parameters.values())
+    count = sum(p.numel() for p in session.optimisation.parameters.values())
     assert (
         count
         == estimate.trainable_parameters(run)
@@ -78,7 +78,7 @@ def test_the_word_is_learned_and_every_other_row_stays(kind, bases, tiny_run):
         tensor.shape == (2, TEXT_WIDTH) for tensor in saved.values()
     )
     learned = textual_inversion.read_embedding(
-        folder / "tiny-embedding.safetensors", session.base.family
+        folder / "tiny-embedding.safetensors", session.model.base.family
     )
     assert learned.word == "maya" and all(
         not torch.allclose(learned.rows[part], rows) for part, rows in start.items()
@@ -86,12 +86,12 @@ def test_the_word_is_learned_and_every_other_row_stays(kind, bases, tiny_run):
     assert {path.name for path in folder.glob("*-embedding.safetensors")} == {
         f"tiny{s}-embedding.safetensors" for s in ("", "-000002", "-000004")
     }
-    worn = textual_inversion.put_on(plain, [learned])
+    worn = textual_inversion.with_embeddings(plain, [learned])
     assert worn.reading.words == (("maya", 2),) and all(
         torch.equal(a, b) for a, b in zip(before, tables(worn.pipe), strict=True)
     )
     read = {prompt: worn.encode([prompt])["prompt_embeds"] for prompt in ("maya", "a mayan cat")}
-    bare = textual_inversion.put_on(worn, [])
+    bare = textual_inversion.with_embeddings(worn, [])
     assert bare == plain and all(
         torch.equal(rows, bare.encode([prompt])["prompt_embeds"]) == (prompt != "maya")
         for prompt, rows in read.items()
@@ -106,9 +106,9 @@ def test_it_starts_as_the_words_it_is_said_to(tiny_run, tiny_base):
         base.pipe.text_encoder.get_input_embeddings().weight,
     )
     assert len(ids) == 3 and torch.equal(
-        textual_inversion.fresh(run, base).rows["text_encoder"], table[ids]
+        textual_inversion.new_trigger_embedding(run, base).rows["text_encoder"], table[ids]
     )
-    worn = textual_inversion.put_on(base, [textual_inversion.fresh(run, base)])
+    worn = textual_inversion.with_embeddings(base, [textual_inversion.new_trigger_embedding(run, base)])
     as_dog = base.encode(["a dog here"])["prompt_embeds"]
     assert torch.equal(worn.encode(["a MAYA here"])["prompt_embeds"], as_dog)
 
@@ -122,10 +122,10 @@ def test_the_summary_of_a_prompt_is_taken_at_its_end(tiny_base):
     ).input_ids
     plain = base.pipe.text_encoder(tokens).pooler_output
     rows = base.pipe.text_encoder.get_input_embeddings()(tokens[0, 2:5]).detach()
-    textual_inversion.put_on(base, [Embedding("maya", {"text_encoder": rows})])
-    spelled = textual_inversion.put_on(
+    textual_inversion.with_embeddings(base, [Embedding("maya", {"text_encoder": rows})])
+    spelled = textual_inversion.with_embeddings(
         base, [Embedding("maya", {"text_encoder": rows})]
-    ).reading.spelled(["a maya"])
+    ).reading.with_placeholders(["a maya"])
     again = base.pipe.tokenizer(
         spelled, padding="max_length", max_length=77, return_tensors="pt"
     ).input_ids
@@ -173,7 +173,7 @@ def test_diffusers_reads_the_file(learned, tiny_base):
     )
     theirs = pipe.encode_prompt("<maya>, at night", "cpu", 1, False)[0]
     base = load_base(Base(model=str(tiny_base)), torch.float32)
-    worn = textual_inversion.put_on(
+    worn = textual_inversion.with_embeddings(
         base, textual_inversion.read_beside([learned / "tiny.safetensors"], base.family)
     )
     assert torch.allclose(worn.encode(["maya, at night"])["prompt_embeds"], theirs, atol=1e-6)
@@ -227,17 +227,17 @@ def test_the_preview_reads_it_where_it_lies_beside(learned, tiny_base, tmp_path)
 
 
 def test_the_page_hands_it_out_and_a_run_goes_on_from_it(learned, tiny_run):
-    from app.views import run_view
+    from app.views import files
 
-    file = run_view.final_file(learned, run_status.read_status(learned))
+    file = files.adapter_file(learned, run_status.read_status(learned))
     assert file["embedding"]["name"] == "tiny-embedding.safetensors"
     on = {"adapter.start_from": str(learned / "tiny.safetensors"), "training.steps": 1}
     run = tiny_run(PIVOTAL | on)
     base = load_base(run.base, torch.float32)
     saved = load_file(learned / "tiny-embedding.safetensors")["emb_params"]
-    assert torch.equal(textual_inversion.fresh(run, base).rows["text_encoder"], saved)
+    assert torch.equal(textual_inversion.new_trigger_embedding(run, base).rows["text_encoder"], saved)
     with pytest.raises(ConfigError, match="has 2"):
-        textual_inversion.fresh(config.replace(run, {"adapter.trigger_vectors": 3}), base)
+        textual_inversion.new_trigger_embedding(config.replace(run, {"adapter.trigger_vectors": 3}), base)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_word(learned, tmp_path, monkeypatch):
@@ -257,7 +257,7 @@ def test_a_file_that_does_not_fit_is_refused_in_a_sentence(learned, bases, tmp_p
     with pytest.raises(ModelError, match="should hold clip_l and clip_g"):
         textual_inversion.read_embedding(learned / "tiny-embedding.safetensors", sdxl.family)
     with pytest.raises(ModelError, match="another kind of base"):
-        textual_inversion.put_on(
+        textual_inversion.with_embeddings(
             sdxl,
             [
                 Embedding(
@@ -281,7 +281,7 @@ def test_vectors_that_no_encoder_reads_are_refused(bases, tiny_run, monkeypatch)
     with pytest.raises(
         ConfigError, match="no CLIP text encoder reads the captions of Stable Diffusion XL"
     ):
-        textual_inversion.fresh(tiny_run(WORD), base)
+        textual_inversion.new_trigger_embedding(tiny_run(WORD), base)
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def test_early_stop_ends_a_run_whose_losses_are_no_numbers(tiny_run, twelve, mon
 def test_early_stop_without_held_out_pictures_is_said(train_tiny):
     status = run_status.read_status(train_tiny({"training.early_stop": 1}))
     assert status.step == 6 and any(
-        "too few pictures to hold some out" in warning for warning in status.warnings
+        "training.early_stop has no effect" in warning for warning in status.warnings
     )
 
 
