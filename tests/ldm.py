@@ -330,7 +330,7 @@ def filled(
     return tensors
 
 
-def write_checkpoint(
+def write_single_file(
     path: Path,
     kind: str,
     *,
