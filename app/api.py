@@ -1,10 +1,13 @@
-"""What scripts and notebooks can do: the same as the page, by names that stay (docs/api.md). Everything goes by id, nothing by path.
+"""The API for scripts and notebooks: endpoints whose names and parameters stay (docs/api.md).
 
-Each function is an endpoint of its own name; its docstring is what `client.view_api()` shows.
+Runs and datasets are identified by name, never by path. The docstring of each function is what
+`client.view_api()` shows.
 """
 
+from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import gradio as gr
 
@@ -13,11 +16,15 @@ from app.jobs import previews, run_actions, runs
 from app.jobs.previews import Adapter, PreviewRequest
 from app.tabs.dataset import add_files
 from app.views import charts, files
+from app.views.records import AdapterFile
 from trainer import config
 from trainer.config import presets
 from trainer.errors import ConfigError, StateError, TrainerError
 
-MOST_LOSSES = 200
+MAX_LOSSES = 200
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def build(engine: previews.PreviewEngine) -> None:
@@ -31,22 +38,25 @@ def build(engine: previews.PreviewEngine) -> None:
         inference_steps: int = 20,
         guidance_scale: float = 7.0,
     ) -> dict[str, Any]:
-        """Draws a picture with a run's adapter at a strength; 0 is the base. Returns its address below that of the page: {"href"}."""
+        """Generates an image with a run's adapter. A strength of 0 is the base.
+
+        Returns {"href"}: its URL relative to the page. Without a prompt the trigger word is used.
+        """
         return draw(engine, run, prompt, strength, seed, inference_steps, guidance_scale)
 
     for endpoint in (upload, recipes, train, status, act, sample, download):
         gr.api(
-            said(endpoint),
+            with_messages(endpoint),
             api_name=endpoint.__name__,
             concurrency_limit=1 if endpoint is sample else 4,
         )
 
 
-def said(endpoint):
-    """A TrainerError reaches the client as the error it raises, with its sentence."""
+def with_messages(endpoint: Callable[P, T]) -> Callable[P, T]:
+    """Returns the endpoint with the messages of TrainerErrors sent to the client."""
 
     @wraps(endpoint)
-    def answer(*values, **named):
+    def answer(*values: P.args, **named: P.kwargs) -> T:
         try:
             return endpoint(*values, **named)
         except TrainerError as error:
@@ -55,24 +65,26 @@ def said(endpoint):
     return answer
 
 
-def upload(files: list[dict], dataset: str = "my-dataset") -> dict[str, Any]:
-    """Adds pictures, captions or zips, each given by `handle_file`, to a dataset. Returns {"dataset", "pictures", "messages"}."""
-    sent = [
-        {"path": file.get("path"), "name": file.get("orig_name")}
-        for file in files
-        if isinstance(file, dict)
-    ]
+def upload(files: list[dict[str, Any]], dataset: str = "my-dataset") -> dict[str, Any]:
+    """Adds images, captions or zips, each given by `handle_file`, to a dataset.
+
+    Returns {"dataset", "pictures", "messages"}: its name, the number of images, and the problems.
+    """
+    sent = []
+    for file in files:
+        if isinstance(file, dict):
+            sent.append({"path": file.get("path"), "name": file.get("orig_name")})
     added = add_files({"dataset": dataset, "files": sent})
-    messages = [f"{each['file']}: {each['text']}" for each in added["messages"]]
+    messages = [f"{message['file']}: {message['text']}" for message in added["messages"]]
     return {
         "dataset": added["name"],
-        "pictures": len(datasets.scan(added["name"])[0]),
+        "pictures": len(datasets.scan(added["name"]).items),
         "messages": messages,
     }
 
 
 def recipes() -> dict[str, str]:
-    """The recipes that ship, by name, with what each is for."""
+    """Returns the presets that ship, by name, with their purpose."""
     return {
         preset.name: f"{preset.title} on {preset.config.base.model}: {preset.purpose}"
         for preset in presets.load_presets().values()
@@ -85,21 +97,30 @@ def train(
     name: str = "my-lora",
     settings: dict[str, Any] | None = None,
 ) -> str:
-    """Puts a run into the queue. `settings` are changes by dotted path, such as {"training.steps": 300}. Returns the run's id."""
+    """Adds a run to the queue and returns its id.
+
+    `recipe` is the name of a preset. `settings` are changes to it by dotted path, such as
+    {"training.steps": 300}.
+    """
     folder = datasets.resolve(dataset)
-    changes = {"dataset.trigger": datasets.suggest_trigger(datasets.scan(dataset)[0])} | (
-        settings or {}
-    )
+    changes = settings or {}
     if "dataset.folder" in changes:
-        raise ConfigError("Name the dataset, not its folder.")
-    run = config.replace(
-        presets.load_preset(recipe).config, {"name": name, "dataset.folder": str(folder)} | changes
-    )
+        raise ConfigError("Give the name of the dataset, not dataset.folder.")
+    defaults = {
+        "name": name,
+        "dataset.folder": str(folder),
+        "dataset.trigger": datasets.suggest_trigger(datasets.scan(dataset).items),
+    }
+    run = config.replace(presets.load_preset(recipe).config, defaults | changes)
     return run_actions.start(run)
 
 
 def status(run: str) -> dict[str, Any]:
-    """Where a run is: {"state", "step", "total_steps", "seconds_left", "losses", "validation", "samples", "file", "message", "actions"}."""
+    """Returns how far a run is.
+
+    {"state", "step", "total_steps", "seconds_left", "losses", "validation", "samples", "file",
+    "message", "actions"}
+    """
     folder = runs.resolve(run)
     current = runs.status(folder)
     return {
@@ -107,9 +128,9 @@ def status(run: str) -> dict[str, Any]:
         "step": current.step,
         "total_steps": current.total_steps,
         "seconds_left": current.seconds_left if current.is_active else None,
-        "losses": charts.thin(current.losses, MOST_LOSSES),
+        "losses": charts.thin(current.losses, MAX_LOSSES),
         "validation": current.validation_losses,
-        "samples": [f"/runfile/{folder.name}/{sample.file}" for sample in current.samples],
+        "samples": [files.href(folder, sample.file) for sample in current.samples],
         "file": files.adapter_file(folder, current),
         "message": current.message,
         "actions": sorted(run_actions.available(current)),
@@ -117,17 +138,17 @@ def status(run: str) -> dict[str, Any]:
 
 
 def act(run: str, action: str) -> dict[str, Any]:
-    """Does what a button of the page does, one of the "actions" of its status: stop, pause, continue, resume, save, sample, repeat ..."""
+    """Acts like a button of the page: stop, pause, continue, resume, save, sample, repeat ...
+
+    The possible actions are in the "actions" of the run's status.
+    """
     run_actions.act(run, action)
     return {"done": action}
 
 
 def download(run: str) -> str:
-    """The address of a run's adapter file, below that of the page."""
-    file = files.adapter_file(folder := runs.resolve(run), runs.status(folder))
-    if file is None:
-        raise StateError("The run has no adapter yet; its status says how far it is.")
-    return file["href"]
+    """Returns the URL of a run's adapter file, relative to the page."""
+    return _adapter_of(runs.resolve(run))["href"]
 
 
 def draw(
@@ -139,21 +160,27 @@ def draw(
     inference_steps: int,
     guidance_scale: float,
 ) -> dict[str, Any]:
+    """Generates a sample with a run's adapter. Returns {"href"}."""
     previews.check_free()
     folder = runs.resolve(run)
-    file = files.adapter_file(folder, runs.status(folder))
-    if file is None:
-        raise StateError("The run has no adapter yet; its status says how far it is.")
+    adapter = Adapter(str(folder / _adapter_of(folder)["name"]), strength)
     settings = runs.settings(folder)
-    picture = engine.draw(
+    image = engine.draw(
         PreviewRequest(
             base=settings.base.model_dump(exclude={"precision"}),
             caption_tokens=settings.dataset.caption_tokens,
-            adapters=[Adapter(str(folder / file["name"]), strength)] if strength else [],
+            adapters=[adapter] if strength else [],
             prompt=prompt or settings.dataset.trigger,
             seed=seed,
             inference_steps=inference_steps,
             guidance_scale=guidance_scale,
         )
     )
-    return {"href": f"/previewfile/{picture.name}"}
+    return {"href": f"/previewfile/{image.name}"}
+
+
+def _adapter_of(folder: Path) -> AdapterFile:
+    file = files.adapter_file(folder, runs.status(folder))
+    if file is None:
+        raise StateError("The run has no adapter yet; its status shows how far it is.")
+    return file

@@ -103,7 +103,7 @@ def shrink(run_id: object, rank: object) -> str:
 def state(job_id: object) -> ToolProgress | AdapterDescription | MadeFile:
     """Returns the progress of a job, or its result once it is done. The job is then forgotten.
 
-    Raises StateError with the message of a tool that failed, or if there is no such job.
+    Raises StateError with the message of a tool that failed, or if the job is unknown.
     """
     job = _jobs.get(str(job_id))
     if job is None:

@@ -72,7 +72,7 @@ def preview_edit(data: BrowserData) -> EditPreview:
 
 
 def apply_edit(data: BrowserData) -> ChangeCount:
-    """Changes all captions. Raises DatasetError if there is no such change."""
+    """Changes all captions. Raises DatasetError for an unknown operation."""
     folder, changes = _planned(data)
     on_disk = dataset_scans.read_captions(folder, (change.image for change in changes))
     if list(on_disk.values()) != [change.before for change in changes]:

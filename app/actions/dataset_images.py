@@ -66,7 +66,7 @@ def _mask_of(name: object, image: Path) -> Path:
 
 
 def mask_url(name: object, key: str, mask: Path | None) -> str:
-    """Returns the URL of a mask, a new one for each content, or "" if there is no mask."""
+    """Returns the URL of a mask, a new one for each content, or "" without a mask."""
     if mask is None or not mask.exists():
         return ""
     return f"/mask/{name}/{key}?v={mask.stat().st_mtime_ns}"

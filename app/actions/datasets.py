@@ -65,7 +65,7 @@ def resolve(name: object) -> Path:
 def resolve_image(name: object, file: object) -> Path:
     """Returns an image of a dataset by its path below the dataset's folder.
 
-    Raises DatasetError if there is no such image.
+    Raises DatasetError if it does not exist.
     """
     folder = resolve(name)
     path = folder / str(file)

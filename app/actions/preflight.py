@@ -167,9 +167,8 @@ def _base_checks(run: RunConfig) -> list[Check]:
 
 
 def _disk_checks(run: RunConfig) -> list[Check]:
-    """Checks the space for saves, two checkpoints (weights and two moments, float32) and caches."""
-    parameters = estimate.trainable_parameters(run) or 0
-    need = (run.saving.saves + 1) * (estimate.file_bytes(run) or 0) + 2 * 12 * parameters + 50e6
+    """Checks the space for checkpoints, saves, samples and caches."""
+    need = estimate.disk_bytes(run)
     run_folder.outputs_folder().mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(run_folder.outputs_folder()).free
     if free > need + SPARE_DISK / 2:

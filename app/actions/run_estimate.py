@@ -68,7 +68,7 @@ def _facts(run: RunConfig, validation_images: int) -> list[str]:
 
 
 def memory_view(needs: estimate.Memory) -> MemoryView:
-    """Returns the memory of each phase beside that of the device."""
+    """Returns the memory that each phase needs, and the memory of the device."""
     usage = device.usage()
     scale = max(usage.total, needs.peak) or 1
     phases: list[MemoryPhase] = []

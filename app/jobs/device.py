@@ -53,7 +53,7 @@ def has_cuda() -> bool:
 
 @cache
 def count() -> int:
-    """Returns how many devices a training may use at once, 1 if there is no NVIDIA GPU."""
+    """Returns how many devices a training may use at once, 1 without an NVIDIA GPU."""
     if _gpu() is None:
         return 1
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -68,7 +68,7 @@ def kind() -> str:
 
 
 def usage() -> Usage:
-    """Returns the present usage of the GPU, or of the machine if there is no GPU."""
+    """Returns the present usage of the GPU, or of the machine without a GPU."""
     gpu = _gpu()
     if gpu is None:
         return host()

@@ -27,7 +27,7 @@ def start(run: RunConfig) -> str:
 def act(run_id: object, action: object) -> None:
     """Runs an action of `available` by its name.
 
-    Raises StateError if there is no such run, or if the action is not possible in its state.
+    Raises StateError if the run does not exist, or if its state does not allow the action.
     """
     folder = runs.resolve(run_id)
     allowed = available(runs.status(folder))

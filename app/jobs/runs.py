@@ -39,7 +39,7 @@ def resolve(run_id: object) -> Path:
         and run_id not in ("", ".", "..")
         and "\\" not in run_id
     )
-    # os.path returns False where Path raises: for a NUL, or a name that is too long.
+    # os.path returns False for a NUL or a name that is too long. Path raises an error.
     if not is_plain_name or os.path.islink(folder) or not os.path.isfile(folder / "run.toml"):
         raise StateError("There is no such run; it may have been deleted.")
     return folder

@@ -46,7 +46,7 @@ def start(
 
 
 def environment_for(outputs: Path) -> dict[str, str]:
-    """Returns the environment variables that a trainer needs beside those of its machine."""
+    """Returns the environment variables that a trainer needs, on any machine."""
     import_path = [str(PROGRAM_FOLDER), os.environ.get("PYTHONPATH")]
     return {
         "PYTHONUTF8": "1",

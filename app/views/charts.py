@@ -77,7 +77,7 @@ def smooth(points: Sequence[Point], length: int = 0) -> list[Point]:
 
 
 def learned_view() -> LearnedView | EmptyView:
-    """Returns where the shown run's adapter changes the base, and how much of its rank it uses."""
+    """Returns which blocks the shown run's adapter changes, and how much of its rank it uses."""
     folder = runs.shown()
     if folder is None:
         return {}
