@@ -1,4 +1,7 @@
-"""The engine of LoRA Atelier: usable alone (`python -m trainer`, `from trainer import RunConfig, run`), knows nothing of the page."""
+"""The engine of LoRA Atelier. It works without the page, which is in `app/`.
+
+From Python: `from trainer import RunConfig, run`. From a terminal: `python -m trainer`.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -10,16 +13,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Result", "RunConfig", "TrainerError", "run"]
-_PLACES = {
-    "Result": "training.runner",
-    "RunConfig": "config",
-    "TrainerError": "errors",
-    "run": "training.runner",
+_MODULES = {
+    "Result": "trainer.training.runner",
+    "RunConfig": "trainer.config",
+    "TrainerError": "trainer.errors",
+    "run": "trainer.training.runner",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Read when they are asked for, since their modules need this one."""
-    if name not in _PLACES:
+    """Imports a public name when it is first used, because its module imports this one."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    return getattr(import_module(_MODULES[name]), name)

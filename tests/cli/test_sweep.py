@@ -1,4 +1,4 @@
-"""A sweep is a list of ordinary runs, and what came out of them."""
+"""A sweep: a list of ordinary runs, and a comparison of their results."""
 
 import json
 import xml.etree.ElementTree as ElementTree
@@ -7,9 +7,9 @@ import pytest
 
 from app.actions import library
 from trainer import config
-from trainer.cli import sweep, sweep_folder, sweep_results
 from trainer.cli.main import main
-from trainer.errors import ConfigError
+from trainer.cli.sweep import results, sweep_command, sweep_folder
+from trainer.errors import ConfigError, StateError
 from trainer.runs import run_folder, run_requests
 from trainer.training.runner import STOPPED
 
@@ -17,87 +17,91 @@ GRID = ["--grid", "adapter.rank=2,4", "--grid", "training.learning_rate=1e-2,1e-
 
 
 @pytest.fixture
-def recipe(tiny_run, tmp_path):
-    file = tmp_path / "recipe.toml"
+def settings_file(tiny_run, tmp_path):
+    file = tmp_path / "run.toml"
     shorter = {"training.steps": 4, "saving.saves": 2, "sampling.inference_steps": 1}
     file.write_text(config.to_toml(tiny_run(shorter)), encoding="utf-8")
     return str(file)
 
 
 def the_sweep(outputs):
-    return next((outputs / "sweeps").iterdir())
+    (folder,) = (outputs / "sweeps").iterdir()
+    return folder
 
 
-def test_every_combination_is_trained_and_told_apart(recipe, outputs, capsys):
-    assert main(["sweep", recipe, "--name", "trial", *GRID]) == 0
-    folder, runs = the_sweep(outputs), run_folder.list_runs()
-    found = sweep_results.rows(folder)
-    assert len(runs) == len(found) == 4 and {row["state"] for row in found} == {"finished"}
-    assert {tuple(row["settings"].values()) for row in found} == {
-        (2, 1e-2),
-        (2, 1e-3),
-        (4, 1e-2),
-        (4, 1e-3),
-    }
-    assert all(
-        config.load(outputs / "runs" / row["run"] / "run.toml").adapter.rank
-        == row["settings"]["adapter.rank"]
-        for row in found
-    )
-    assert config.load(outputs / "runs" / found[0]["run"] / "run.toml").name.startswith(
-        "trial rank="
-    )
-    losses = [row["validation_loss"] for row in found]
-    assert (
-        losses == sorted(losses)
-        and len(set(losses)) == 4
-        and all(row["seconds"] > 0 for row in found)
-    )
+def test_every_combination_is_trained_and_compared(settings_file, outputs, capsys):
+    assert main(["sweep", settings_file, "--name", "trial", *GRID]) == 0
+    folder = the_sweep(outputs)
+    rows = results.read_rows(folder)
+    assert len(run_folder.list_runs()) == len(rows) == 4
+    assert {row.state for row in rows} == {"finished"}
+    combinations = {tuple(row.settings.values()) for row in rows}
+    assert combinations == {(2, 1e-2), (2, 1e-3), (4, 1e-2), (4, 1e-3)}
+    for row in rows:
+        trained = config.load(outputs / "runs" / row.run / "run.toml")
+        assert trained.adapter.rank == row.settings["adapter.rank"]
+        assert trained.name.startswith("trial rank=")
+        assert row.seconds > 0
+
+    losses = [row.validation_loss for row in rows]
+    assert losses == sorted(losses) and len(set(losses)) == 4
     table = (folder / "results.md").read_text(encoding="utf-8")
-    assert (
-        table.split("## ")[0].count("\n| ") == 5
-        and all(f"{loss:.4f}" in table for loss in losses)
-        and found[0]["run"] in capsys.readouterr().out
-    )
-    drawing = ElementTree.parse(folder / "results.svg")
-    assert len(drawing.findall("{http://www.w3.org/2000/svg}polyline")) == 4
-    compared = library.compare(
-        *(row["run"] for row in found if row["settings"]["adapter.rank"] == 2)
-    )
+    assert table.split("## ")[0].count("\n| ") == 5, "a header and four runs"
+    assert all(f"{loss:.4f}" in table for loss in losses)
+    assert rows[0].run in capsys.readouterr().out
+    plot = ElementTree.parse(folder / "results.svg")
+    assert len(plot.findall("{http://www.w3.org/2000/svg}polyline")) == 4
+
+    same_rank = [row.run for row in rows if row.settings["adapter.rank"] == 2]
+    compared = library.compare(*same_rank)
     assert [each["path"] for each in compared["settings"]] == ["training.learning_rate"]
-    events = [(outputs / "runs" / row["run"] / "events.jsonl").read_bytes() for row in found]
-    assert main(["sweep", str(folder)]) == 0  # nothing is left to train
-    assert events == [
-        (outputs / "runs" / row["run"] / "events.jsonl").read_bytes() for row in found
-    ]
+
+    logs = [outputs / "runs" / row.run / "events.jsonl" for row in rows]
+    before = [log.read_bytes() for log in logs]
+    assert main(["sweep", str(folder)]) == 0
+    assert before == [log.read_bytes() for log in logs], "a finished run is not trained again"
 
 
-def test_a_sweep_for_the_page_waits_in_its_order(recipe, outputs):
-    assert main(["sweep", recipe, "--queue", *GRID]) == 0
-    queue = run_requests.queue()
-    assert [folder.name for folder in queue] == json.loads(
-        (the_sweep(outputs) / "sweep.json").read_text()
-    )["runs"] and len(queue) == 4
-    assert {row["validation_loss"] for row in sweep_results.rows(the_sweep(outputs))} == {None}
-    sweep_results.write_results(the_sweep(outputs))
+def test_queued_runs_of_a_sweep_keep_its_order(settings_file, outputs):
+    assert main(["sweep", settings_file, "--queue", *GRID]) == 0
+    names = json.loads((the_sweep(outputs) / "sweep.json").read_text())["runs"]
+    assert len(names) == 4
+    assert [folder.name for folder in run_requests.queue()] == names
+    rows = results.read_rows(the_sweep(outputs))
+    assert {row.validation_loss for row in rows} == {None}
+
+
+def test_results_can_be_written_before_the_first_run(tiny_run, outputs):
+    folder = sweep_folder.create(tiny_run(), [("adapter.rank", [2, 4])])
+    assert results.write_results(folder).count("| new |") == 2
+    ElementTree.parse(folder / "results.svg")
 
 
 @pytest.mark.parametrize("failure", [1, -9])
-def test_a_failure_does_not_end_a_sweep_and_a_stop_does(tiny_run, outputs, failure):
-    """Also that of a launcher of several processes which was killed."""
-    folder = sweep_folder.create(tiny_run(), [sweep_folder.parse_grid("adapter.rank=2,4,8")])
-    answers, asked = [failure, 0, 0], []
-    assert (
-        sweep.train(folder, lambda run: asked.append(run) or answers[len(asked) - 1], STOPPED)
-        == failure
-        and len(asked) == 3
-    )
-    answers, asked = [0, STOPPED, 0], []
-    assert (
-        sweep.train(folder, lambda run: asked.append(run) or answers[len(asked) - 1], STOPPED)
-        == STOPPED
-        and len(asked) == 2
-    )
+def test_a_sweep_continues_after_a_failed_run(tiny_run, outputs, failure):
+    folder = sweep_folder.create(tiny_run(), [("adapter.rank", [2, 4, 8])])
+    codes = iter([failure, 0, 0])
+    trained = []
+
+    def run_in(run):
+        trained.append(run)
+        return next(codes)
+
+    assert sweep_command.train(folder, run_in, STOPPED) == failure
+    assert trained == sweep_folder.read(folder)[1]
+
+
+def test_a_stopped_run_ends_its_sweep(tiny_run, outputs):
+    folder = sweep_folder.create(tiny_run(), [("adapter.rank", [2, 4, 8])])
+    codes = iter([0, STOPPED, 0])
+    trained = []
+
+    def run_in(run):
+        trained.append(run)
+        return next(codes)
+
+    assert sweep_command.train(folder, run_in, STOPPED) == STOPPED
+    assert trained == sweep_folder.read(folder)[1][:2]
 
 
 @pytest.mark.parametrize(
@@ -110,12 +114,12 @@ def test_a_failure_does_not_end_a_sweep_and_a_stop_does(tiny_run, outputs, failu
         ('dataset.trigger="a,b",c', ("dataset.trigger", ['"a', 'b"', "c"])),
     ],
 )
-def test_grids_from_the_command_line(text, expected):
+def test_the_values_of_a_grid_are_toml_or_plain_words(text, expected):
     assert sweep_folder.parse_grid(text) == expected
 
 
 @pytest.mark.parametrize(
-    "grid, words",
+    "grid, message",
     [
         (["adapter.rank"], "key=value,value"),
         (["adapter.rank=8,0"], "With adapter.rank = 0"),
@@ -130,7 +134,28 @@ def test_grids_from_the_command_line(text, expected):
         ),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_is_made(grid, words, tiny_run, outputs):
-    with pytest.raises(ConfigError, match=words):
+def test_an_invalid_grid_is_refused_before_any_run_is_created(grid, message, tiny_run, outputs):
+    with pytest.raises(ConfigError, match=message):
         sweep_folder.create(tiny_run(), [sweep_folder.parse_grid(text) for text in grid])
     assert run_folder.list_runs() == []
+
+
+def test_a_name_that_would_be_too_long_gets_a_number(tiny_run):
+    run = config.replace(tiny_run(), {"name": "x" * 80})
+    runs = sweep_folder.combinations(run, [("adapter.rank", [2, 4])])
+    assert [each.name for each in runs] == [f"{'x' * 75} 001", f"{'x' * 75} 002"]
+
+
+def test_a_folder_without_a_readable_sweep_json_is_not_a_sweep(tmp_path):
+    with pytest.raises(StateError, match="is not a sweep"):
+        sweep_folder.read(tmp_path)
+
+
+def test_a_sweep_cannot_lead_out_of_the_runs_folder(tiny_run, outputs):
+    folder = sweep_folder.create(tiny_run(), [("adapter.rank", [2])])
+    content = json.loads((folder / "sweep.json").read_text())
+    (outputs / "elsewhere").mkdir()
+    (outputs / "elsewhere" / "run.toml").write_text("")
+    content["runs"] = ["../elsewhere"]
+    (folder / "sweep.json").write_text(json.dumps(content))
+    assert sweep_folder.read(folder)[1] == []

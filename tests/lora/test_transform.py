@@ -336,7 +336,7 @@ def test_the_command_line_converts_composes_resizes_merges_and_extracts(bases, t
     )
 
     for arguments, words in (
-        (("resize", one, "--rank", "2", "--output", two), "nothing is overwritten"),
+        (("resize", one, "--rank", "2", "--output", two), "already exists"),
         (
             ("resize", one, "--energy", "2", "--output", tmp_path / "x.safetensors"),
             "--energy above 0",

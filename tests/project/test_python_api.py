@@ -92,7 +92,7 @@ def test_a_run_leaves_no_model_behind(tiny_run, monkeypatch, fails):
 
     def prepared(*values):
         session = prepare(*values)
-        left.append(weakref.ref(session.base.denoiser))
+        left.append(weakref.ref(session.model.base.denoiser))
         if fails:
             raise TrainerError("enough")
         return session

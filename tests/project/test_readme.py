@@ -11,9 +11,9 @@ import pytest
 
 from app import __main__ as server
 from trainer import config
-from trainer.cli import sweep_folder
 from trainer.cli.main import build_parser, main
 from trainer.cli.run_options import read_settings
+from trainer.cli.sweep import sweep_folder
 from trainer.models import model_files
 
 ROOT = Path(__file__).parents[2]

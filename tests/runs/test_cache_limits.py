@@ -49,18 +49,18 @@ def test_the_disk_fills_up_during_the_run(tiny_run, monkeypatch):
     assert run_in(whole) == 0
     folder = run_folder.create(tiny_run({"saving.precision": "fp32"}))
     with monkeypatch.context() as patch:
-        save = trainer_state.save_state
+        save = trainer_state.save_checkpoint
 
         def filling(folder, kept):
             if kept.step == 4:
                 full(patch, 1000)
             save(folder, kept)
 
-        patch.setattr("trainer.training.saving.save_state", filling)
+        patch.setattr("trainer.training.saving.save_checkpoint", filling)
         assert run_in(folder) == 1
     status = run_status.read_status(folder)
     assert (
-        "the state of step 4 needs" in status.message
+        "the checkpoint of step 4 needs" in status.message
         and status.can_resume
         and (folder / "report.txt").is_file()
     )

@@ -1,13 +1,13 @@
-"""The command that shows and clears the caches."""
+"""The command that shows and clears the caches: cache."""
 
 import argparse
-from typing import Any
 
+from trainer.cli.run_options import Commands
 from trainer.runs import cache_limits
 
 
-def add_commands(commands: Any) -> None:
-    cache = commands.add_parser("cache", help="say how large the caches are, or clear them")
+def add_commands(commands: Commands) -> None:
+    cache = commands.add_parser("cache", help="show the size of the caches, or clear them")
     cache.add_argument(
         "--clear", action="store_true", help="delete latents, embeddings, thumbnails and previews"
     )
@@ -16,10 +16,10 @@ def add_commands(commands: Any) -> None:
 
 def cache_command(options: argparse.Namespace) -> int:
     print(
-        f"{cache_limits.cache_folder()} holds {cache_limits.size() / 1e6:,.1f} MB; the limit is {cache_limits.limit() / 1e9:g} GB ($ATELIER_CACHE_GB)."
+        f"{cache_limits.cache_folder()} contains {cache_limits.size() / 1e6:,.1f} MB; "
+        f"the limit is {cache_limits.limit() / 1e9:g} GB ($ATELIER_CACHE_GB)."
     )
     if options.clear:
-        print(
-            f"{cache_limits.clear() / 1e6:,.1f} MB were freed; what is needed again is made anew."
-        )
+        freed = cache_limits.clear()
+        print(f"Freed {freed / 1e6:,.1f} MB. Runs fill the caches again when needed.")
     return 0

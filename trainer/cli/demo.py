@@ -1,21 +1,24 @@
-"""The command that shows the whole job: demo."""
+"""The command that trains an example on the embedded base: demo."""
 
 import argparse
 from pathlib import Path
-from typing import Any
 
+from trainer.cli.run_options import Commands
 from trainer.runs import run_folder
 
 
-def add_commands(commands: Any) -> None:
+def add_commands(commands: Commands) -> None:
     demo = commands.add_parser(
-        "demo", help="train the example subject on the embedded base and report what it learned"
+        "demo", help="train the example subject on the embedded base and report the result"
     )
-    demo.add_argument("--output", type=Path, help="where the run folder goes (outputs/runs)")
+    demo.add_argument(
+        "--output", type=Path, help="folder for the run folder (default: outputs/runs)"
+    )
     demo.set_defaults(command=demo_command)
 
 
 def demo_command(options: argparse.Namespace) -> int:
+    # Imports torch, which would slow `--help` down.
     from trainer.cli.demo_report import demo
     from trainer.training.runner import run_in
 

@@ -1,114 +1,155 @@
-"""The whole job without a page: trains the example subject on the embedded base, and reports what it learned.
+"""The demo: trains the example subject on the embedded base and reports what it learned.
 
-What is measured are pixel statistics of pictures whose seeds, and mostly prompts, the training never saw (`embedded/score.py`).
+The report counts what images show, by pixel statistics and a small classifier
+(`trainer.embedded.score`). Training never uses the seeds of these images, nor most of their
+prompts.
 """
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 from trainer import config
 from trainer.config import presets
+from trainer.embedded import score
+from trainer.inference.request import SampleRequest, StackedAdapter
 from trainer.models.model_files import EMBEDDED_FOLDER
 from trainer.runs import run_folder, run_status
 from trainer.runs.atomic_files import atomic_write
 
+if TYPE_CHECKING:
+    from trainer.inference.samples import Sampler
+
 EXAMPLE = EMBEDDED_FOLDER.parent / "examples" / "subject"
 PRESET = "embedded-subject"
 BACKGROUNDS = ("white", "blue", "pink", "yellow", "purple", "black", "orange", "green")
-OTHER_PROMPTS = 12  # prompts without the trigger, from the scorer's fixed list
+OTHER_PROMPTS = 12
+"""How many prompts have no trigger word. They come from the fixed list of `score`."""
 STRENGTHS = (0.0, 1.0)
 FIRST_SEED = 900
-TILE = 96  # pixels of one picture in the grid
+
+# The layout of before-after.png, in pixels.
+TILE = 96
+LABEL_HEIGHT = 18
+GAP = 4
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What the images show, by strength ("0" and "1")."""
+
+    with_trigger: dict[str, float]
+    """Fraction of the images with the subject, for prompts with the trigger word."""
+    without_trigger: dict[str, float]
+    """The same for prompts without it."""
+    other_prompts_right: dict[str, float]
+    """How much of prompts without it is right: mean of background, colour and object."""
+    strength_0_is_base: bool
+    """Whether images at strength 0 equal the base's bit for bit."""
 
 
 def demo(parent: Path, run_in: Callable[[Path], int]) -> int:
-    """Trains, samples at several strengths, writes before-after.png, report.json and report.md into the run folder."""
-    from trainer.embedded.score import TRIGGER
+    """Trains, then writes before-after.png, report.json and report.md into the run folder.
 
-    run = config.replace(
-        presets.load_preset(PRESET).config,
-        {"name": TRIGGER, "dataset.folder": str(EXAMPLE), "dataset.trigger": TRIGGER},
-    )
+    `run_in` trains a run folder and returns an exit code, which is returned.
+    """
+    changes = {
+        "name": score.TRIGGER,
+        "dataset.folder": str(EXAMPLE),
+        "dataset.trigger": score.TRIGGER,
+    }
+    run = config.replace(presets.load_preset(PRESET).config, changes)
     folder = run_folder.create(run, parent)
     code = run_in(folder)
     status = run_status.read_status(folder)
     if code != 0 or status.finished is None:
         return code
-    write_report(folder, measure(run, folder, folder / status.finished.file), status)
+    measurements = measure(run, folder, folder / status.finished.file)
+    write_report(folder, measurements, status)
     print((folder / "report.md").read_text(encoding="utf-8"))
     return 0
 
 
-def measure(run: config.RunConfig, folder: Path, adapter: Path) -> dict[str, Any]:
-    """Draws everything at every strength. Gives, by strength: likeness to the subject with and without the trigger, and what the
-    prompts without it still get right (mean of background, colour and object)."""
-    from trainer.embedded import score  # these read models, which the start need not wait for
-    from trainer.inference.samples import Sampler, SampleRequest, StackedAdapter
+def measure(run: config.RunConfig, folder: Path, adapter: Path) -> Measurements:
+    """Generates all prompts at all strengths, saves a grid of them and measures the images."""
+    # Imports diffusers, which must wait for the library settings that `run_in` makes.
+    from trainer.inference.samples import Sampler
 
     texts, scenes = zip(*score.fixed_prompts(OTHER_PROMPTS), strict=True)
-    prompts = [
-        score.SUBJECT_PROMPT.format(background=background) for background in BACKGROUNDS
-    ] + list(texts)
-    sampler, chosen = Sampler(), run.sampling
-
-    def draw(
-        name: str, adapters: list[StackedAdapter], prompts: Sequence[str] = prompts
-    ) -> list[Image.Image]:
-        files = [folder / "demo" / f"{name}-{i:02d}.png" for i in range(len(prompts))]
-        for i, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
-            settings: dict[str, Any] = {
-                "seed": FIRST_SEED + i,
-                "inference_steps": chosen.inference_steps,
-                "guidance_scale": chosen.guidance_scale,
-            }
-            sampler.render(
-                SampleRequest(
-                    prompt=prompt, target=str(file), base=run.base, adapters=adapters, **settings
-                )
-            )
-        return [Image.open(file).convert("RGB") for file in files]
-
-    count = len(BACKGROUNDS)
-    base = draw("base", [], prompts[:count])
-    drawn = {
-        f"{s:g}": draw(f"strength-{s:g}", [StackedAdapter(str(adapter), s)]) for s in STRENGTHS
-    }
-    rows = [
-        images[part]
-        for part in (slice(count), slice(count, 2 * count))
-        for images in drawn.values()
-    ]
-    labels = [f"{kind}, strength {s}" for kind in ("with the trigger", "without it") for s in drawn]
-    save_grid(folder / "before-after.png", rows, labels)
-    return {
-        "with_trigger": {
-            s: round(score.subject_similarity(images[:count]), 3) for s, images in drawn.items()
+    subject_prompts = [score.SUBJECT_PROMPT.format(background=name) for name in BACKGROUNDS]
+    images_folder, sampler = folder / "demo", Sampler()
+    base = _generate(run, sampler, images_folder, "base", [], subject_prompts)
+    images: dict[str, list[Image.Image]] = {}
+    for strength in STRENGTHS:
+        name = f"{strength:g}"
+        adapters = [StackedAdapter(str(adapter), strength)]
+        prompts = [*subject_prompts, *texts]
+        images[name] = _generate(run, sampler, images_folder, f"strength-{name}", adapters, prompts)
+    # The first images have the trigger word, the others do not.
+    count = len(subject_prompts)
+    subject = {name: found[:count] for name, found in images.items()}
+    others = {name: found[count:] for name, found in images.items()}
+    save_grid(
+        folder / "before-after.png",
+        [*subject.values(), *(found[:count] for found in others.values())],
+        [
+            *(f"with the trigger word, strength {name}" for name in subject),
+            *(f"without it, strength {name}" for name in others),
+        ],
+    )
+    pairs = zip(base, subject["0"], strict=True)
+    return Measurements(
+        with_trigger={name: _subject_share(found) for name, found in subject.items()},
+        without_trigger={name: _subject_share(found) for name, found in others.items()},
+        other_prompts_right={
+            name: _mean(score.judge(found, scenes)) for name, found in others.items()
         },
-        "without_trigger": {
-            s: round(score.subject_similarity(images[count:]), 3) for s, images in drawn.items()
-        },
-        "other_prompts_right": {
-            s: round(_mean(score.judge(images[count:], scenes)), 3) for s, images in drawn.items()
-        },
-        "strength_0_is_base": all(
-            a.tobytes() == b.tobytes() for a, b in zip(base, drawn["0"][:count], strict=True)
-        ),
-    }
+        strength_0_is_base=all(a.tobytes() == b.tobytes() for a, b in pairs),
+    )
 
 
-def _mean(score: Any) -> float:
-    return float(np.mean([score.background, score.colour, score.object]))
+def _generate(
+    run: config.RunConfig,
+    sampler: "Sampler",
+    folder: Path,
+    name: str,
+    adapters: list[StackedAdapter],
+    prompts: Sequence[str],
+) -> list[Image.Image]:
+    """Generates an image for each prompt, saves them as `name`-00.png, ... and returns them."""
+    images = []
+    for index, prompt in enumerate(prompts):
+        path = folder / f"{name}-{index:02d}.png"
+        request = SampleRequest(
+            prompt=prompt,
+            target=str(path),
+            base=run.base,
+            adapters=adapters,
+            seed=FIRST_SEED + index,
+            inference_steps=run.sampling.inference_steps,
+            guidance_scale=run.sampling.guidance_scale,
+        )
+        sampler.render(request)
+        images.append(Image.open(path).convert("RGB"))
+    return images
 
 
-def write_report(folder: Path, report: dict[str, Any], status: run_status.RunStatus) -> None:
-    """report.json for programs, report.md for people."""
+def _subject_share(images: Sequence[Image.Image]) -> float:
+    return round(score.subject_similarity(images), 3)
+
+
+def _mean(found: score.Score) -> float:
+    return round((found.background + found.colour + found.object) / 3, 3)
+
+
+def write_report(folder: Path, measured: Measurements, status: run_status.RunStatus) -> None:
+    """Writes report.json for programs and report.md for people."""
     assert status.started and status.finished
-    report = report | {
+    report = asdict(measured) | {
         "steps": status.step,
         "seconds": round(status.finished.seconds, 1),
         "device": status.started.device,
@@ -116,41 +157,47 @@ def write_report(folder: Path, report: dict[str, Any], status: run_status.RunSta
         "adapter": status.finished.file,
     }
     atomic_write(folder / "report.json", json.dumps(report, indent=1))
-    columns = ("with_trigger", "without_trigger", "other_prompts_right")
-    rows = "\n".join(
-        f"| {s} | " + " | ".join(f"{report[column][s]:.2f}" for column in columns) + " |"
-        for s in report["with_trigger"]
-    )
-    equals = "equal" if report["strength_0_is_base"] else "DIFFER FROM"
-    lines = f"""# What the adapter learned
-
-{report["steps"]} steps in {report["seconds"]:.0f} s on {report["device"]}; {report["trainable_parameters"]:,} parameters trained.
-At strength 0 the {len(BACKGROUNDS)} pictures with the trigger {equals} the base's, bit for bit.
-
-| strength | shows the subject: prompts with its trigger | prompts without it | what prompts without it get right |
-|---|---|---|---|
-{rows}
-
-Shares of pictures, 0 to 1: the subject by a small classifier, the rest (background, colour, object) by that and pixel statistics.
-
-Pictures: {folder / "before-after.png"}
-Adapter: {folder / report["adapter"]}
-"""
-    atomic_write(folder / "report.md", lines)
+    equals = "equal" if measured.strength_0_is_base else "DIFFER FROM"
+    lines = [
+        "# What the adapter learned",
+        "",
+        f"{status.step} steps in {status.finished.seconds:.0f} s on {status.started.device}; "
+        f"{status.started.trainable_parameters:,} parameters trained.",
+        f"At strength 0 the {len(BACKGROUNDS)} images with the trigger word {equals} the base's, "
+        "bit for bit.",
+        "",
+        "| strength | subject shown: prompts with its trigger word | prompts without it "
+        "| other prompts right |",
+        "|---|---|---|---|",
+    ]
+    for strength in measured.with_trigger:
+        cells = (
+            measured.with_trigger[strength],
+            measured.without_trigger[strength],
+            measured.other_prompts_right[strength],
+        )
+        lines.append(f"| {strength} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+    lines += [
+        "",
+        "The numbers are fractions of the images. A small classifier finds the subject and other "
+        "objects; pixel statistics find backgrounds and colours.",
+        "",
+        f"Images: {folder / 'before-after.png'}",
+        f"Adapter: {folder / status.finished.file}",
+        "",
+    ]
+    atomic_write(folder / "report.md", "\n".join(lines))
 
 
 def save_grid(path: Path, rows: Sequence[Sequence[Image.Image]], labels: Sequence[str]) -> None:
-    """Pictures in rows, each row under its label."""
-    label_height, gap = 18, 4
-    width = max(len(row) for row in rows) * (TILE + gap) + gap
-    grid = Image.new("RGB", (width, len(rows) * (TILE + label_height + gap)), "white")
+    """Saves images in rows, each row below its label."""
+    width = max(len(row) for row in rows) * (TILE + GAP) + GAP
+    row_height = TILE + LABEL_HEIGHT + GAP
+    grid = Image.new("RGB", (width, len(rows) * row_height), "white")
     draw = ImageDraw.Draw(grid)
     for y, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        top = y * (TILE + label_height + gap)
-        draw.text((gap, top + 3), label, fill="black")
+        draw.text((GAP, y * row_height + 3), label, fill="black")
         for x, image in enumerate(row):
-            grid.paste(
-                image.resize((TILE, TILE), Image.Resampling.LANCZOS),
-                (gap + x * (TILE + gap), top + label_height),
-            )
+            tile = image.resize((TILE, TILE), Image.Resampling.LANCZOS)
+            grid.paste(tile, (GAP + x * (TILE + GAP), y * row_height + LABEL_HEIGHT))
     grid.save(path)

@@ -1,40 +1,43 @@
-"""The command that shows what a file contains: info."""
+"""The command that shows the content of an adapter or a base model: info."""
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+
+from trainer.cli.run_options import Commands
+
+LABELS = {"dialect": "format", "pictures": "images", "odd": "notes"}
+"""Labels that differ from the JSON keys, which scripts use."""
 
 
-def add_commands(commands: Any) -> None:
-    info = commands.add_parser("info", help="say what an adapter or a base model holds")
+def add_commands(commands: Commands) -> None:
+    info = commands.add_parser("info", help="show the content of an adapter or a base model")
     info.add_argument(
         "file",
         type=Path,
-        help="a file, or the folder of a PEFT adapter or of a base model in diffusers' layout",
+        help="a file, or a folder with a PEFT adapter or a base model in diffusers' layout",
     )
     info.add_argument("--json", action="store_true")
     info.add_argument(
-        "--ranks",
-        action="store_true",
-        help="also what of an adapter would be kept at smaller ranks",
+        "--ranks", action="store_true", help="also show how much of an adapter smaller ranks keep"
     )
     info.set_defaults(command=info_command)
 
 
 def info_command(options: argparse.Namespace) -> int:
+    # Imports torch, which would slow `--help` down.
     from trainer.cli.describe import describe
 
-    facts = describe(options.file)
+    values = describe(options.file)
     ranks = _energy_by_rank(options.file) if options.ranks else []
     if options.json:
-        print(json.dumps(facts | ({"ranks": ranks} if options.ranks else {}), ensure_ascii=False))
+        result = values | {"ranks": ranks} if options.ranks else values
+        print(json.dumps(result, ensure_ascii=False))
         return 0
-    rows = [
-        f"rank {rank} keeps {whole:.2%} of the whole, {worst:.2%} of the layer that loses most"
-        for rank, whole, worst in ranks
-    ]
-    print("\n".join([*(f"{key + ':':22}{value}" for key, value in facts.items()), *rows]))
+    for key, value in values.items():
+        print(f"{LABELS.get(key, key) + ':':22}{value}")
+    for rank, total, worst in ranks:
+        print(f"rank {rank} keeps {total:.2%} in total, {worst:.2%} of the layer that loses most")
     return 0
 
 

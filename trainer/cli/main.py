@@ -1,6 +1,7 @@
-"""The command line: `python -m trainer COMMAND`. The only place that turns an error into a message.
+"""The entry point of the command line.
 
-Exit code 0: done. 1: failed, with a sentence. 2: wrong usage. 3: stopped on request, with everything saved.
+Exit codes: 0 done, 1 failed with a message, 2 wrong usage, 3 stopped on request with everything
+saved. Only this module turns a TrainerError into a message.
 """
 
 import argparse
@@ -8,25 +9,31 @@ import sys
 from collections.abc import Sequence
 
 from trainer import __version__
-from trainer.cli import adapters, cache, dataset, demo, info, sample, sweep, train
+from trainer.cli import adapters, cache, dataset, demo, info, merge, sample, train
+from trainer.cli.sweep import sweep_command
 from trainer.errors import TrainerError
 
-COMMANDS = (train, sweep, sample, dataset, info, cache, adapters, demo)
+COMMANDS = (train, sweep_command, sample, dataset, info, cache, adapters, merge, demo)
+"""The modules with commands, in the order of `--help`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code.
+
+    `arguments` default to the process's. Wrong usage raises SystemExit with code 2.
+    """
     options = build_parser().parse_args(arguments)
     try:
-        return options.command(options) or 0
+        return int(options.command(options))
     except TrainerError as error:
         print(f"\n{error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
-        return 1
+    return 1
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands. `options.command` is the function to call."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer", description="Trains LoRA adapters for Stable Diffusion."
     )

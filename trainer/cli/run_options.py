@@ -1,19 +1,23 @@
-"""Options that describe a run: a preset or a file, a dataset, and single settings."""
+"""Options that describe a run: a preset or a settings file, a dataset, and single settings."""
 
 import argparse
 from pathlib import Path
+from typing import TypeAlias
 
 from trainer import config
 from trainer.config import presets
 from trainer.errors import ConfigError
 
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""The commands of the parser, which `add_commands` adds to. argparse has no public name for it."""
 
-def add_run_options(parser: argparse.ArgumentParser, what: str = "RUN.toml|PRESET") -> None:
+
+def add_run_options(parser: argparse.ArgumentParser, metavar: str = "RUN.toml|PRESET") -> None:
+    """Adds a positional argument for the settings, `--dataset` and `--set`."""
+    names = ", ".join(presets.load_presets())
+    parser.add_argument("source", metavar=metavar, help=f"a file, or one of: {names}")
     parser.add_argument(
-        "recipe", metavar=what, help=f"a file, or one of: {', '.join(presets.load_presets())}"
-    )
-    parser.add_argument(
-        "--dataset", type=Path, metavar="DIR", help="folder with pictures and captions"
+        "--dataset", type=Path, metavar="DIR", help="folder with images and captions"
     )
     parser.add_argument(
         "--set",
@@ -21,17 +25,20 @@ def add_run_options(parser: argparse.ArgumentParser, what: str = "RUN.toml|PRESE
         default=[],
         metavar="KEY=VALUE",
         dest="settings",
-        help="any setting of `train --help`, as often as wanted",
+        help="any setting listed by `train --help`; can be repeated",
     )
 
 
 def read_settings(options: argparse.Namespace) -> config.RunConfig:
-    path = Path(options.recipe)
-    run = (
-        config.load(path)
-        if path.suffix == ".toml" or path.is_file()
-        else presets.load_preset(options.recipe).config
-    )
+    """Returns the settings of the file or preset, with the changes of the options.
+
+    Raises ConfigError if the preset does not exist or a setting is invalid.
+    """
+    path = Path(options.source)
+    if path.suffix == ".toml" or path.is_file():
+        run = config.load(path)
+    else:
+        run = presets.load_preset(options.source).config
     changes = dict(config.parse_setting(text) for text in options.settings)
     if options.dataset:
         changes["dataset.folder"] = str(options.dataset.resolve())
@@ -41,10 +48,14 @@ def read_settings(options: argparse.Namespace) -> config.RunConfig:
 
 
 def read_run(options: argparse.Namespace) -> config.RunConfig:
-    """The recipe of a training, with its pictures."""
-    from trainer.training.runner import with_whole_paths  # imports torch
+    """Returns the settings of a training, with absolute paths.
+
+    Raises ConfigError also if they name no dataset.
+    """
+    # Imports torch, which would slow `--help` down.
+    from trainer.training.runner import with_whole_paths
 
     run = read_settings(options)
     if not run.dataset.folder:
-        raise ConfigError("Which pictures? Give --dataset DIR, or dataset.folder in the file.")
+        raise ConfigError("No dataset: pass --dataset DIR, or set dataset.folder in the file.")
     return with_whole_paths(run)
