@@ -12,15 +12,10 @@ from trainer import config
 from trainer.config import Base
 from trainer.errors import ModelError
 from trainer.families import load_base
-from trainer.inference.samples import (
-    SAMPLERS,
-    Sampler,
-    SampleRequest,
-    StackedAdapter,
-    parse_request,
-    samplers_of,
-    serve,
-)
+from trainer.inference.request import SampleRequest, StackedAdapter, parse_request
+from trainer.inference.samplers import SAMPLERS, compatible_samplers
+from trainer.inference.samples import Sampler
+from trainer.inference.serving import serve
 from trainer.runs import run_status
 
 
@@ -105,16 +100,16 @@ def test_each_sampler_draws_its_own_way_and_leaves_no_trace(picture):
         "auto",
         *SAMPLERS,
     }
-    with pytest.raises(ModelError, match="There are: DPM"):
+    with pytest.raises(ModelError, match="Choose one of: DPM"):
         picture(sampler="PLMS")
 
 
 def test_only_samplers_that_begin_at_pure_noise_fit_a_schedule_that_ends_there(picture, tmp_path):
     base = Base(model=str(save_tiny_base(tmp_path / "v", kind="sdxl-v")))
-    with pytest.raises(ModelError, match="Heun does not fit this base. There are: DPM[^.]*UniPC"):
+    with pytest.raises(ModelError, match="does not support the sampler Heun. Choose one of: DPM[^.]*UniPC"):
         picture(base=base, sampler="Heun")
     pipe = load_base(base, torch.float32).pipe
-    for kind, options in samplers_of(pipe).values():
+    for kind, options in compatible_samplers(pipe).values():
         assert float(kind.from_config(pipe.scheduler.config, **options).alphas_cumprod[-1]) < 1e-6
 
 

@@ -5,15 +5,17 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from trainer.lora.fused_linear import FusedLinear, fuse
+from trainer.lora.fused_linear import FusedLinear, register_fused_linear
 
 
-def layer(**settings) -> nn.Module:
+def layer(fused=False, **settings) -> nn.Module:
     torch.manual_seed(0)
-    model = inject_adapter_in_model(
-        LoraConfig(r=3, lora_alpha=6, target_modules=["0"], init_lora_weights=False, **settings),
-        nn.Sequential(nn.Linear(5, 7)),
+    config = LoraConfig(
+        r=3, lora_alpha=6, target_modules=["0"], init_lora_weights=False, **settings
     )
+    if fused:
+        register_fused_linear(config)
+    model = inject_adapter_in_model(config, nn.Sequential(nn.Linear(5, 7)))
     return model.requires_grad_(True)
 
 
@@ -31,17 +33,15 @@ def outcome(model: nn.Module, dtype: torch.dtype = torch.float32) -> list[torch.
 
 
 def test_output_and_gradients_are_those_of_peft():
-    ours = layer()
-    fuse(ours, "default")
+    ours = layer(fused=True)
     assert type(ours[0]) is FusedLinear
     for mine, theirs in zip(outcome(ours), outcome(layer()), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_a_half_precision_base_is_near_the_exact_result_and_gives_float32_gradients():
-    ours, exact = layer(), outcome(layer())
+    ours, exact = layer(fused=True), outcome(layer())
     ours[0].base_layer.to(torch.bfloat16)
-    fuse(ours, "default")
     results = outcome(ours, torch.bfloat16)
     assert [r.dtype for r in results] == [
         torch.bfloat16,
@@ -55,8 +55,7 @@ def test_a_half_precision_base_is_near_the_exact_result_and_gives_float32_gradie
 
 @pytest.mark.parametrize("change", ["off", "merged", "other"])
 def test_it_gives_way_where_the_adapter_is_off_merged_or_another(change):
-    ours, peft = layer(), layer()
-    fuse(ours, "default")
+    ours, peft = layer(fused=True), layer()
     for model in (ours, peft):
         if change == "off":
             model[0].enable_adapters(False)
@@ -70,10 +69,3 @@ def test_it_gives_way_where_the_adapter_is_off_merged_or_another(change):
             model[0].set_adapter("second")
     x = torch.randn(1, 5)
     assert torch.equal(ours(x), peft(x))
-
-
-def test_layers_that_drop_out_or_scale_rows_are_left_to_peft():
-    for settings in ({"lora_dropout": 0.1}, {"use_dora": True}):
-        model = layer(**settings)
-        fuse(model, "default")
-        assert type(model[0]) is not FusedLinear

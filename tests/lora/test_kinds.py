@@ -265,7 +265,7 @@ def test_ranks_and_alphas_by_name():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"adapter.target_pattern": "("}, "no regular expression"),
+        ({"adapter.target_pattern": "("}, "not a valid regular expression"),
         ({"adapter.target_pattern": "x" * 201}, "200"),
         ({"adapter.ranks": "mid_block:3"}, "mid_block=32"),
         ({"adapter.ranks": "mid_block=3.5"}, "whole numbers"),
@@ -306,9 +306,9 @@ def test_what_does_not_go_together_is_refused(changes, words):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"adapter.target_pattern": "nowhere"}, "fits no module of the unet"),
+        ({"adapter.target_pattern": "nowhere"}, "matches no module of the unet"),
         ({"adapter.target_pattern": r"(?:(.)|(..)|(...))+\3\3\2\2$"}, "takes too long"),
-        ({"adapter.ranks": "nowhere=3"}, "names nowhere"),
+        ({"adapter.ranks": "nowhere=3"}, "contains nowhere"),
         ({"adapter.ranks": "unet=0"}, "left to train"),
     ],
 )
@@ -327,7 +327,7 @@ def tensors_of(folder, step):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"adapter.target_pattern": "nowhere"}, "fits no module of the unet"),
+        ({"adapter.target_pattern": "nowhere"}, "matches no module of the unet"),
         ({"adapter.start_from": "/nowhere.safetensors"}, "no adapter file"),
         (
             {"training.learning_rate": 0.0, "training.text_encoder_2_learning_rate": 1e-3},
@@ -335,7 +335,7 @@ def tensors_of(folder, step):
         ),
         ({"training.optimizer_args": ["momentum=0.9"]}, "takes no momentum"),
         ({"adapter.kind": "dora", "base.model": "sd3"}, "use lora or rslora there"),
-        ({"sampling.sampler": "DDIM", "base.model": "sd3"}, "There are: Euler, Heun"),
+        ({"sampling.sampler": "DDIM", "base.model": "sd3"}, "Choose one of: Euler, Heun"),
     ],
 )
 def test_what_cannot_be_trained_is_told_before_the_pictures_are_encoded(
@@ -348,7 +348,7 @@ def test_what_cannot_be_trained_is_told_before_the_pictures_are_encoded(
             "objective.weighting": "sigma_sqrt",
         }
     monkeypatch.setattr(
-        setup, "_encode_all", lambda *_: pytest.fail("the pictures were encoded first")
+        setup, "_encode_dataset", lambda *_: pytest.fail("the pictures were encoded first")
     )
     with pytest.raises(TrainerError, match=words):
         setup.prepare(tiny_run(changes), tmp_path, events.SilentLog())
@@ -371,7 +371,7 @@ def test_a_run_goes_on_from_a_file_also_where_the_base_is_quantised(
     monkeypatch.setattr(setup.quantization, "quantize", flattened)
     run = tiny_run({"adapter.start_from": str(file), "base.quantization": "4bit"})
     session = setup.prepare(run, tmp_path, events.SilentLog())
-    assert any(p.any() for name, p in session.parameters.items() if "lora_B" in name)
+    assert any(p.any() for name, p in session.optimisation.parameters.items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
@@ -387,7 +387,7 @@ def test_text_encoders_stop_after_their_share_and_resume_to_the_bit(
     }
     if on_gpu:  # where gradients are zeroed, not taken away
         monkeypatch.setattr(
-            optimizer_step, "clear_gradients", lambda session: session.optimizer.zero_grad(set_to_none=False)
+            optimizer_step, "clear_gradients", lambda session: session.optimisation.optimizer.zero_grad(set_to_none=False)
         )
     folder = train_tiny({"saving.precision": "fp32"} | changes)
     halfway, end = tensors_of(folder, 3), tensors_of(folder, 6)
@@ -417,8 +417,8 @@ def test_each_text_encoder_has_a_learning_rate_of_its_own(train_tiny, tiny_run, 
         run = tiny_run(changes | {"training.text_encoder_2_learning_rate": second})
         folder = run_folder.create(run)
         session = setup.prepare(run, folder, events.EventLog(folder / "events.jsonl"))
-        assert list(session.components) == ["unet", "text_encoder", "text_encoder_2"]
-        assert [group["initial_lr"] for group in session.optimizer.param_groups] == rates
+        assert list(session.model.components) == ["unet", "text_encoder", "text_encoder_2"]
+        assert [group["initial_lr"] for group in session.optimisation.optimizer.param_groups] == rates
 
 
 def test_a_rate_for_an_encoder_that_is_not_there_is_told(tiny_run):

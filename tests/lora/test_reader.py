@@ -18,7 +18,7 @@ from trainer.inference.samples import Sampler, SampleRequest, StackedAdapter
 from trainer.lora import export, inject, targets, writer
 from trainer.lora.apply import Stack, WeightedAdapter
 from trainer.lora.formats.adapted_module import AdaptedModule
-from trainer.lora.formats.keys import place_of
+from trainer.lora.formats.keys import parse_key
 from trainer.lora.formats.reader import read_adapter
 from trainer.lora.metadata import shared_config
 from trainer.models.safetensors_header import TensorInfo
@@ -59,15 +59,15 @@ def test_every_layer_of_a_full_size_denoiser_is_found_again_by_its_key(family):
         layers = [
             n for n in layers if n.endswith(("to_out.0", "to_add_out", "net.0.proj", "net.2"))
         ]
-    keys = {name: family.export_key(family.denoiser_name, name) for name in layers}
+    keys = {name: family.kohya_key(family.denoiser_name, name) for name in layers}
     assert len(set(keys.values())) == len(layers) > 10
     for name, key in keys.items():
-        place = place_of(f"{key}.lora_down.weight")
+        place = parse_key(f"{key}.lora_down.weight")
         assert (place.component, place.module) == (family.denoiser_name, name), key
     if family.denoiser_name == "unet":
         for name in layers:  # and by the names that diffusers has, in each of its spellings
             for spelling in ("lora_A.weight", "lora.down.weight", "lora_linear_layer.down.weight"):
-                assert place_of(f"unet.{name}.{spelling}").module == name
+                assert parse_key(f"unet.{name}.{spelling}").module == name
 
 
 def family_key(family):
@@ -91,11 +91,11 @@ def test_stabilitys_names_are_those_of_the_table():
         "up_blocks.2.resnets.2.conv2": "output_blocks_8_0_out_layers_3",
         "up_blocks.1.attentions.0.transformer_blocks.1.ff.net.0.proj": "output_blocks_3_1_transformer_blocks_1_ff_net_0_proj",
     }
-    assert {name: FAMILIES["sdxl"].export_key("unet", name) for name in by_hand} == {
+    assert {name: FAMILIES["sdxl"].kohya_key("unet", name) for name in by_hand} == {
         n: f"lora_unet_{k}" for n, k in by_hand.items()
     }
     assert (
-        place_of("lora_unet_output_blocks_2_1_conv.alpha").module == "up_blocks.0.upsamplers.0.conv"
+        parse_key("lora_unet_output_blocks_2_1_conv.alpha").module == "up_blocks.0.upsamplers.0.conv"
     )  # a block without attention
 
 
@@ -188,7 +188,7 @@ def test_the_keys_of_all_layers_of_a_full_size_unet_are_the_golden_list(family, 
     chosen = targets.choose_targets(
         config.Adapter(targets="linear+conv"), "unet", targets.projections(tensors)
     )
-    keys = [FAMILIES[family].export_key("unet", target.name) for target in chosen]
+    keys = [FAMILIES[family].kohya_key("unet", target.name) for target in chosen]
     assert len(keys) == len(set(keys)) == count and set(keys) == {
         f"lora_unet_{key}" for key in golden
     }
@@ -219,7 +219,7 @@ def test_the_keys_of_all_layers_of_a_text_encoder_are_the_golden_list(
         for part in parts
     }
     assert {
-        FAMILIES[family].export_key(component, target.name) for target in chosen
+        FAMILIES[family].kohya_key(component, target.name) for target in chosen
     } == golden and len(golden) == layers * 6
 
 
@@ -278,7 +278,7 @@ def test_a_file_does_in_a_fresh_base_what_was_trained(load, tmp_path, family, ki
         path = tmp_path / (dialect if dialect == "peft" else f"{dialect}.safetensors")
         writer.save_adapter(path, dialect, modules, base.family, torch.float32, {})
         file = writer.verify(path, modules)
-        assert file.dialect == dialect and (file.remarks == []) == (dialect != "diffusers")
+        assert file.file_format == dialect and (file.notes == []) == (dialect != "diffusers")
         stack.apply([WeightedAdapter(file, 1.0, 1.0)])
         torch.testing.assert_close(predict(fresh.family, fresh.pipe), wanted, rtol=0, atol=1e-5)
         stack.clear()
@@ -351,7 +351,7 @@ def test_files_of_before_are_read_and_a_missing_alpha_is_said(tmp_path, key):
     module = only(tmp_path / "old.safetensors")
     assert (module.component, module.name) == OLD[key]
     torch.testing.assert_close(module.delta, b @ a)
-    assert "alpha = rank is assumed" in read_adapter(tmp_path / "old.safetensors").remarks[0]
+    assert "alpha = rank is assumed" in read_adapter(tmp_path / "old.safetensors").notes[0]
 
 
 def test_the_scale_is_taken_from_where_it_stands(tmp_path):
@@ -366,7 +366,7 @@ def test_the_scale_is_taken_from_where_it_stands(tmp_path):
     save_file(names, tmp_path / "d.safetensors", {"lora_adapter_metadata": json.dumps(header)})
     assert (
         only(tmp_path / "d.safetensors").scale == pytest.approx(3 / 2**0.5)
-        and not read_adapter(tmp_path / "d.safetensors").remarks
+        and not read_adapter(tmp_path / "d.safetensors").notes
     )
     folder = tmp_path / "peft"
     folder.mkdir()
@@ -479,12 +479,12 @@ def spoiled(**tensors):
         (spoiled(**{"KEY.lora_up.weight": torch.ones(16, 5)}), "do not fit together"),
         (spoiled(**{"KEY.lora_up.weight": torch.full((16, 2), float("nan"))}), "not finite"),
         (spoiled(**{"KEY.alpha": torch.ones(3)}), "3 numbers"),
-        (spoiled(**{"KEY.oft_diag": torch.ones(3)}), "of a kind that is not read here"),
+        (spoiled(**{"KEY.oft_diag": torch.ones(3)}), "of a kind that is not supported"),
         (spoiled(**{f"unet.{QUERY}.lora_A.weight": torch.ones(2, 16)}), "twice"),
         (spoiled(**{"lora_unet_conv_in.alpha": torch.ones(())}), "no low-rank pair"),
         (spoiled(**{"KEY.dora_scale": torch.ones(7, 1)}), "do not fit together"),
         (spoiled(**{"KEY.lora_up.weight": torch.ones(16, 2, dtype=torch.int32)}), "whole numbers"),
-        ({"vae.conv.weight": torch.ones(2)}, "is no LoRA"),
+        ({"vae.conv.weight": torch.ones(2)}, "is not a LoRA"),
     ],
 )
 def test_what_cannot_be_understood_whole_is_refused(tmp_path, tensors, words):
@@ -498,11 +498,11 @@ def test_what_cannot_be_understood_whole_is_refused(tmp_path, tensors, words):
     "settings, words",
     [
         ("not json", "not valid JSON"),
-        ('{"peft_type": "VERA"}', "describes a VERA"),
-        ('{"peft_type": "LORA", "lora_alpha": "8"}', "no number"),
+        ('{"peft_type": "VERA"}', "the kind VERA"),
+        ('{"peft_type": "LORA", "lora_alpha": "8"}', "not a number"),
         (
             '{"peft_type": "LORA", "lora_alpha": 8, "alpha_pattern": {"(a+)+": 1}}',
-            "regular expressions",
+            "regular expression",
         ),
         ("[" * 100_000, "not valid JSON"),
         (" " * 2**21, "larger than"),
@@ -642,7 +642,7 @@ def test_a_run_writes_each_dialect_it_is_told_to(train_tiny):
     )
     main = run_status.read_status(folder).finished.file
     files = [read_adapter(folder / name) for name in (main, "tiny-kohya.safetensors", "tiny-peft")]
-    assert [file.dialect for file in files] == ["diffusers", "kohya", "peft"]
+    assert [file.file_format for file in files] == ["diffusers", "kohya", "peft"]
     by_name = [{m.name: m.delta for m in file.modules} for file in files]
     for other in by_name[1:]:
         torch.testing.assert_close(other, by_name[0])
@@ -670,16 +670,16 @@ def test_training_goes_on_from_a_file(base_of, tiny_run, load, tmp_path, monkeyp
     folder = run_folder.create(run)
     session = setup.prepare(run, folder, events.EventLog(folder / "events.jsonl"))
     torch.testing.assert_close(
-        predict(session.base.family, session.base.pipe), wanted, rtol=0, atol=1e-5
+        predict(session.model.base.family, session.model.base.pipe), wanted, rtol=0, atol=1e-5
     )
     assert json.loads(shared_config(run))["adapter"]["start_from"] == "first.safetensors"
     if kind != "varying":
         return
     monkeypatch.setattr(
-        setup, "_encode_all", None
+        setup, "_encode_dataset", None
     )  # that takes minutes, and all of this is told before
     for wrong, words in (
-        ({"adapter.kind": "loha"}, "set it to that of the file"),
+        ({"adapter.kind": "loha"}, "Set it to the kind of the file"),
         ({"training.text_encoder_learning_rate": 0.0}, "text_encoder, which is not trained"),
         ({"adapter.targets": "attention"}, "adapter.targets leaves out"),
         ({"adapter.start_from": "/nowhere.safetensors"}, "no adapter file"),

@@ -116,7 +116,7 @@ def test_it_starts_as_the_words_it_is_said_to(tiny_run, tiny_base):
 def test_the_summary_of_a_prompt_is_taken_at_its_end(tiny_base):
     """CLIP's published configurations give a wrong end mark, which stands for: the token with the highest id."""
     base = load_base(Base(model=str(tiny_base)), torch.float32)
-    base.pipe.text_encoder.eos_token_id = textual_inversion.LEGACY_END
+    base.pipe.text_encoder.eos_token_id = textual_inversion.LEGACY_EOS_ID
     tokens = base.pipe.tokenizer(
         ["a cat"], padding="max_length", max_length=77, return_tensors="pt"
     ).input_ids
@@ -254,7 +254,7 @@ def test_an_interrupted_run_goes_on_to_the_same_word(learned, tmp_path, monkeypa
 
 def test_a_file_that_does_not_fit_is_refused_in_a_sentence(learned, bases, tmp_path):
     sdxl = load_base(Base(model=str(bases["sdxl"])), torch.float32)
-    with pytest.raises(ModelError, match="should hold clip_l and clip_g"):
+    with pytest.raises(ModelError, match="should contain clip_l and clip_g"):
         textual_inversion.read_embedding(learned / "tiny-embedding.safetensors", sdxl.family)
     with pytest.raises(ModelError, match="another kind of base"):
         textual_inversion.with_embeddings(

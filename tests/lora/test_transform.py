@@ -142,7 +142,7 @@ def test_resizing_is_the_nearest_of_its_rank_and_says_what_is_kept():
     weak, strong = lora(QUERY, 4, 0.1, 6), lora(CONV, 4, 3.0, 7, inputs=(16, 3, 3))
     _, kept = transform.resize([weak, strong], rank=2)
     squares = [torch.linalg.svdvals(truth(m).flatten(1)).square() for m in (weak, strong)]
-    assert transform.whole_energy(kept) == pytest.approx(
+    assert transform.total_energy(kept) == pytest.approx(
         float(sum(s[:2].sum() for s in squares) / sum(s.sum() for s in squares))
     )
     idle = AdaptedModule(
@@ -163,7 +163,7 @@ def test_what_each_rank_would_keep():
     for rank, whole, worst in rows:
         _, kept = transform.resize(modules, rank=rank)
         assert (whole, worst) == (
-            pytest.approx(transform.whole_energy(kept)),
+            pytest.approx(transform.total_energy(kept)),
             pytest.approx(min(module.energy for module in kept)),
         )
 
@@ -186,9 +186,9 @@ def test_merging_adds_the_deltas_and_can_be_undone(bases, tmp_path):
         base.pipe.unet.get_submodule(QUERY).weight.double(), wanted, rtol=0, atol=1e-6
     )
     torch.testing.assert_close(added["text_encoder", TEXT], 2.0 * truth(value), rtol=0, atol=1e-9)
-    assert merging.proof(base, one, added) < 1e-6
+    assert merging.remaining_difference(base, one, added) < 1e-6
     base.pipe.unet.conv_in.weight.data[0, 0, 0, 0] += 0.1  # what was not an adapter's is noticed
-    assert merging.proof(base, one, added) > 1e-3
+    assert merging.remaining_difference(base, one, added) > 1e-3
 
 
 def test_the_difference_of_two_bases_becomes_an_adapter(bases):
@@ -220,7 +220,7 @@ def test_every_layer_of_a_stable_diffusion_3_is_told_from_another(tmp_path, caps
         tmp_path / "e.safetensors",
     )
     file = read_adapter(tmp_path / "e.safetensors")
-    assert code == 0 and "dialect:              diffusers" in out and file.dialect == "diffusers"
+    assert code == 0 and "dialect:              diffusers" in out and file.file_format == "diffusers"
     assert {module.component for module in file.modules} == {
         "transformer",
         "text_encoder",
@@ -282,7 +282,7 @@ def test_the_command_line_converts_composes_resizes_merges_and_extracts(bases, t
             == 0
         )
         again = {m.name: m for m in read_adapter(tmp_path / name).modules}
-        assert again.keys() == both.keys() and read_adapter(tmp_path / name).dialect == dialect
+        assert again.keys() == both.keys() and read_adapter(tmp_path / name).file_format == dialect
         for key, module in again.items():
             torch.testing.assert_close(module.delta, both[key].delta, rtol=0, atol=1e-6)
 
@@ -347,7 +347,7 @@ def test_the_command_line_converts_composes_resizes_merges_and_extracts(bases, t
         ),
         (
             ("merge", "--base", bases[0], "--adapter", one, "--output", tmp_path / "x.safetensors"),
-            "needs a base that is one",
+            "Only a base that is a .safetensors file",
         ),
         (
             (
@@ -370,7 +370,7 @@ def test_the_command_line_converts_composes_resizes_merges_and_extracts(bases, t
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 def test_a_single_file_keeps_its_layout_and_every_other_tensor(tmp_path, capsys, kind):
     """Also where OpenCLIP has q, k and v in one tensor."""
-    path = ldm.write_checkpoint(tmp_path / "base.safetensors", kind)
+    path = ldm.write_single_file(tmp_path / "base.safetensors", kind)
     prediction = "v" if kind == "sd2" else "auto"  # which a file of 2.x does not tell
     plain = load(path, prediction)
     block = next(

@@ -134,7 +134,7 @@ def test_scales_that_vary_are_folded_into_one_alpha():
     tensors = export.to_kohya(modules, FAMILY, torch.float32)
     assert {float(t) for name, t in tensors.items() if name.endswith("alpha")} == {6.0}
     for wanted in modules:
-        key = FAMILY.export_key("unet", wanted.name)
+        key = FAMILY.kohya_key("unet", wanted.name)
         delta = (
             6.0
             / wanted.rank
@@ -316,7 +316,7 @@ def test_a_finished_run_leaves_files_that_say_what_they_are(train_tiny):
 
 
 def test_what_is_no_adapter_is_refused(tmp_path, tiny_base):
-    with pytest.raises(ModelError, match="is no LoRA"):
+    with pytest.raises(ModelError, match="is not a LoRA"):
         read_adapter(tiny_base / "vae" / "diffusion_pytorch_model.safetensors")
     save_file(
         {"lora_unet_a.lora_up.weight": torch.tensor([[float("inf")]])}, tmp_path / "inf.safetensors"

@@ -46,12 +46,17 @@ NEEDS_TORCH = {
     "models": {"attention", "cpu_conv", "device", "libraries", "quantization", "seeds"},
     "data": {"examples", "latent_cache", "sampler"},
     "curation": set(),
+    "inference": None,
     "lora": None,
     "training": None,
 }
 """The folders that the page may import, and which of their modules load torch. None: nearly all."""
 
-WORK_WITHOUT_TORCH = {"lora": {"targets"}, "training": {"estimate", "launch"}}
+WORK_WITHOUT_TORCH = {
+    "inference": {"request"},
+    "lora": {"targets"},
+    "training": {"estimate", "launch"},
+}
 HEAVY = ("torch", "diffusers", "transformers", "peft", "gradio")
 
 

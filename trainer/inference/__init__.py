@@ -1,4 +1,5 @@
-"""Images from a base model with adapters at any strength, and what they show.
+"""Images from a base model with adapters at any strength, and checks of what they show.
 
-Imports `trainer.lora`, `trainer.data` and everything below them.
+`request` describes a sample and works without torch, so that the page can import it. This folder
+imports `trainer.lora`, `trainer.data` and everything below them.
 """

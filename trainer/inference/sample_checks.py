@@ -1,68 +1,82 @@
-"""What the samples of a save give away: whether the subject leaks into prompts without its trigger, and whether pictures are copied.
+"""What samples reveal about an adapter: a leaking trigger, and copies of training images.
 
-Both compare at low frequencies only, colour and layout: light, the same for every family, and blind to fine likeness such as a face.
+Both checks compare images at low resolution, thus colours and layout. They are cheap and work for
+every family, but they do not see fine likeness such as a face.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, normalize
 
-SIDE = 32  # pixels that a leak is looked for in
-GRID = 8  # places a side that a likeness is looked for in
-MOST = 2000  # training pictures that samples are compared with
+LEAK_SIDE = 32
+"""Side of the images that the leak check compares, in pixels."""
+LIKENESS_SIDE = 8
+"""Side of the latents that the likeness check compares."""
+MAX_IMAGES = 2000
+"""Training images that samples are compared with."""
+MIN_CHANGE = 1 / 255
+"""A smaller mean difference of two images is not visible."""
 
 
-def change(before: Image.Image, after: Image.Image) -> float:
-    """Mean difference of two pictures at a low resolution, 0..1."""
-    small = [
-        np.asarray(
-            image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32
-        )
-        / 255
-        for image in (before, after)
-    ]
-    return float(np.abs(small[0] - small[1]).mean())
+def mean_difference(before: Image.Image, after: Image.Image) -> float:
+    """Returns the mean difference of two images at low resolution, 0 to 1."""
+    return float(np.abs(_small(before) - _small(after)).mean())
+
+
+def _small(image: Image.Image) -> np.ndarray[Any, Any]:
+    size = LEAK_SIDE, LEAK_SIDE
+    small = image.convert("RGB").resize(size, Image.Resampling.BOX)
+    return np.asarray(small, dtype=np.float32) / 255
 
 
 def leak(
     with_trigger: tuple[Image.Image, Image.Image], without: tuple[Image.Image, Image.Image]
 ) -> float | None:
-    """How much of the change that the adapter makes (base, adapted) with the trigger it makes without it too, with the same seed.
+    """Returns how much the adapter changes an image whose prompt lacks the trigger.
 
-    0: none, 1: as much. None where it changes nothing with the trigger either.
+    Each pair is an image of the base and one of the adapter, from the same seed. The result is
+    relative to the change with the trigger: 0 means no change, 1 the same change. It is None if the
+    adapter changes nothing with the trigger.
     """
-    wanted = change(*with_trigger)
-    return change(*without) / wanted if wanted > 1 / 255 else None
+    expected = mean_difference(*with_trigger)
+    return mean_difference(*without) / expected if expected > MIN_CHANGE else None
 
 
-@torch.no_grad()
-def latents_of(pipe, images: Sequence[Image.Image]) -> list[Tensor]:
-    """Mean latents [C, h, w] of pictures, by the VAE of a pipeline on its device."""
-    pixels = [
-        pipe.image_processor.preprocess(image.convert("RGB")).to(pipe.vae.device, pipe.vae.dtype)
-        for image in images
-    ]
-    return [pipe.vae.encode(each).latent_dist.mode()[0].cpu() for each in pixels]
+def latents_of(pipe: Any, images: Sequence[Image.Image]) -> list[Tensor]:
+    """Returns the mean latents [C, h, w] of images on the CPU. The VAE is not moved."""
+    vae, latents = pipe.vae, []
+    with torch.no_grad():
+        for image in images:
+            pixels = pipe.image_processor.preprocess(image.convert("RGB"))
+            encoded = vae.encode(pixels.to(vae.device, vae.dtype))
+            latents.append(encoded.latent_dist.mode()[0].cpu())
+    return latents
 
 
-def likeness(samples: Sequence[Tensor], pictures: Sequence[Tensor]) -> tuple[float, float] | None:
-    """Mean cosine of each sample to its nearest training picture, and the median of each picture to its nearest other one: a sample much
-    nearer than that is a copy. Of mean latents [C, h, w] of any size, without what all pictures share; None with fewer than two pictures.
+def likeness(samples: Sequence[Tensor], images: Sequence[Tensor]) -> tuple[float, float] | None:
+    """Returns the similarity of samples to the training images, and of these to each other.
+
+    Both are cosines of mean latents [C, h, w] of any size, after subtracting the mean of the
+    training images. The first is the mean over the samples, each with its nearest training image.
+    The second is the median over the training images, each with its nearest other one. If the
+    first is much larger, the samples are copies. Returns None for fewer than two training images
+    or no samples.
     """
-    if len(pictures) < 2 or not samples:
+    if len(images) < 2 or not samples:
         return None
-    own = torch.stack([_rough(latents) for latents in pictures[:MOST]])
-    shared = own.mean(0)
-    own = torch.nn.functional.normalize(own - shared, dim=1)
-    drawn = torch.nn.functional.normalize(
-        torch.stack([_rough(latents) for latents in samples]) - shared, dim=1
-    )
+    own = torch.stack([_low_frequencies(latents) for latents in images[:MAX_IMAGES]])
+    mean = own.mean(0)
+    own = normalize(own - mean, dim=1)
+    generated = torch.stack([_low_frequencies(latents) for latents in samples])
+    generated = normalize(generated - mean, dim=1)
     between = (own @ own.T).fill_diagonal_(-1.0).amax(1).median()
-    return float((drawn @ own.T).amax(1).mean()), float(between)
+    return float((generated @ own.T).amax(1).mean()), float(between)
 
 
-def _rough(latents: Tensor) -> Tensor:
-    return torch.nn.functional.adaptive_avg_pool2d(latents.float(), GRID).flatten()
+def _low_frequencies(latents: Tensor) -> Tensor:
+    return adaptive_avg_pool2d(latents.float(), LIKENESS_SIDE).flatten()

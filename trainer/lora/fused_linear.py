@@ -1,20 +1,25 @@
-"""The arithmetic of a LoRA on a linear layer without a needless cast, copy or pass over memory.
+"""The forward and backward pass of a LoRA on a linear layer, with fewer casts and copies.
 
-PEFT's forward casts the layer's input to the adapter's float32, multiplies there, and adds in a pass of its own. Here the base and
-the adapter share the base's number format (as autocast has it, but without its casts in every layer), the scale falls on the `rank`
-columns instead of all outputs, and both additions, forward and backward, happen inside a matrix product.
+PEFT's forward casts the input to the adapter's float32, multiplies there, and adds the result in
+a separate pass. Here base and adapter share the base's dtype, as under autocast but without its
+casts in every layer. The scale is applied to `rank` columns instead of all outputs, and each
+addition, forward and backward, is part of a matrix product.
 """
 
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 
 class LoraLinear(torch.autograd.Function):
-    """y = x W^T + b + scale (x A^T) B^T (Hu et al. 2021, arXiv:2106.09685, section 4.1), and its gradients for x, A and B."""
+    """y = x W^T + b + scale (x A^T) B^T (Hu et al. 2021, arXiv:2106.09685, section 4.1).
+
+    Computes the gradients of x, A and B.
+    """
 
     @staticmethod
     def forward(
@@ -26,9 +31,11 @@ class LoraLinear(torch.autograd.Function):
         up: Tensor,
         scale: float,
     ) -> Tensor:
-        """x [..., inputs], weight [outputs, inputs], down (A) [rank, inputs], up (B) [outputs, rank].
+        """Returns y [..., outputs].
 
-        A and B may be float32 beside an x in half precision; they are rounded to it, and their gradients come back in float32.
+        Takes x [..., inputs], weight [outputs, inputs], A [rank, inputs] and B [outputs, rank].
+        If x is in half precision and A and B are float32, they are rounded to the dtype of x.
+        Their gradients are float32.
         """
         down, up = down.to(x.dtype), up.to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
@@ -45,18 +52,22 @@ class LoraLinear(torch.autograd.Function):
         rows, weight, down, up, hidden = ctx.saved_tensors
         outer = gradient.reshape(-1, gradient.shape[-1])
         inner = (outer @ up).mul_(ctx.scale)
-        to_x = (
-            (outer @ weight).addmm_(inner, down).view(*gradient.shape[:-1], -1)
-            if ctx.needs_input_grad[0]
-            else None
-        )
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = (outer @ weight).addmm_(inner, down).view(*gradient.shape[:-1], -1)
         return to_x, None, None, (inner.t() @ rows).float(), (outer.t() @ hidden).float(), None
 
 
 class FusedLinear(lora.Linear):
-    """PEFT's layer with the forward above, as long as the one adapter it was made for is alone and neither merged nor switched off."""
+    """PEFT's layer with the forward of `LoraLinear`.
 
-    fused_adapter: str
+    It is used while the adapter that created the layer is the only one, not merged and not
+    disabled. Otherwise PEFT's forward is used.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **options: Any) -> None:
+        super().__init__(base_layer, adapter_name, **options)
+        self.fused_adapter = adapter_name
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = self.fused_adapter
@@ -73,21 +84,19 @@ class FusedLinear(lora.Linear):
         )
 
 
-def fuse(component: nn.Module, adapter: str) -> None:
-    """Gives the fused forward to every plain LoRA of a component: no dropout of any kind, no DoRA, no quantised base."""
-    for layer in component.modules():
-        if (
-            type(layer) is lora.Linear
-            and type(layer.base_layer) is nn.Linear
-            and _is_plain(layer, adapter)
-        ):
-            layer.__class__ = FusedLinear
-            layer.fused_adapter = adapter
+def register_fused_linear(config: LoraConfig) -> None:
+    """Makes PEFT create a `FusedLinear` for each linear layer that this adapter is put on.
+
+    The adapter must be a LoRA without any kind of dropout and without DoRA, which `LoraLinear`
+    does not compute.
+    """
+    config._register_custom_module({nn.Linear: _fused_linear})
 
 
-def _is_plain(layer: lora.Linear, adapter: str) -> bool:
-    drops = (
-        not isinstance(layer.lora_dropout[adapter], nn.Identity)
-        or layer.lora_A[adapter]._forward_hooks
-    )
-    return not drops and not layer.use_dora[adapter]
+def _fused_linear(
+    target: nn.Module, adapter_name: str, parameter_name: str | None = None, **options: Any
+) -> FusedLinear | None:
+    """Returns the layer, or None to let PEFT choose one, as for a quantised subclass of Linear."""
+    if type(target) is not nn.Linear or parameter_name is not None:
+        return None
+    return FusedLinear(target, adapter_name, **options)

@@ -1,4 +1,7 @@
-"""What an adapter file says of itself: sd-scripts' ss_* keys, Stability's modelspec 1.0.1, and our own; and what it keeps to itself."""
+"""The metadata in an adapter file, and what it leaves out to protect privacy.
+
+It has sd-scripts' ss_* keys, Stability's modelspec 1.0.1, and keys of this program.
+"""
 
 import base64
 import io
@@ -18,7 +21,12 @@ from trainer.families.base import ModelFamily
 from trainer.lora.formats.adapted_module import AdaptedModule, common_alpha
 from trainer.lora.formats.reader import AdapterFile
 
-THUMBNAIL = 256  # pixels of the longer side
+THUMBNAIL_SIDE = 256
+"""Pixels of the longer side."""
+PLAIN_CAPTION_TOKENS = 75
+"""The prompt length that needs no mention: the context of one CLIP chunk."""
+DATASET_PATHS = ("folder", "regularisation_folder")
+MODEL_PATHS = (("base", "model"), ("base", "vae"), ("adapter", "start_from"))
 
 
 def metadata_for(
@@ -35,33 +43,46 @@ def metadata_for(
     started: float,
     finished: float,
 ) -> dict[str, str]:
-    """All values are texts. `sizes` are width and height of each training picture as it is cropped, in pixels.
+    """Returns the metadata of a trained adapter. Every value is a string.
 
-    Never in it: the home folder, tokens, and what `saving.include_*` keeps out.
+    `sizes` are the width and height of each training image after its crop, in pixels. `started`
+    and `finished` are Unix times.
+
+    The metadata never contains the home folder or tokens. The settings `saving.include_*` decide
+    about captions, folders and the other settings.
     """
-    training, adapter, side = run.training, run.adapter, run.dataset.resolution
-    base_name = Path(run.base.model).name
     values: dict[str, Any] = {
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         **family.metadata(prediction_type),
         **network(modules),
-        "ss_network_dim": Counter(module.rank for module in modules).most_common(1)[0][0]
-        if modules
-        else adapter.rank,
-        "ss_network_alpha": common_alpha(modules) if modules else adapter.alpha,
-        "ss_network_dropout": adapter.dropout,
-        "ss_output_name": run.name,
-        "ss_sd_model_name": base_name,
+        "ss_network_dim": _common_rank(modules) if modules else run.adapter.rank,
+        "ss_network_alpha": common_alpha(modules) if modules else run.adapter.alpha,
+        **_training_settings(run),
         "ss_sd_model_hash": base_hash,
-        "ss_resolution": f"({side}, {side})",
-        "ss_clip_skip": run.base.clip_skip if run.base.clip_skip > 1 else "None",
-        "ss_max_token_length": run.dataset.caption_tokens
-        if run.dataset.caption_tokens > 75
-        else "None",
         "ss_num_train_images": len(sizes),
         "ss_bucket_info": json.dumps(bucket_info(sizes)),
         "ss_steps": step,
         "ss_max_train_steps": total_steps,
+        "ss_training_started_at": started,
+        "ss_training_finished_at": finished,
+        **_modelspec(run, prediction_type, finished),
+        **_own_keys(run),
+        **_dataset_keys(run, captions, len(sizes)),
+    }
+    return {key: str(value) for key, value in values.items()}
+
+
+def _training_settings(run: RunConfig) -> dict[str, Any]:
+    """Returns the settings that sd-scripts writes too, under its keys."""
+    training, dataset, objective = run.training, run.dataset, run.objective
+    clip_skip, tokens = run.base.clip_skip, dataset.caption_tokens
+    return {
+        "ss_network_dropout": run.adapter.dropout,
+        "ss_output_name": run.name,
+        "ss_sd_model_name": Path(run.base.model).name,
+        "ss_resolution": f"({dataset.resolution}, {dataset.resolution})",
+        "ss_clip_skip": clip_skip if clip_skip > 1 else None,
+        "ss_max_token_length": tokens if tokens > PLAIN_CAPTION_TOKENS else None,
         "ss_batch_size_per_device": training.batch_size,
         "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
         "ss_gradient_checkpointing": training.gradient_checkpointing,
@@ -72,103 +93,123 @@ def metadata_for(
         "ss_optimizer": training.optimizer,
         "ss_lr_scheduler": training.lr_schedule,
         "ss_seed": training.seed,
-        "ss_min_snr_gamma": run.objective.min_snr_gamma,
-        "ss_noise_offset": run.objective.noise_offset,
-        "ss_caption_dropout_rate": run.dataset.caption_dropout,
-        "ss_training_started_at": started,
-        "ss_training_finished_at": finished,
+        "ss_min_snr_gamma": objective.min_snr_gamma,
+        "ss_noise_offset": objective.noise_offset,
+        "ss_caption_dropout_rate": dataset.caption_dropout,
+    }
+
+
+def _modelspec(run: RunConfig, prediction_type: str, finished: float) -> dict[str, str]:
+    side, base_name = run.dataset.resolution, Path(run.base.model).name
+    values = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": run.name,
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else prediction_type,
         "modelspec.date": datetime.fromtimestamp(finished, UTC).strftime("%Y-%m-%dT%H:%M:%S"),
         "modelspec.usage_hint": f"Trained on {base_name}. Start at strength 0.8 to 1.",
-        "atelier_version": __version__,
-        "atelier_preset": run.preset,
-        "atelier_preset_hash": load_presets()[run.preset].hash
-        if run.preset in load_presets()
-        else "",
     }
     if run.dataset.trigger:
         values["modelspec.trigger_phrase"] = run.dataset.trigger
+    return values
+
+
+def _own_keys(run: RunConfig) -> dict[str, str]:
+    preset = load_presets().get(run.preset)
+    values = {
+        "atelier_version": __version__,
+        "atelier_preset": run.preset,
+        "atelier_preset_hash": preset.hash if preset else "",
+    }
     if run.saving.include_config:
         values["atelier_config"] = shared_config(run)
-    folder = Path(run.dataset.folder).name if run.saving.include_folders else "dataset"
-    if run.saving.include_captions:
-        values["ss_tag_frequency"] = json.dumps(
-            {folder: tag_frequencies(captions)}, ensure_ascii=False
-        )
-    if run.saving.include_folders:
-        values["ss_dataset_dirs"] = json.dumps(
-            {folder: {"n_repeats": 1, "img_count": len(sizes)}}, ensure_ascii=False
-        )
-    return {key: str(value) for key, value in values.items()}
+    return values
 
 
-def thumbnail(picture: Path) -> dict[str, str]:
-    """`modelspec.thumbnail`: the picture as a small JPEG in a data address, without what its file says of itself."""
-    image = Image.open(picture).convert("RGB")
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+def _dataset_keys(run: RunConfig, captions: Sequence[str], images: int) -> dict[str, str]:
+    """Returns the frequency of tags and the dataset's folder, if the settings allow them."""
+    saving, values = run.saving, {}
+    folder = Path(run.dataset.folder).name if saving.include_folders else "dataset"
+    if saving.include_captions:
+        frequencies = {folder: tag_frequencies(captions)}
+        values["ss_tag_frequency"] = json.dumps(frequencies, ensure_ascii=False)
+    if saving.include_folders:
+        folders = {folder: {"n_repeats": 1, "img_count": images}}
+        values["ss_dataset_dirs"] = json.dumps(folders, ensure_ascii=False)
+    return values
+
+
+def thumbnail(path: Path) -> dict[str, str]:
+    """Returns `modelspec.thumbnail`: a small JPEG of an image file as a data URL.
+
+    It does not contain the metadata of the image file.
+    """
+    image = Image.open(path).convert("RGB")
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     content = io.BytesIO()
     image.save(content, "JPEG", quality=85)
-    return {
-        "modelspec.thumbnail": "data:image/jpeg;base64,"
-        + base64.b64encode(content.getvalue()).decode("ascii")
-    }
+    encoded = base64.b64encode(content.getvalue()).decode("ascii")
+    return {"modelspec.thumbnail": f"data:image/jpeg;base64,{encoded}"}
 
 
 def network(modules: Sequence[AdaptedModule]) -> dict[str, str]:
-    """By which name other programs know the kind: sd-scripts' own for LoRA, LyCORIS's for its relatives."""
-    tensors = {leaf for module in modules for leaf in module.tensors}
-    conv = [
-        module.rank
-        for module in modules
-        if module.rank and any(tensor.dim() == 4 for tensor in module.tensors.values())
-    ]
-    algorithm = next(
-        (
-            algo
-            for algo, leaf in (("loha", "hada_w1_a"), ("lokr", "lokr_w1"), ("lokr", "lokr_w1_a"))
-            if leaf in tensors
-        ),
-        "lora",
-    )
-    arguments: dict[str, str] = {"conv_dim": str(max(conv))} if conv else {}
-    if algorithm == "lora" and "dora_scale" not in tensors:
-        return {"ss_network_module": "networks.lora", "ss_network_args": json.dumps(arguments)}
-    arguments |= {"algo": algorithm, **({"dora_wd": "True"} if "dora_scale" in tensors else {})}
-    return {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(arguments)}
+    """Returns the keys from which other programs read the kind of the adapter.
+
+    LoRA has the name of sd-scripts, and the other kinds have the names of LyCORIS.
+    """
+    leaves: set[str] = set()
+    conv_ranks = []
+    for module in modules:
+        leaves |= module.tensors.keys()
+        if module.rank and any(tensor.dim() == 4 for tensor in module.tensors.values()):
+            conv_ranks.append(module.rank)
+    arguments = {"conv_dim": str(max(conv_ranks))} if conv_ranks else {}
+    algorithm = "lora"
+    if "hada_w1_a" in leaves:
+        algorithm = "loha"
+    elif "lokr_w1" in leaves or "lokr_w1_a" in leaves:
+        algorithm = "lokr"
+    module_name = "networks.lora"
+    if algorithm != "lora" or "dora_scale" in leaves:
+        module_name = "lycoris.kohya"
+        arguments["algo"] = algorithm
+    if "dora_scale" in leaves:
+        arguments["dora_wd"] = "True"
+    return {"ss_network_module": module_name, "ss_network_args": json.dumps(arguments)}
 
 
 def bucket_info(sizes: Iterable[tuple[int, int]]) -> dict[str, Any]:
-    counts = Counter(sizes)
-    return {
-        "buckets": {
-            str(i): {"resolution": [*size], "count": counts[size]}
-            for i, size in enumerate(sorted(counts))
-        }
-    }
+    """Returns the number of images of each size, in the structure of sd-scripts."""
+    buckets = {}
+    for index, (size, count) in enumerate(sorted(Counter(sizes).items())):
+        buckets[str(index)] = {"resolution": [*size], "count": count}
+    return {"buckets": buckets}
 
 
 def shared_config(run: RunConfig) -> str:
-    """The settings as JSON, to repeat the run; paths and prompts only where they may be told."""
+    """Returns the settings as JSON, from which the run can be repeated.
+
+    Without `saving.include_folders` it contains no folder of the dataset and only the names of
+    model files. Without `saving.include_captions` it contains no prompts.
+    """
     data = run.model_dump(mode="json")
-    for section, name in (
-        ("dataset", "folder"),
-        ("dataset", "regularisation_folder"),
-        ("base", "model"),
-        ("base", "vae"),
-        ("adapter", "start_from"),
-    ):
-        path = Path(data[section][name])
-        if run.saving.include_folders:
+    dataset, sampling = data["dataset"], data["sampling"]
+    if run.saving.include_folders:
+        for name in DATASET_PATHS:
+            dataset[name] = _without_home(dataset[name])
+        for section, name in MODEL_PATHS:
             data[section][name] = _without_home(data[section][name])
-        elif path.is_absolute() or section == "dataset":
-            data[section][name] = path.name if section != "dataset" else ""
-    if not run.saving.include_folders:
-        data["dataset"]["repeats"] = []
+    else:
+        for name in DATASET_PATHS:
+            dataset[name] = ""
+        dataset["repeats"] = []  # its entries are names of folders
+        # A relative path may be an id on the Hugging Face Hub, which is public.
+        for section, name in MODEL_PATHS:
+            path = Path(data[section][name])
+            if path.is_absolute():
+                data[section][name] = path.name
     if not run.saving.include_captions:
-        data["sampling"].update(prompts=[], negative_prompt="")
+        sampling.update(prompts=[], negative_prompt="")
     return json.dumps(data, ensure_ascii=False)
 
 
@@ -178,40 +219,44 @@ def _without_home(path: str) -> str:
 
 
 def tag_frequencies(captions: Iterable[str]) -> dict[str, int]:
-    """How often each comma-separated part of the captions occurs."""
-    return dict(
-        Counter(
-            tag
-            for caption in captions
-            for tag in (part.strip() for part in caption.split(","))
-            if tag
-        ).most_common()
-    )
+    """Returns the number of occurrences of each comma-separated part, most frequent first."""
+    counts: Counter[str] = Counter()
+    for caption in captions:
+        tags = (part.strip() for part in caption.split(","))
+        counts.update(tag for tag in tags if tag)
+    return dict(counts.most_common())
 
 
 def metadata_of_tool(
     name: str, modules: Sequence[AdaptedModule], files: Sequence[AdapterFile], family: ModelFamily
 ) -> dict[str, str]:
-    """Of a file made from others: what they have in common, and their names. A single one hands on all but its hashes and thumbnail."""
-    common = (
-        dict(set.intersection(*(set(file.metadata.items()) for file in files)))
-        if files
-        else family.metadata("epsilon")
-    )
+    """Returns the metadata of an adapter that was made from other adapter files.
+
+    It contains the names of the files and the metadata that they have in common. A single file
+    passes on all of it except hashes and the thumbnail.
+    """
+    common: dict[str, Any] = family.metadata("epsilon")
+    if files:
+        common = dict(set.intersection(*(set(file.metadata.items()) for file in files)))
+    # The thumbnail shows images of another adapter, and PEFT's settings contain its alphas.
+    outdated = ("modelspec.thumbnail", "lora_adapter_metadata")
+    passed_on = {}
+    for key, value in common.items():
+        is_hash = "hash" in key and not key.startswith("atelier")
+        if not is_hash and key not in outdated:
+            passed_on[key] = value
     own = {
         **network(modules),
-        "ss_network_dim": Counter(module.rank for module in modules).most_common(1)[0][0],
+        "ss_network_dim": _common_rank(modules),
         "ss_network_alpha": common_alpha(modules),
         "ss_output_name": name,
         "modelspec.title": name,
         "atelier_made_from": ", ".join(file.path.stem for file in files),
         "atelier_version": __version__,
     }
-    passed_on = {
-        key: value
-        for key, value in common.items()
-        if "hash" not in key or key.startswith("atelier")
-    }
-    passed_on.pop("modelspec.thumbnail", None)  # it shows what the other file draws
-    passed_on.pop("lora_adapter_metadata", None)  # its alphas were those of the other file
     return {key: str(value) for key, value in (passed_on | own).items()}
+
+
+def _common_rank(modules: Sequence[AdaptedModule]) -> int | None:
+    """Returns the most frequent rank. None means that most are a LoKr with two full factors."""
+    return Counter(module.rank for module in modules).most_common(1)[0][0]

@@ -1,4 +1,4 @@
-"""LoRA files of any program: their keys, and a reader that trusts nothing.
+"""Adapter files of any program: their keys, and a reader that does not trust them.
 
-Lies below the model families, which map keys of their own. Imports `trainer.models`.
+The model families import this folder to map their keys. It imports `trainer.models`.
 """

@@ -1,4 +1,7 @@
-"""The scale of each module in PEFT's adapter settings."""
+"""The scale of each module, read from PEFT's adapter settings.
+
+PEFT writes them as a JSON file beside the tensors, diffusers as JSON in the header of the file.
+"""
 
 import json
 import math
@@ -9,29 +12,57 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ModelError
-from trainer.lora.formats.keys import DOTTED
+from trainer.lora.formats.keys import COMPONENTS
 
-CONFIG_LIMIT = 2**20  # bytes
-
-
-PEFT_KINDS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # how each spells its alpha
+MAX_CONFIG_BYTES = 2**20
+ALPHA_NAMES = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
+"""The name of the alpha by the kind of the adapter."""
+DEFAULT_ALPHA = 8
 
 
 @dataclass(frozen=True)
 class Scales:
-    """Where the scale of a module stands when it stands beside the tensors: in PEFT's config."""
+    """The alphas of an adapter whose file does not contain them as tensors."""
 
     alpha: float
     alphas: Mapping[str, float]
-    """By the path of a module or its end."""
+    """Exceptions, by the path of a module or the end of it."""
     rslora: bool
 
-    def of(self, module: str, rank: int) -> float:
-        alpha = next(
-            (value for end, value in self.alphas.items() if f".{module}".endswith(f".{end}")),
-            self.alpha,
-        )
+    def scale_of(self, module: str, rank: int) -> float:
+        """Returns alpha / rank of a module, or alpha / sqrt(rank) for rsLoRA."""
+        alpha = self.alpha
+        for end, value in self.alphas.items():
+            if f".{module}".endswith(f".{end}"):
+                alpha = value
+                break
         return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def scales_of_folder(config: Path) -> Scales:
+    """Reads adapter_config.json. Raises ModelError if it is damaged or not supported."""
+    if config.stat().st_size > MAX_CONFIG_BYTES:
+        raise ModelError(
+            f"{config.name} is larger than {MAX_CONFIG_BYTES // 1024} KiB, "
+            "which no adapter's settings need. The file is damaged."
+        )
+    text = config.read_text(encoding="utf-8", errors="replace")
+    return _scales(config, _read_json(config, text))
+
+
+def scales_of_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Scales]:
+    """Reads the settings that diffusers writes to the header: {"unet.lora_alpha": 4, ...}.
+
+    Returns them by component. Raises ModelError if they are damaged or not supported.
+    """
+    if "lora_adapter_metadata" not in metadata:
+        return {}
+    settings: dict[str, dict[str, Any]] = {}
+    for name, value in _read_json(path, metadata["lora_adapter_metadata"]).items():
+        component, _, key = name.partition(".")
+        if component in COMPONENTS and key:
+            settings.setdefault(component, {})[key] = value
+    return {component: _scales(path, values) for component, values in settings.items()}
 
 
 def _read_json(path: Path, text: str) -> dict[str, Any]:
@@ -41,50 +72,35 @@ def _read_json(path: Path, text: str) -> dict[str, Any]:
         data = None
     if not isinstance(data, dict):
         raise ModelError(
-            f"The adapter settings in {path.name} are not valid JSON; the file is damaged."
+            f"The adapter settings in {path.name} are not valid JSON. The file is damaged."
         )
     return data
 
 
-def _peft_scales(config: Path) -> Scales:
-    if config.stat().st_size > CONFIG_LIMIT:
-        raise ModelError(f"{config.name} is larger than any adapter's settings; it is damaged.")
-    return _scales(config, _read_json(config, config.read_text(encoding="utf-8", errors="replace")))
-
-
 def _scales(path: Path, data: Mapping[str, Any]) -> Scales:
-    kind = data.get("peft_type", "LORA")
-    if kind not in PEFT_KINDS:
+    kind = str(data.get("peft_type", "LORA"))
+    if kind not in ALPHA_NAMES:
         raise ModelError(
-            f"{path.name} describes a {str(kind)[:40]}; read are {', '.join(PEFT_KINDS)}."
+            f"{path.name} is an adapter of the kind {kind[:40]}, which is not supported. "
+            f"The supported kinds are {', '.join(ALPHA_NAMES)}."
         )
-    alpha, pattern = data.get(PEFT_KINDS[kind], 8), data.get("alpha_pattern") or {}
-    if not isinstance(pattern, dict) or not all(
-        _is_number(value) for value in (alpha, *pattern.values())
-    ):
-        raise ModelError(f"{path.name} gives an alpha that is no number; it is damaged.")
-    alphas = {
-        str(end).lstrip("^").rstrip("$").replace("\\.", ".").removeprefix("text_model."): value
-        for end, value in pattern.items()
-    }
-    if any(re.search(r"[^\w.]", end) for end in alphas):
-        raise ModelError(
-            f"{path.name} gives alphas by regular expressions, which are not followed here; save it with plain names."
-        )
+    alpha, pattern = data.get(ALPHA_NAMES[kind], DEFAULT_ALPHA), data.get("alpha_pattern") or {}
+    numbers = [alpha, *pattern.values()] if isinstance(pattern, dict) else [None]
+    if not all(_is_number(value) for value in numbers):
+        raise ModelError(f"{path.name} contains an alpha that is not a number. It is damaged.")
+
+    # PEFT treats each name as a regular expression. Only escaped plain names are read.
+    alphas: dict[str, float] = {}
+    for end, value in pattern.items():
+        name = str(end).lstrip("^").rstrip("$").replace("\\.", ".").removeprefix("text_model.")
+        if re.search(r"[^\w.]", name):
+            raise ModelError(
+                f"{path.name} selects alphas with the regular expression {name[:40]}, which is "
+                "not supported. Save the adapter with plain module names."
+            )
+        alphas[name] = value
     return Scales(alpha, alphas, bool(data.get("use_rslora")))
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _diffusers_scales(path: Path, metadata: Mapping[str, str]) -> dict[str, Scales]:
-    """What diffusers keeps of PEFT's config in the header, by component: {"unet.lora_alpha": 4, ...}."""
-    if "lora_adapter_metadata" not in metadata:
-        return {}
-    data = _read_json(path, metadata["lora_adapter_metadata"])
-    found = {
-        part: {k.removeprefix(f"{part}."): v for k, v in data.items() if k.startswith(f"{part}.")}
-        for part in DOTTED
-    }
-    return {part: _scales(path, values) for part, values in found.items() if values}

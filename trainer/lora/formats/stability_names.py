@@ -1,4 +1,4 @@
-"""Module paths in the checkpoints and code of Stability AI, and the same paths in diffusers."""
+"""Module paths in the code and checkpoints of Stability AI, and the same modules in diffusers."""
 
 import re
 
@@ -10,8 +10,6 @@ RESNET_PARTS = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-
-
 SINGLE_MODULES = {
     "input_blocks.0.0": "conv_in",
     "out.2": "conv_out",
@@ -20,25 +18,31 @@ SINGLE_MODULES = {
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
 }
-
-
-LAYERS_PER_BLOCK = 2  # of every UNet that Stability published
+MIDDLE_PARTS = ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")
+LAYERS_PER_BLOCK = 2
+"""In every UNet that Stability published."""
 
 
 def from_ldm(path: str) -> str:
-    """A path in Stability's own UNet as diffusers has it: input_blocks.4.1.proj_in -> down_blocks.1.attentions.0.proj_in. Others stay."""
+    """Returns the diffusers path of a module in Stability's UNet, or the path itself if unknown.
+
+    input_blocks.4.1.proj_in -> down_blocks.1.attentions.0.proj_in
+    """
     if path in SINGLE_MODULES:
         return SINGLE_MODULES[path]
     match = re.fullmatch(r"(input|middle|output)_blocks?\.(\d+)(?:\.(\d+))?(?:\.(.+))?", path)
     if match is None:
         return path
     side, number, part, inside = match[1], int(match[2]), match[3], match[4] or ""
-    if side == "middle":  # middle_block.1.transformer_blocks.0...: the first number is the part
+    if side == "middle":
+        # middle_block.1.transformer_blocks.0...: the first number selects the resnet or attention,
+        # and a second number belongs to the path inside it.
         inside = ".".join(filter(None, [part, inside]))
-        place = {0: "mid_block.resnets.0", 1: "mid_block.attentions.0", 2: "mid_block.resnets.1"}[
-            number
-        ]
-        return f"{place}.{RESNET_PARTS.get(inside, inside)}"
+        if number >= len(MIDDLE_PARTS):
+            return path
+        return f"{MIDDLE_PARTS[number]}.{RESNET_PARTS.get(inside, inside)}"
+
+    # The input side counts its first convolution as block 0.
     block, layer = divmod(number - (side == "input"), LAYERS_PER_BLOCK + 1)
     name = "down_blocks" if side == "input" else "up_blocks"
     if inside == "op":
@@ -51,43 +55,40 @@ def from_ldm(path: str) -> str:
 
 
 def to_ldm(module: str) -> str:
-    """The other way: down_blocks.1.attentions.0.proj_in -> input_blocks.4.1.proj_in.
+    """Returns the path in Stability's UNet of a diffusers module. Raises ValueError if unknown.
 
-    There a block's layers and its resampling count on through the whole side, and 0 of the input side is the first convolution.
+    down_blocks.1.attentions.0.proj_in -> input_blocks.4.1.proj_in
+
+    Stability numbers the layers and resamplers of all blocks of a side in one sequence. On the
+    input side 0 is the first convolution.
     """
     for ldm, diffusers in SINGLE_MODULES.items():
         if module == diffusers:
             return ldm
     match = re.fullmatch(
-        r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)",
+        r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?"
+        r"\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)",
         module,
     )
     if match is None:
-        raise ValueError(f"{module} has no place in Stability's UNet")
-    side, block, what, layer, inside = (
-        match[1],
-        int(match[2] or 0),
-        match[3],
-        int(match[4]),
-        match[5],
-    )
+        raise ValueError(f"{module} does not exist in Stability's UNet")
+    side, block, layer_kind = match[1], int(match[2] or 0), match[3]
+    layer, inside = int(match[4]), match[5]
+
     number = (LAYERS_PER_BLOCK + 1) * block + layer
-    if what == "downsamplers":
+    if layer_kind == "downsamplers":
         return f"input_blocks.{number + LAYERS_PER_BLOCK + 1}.0.op"
-    if what == "upsamplers":
+    if layer_kind == "upsamplers":
         return f"output_blocks.{number + LAYERS_PER_BLOCK}.2.{inside}"
-    if what == "resnets":
-        inside = next(
-            (ldm for ldm, diffusers in RESNET_PARTS.items() if diffusers == inside), inside
-        )
-    part = {"resnets": 0, "attentions": 1}[what]
+    if layer_kind == "resnets":
+        ldm_parts = {diffusers: ldm for ldm, diffusers in RESNET_PARTS.items()}
+        inside = ldm_parts.get(inside, inside)
+    part = {"resnets": 0, "attentions": 1}[layer_kind]
     if side == "mid_block":
         return f"middle_block.{1 if part else 2 * layer}.{inside}"
-    return (
-        f"input_blocks.{number + 1}.{part}.{inside}"
-        if side == "down_blocks"
-        else f"output_blocks.{number}.{part}.{inside}"
-    )
+    if side == "down_blocks":
+        return f"input_blocks.{number + 1}.{part}.{inside}"
+    return f"output_blocks.{number}.{part}.{inside}"
 
 
 MMDIT_PARTS = {
@@ -99,40 +100,45 @@ MMDIT_PARTS = {
     "context_block.mlp.fc1": "ff_context.net.0.proj",
     "context_block.mlp.fc2": "ff_context.net.2",
 }
-
-
 MMDIT_FUSED = {
     "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
     "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
 }
+"""Projections that are one layer in Stability's MMDiT and three in diffusers."""
 
 
 def from_mmdit(path: str) -> str:
-    """A path in Stability's own MMDiT as diffusers has it; the fused projections stay, to be split with their tensors. Others stay."""
+    """Returns the diffusers path of a module in Stability's MMDiT, or the path itself if unknown.
+
+    A fused projection keeps its name inside the block. The reader splits it with its tensors.
+    """
     match = re.fullmatch(r"joint_blocks\.(\d+)\.(.+)", path)
-    return f"transformer_blocks.{match[1]}.{MMDIT_PARTS.get(match[2], match[2])}" if match else path
+    if match is None:
+        return path
+    return f"transformer_blocks.{match[1]}.{MMDIT_PARTS.get(match[2], match[2])}"
 
 
 def to_mmdit(module: str) -> tuple[str, int | None]:
-    """The other way, and which third of it where three are fused there: ("joint_blocks.0.x_block.attn.qkv", 1) for to_k."""
+    """Returns the path in Stability's MMDiT, and the index in it if q, k and v are fused there.
+
+    transformer_blocks.0.attn.to_k -> ("joint_blocks.0.x_block.attn.qkv", 1). An unknown path is
+    returned unchanged.
+    """
     match = re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", module)
-    if match:
-        for fused, parts in MMDIT_FUSED.items():
-            if match[2] in parts:
-                return f"joint_blocks.{match[1]}.{fused}", parts.index(match[2])
-        for ours, diffusers in MMDIT_PARTS.items():
-            if diffusers == match[2]:
-                return f"joint_blocks.{match[1]}.{ours}", None
+    if match is None:
+        return module, None
+    for fused, parts in MMDIT_FUSED.items():
+        if match[2] in parts:
+            return f"joint_blocks.{match[1]}.{fused}", parts.index(match[2])
+    for stability, diffusers in MMDIT_PARTS.items():
+        if diffusers == match[2]:
+            return f"joint_blocks.{match[1]}.{stability}", None
     return module, None
 
 
-THIRDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-
-
+QKV_PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 OPEN_CLIP = {"self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-
-
 CLIP_PREFIXES = {
     "text_encoder": (
         "cond_stage_model.transformer",
@@ -141,33 +147,38 @@ CLIP_PREFIXES = {
     ),
     "text_encoder_2": ("text_encoders.clip_g.transformer",),
 }
-
-
 OPEN_CLIP_PREFIXES = {
     "text_encoder": ("cond_stage_model.model",),
     "text_encoder_2": ("conditioner.embedders.1.model",),
 }
 
 
-def checkpoint_places(component: str, module: str) -> list[tuple[str, int | None]]:
-    """Tensors of a single-file checkpoint that may hold the weight of a module, with the third of it where q, k and v are one tensor."""
+def checkpoint_keys(component: str, module: str) -> list[tuple[str, int | None]]:
+    """Returns the tensors of a single-file checkpoint that may contain the weight of a module.
+
+    Each comes with an index if q, k and v are one tensor there, else with None.
+    """
     if component == "unet":
         path = f"model.diffusion_model.{to_ldm(module)}.weight"
+        # A block without attention has its upsampler at index 1.
         return [(path, None), (path.replace(".2.conv.", ".1.conv."), None)]
     if component == "transformer":
-        path, third = to_mmdit(module)
-        return [(f"model.diffusion_model.{path}.weight", third)]
-    bare = module.removeprefix("text_model.")
-    places: list[tuple[str, int | None]] = [
-        (f"{prefix}.text_model.{bare}.weight", None) for prefix in CLIP_PREFIXES.get(component, ())
-    ]
-    match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", bare)
+        path, index = to_mmdit(module)
+        return [(f"model.diffusion_model.{path}.weight", index)]
+    return _text_encoder_keys(component, module.removeprefix("text_model."))
+
+
+def _text_encoder_keys(component: str, module: str) -> list[tuple[str, int | None]]:
+    keys: list[tuple[str, int | None]] = []
+    for prefix in CLIP_PREFIXES.get(component, ()):
+        keys.append((f"{prefix}.text_model.{module}.weight", None))
+    match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", module)
     if match is None:
-        return places
+        return keys
     for prefix in OPEN_CLIP_PREFIXES.get(component, ()):
-        block, part = f"{prefix}.transformer.resblocks.{match[1]}", match[2]
-        if part in OPEN_CLIP:
-            places.append((f"{block}.{OPEN_CLIP[part]}.weight", None))
-        elif part in THIRDS:
-            places.append((f"{block}.attn.in_proj_weight", THIRDS.index(part)))
-    return places
+        block = f"{prefix}.transformer.resblocks.{match[1]}"
+        if match[2] in OPEN_CLIP:
+            keys.append((f"{block}.{OPEN_CLIP[match[2]]}.weight", None))
+        elif match[2] in QKV_PROJECTIONS:
+            keys.append((f"{block}.attn.in_proj_weight", QKV_PROJECTIONS.index(match[2])))
+    return keys
