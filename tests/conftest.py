@@ -8,6 +8,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,31 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import save_tiny_base
 
     return save_tiny_base(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="session")
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Returns a function from a kind, such as "sdxl", to its tiny base, which is written once."""
+    from tests.tiny import save_tiny_base
+
+    folders: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in folders:
+            folders[kind] = save_tiny_base(tmp_path_factory.mktemp(kind) / "base", kind=kind)
+        return folders[kind]
+
+    return get
+
+
+@pytest.fixture
+def load(base_of: Callable[[str], Path]) -> Callable[[str], Any]:
+    """Returns a function from a kind to a newly loaded tiny base in float32."""
+    import torch
+
+    from trainer.families import load_base
+
+    return lambda kind: load_base(config.Base(model=str(base_of(kind))), torch.float32)
 
 
 @pytest.fixture(scope="session")
