@@ -1,4 +1,4 @@
-"""A finding is cured by one click, originals are kept, and every change is taken back to the byte."""
+"""A issue is cured by one click, originals are kept, and every change is taken back to the byte."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.corpus import JPG, PNG, encoded, frames, hidden_magenta, oriented, photo
+from trainer import config
 from trainer.cli.main import main
 from trainer.curation import caption_edits, fixes, history
 from trainer.curation.history import Edit
@@ -41,13 +42,13 @@ def write(folder, name, data=PNG, caption: str | bytes | None = "a cat, on a mat
 
 
 def cure(folder, kind: str, name: str, **options) -> int:
-    findings = [
-        finding
-        for finding in scan_dataset(folder, resolution=64, **options)[1]
-        if finding.kind == kind
+    issues = [
+        issue
+        for issue in scan_dataset(folder, resolution=64, **options)[1]
+        if issue.kind == kind
     ]
-    assert findings, kind
-    return fixes.apply(folder, findings, name)
+    assert issues, kind
+    return fixes.apply(folder, issues, name)
 
 
 def seven(seed):
@@ -80,7 +81,7 @@ def test_a_cure_cures_and_is_taken_back(folder, kind):
     assert cure(folder, kind, name) > 0
     assert snapshot(folder).keys() == expected
     assert (
-        kind not in {finding.kind for finding in scan_dataset(folder, resolution=64)[1]}
+        kind not in {issue.kind for issue in scan_dataset(folder, config.Dataset(resolution=64, bucket_step=8))[1]}
         or kind == "transparent"
     )
     if kind == "animated":
@@ -88,7 +89,7 @@ def test_a_cure_cures_and_is_taken_back(folder, kind):
     if kind == "rotated":
         assert Image.open(folder / "x.png").size == (64, 96)
     if kind == "transparent":
-        assert scan_dataset(folder, resolution=64)[0][1].mask == folder / "x.mask.png"
+        assert scan_dataset(folder, config.Dataset(resolution=64, bucket_step=8))[0][1].mask == folder / "x.mask.png"
         assert Image.open(folder / "x.mask.png").getextrema() == (0, 255)
     if kind == "no-caption":
         assert (folder / "old_red-boat 3.txt").read_text() == "old red boat"
@@ -132,7 +133,7 @@ def test_check_command_cures_and_takes_back(folder, capsys):
     assert main(["check", str(folder), "--resolution", "64", "--fix", "duplicate", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["pictures"] == 1 and "duplicate" not in {
-        finding["kind"] for finding in report["findings"]
+        issue["kind"] for issue in report["findings"]
     }
     assert main(["check", str(folder), "--resolution", "64", "--undo"]) == 0
     assert "[duplicate]" in capsys.readouterr().out and snapshot(folder) == before
@@ -279,4 +280,4 @@ def test_tags_are_counted_and_filtered():
         caption_edits.append("x"),
         tag="tree",
     )
-    assert [(change.picture, change.after) for change in changes] == [("2", "tree, x")]
+    assert [(change.image, change.after) for change in changes] == [("2", "tree, x")]

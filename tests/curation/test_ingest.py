@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.corpus import JPG, PNG, encoded, photo
+from trainer import config
 from trainer.curation import import_copy, import_zip
 from trainer.curation.import_names import safe_name
 from trainer.curation.ingest import import_files
@@ -44,10 +45,10 @@ def test_files_folders_and_zips_are_copied(source, tmp_path):
     with zipfile.ZipFile(source / "more.zip", "w") as archive:
         archive.writestr("sub/b.png", PNG)
         archive.writestr("sub/b.caption", "a dog")
-    findings = import_files(
+    issues = import_files(
         [source / "10_cat", source / "single.jpg", source / "more.zip"], tmp_path / "set"
     )
-    assert findings == []
+    assert issues == []
     assert names(tmp_path / "set") == [
         "10_cat/a.png",
         "10_cat/a.txt",
@@ -113,7 +114,7 @@ def test_names_that_become_one_lose_nothing(source, tmp_path):
     import_files(dropped, tmp_path / "set")
     captions = {
         item.path.read_bytes(): item.caption
-        for item in scan_dataset(tmp_path / "set", resolution=64)[0]
+        for item in scan_dataset(tmp_path / "set", config.Dataset(resolution=64, bucket_step=8))[0]
     }
     assert captions == {
         path.with_suffix(".png").read_bytes(): name[:-4].strip() for path, name in dropped[::2]
@@ -130,7 +131,7 @@ def test_captions_of_long_names_may_come_later(source, tmp_path):
     import_files([(path, f"{prompt}{path.name}") for path in reversed(words)], tmp_path / "set")
     captions = {
         item.path.read_bytes(): item.caption
-        for item in scan_dataset(tmp_path / "set", resolution=64)[0]
+        for item in scan_dataset(tmp_path / "set", config.Dataset(resolution=64, bucket_step=8))[0]
     }
     assert captions == {path.read_bytes(): f"caption {path.stem}" for path in pictures}
 
@@ -139,21 +140,21 @@ def test_a_folder_that_came_file_by_file_is_treated_as_one(source, tmp_path):
     deep = "/".join("abcdefghijklmnopq")
     left_out = ["set/.hidden/1.png", f"{deep}/1.png", "set/more.zip", "set/notes.md"]
     upload = put(source, "0001", PNG)
-    findings = import_files(
+    issues = import_files(
         [(upload, name) for name in ("set/__MACOSX/1.png", "set/1.png", *left_out)], tmp_path / "in"
     )
     assert names(tmp_path / "in") == ["set/1.png"]
-    assert sorted(finding.file for finding in findings) == sorted(left_out)
+    assert sorted(issue.file for issue in issues) == sorted(left_out)
 
 
 def test_nothing_is_overwritten_and_pairs_keep_together(source, tmp_path):
     target = tmp_path / "set"
     put(target, "a.png", encoded(photo(seed=1), "PNG"))
     put(target, "a.txt", b"old")
-    findings = import_files([put(source, "A.png", PNG), put(source, "A.txt", b"new")], target)
+    issues = import_files([put(source, "A.png", PNG), put(source, "A.txt", b"new")], target)
     assert names(target) == ["A-2.png", "A-2.txt", "a.png", "a.txt"]
     assert (target / "a.txt").read_bytes() == b"old" and (target / "A-2.txt").read_bytes() == b"new"
-    assert [finding.message for finding in findings] == [
+    assert [issue.message for issue in issues] == [
         "Was saved as A-2.png.",
         "Was saved as A-2.txt.",
     ]
@@ -162,9 +163,9 @@ def test_nothing_is_overwritten_and_pairs_keep_together(source, tmp_path):
 def test_importing_twice_adds_nothing(source, tmp_path):
     files = [put(source, "a.png", PNG), put(source, "a.txt", b"a cat")]
     import_files(files, tmp_path / "set")
-    findings = import_files(files, tmp_path / "set")
+    issues = import_files(files, tmp_path / "set")
     assert names(tmp_path / "set") == ["a.png", "a.txt"]
-    assert [(finding.file, finding.level) for finding in findings] == [("a.png", "note")]
+    assert [(issue.file, issue.level) for issue in issues] == [("a.png", "note")]
 
 
 def test_masks_stay_with_their_pictures_whatever_the_names(source, tmp_path):
@@ -177,15 +178,15 @@ def test_masks_stay_with_their_pictures_whatever_the_names(source, tmp_path):
     put(source, "d/bad.png", b"no picture")
     put(source, "d/bad.mask.png", mask)
     files = [path for path in sorted((source / "d").rglob("*")) if path.is_file()]
-    findings = import_files(
+    issues = import_files(
         [(path, path.relative_to(source / "d").as_posix()) for path in files], target
     )
-    items, _ = scan_dataset(target, resolution=64)
+    items, _ = scan_dataset(target, config.Dataset(resolution=64, bucket_step=8))
     assert {item.path.name: item.mask and item.mask.name for item in items} == {
         "a.png": None, "a-2.png": "a-2.mask.png", "b_.png": "b_.mask.png",
     }  # fmt: skip
     assert all(item.mask is None or item.mask.read_bytes() == mask for item in items)
-    assert [finding.level for finding in findings if "bad" in finding.file] == ["error", "warning"]
+    assert [issue.level for issue in issues if "bad" in issue.file] == ["error", "warning"]
 
 
 def test_captions_may_come_later_but_replace_none(source, tmp_path):
@@ -193,13 +194,13 @@ def test_captions_may_come_later_but_replace_none(source, tmp_path):
     import_files(
         [put(source, "a.png", PNG), put(source, "b.png", JPG), put(source, "b.txt", b"old")], target
     )
-    findings = import_files(
+    issues = import_files(
         [put(source, "a.txt", b"new a"), put(source, "b.txt", b"new b")], target
     )
     assert (
         read_caption(target / "a.png")[0] == "new a" and read_caption(target / "b.png")[0] == "old"
     )
-    assert [finding.file for finding in findings] == ["b.txt"]
+    assert [issue.file for issue in issues] == ["b.txt"]
 
 
 def test_captions_that_came_first_get_their_pictures(source, tmp_path):
@@ -218,7 +219,7 @@ def test_captions_that_came_first_get_their_pictures(source, tmp_path):
         [put(source, "c.png", encoded(photo(seed=3), "PNG")), put(source, "c.txt", b"another")],
         target,
     )
-    captions = {item.path.name: item.caption for item in scan_dataset(target, resolution=64)[0]}
+    captions = {item.path.name: item.caption for item in scan_dataset(target, config.Dataset(resolution=64, bucket_step=8))[0]}
     assert captions == {"a.png": "cat a", "b.png": "cat b", "c-2.png": "another"}
     assert (target / "c.txt").read_bytes() == b"cat c", "nothing is overwritten"
 
@@ -235,7 +236,7 @@ def test_a_picture_takes_no_caption_of_another(source, tmp_path):
     import_files(
         [(lone, "c*.txt"), (put(source, "0003", encoded(photo(seed=4), "PNG")), "c?.png")], target
     )
-    captions = {item.path.name: item.caption for item in scan_dataset(target, resolution=64)[0]}
+    captions = {item.path.name: item.caption for item in scan_dataset(target, config.Dataset(resolution=64, bucket_step=8))[0]}
     assert captions == {
         "a.png": "cat a",
         "b.png": "cat b",
@@ -256,7 +257,7 @@ def test_accents_are_one_letter_or_two(source, tmp_path, first):
     dropped += [(put(source, "0004", JPG), "a\u0300.jpg"), (row, "metadata.jsonl")]
     import_files(sorted(dropped, key=lambda pair: not pair[1].endswith(first)), tmp_path / "set")
     captions = {
-        item.path.name: item.caption for item in scan_dataset(tmp_path / "set", resolution=64)[0]
+        item.path.name: item.caption for item in scan_dataset(tmp_path / "set", config.Dataset(resolution=64, bucket_step=8))[0]
     }
     assert captions == {"\u00e9.png": "a cat", "\u00e0.jpg": "a dog"}
 
@@ -266,11 +267,11 @@ def test_only_pictures_of_the_same_size_are_compared(source, tmp_path, monkeypat
     import_files([put(source, "a.png", PNG), put(source, "b.jpg", JPG)], target)
     sha256 = import_copy._sha256
     monkeypatch.setattr(import_copy, "_sha256", lambda path: read.append(path.name) or sha256(path))
-    findings = import_files(
+    issues = import_files(
         [put(source, "c.png", PNG), put(source, "d.png", PNG), put(source, "e.bmp", b"no picture")],
         target,
     )
-    assert read == ["a.png"] and [finding.file for finding in findings] == [
+    assert read == ["a.png"] and [issue.file for issue in issues] == [
         "c.png",
         "d.png",
         "e.bmp",
@@ -294,12 +295,12 @@ def test_metadata_follows_renamed_pictures(source, tmp_path):
     captions = {"a.png": "one", "sub/b.png": "two", "c.jpg": "no"}
     rows = [json.dumps({"file_name": name, "text": text}) for name, text in captions.items()]
     put(folder, "metadata.jsonl", "\n".join(rows).encode())
-    findings = import_files([folder], tmp_path / "set")
+    issues = import_files([folder], tmp_path / "set")
     captions = {
-        item.path.name: item.caption for item in scan_dataset(tmp_path / "set", resolution=64)[0]
+        item.path.name: item.caption for item in scan_dataset(tmp_path / "set", config.Dataset(resolution=64, bucket_step=8))[0]
     }
     assert captions == {"a.png": "", "a-2.png": "one", "b.png": "two", "c.jpg": "from txt"}
-    assert "2 of its 3 captions" in findings[-1].message
+    assert "2 of its 3 captions" in issues[-1].message
 
 
 def test_what_is_not_kept_is_named(source, tmp_path):
@@ -317,10 +318,10 @@ def test_what_is_not_kept_is_named(source, tmp_path):
         put(source, f"d/{name}", b"\x80payload")
     put(source, "d/broken.txt", b"a cat")
     put(source, "d/huge.txt", b"x" * (MAX_CAPTION_BYTES + 1))
-    findings = import_files([source / "d", source / "gone.png"], tmp_path / "set")
+    issues = import_files([source / "d", source / "gone.png"], tmp_path / "set")
     assert names(tmp_path / "set") == []
     left = {f"d/{path.name}" for path in (source / "d").iterdir()}
-    assert {finding.file for finding in findings} == left | {"gone.png"}
+    assert {issue.file for issue in issues} == left | {"gone.png"}
 
 
 def test_links_are_not_followed(source, tmp_path):
@@ -329,18 +330,18 @@ def test_links_are_not_followed(source, tmp_path):
     (source / "d" / "a.txt").symlink_to(secret)
     (source / "d" / "loop").symlink_to(source)
     (source / "top.txt").symlink_to(secret)
-    findings = import_files([source / "d", source / "top.txt"], tmp_path / "set")
+    issues = import_files([source / "d", source / "top.txt"], tmp_path / "set")
     assert names(tmp_path / "set") == ["d/a.png"]
-    assert [finding.file for finding in findings] == ["d/a.txt", "d/loop", "top.txt"]
+    assert [issue.file for issue in issues] == ["d/a.txt", "d/loop", "top.txt"]
 
 
 def test_a_link_inside_the_dataset_is_not_written_through(source, tmp_path):
     (tmp_path / "outside").mkdir()
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "d").symlink_to(tmp_path / "outside")
-    findings = import_files([put(source, "d/a.png", PNG).parent], tmp_path / "set")
+    issues = import_files([put(source, "d/a.png", PNG).parent], tmp_path / "set")
     assert not any((tmp_path / "outside").iterdir())
-    assert "leaves the dataset" in findings[0].message
+    assert "leaves the dataset" in issues[0].message
 
 
 def test_zip_limits_count_real_bytes(source, tmp_path, monkeypatch):
@@ -350,8 +351,8 @@ def test_zip_limits_count_real_bytes(source, tmp_path, monkeypatch):
     for limit, value in (("MAX_ENTRIES", 4), ("MAX_TOTAL_BYTES", 4000), ("MAX_FILE_BYTES", 999)):
         with monkeypatch.context() as patch:
             patch.setattr(import_zip, limit, value)
-            findings = import_files([source / "x.zip"], tmp_path / limit)
-        assert [finding.level for finding in findings] == ["error"] and not names(
+            issues = import_files([source / "x.zip"], tmp_path / limit)
+        assert [issue.level for issue in issues] == ["error"] and not names(
             tmp_path / limit
         ), limit
 
@@ -378,11 +379,11 @@ def test_full_disk_is_one_sentence_and_leaves_no_part(source, tmp_path, monkeypa
 
 
 def test_damage_in_one_zip_does_not_stop_the_rest(source, tmp_path):
-    findings = import_files(
+    issues = import_files(
         [put(source, "bad.zip", b"PK\3\4"), put(source, "a.png", PNG)], tmp_path / "set"
     )
     assert names(tmp_path / "set") == ["a.png"]
-    assert [(finding.file, finding.level) for finding in findings] == [("bad.zip", "error")]
+    assert [(issue.file, issue.level) for issue in issues] == [("bad.zip", "error")]
 
 
 @settings(deadline=None)  # the machine may be busy
@@ -414,5 +415,5 @@ def test_known_safe_names(stem, expected):
 def test_a_dropped_pipe_does_not_hang(source, tmp_path):
     for name in ("x.zip", "x.png", "x.txt"):
         os.mkfifo(source / name)
-    findings = import_files(sorted(source.iterdir()), tmp_path / "set")
-    assert names(tmp_path / "set") == [] and len(findings) == 3
+    issues = import_files(sorted(source.iterdir()), tmp_path / "set")
+    assert names(tmp_path / "set") == [] and len(issues) == 3

@@ -1,6 +1,7 @@
 """What a step sees of the dataset: views, captions, masks, resolutions, class pictures, the prior. On a tiny real pipeline."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from trainer.runs.events import EventLog
 from trainer.training import loop, validation
 from trainer.training.runner import run_in
 from trainer.training.setup import prepare
-from trainer.training.step.losses import _seen, microbatch_losses
+from trainer.training.step.losses import _view_and_caption, microbatch_losses
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def dataset(tiny_dataset, tmp_path):
 
 def losses(session, count=6):
     return [
-        float(sum(microbatch_losses(session, session.buckets, number)).detach())
+        float(sum(microbatch_losses(session, number)).detach())
         for number in range(count)
     ]
 
@@ -45,9 +46,9 @@ def losses(session, count=6):
 def test_the_draws_without_options_are_those_of_before(session_of):
     """A changed number here changes every training that was ever measured."""
     session = session_of()
-    example = session.examples[0]
+    example = session.data.examples[0]
     assert (
-        _seen(session, example, ("", 0, 0)) == (example.views[0], example.caption)
+        _view_and_caption(session, example, "", 0, 0) == (example.views[0], example.caption)
         and len(example.views) == 1
     )
 
@@ -92,17 +93,17 @@ def test_views_are_cached_and_measured_plain(session_of):
 
 
 def test_a_mirrored_view_of_sdxl_tells_the_mirrored_crop():
-    from trainer.data.augment import Look, mirrored
+    from trainer.data.augment import ImageView, mirror
     from trainer.data.buckets import choose_crop
     from trainer.data.scan import DatasetItem
 
     crop = choose_crop(64, 32, 32, 8, max_aspect=1.0, centre=(0.25, 0.5))
-    item, look = DatasetItem(None, "", 64, 32), Look(crop)
+    item, look = DatasetItem(None, "", 64, 32), ImageView(crop)
     assert (
-        examples.size_ids(item, look)[3] + examples.size_ids(item, mirrored(look))[3]
+        examples.size_ids(item, look)[3] + examples.size_ids(item, mirror(look))[3]
         == crop.scaled[0] - crop.bucket[0]
     )
-    assert examples.size_ids(item, look)[3] != examples.size_ids(item, mirrored(look))[3]
+    assert examples.size_ids(item, look)[3] != examples.size_ids(item, mirror(look))[3]
 
 
 def test_each_picture_is_trained_at_each_resolution_and_held_out_at_all(session_of):
@@ -114,12 +115,12 @@ def test_each_picture_is_trained_at_each_resolution_and_held_out_at_all(session_
             "training.batch_size": 1,
         }
     )
-    assert [e.resolution for e in session.examples] == [
+    assert [e.resolution for e in session.data.examples] == [
         32,
         16,
         24,
     ] * 4 and session.total_steps == 4 * 3 * 2
-    assert [e.resolution for e in session.held_out] == [32] * 4
+    assert [e.resolution for e in session.data.validation] == [32] * 4
     with pytest.raises(ConfigError, match="bucket_step"):
         config.replace(config.RunConfig(), {"dataset.resolutions": [32]})
 
@@ -131,12 +132,12 @@ def test_held_out_pictures_are_held_out_at_every_resolution(session_of, tmp_path
     session = session_of(
         **{"dataset.folder": str(folder), "dataset.resolutions": [16], "dataset.hold_out": 0.25}
     )
-    trained, measured = ({e.name for e in found} for found in (session.examples, session.held_out))
+    trained, measured = ({e.name for e in found} for found in (session.data.examples, session.data.validation))
     assert (
         len(trained) == 9
         and len(measured) == 3
         and not trained & measured
-        and len(session.examples) == 18
+        and len(session.data.examples) == 18
     )
 
 
@@ -176,7 +177,7 @@ def test_a_mask_says_which_latents_count(session_of, dataset):
     (dataset / "masks").mkdir()
     paint(dataset, "masks/02.png", (0, 0, 16, 4))
     session = session_of(**changes, **{"dataset.mask_outside": 0.25})
-    masks = {e.name: e.views[0].mask for e in session.examples}
+    masks = {e.name: e.views[0].mask for e in session.data.examples}
     assert masks["01.png"] is None and masks["03.png"] is None
     left, top = masks["00.png"], masks["02.png"]
     assert (
@@ -195,18 +196,18 @@ def test_transparency_can_be_the_mask(session_of, dataset):
     image.putalpha(Image.linear_gradient("L").resize(image.size))
     image.save(dataset / "00.png")
     session = session_of(**{"dataset.folder": str(dataset), "dataset.masked_loss": "alpha"})
-    mask = session.examples[0].views[0].mask[0]
+    mask = session.data.examples[0].views[0].mask[0]
     assert (
         mask[0].max() < 0.2
         and mask[-1].min() > 0.8
-        and session.examples[1].views[0].mask.min() == 1
+        and session.data.examples[1].views[0].mask.min() == 1
     )
 
 
 def test_a_picture_with_a_black_mask_is_named_and_left_out(session_of, dataset):
     paint(dataset, "00.mask.png", (0, 0, 0, 0))
     session = session_of(**{"dataset.folder": str(dataset), "dataset.masked_loss": "mask"})
-    assert [e.name for e in session.examples] == ["01.png", "02.png", "03.png"]
+    assert [e.name for e in session.data.examples] == ["01.png", "02.png", "03.png"]
     assert any(
         "00.png is left out" in warning and "black" in warning
         for warning in run_status.read_status(session.folder).warnings
@@ -224,9 +225,9 @@ def test_a_random_cut_that_misses_the_mask_costs_no_picture(session_of, dataset)
     session = session_of(
         **{"dataset.folder": str(dataset), "dataset.masked_loss": "mask"} | changes
     )
-    assert not run_status.read_status(session.folder).warnings and len(session.examples) == 4
+    assert not run_status.read_status(session.folder).warnings and len(session.data.examples) == 4
     assert all(
-        1 < len(e.views) < 16 and all(view.mask.any() for view in e.views) for e in session.examples
+        1 < len(e.views) < 16 and all(view.mask.any() for view in e.views) for e in session.data.examples
     )
 
 
@@ -243,7 +244,7 @@ def test_a_picture_that_fails_at_one_resolution_is_left_out_at_all(session_of, d
     }
     assert "00.png" in {e.name for e in session_of(**changes).examples}
     session = session_of(**changes, **{"dataset.resolutions": [16]})
-    assert [e.name for e in session.examples] == [
+    assert [e.name for e in session.data.examples] == [
         name for name in ("01.png", "02.png", "03.png") for _ in range(2)
     ]
     assert [
@@ -262,14 +263,14 @@ def test_class_pictures_are_made_where_they_lack_and_trained_beside_the_others(
     session = session_of(**changes, **{"dataset.class_pictures": 3})
     made = sorted(path.name for path in folder.iterdir())
     assert made == [f"class-0000{n}.{kind}" for n in (1, 2, 3) for kind in ("png", "txt")]
-    assert [(e.caption, e.resolution) for e in session.class_examples] == [("a cat", 32)] * 3
+    assert [(e.caption, e.resolution) for e in session.data.class_examples] == [("a cat", 32)] * 3
     first = (folder / "class-00001.png").read_bytes()
     (folder / "class-00001.png").unlink()
     heavy = session_of(**changes, **{"dataset.class_pictures": 3, "dataset.prior_loss_weight": 3.0})
     assert (folder / "class-00001.png").read_bytes() == first
     alone, light, weighed = (torch.tensor(losses(s)) for s in (session_of(), session, heavy))
     torch.testing.assert_close(weighed - alone, 3 * (light - alone))
-    assert (light > alone).all() and session.total_steps == 6 and len(session.examples) == 4
+    assert (light > alone).all() and session.total_steps == 6 and len(session.data.examples) == 4
 
 
 def test_a_class_folder_without_pictures_is_told(tiny_run, tmp_path):
@@ -330,13 +331,13 @@ def test_the_prior_is_what_the_base_does_without_the_trigger(session_of, rate):
     )
     assert losses(plain) == losses(kept)
     for session in (plain, kept):
-        for number, (name, parameter) in enumerate(session.parameters.items()):
+        for number, (name, parameter) in enumerate(session.optimisation.parameters.items()):
             if "lora_B" in name:
                 torch.nn.init.normal_(
                     parameter, std=0.5, generator=torch.Generator().manual_seed(number)
                 )
     assert all(a < b for a, b in zip(losses(plain), losses(kept), strict=True))
-    assert all(p.requires_grad for p in kept.parameters.values())
+    assert all(p.requires_grad for p in kept.optimisation.parameters.values())
 
 
 def test_what_is_learned_beside_a_picture_is_differentiated_before_the_next_is_seen(
@@ -353,7 +354,7 @@ def test_what_is_learned_beside_a_picture_is_differentiated_before_the_next_is_s
     session = session_of(
         **changes, **{"objective.prior_preservation": 2.0, "dataset.prior_loss_weight": 0.5}
     )
-    parameters, order, predict = list(session.parameters.values()), [], session.predict
+    parameters, order, predict = list(session.optimisation.parameters.values()), [], session.model.predict
 
     def seen(*given):
         model_pred = predict(*given)
@@ -361,13 +362,13 @@ def test_what_is_learned_beside_a_picture_is_differentiated_before_the_next_is_s
         model_pred.register_hook(lambda gradient: order.append("backward"))
         return model_pred
 
-    monkeypatch.setattr(session, "predict", seen)
+    session.model = replace(session.model, predict=seen)
     loss = loop.forward_backward(
-        session, session.buckets, 1, torch.amp.GradScaler("cpu", enabled=False)
+        session, 1, torch.amp.GradScaler("cpu", enabled=False)
     )
     assert order == ["forward", "backward"] * 3
     apart = torch.cat([p.grad.flatten() for p in parameters])
-    whole = sum(microbatch_losses(session, session.buckets, 0))
+    whole = sum(microbatch_losses(session, 0))
     together = torch.cat([g.flatten() for g in torch.autograd.grad(whole, parameters)])
     torch.testing.assert_close(loss, whole.detach())
     torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-7)

@@ -8,7 +8,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from tests.corpus import encoded, flipped, frames, hidden_magenta, oriented, photo, png16, with_gps
 from trainer.data.images import image_size, open_image, save_thumbnail
-from trainer.data.issues import shown
+from trainer.data.issues import printable
 from trainer.errors import DatasetError
 
 
@@ -165,5 +165,5 @@ def test_thumbnail_of_a_turned_picture_is_upright(tmp_path):
 
 
 def test_shown_is_printable():
-    assert shown("a\nb\x1b[31m\u202ec\udcff") == "a\\nb\\x1b[31m\\u202ec\\xff"
-    assert shown("żółć 😀👩‍👧.png") == "żółć 😀👩‍👧.png"
+    assert printable("a\nb\x1b[31m\u202ec\udcff") == "a\\nb\\x1b[31m\\u202ec\\xff"
+    assert printable("żółć 😀👩‍👧.png") == "żółć 😀👩‍👧.png"

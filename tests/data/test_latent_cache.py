@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from trainer.data import latent_cache
-from trainer.data.augment import Look
+from trainer.data.augment import ImageView
 from trainer.data.buckets import choose_crop
 from trainer.runs.events import EventLog
 from trainer.training import setup
@@ -66,7 +66,7 @@ def test_a_damaged_entry_is_made_anew(tiny_run, outputs):
 
 
 def test_another_base_has_other_entries():
-    crop = Look(choose_crop(16, 16, 16, 8)).facts
+    crop = ImageView(choose_crop(16, 16, 16, 8)).cache_key
     assert (
         len(
             {
@@ -82,7 +82,7 @@ def test_another_base_has_other_entries():
 
 def test_pixels_are_the_picture_in_minus_one_to_one(tmp_path):
     Image.new("RGB", (16, 8), (255, 0, 127)).save(tmp_path / "a.png")
-    pixels = latent_cache.to_pixels(tmp_path / "a.png", Look(choose_crop(16, 8, 16, 8)))
+    pixels = latent_cache.to_pixels(tmp_path / "a.png", ImageView(choose_crop(16, 8, 16, 8)))
     assert pixels.shape == (1, 3, 8, 16) and torch.allclose(
         pixels[0, :, 0, 0], torch.tensor([1.0, -1.0, 127 / 127.5 - 1])
     )
@@ -99,5 +99,5 @@ def test_a_picture_that_gives_no_numbers_is_named_and_left_out(tiny_run, outputs
 
     monkeypatch.setattr(latent_cache, "encode_image", broken)
     session = prepared(tiny_run(), outputs / "a")
-    assert len(session.examples) == 3
+    assert len(session.data.examples) == 3
     assert b"00.png is left out" in (outputs / "a" / "events.jsonl").read_bytes()

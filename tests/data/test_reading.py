@@ -134,7 +134,7 @@ def test_training_sees_the_end_of_a_long_caption(base_of, tiny_run, tmp_path, ki
             folder = run_folder.create(run)
             session = setup.prepare(run, folder, events.EventLog(folder / "events.jsonl"))
             losses[tokens, tail] = [
-                sum(microbatch_losses(session, session.buckets, number)).item()
+                sum(microbatch_losses(session, number)).item()
                 for number in range(6)
             ]
             warned[tokens] = [
@@ -205,6 +205,6 @@ def test_conditioning_read_in_another_way_is_never_taken_from_the_cache(base_of)
     }
     assert len(hashes) == 3 and Reading() == load(base_of("sd1")).reading
     assert all(
-        hasattr(family, "skips_layers") and hasattr(family, "reads_in_chunks")
+        hasattr(family, "supports_clip_skip") and hasattr(family, "supports_long_captions")
         for family in FAMILIES.values()
     )

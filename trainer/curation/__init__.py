@@ -1,5 +1,6 @@
-"""Editing a dataset: adding files, fixing issues, editing captions, writing captions by models.
+"""Editing a dataset: adding files, fixing issues, and writing captions by hand or with models.
 
-Every change goes through `history`, which can undo it to the byte. Imports `trainer.data`, and
-never torch when it is imported (`autocaption` loads it in its own process).
+Every change to existing files goes through `history`, which can undo it to the byte. Imports
+`trainer.data`. No module imports torch when it is imported; `autocaption` does so in its own
+process.
 """

@@ -1,7 +1,7 @@
-"""Changes to many captions at once: worked out and shown first, then written through the journal.
+"""Changes to many captions at once: planned and shown first, then written through `history`.
 
-A caption may have several lines, of which `dataset.caption_wildcards` takes one at a time: each is changed by itself.
-Tags are the parts between commas. Nothing is written here.
+A caption may have several lines, of which `dataset.caption_wildcards` reads one at a time. Each
+line is changed separately. Tags are the parts between commas. Nothing is written here.
 """
 
 import time
@@ -13,45 +13,59 @@ from pathlib import Path
 import regex
 
 from trainer.curation.history import Edit
-from trainer.data.captions import MAX_CAPTION_BYTES, clean_caption
-from trainer.data.checks import tags_of
+from trainer.data.captions import MAX_CAPTION_BYTES, clean_caption, tags_of
 from trainer.data.dataset_files import caption_path
 from trainer.errors import DatasetError
 
-PATTERN_SECONDS = 5.0  # for all captions together: some patterns take longer than the universe has
+PATTERN_SECONDS = 5.0  # for all captions together: some patterns would never finish
 MAX_PATTERN = 1000  # characters
 
 Operation = Callable[[str], str]
-"""A line of a caption in, the new one out."""
+"""Returns the new text of a line of a caption."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """What an operation does to the caption of one picture."""
+    """The effect of an operation on the caption of one image."""
 
-    picture: Path
+    image: Path
     before: str
     after: str
 
 
+# Operations
+
+
 def prepend(text: str) -> Operation:
-    """Puts `text` in front, where a caption does not begin with it."""
+    """Puts `text` in front of captions that do not start with it."""
     front = clean_caption(text)[0]
-    return lambda caption: (
-        caption if not front or caption.startswith(front) else _joined(front, caption)
-    )
+
+    def prepended(caption: str) -> str:
+        if not front or caption.startswith(front):
+            return caption
+        return _joined(front, caption)
+
+    return prepended
 
 
 def append(text: str) -> Operation:
-    """Puts `text` at the end, where a caption does not end with it."""
+    """Puts `text` at the end of captions that do not end with it."""
     end = clean_caption(text)[0]
-    return lambda caption: caption if not end or caption.endswith(end) else _joined(caption, end)
+
+    def appended(caption: str) -> str:
+        if not end or caption.endswith(end):
+            return caption
+        return _joined(caption, end)
+
+    return appended
 
 
 def replace(find: str, replacement: str, pattern: bool = False) -> Operation:
-    """Replaces `find`, in the same capitals; as a `pattern` it is a regular expression, whose groups are \\1 in the replacement.
+    r"""Replaces `find`, with the same capitals.
 
-    All captions together get `PATTERN_SECONDS`. Raises `DatasetError` for a pattern that is none, or takes longer.
+    With `pattern` it is a regular expression, whose groups are `\1` in the replacement. All
+    captions together may take `PATTERN_SECONDS`. Raises `DatasetError` if the pattern is invalid,
+    and the operation raises it if the pattern takes longer.
     """
     if not find:
         return lambda caption: caption
@@ -63,7 +77,8 @@ def replace(find: str, replacement: str, pattern: bool = False) -> Operation:
         compiled = regex.compile(find)
     except regex.error as error:
         raise DatasetError(
-            f"The pattern cannot be used ({error}): mend it, or switch patterns off."
+            f"The pattern is not a valid regular expression ({error}): correct it, or switch "
+            "patterns off."
         ) from None
     end = time.monotonic() + PATTERN_SECONDS
 
@@ -72,7 +87,8 @@ def replace(find: str, replacement: str, pattern: bool = False) -> Operation:
             return compiled.sub(replacement, caption, timeout=max(0.001, end - time.monotonic()))
         except TimeoutError:
             raise DatasetError(
-                "The pattern takes too long on these captions, and nothing was changed: write it more simply."
+                "The pattern takes too long on these captions, and nothing was changed: write a "
+                "simpler one."
             ) from None
         except (regex.error, IndexError) as error:
             raise DatasetError(
@@ -83,40 +99,38 @@ def replace(find: str, replacement: str, pattern: bool = False) -> Operation:
 
 
 def remove_tag(tag: str) -> Operation:
+    """Removes a tag, ignoring capitals."""
     return rename_tag(tag, "")
 
 
 def rename_tag(tag: str, new: str) -> Operation:
-    """Every tag that is `tag`, in whatever capitals, becomes `new`; with "" it goes."""
-    wanted = tag.strip().casefold()
+    """Renames a tag, ignoring capitals; with "" it is removed."""
+    wanted, new = tag.strip().casefold(), new.strip()
 
     def renamed(caption: str) -> str:
         tags = tags_of(caption)
         if wanted not in (tag.casefold() for tag in tags):
             return caption
-        return ", ".join(
-            filter(None, (new.strip() if tag.casefold() == wanted else tag for tag in tags))
-        )
+        changed = [new if tag.casefold() == wanted else tag for tag in tags]
+        return ", ".join(filter(None, changed))
 
     return renamed
 
 
 def sort_tags(keep_first: int = 0) -> Operation:
-    """Tags in alphabetical order; the first ones, where the trigger word is, may stay."""
+    """Sorts tags alphabetically, except the first ones, such as the trigger word."""
 
     def ordered(caption: str) -> str:
         tags = tags_of(caption)
-        return (
-            ", ".join(tags[:keep_first] + sorted(tags[keep_first:], key=str.casefold))
-            if len(tags) > 1
-            else caption
-        )
+        if len(tags) < 2:
+            return caption
+        return ", ".join(tags[:keep_first] + sorted(tags[keep_first:], key=str.casefold))
 
     return ordered
 
 
 def deduplicate(caption: str) -> str:
-    """Each tag once, where it came first."""
+    """Removes repeated tags, ignoring capitals, and keeps the first of each."""
     tags = tags_of(caption)
     first: dict[str, str] = {}
     for tag in tags:
@@ -127,38 +141,47 @@ def deduplicate(caption: str) -> str:
 def _joined(front: str, end: str) -> str:
     if not front or not end:
         return front or end
-    return f"{front} {end}" if front[-1] in ",.;:!?" or end[0] in ",.;:" else f"{front}, {end}"
+    has_separator = front[-1] in ",.;:!?" or end[0] in ",.;:"
+    return f"{front} {end}" if has_separator else f"{front}, {end}"
+
+
+# Planning
 
 
 def plan(captions: Iterable[tuple[Path, str]], operation: Operation, tag: str = "") -> list[Change]:
-    """What the operation would change, in order; with `tag` only in captions that have that tag. Raises `DatasetError`."""
+    """Returns the changes that the operation would make, in order.
+
+    With `tag` it changes only captions that have that tag. Raises `DatasetError` if a caption
+    would become too large.
+    """
     changes = []
-    for picture, before in captions:
+    for image, before in captions:
         if tag and tag.casefold() not in (other.casefold() for other in tags_of(before)):
             continue
-        after = "\n".join(
-            filter(None, (clean_caption(operation(line))[0] for line in before.split("\n")))
-        )
+        lines = [clean_caption(operation(line))[0] for line in before.split("\n")]
+        after = "\n".join(filter(None, lines))
         if len(after.encode("utf-8", "replace")) > MAX_CAPTION_BYTES:
             raise DatasetError(
-                f"The caption of {picture.name} would become larger than {MAX_CAPTION_BYTES >> 20} MB."
+                f"The caption of {image.name} would be larger than "
+                f"{MAX_CAPTION_BYTES >> 20} MB: shorten the replacement."
             )
         if after != before:
-            changes.append(Change(picture, before, after))
+            changes.append(Change(image, before, after))
     return changes
 
 
 def edits(changes: Sequence[Change]) -> list[Edit]:
-    """The changes as edits for the journal."""
-    return [caption_edit(change.picture, change.after) for change in changes]
+    """Returns the changes as edits for `history`."""
+    return [caption_edit(change.image, change.after) for change in changes]
 
 
-def caption_edit(picture: Path, caption: str) -> Edit:
-    return Edit(caption_path(picture), caption.encode("utf-8", "replace"))
+def caption_edit(image: Path, caption: str) -> Edit:
+    """Returns the edit that saves a caption."""
+    return Edit(caption_path(image), caption.encode("utf-8", "replace"))
 
 
 def tag_counts(captions: Iterable[str]) -> list[tuple[str, int]]:
-    """Each tag as first written and the number of captions that have it, the commonest first."""
+    """Returns each tag as first written and the number of captions with it, the commonest first."""
     written: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for caption in captions:

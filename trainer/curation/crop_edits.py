@@ -1,4 +1,4 @@
-"""Moving the crop of an image, as an edit that `history` writes and can undo."""
+"""Moves the crop of an image, as an edit that `history` writes and can undo."""
 
 import json
 from pathlib import Path
@@ -14,9 +14,9 @@ def move(dataset: Path, image: Path, centre: Centre | None) -> Edit:
 
     Raises `DatasetError` if the centre is not two numbers from 0 to 1.
     """
-    moved = buckets.read(dataset)
-    moved.pop(stem_of(image), None)
+    centres = buckets.read_crop_centres(dataset)
+    centres.pop(stem_of(image), None)
     if centre is not None:
-        moved[stem_of(image)] = buckets.centre_of(centre)
-    rows = {stem.relative_to(dataset).as_posix(): point for stem, point in sorted(moved.items())}
+        centres[stem_of(image)] = buckets.checked_centre(centre)
+    rows = {stem.relative_to(dataset).as_posix(): point for stem, point in sorted(centres.items())}
     return Edit(dataset / OWN_FOLDER / buckets.CROPS_FILE, json.dumps(rows, indent=0).encode())

@@ -1,231 +1,252 @@
-"""What can be done about a finding, with one click: each cure is a list of edits, and the journal can take all of them back.
+"""Fixes: edits that remove an issue with one click, and that `history` can undo.
 
-A cure never alters an original: what it replaces or takes away is kept in the journal of the dataset.
+A fix never loses an original: `history` keeps what it replaces or removes.
 """
 
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.curation import caption_edits, history
 from trainer.curation.history import Edit
 from trainer.data import token_count
-from trainer.data.captions import Metadata, caption_of
+from trainer.data.captions import MetadataCaptions, caption_of
 from trainer.data.dataset_files import (
+    MASK_ENDINGS,
     caption_candidates,
     caption_path,
     files_of,
+    is_image,
     pair_masks,
     relative,
     stem_of,
-    suffix_of,
 )
-from trainer.data.image_formats import IMAGE_SUFFIXES
 from trainer.data.images import alpha_mask, decode_image, image_format, read_image
 from trainer.data.issues import Issue
 from trainer.errors import DatasetError
 
-SUFFIX_OF_FORMAT = {
-    "JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "GIF": ".gif", "AVIF": ".avif",
+SUFFIX_FOR_FORMAT = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "PNG": ".png",
+    "WEBP": ".webp",
+    "BMP": ".bmp",
+    "TIFF": ".tif",
+    "GIF": ".gif",
+    "AVIF": ".avif",
     "HEIF": ".heic",
-}  # fmt: skip
+}
 CAMERA_WORDS = re.compile(
     r"\b(img|dsc\w?|pxl|image|picture|photo|screenshot|untitled|file|copy|whatsapp|signal)\b",
     re.IGNORECASE,
 )
+"""Words of file names that do not describe the image."""
 
 
 @dataclass(frozen=True)
 class Fix:
+    """A named fix. `FIXES_FOR_KIND` lists the issues that it is for."""
+
     label: str
-    """What its button says."""
-    edits: Callable[["_Folder", Path, Issue], list[Edit]]
+    """The text of its button."""
+    edits: Callable[["_Dataset", Path, Issue], list[Edit]]
+    """Returns the edits for one issue and its file."""
     for_each: bool = True
-    """Applied to the file of the finding; else once, to the whole dataset."""
+    """Applies to the file of each issue. If False, applies once to the whole dataset."""
+
+
+class _Dataset:
+    """The files of a dataset, read once for all issues."""
+
+    def __init__(
+        self, path: Path, tokenizer: Path | None = None, limit: int = token_count.LIMIT
+    ) -> None:
+        self.path, self.limit = path, limit
+        self.count = token_count.counter(tokenizer)
+        files = files_of(path)
+        self.by_name = {relative(file, path): file for file in files}
+        self.images, self.masks = pair_masks(file for file in files if is_image(file))
+        self.stem_counts = Counter(map(stem_of, self.images))
+        self.metadata = MetadataCaptions(path)
+
+    def caption(self, image: Path) -> str:
+        return caption_of(image, self.path, self.metadata, separate_lines=True)[0]
+
+    def companions(self, image: Path) -> list[Path]:
+        """Returns the captions and the mask of an image, unless another image shares its stem."""
+        if self.stem_counts[stem_of(image)] > 1:
+            return []
+        by_name = {
+            path.name.lower(): path
+            for path in caption_candidates(image)
+            if path.is_file() and not path.is_symlink()
+        }
+        mask = self.masks.get(image)
+        return [*by_name.values(), *([mask] if mask else [])]
+
+
+# Applying a fix
 
 
 def apply(
     dataset: Path,
-    findings: Sequence[Issue],
+    issues: Sequence[Issue],
     name: str,
     tokenizer: Path | None = None,
     limit: int = token_count.LIMIT,
 ) -> int:
-    """Applies a cure to the files of these findings, as one change of the journal. Returns the number of files that changed.
+    """Applies a fix to the files of these issues, as one change in the history.
 
-    Findings of kinds that the cure is not for are passed over. Raises `DatasetError` where there is no such cure, or nothing to cure.
+    Returns the number of files that changed. Issues that the fix is not for are skipped. `limit`
+    is `dataset.caption_tokens`. Raises `DatasetError` if there is no such fix, or if it changes
+    nothing.
     """
     if name not in FIXES:
-        raise DatasetError(f"There is no cure named {name}; there are {', '.join(FIXES)}.")
-    cure, folder = FIXES[name], _Folder(Path(dataset), tokenizer, limit)
+        raise DatasetError(f"There is no fix named {name}; choose one of {', '.join(FIXES)}.")
+    fix, files = FIXES[name], _Dataset(Path(dataset), tokenizer, limit)
     edits: dict[Path, Edit] = {}
-    for finding in findings:
-        if name not in FIXES_FOR_KIND.get(finding.kind, ()):
+    for issue in issues:
+        if name not in FIXES_FOR_KIND.get(issue.kind, ()):
             continue
-        path = folder.by_name.get(finding.file, folder.path) if cure.for_each else folder.path
-        if cure.for_each and path == folder.path:
-            continue  # it is gone already
-        for edit in cure.edits(folder, path, finding):
+        path = files.by_name.get(issue.file) if fix.for_each else files.path
+        if path is None:
+            continue  # the file was removed since
+        for edit in fix.edits(files, path, issue):
             edits.setdefault(edit.path, edit)
-    changed = (
-        history.apply(folder.path, f"{cure.label}: {_files(edits)}", list(edits.values()))
-        if edits
-        else 0
-    )
+    changed = 0
+    if edits:
+        label = f"{fix.label}: {_count_files(edits)}"
+        changed = history.apply(files.path, label, list(edits.values()))
     if not changed:
-        raise DatasetError(f"“{cure.label}” changes nothing here.")
+        raise DatasetError(f"“{fix.label}” changes nothing here.")
     return changed
 
 
-def _files(edits: Sequence[Path] | dict[Path, Edit]) -> str:
-    names = [path.name for path in edits]
-    return names[0] if len(names) == 1 else f"{len(names)} files"
+def _count_files(paths: Collection[Path]) -> str:
+    return next(iter(paths)).name if len(paths) == 1 else f"{len(paths)} files"
 
 
-class _Folder:
-    """A dataset as the cures see it."""
-
-    def __init__(self, path: Path, tokenizer: Path | None = None, limit: int = token_count.LIMIT):
-        self.path, self.limit = path, limit
-        self.count = token_count.counter(tokenizer)
-        self.files = files_of(path)
-        self.by_name = {relative(file, path): file for file in self.files}
-        self.pictures, self.masks = pair_masks(
-            file for file in self.files if suffix_of(file.name) in IMAGE_SUFFIXES
-        )
-        self.stems = Counter(map(stem_of, self.pictures))
-        self.metadata = Metadata(path, [])
-
-    def caption(self, picture: Path) -> str:
-        return caption_of(picture, self.path, self.metadata, separate_lines=True)[0]
-
-    def companions(self, picture: Path) -> list[Path]:
-        """Its captions and its mask, unless another picture has the same stem."""
-        if self.stems[stem_of(picture)] > 1:
-            return []
-        found = {
-            path.name.lower(): path
-            for path in caption_candidates(picture)
-            if path.is_file() and not path.is_symlink()
-        }
-        return [*found.values(), *([self.masks[picture]] if picture in self.masks else [])]
+def exclude(dataset: Path, images: Sequence[Path]) -> list[Edit]:
+    """Returns the edits that remove images, with their captions and masks, from a dataset."""
+    files = _Dataset(dataset)
+    edits = []
+    for image in images:
+        edits += [Edit(path, None) for path in (image, *files.companions(image))]
+    return edits
 
 
-def exclude(dataset: Path, pictures: Sequence[Path]) -> list[Edit]:
-    """Edits that take pictures, with their captions and masks, out of a dataset."""
-    folder = _Folder(dataset)
-    return [
-        Edit(path, None) for picture in pictures for path in (picture, *folder.companions(picture))
-    ]
+# The edits of each fix
 
 
-def _exclude(folder: _Folder, path: Path, finding: Issue) -> list[Edit]:
-    companions = folder.companions(path) if path in folder.pictures else []
+def _exclude(files: _Dataset, path: Path, issue: Issue) -> list[Edit]:
+    companions = files.companions(path) if path in files.images else []
     return [Edit(other, None) for other in (path, *companions)]
 
 
-def _reencode(folder: _Folder, path: Path, finding: Issue) -> list[Edit]:
-    """The picture as it is trained, upright 8-bit RGB, saved as PNG; its caption comes along."""
+def _reencode(files: _Dataset, path: Path, issue: Issue) -> list[Edit]:
+    """Saves the image as it is trained, upright 8-bit RGB, as PNG."""
     image, _ = decode_image(read_image(path), path)
     encoded = io.BytesIO()
     image.save(encoded, "PNG", optimize=True)
-    return _renamed(folder, path, stem_of(path).name + ".png", encoded.getvalue())
+    return _renamed(files, path, f"{stem_of(path).name}.png", encoded.getvalue())
 
 
-def _rename(folder: _Folder, path: Path, finding: Issue) -> list[Edit]:
+def _rename(files: _Dataset, path: Path, issue: Issue) -> list[Edit]:
     data = read_image(path)
-    return _renamed(
-        folder, path, path.name.rstrip(".") + SUFFIX_OF_FORMAT[image_format(data, path)], data
-    )
+    suffix = SUFFIX_FOR_FORMAT[image_format(data, path)]
+    return _renamed(files, path, path.name.rstrip(".") + suffix, data)
 
 
-def _renamed(folder: _Folder, path: Path, name: str, data: bytes) -> list[Edit]:
+def _renamed(files: _Dataset, path: Path, name: str, data: bytes) -> list[Edit]:
+    """Replaces an image by one of another name, with the caption of the old one."""
     target = path.with_name(name)
     if target == path:
         return [Edit(path, data)]
     if target.exists():
-        raise DatasetError(f"{name} is there already: rename one of the two, then try again.")
-    caption = folder.caption(path)
-    kept = (
-        [Edit(caption_path(target), caption.encode())]
-        if caption and not caption_path(target).exists()
-        else []
-    )
-    return [Edit(path, None), Edit(target, data), *kept]
+        raise DatasetError(f"{name} already exists: rename one of the two, then try again.")
+    edits = [Edit(path, None), Edit(target, data)]
+    caption = files.caption(path)
+    if caption and not caption_path(target).exists():
+        edits.append(Edit(caption_path(target), caption.encode()))
+    return edits
 
 
-def _caption_from_name(folder: _Folder, path: Path, finding: Issue) -> list[Edit]:
-    """ "old_red-boat 3.jpg" says "old red boat"; what a camera wrote says nothing."""
+def _caption_from_name(files: _Dataset, path: Path, issue: Issue) -> list[Edit]:
+    """Captions "old_red-boat 3.jpg" with "old red boat", but no name that a camera chose."""
     words = CAMERA_WORDS.sub(" ", re.sub(r"[\W\d_]+", " ", stem_of(path).name))
-    words = " ".join(words.split())
-    return [caption_edits.caption_edit(path, words)] if len(words) > 2 else []
+    caption = " ".join(words.split())
+    return [caption_edits.caption_edit(path, caption)] if len(caption) > 2 else []
 
 
-def _shorten(folder: _Folder, path: Path, finding: Issue) -> list[Edit]:
-    """Each line up to the last comma or full stop that the text encoder still reads."""
-
-    def shorter(line: str) -> str:
-        if folder.count([line])[0] <= folder.limit:
-            return line
-        ends = [found.start() for found in re.finditer(r"[,.;](?=\s|$)", line)] or [
-            found.start() for found in re.finditer(r"\s", line)
-        ]
-        low, high = 0, len(ends)
-        while low < high:  # the longest beginning that fits, by halving
-            middle = (low + high) // 2
-            fits = folder.count([line[: ends[middle]]])[0] <= folder.limit
-            low, high = (middle + 1, high) if fits else (low, middle)
-        return line[: ends[low - 1]].strip() if low else line
-
-    return caption_edits.edits(caption_edits.plan([(path, folder.caption(path))], shorter))
-
-
-def _as_utf8(folder: _Folder, path: Path, finding: Issue) -> list[Edit]:
-    if suffix_of(path.name) in IMAGE_SUFFIXES:  # its caption is in metadata.jsonl
-        return [caption_edits.caption_edit(path, folder.caption(path))]
-    picture = next(picture for picture in folder.pictures if path in caption_candidates(picture))
-    return [Edit(path, folder.caption(picture).encode())]
-
-
-def _add_trigger(folder: _Folder, path: Path, finding: Issue) -> list[Edit]:
-    return caption_edits.edits(
-        caption_edits.plan(
-            [(path, folder.caption(path))], caption_edits.prepend(finding.detail + ",")
-        )
+def _shorten(files: _Dataset, path: Path, issue: Issue) -> list[Edit]:
+    changes = caption_edits.plan(
+        [(path, files.caption(path))],
+        lambda line: shortened(line, files.count, files.limit),
     )
+    return caption_edits.edits(changes)
 
 
-def _remove_tag(folder: _Folder, path: Path, finding: Issue) -> list[Edit]:
-    captions = [(picture, folder.caption(picture)) for picture in folder.pictures]
-    return caption_edits.edits(
-        caption_edits.plan(captions, caption_edits.remove_tag(finding.detail))
-    )
+def shortened(line: str, count: token_count.Counter, limit: int) -> str:
+    """Cuts a line at the last comma or full stop within the limit, or else at the last space."""
+    if count([line])[0] <= limit:
+        return line
+    ends = [match.start() for match in re.finditer(r"[,.;](?=\s|$)", line)]
+    ends = ends or [match.start() for match in re.finditer(r"\s", line)]
+    low, high = 0, len(ends)
+    while low < high:  # bisect for the longest beginning that fits
+        middle = (low + high) // 2
+        if count([line[: ends[middle]]])[0] <= limit:
+            low = middle + 1
+        else:
+            high = middle
+    return line[: ends[low - 1]].strip() if low else line
 
 
-def _mask_from_alpha(folder: _Folder, path: Path, finding: Issue) -> list[Edit]:
+def _save_as_utf8(files: _Dataset, path: Path, issue: Issue) -> list[Edit]:
+    if is_image(path):  # the issue names the image if its caption is in metadata.jsonl
+        return [caption_edits.caption_edit(path, files.caption(path))]
+    image = next(image for image in files.images if path in caption_candidates(image))
+    return [Edit(path, files.caption(image).encode())]
+
+
+def _add_trigger(files: _Dataset, path: Path, issue: Issue) -> list[Edit]:
+    add = caption_edits.prepend(f"{issue.detail},")
+    return caption_edits.edits(caption_edits.plan([(path, files.caption(path))], add))
+
+
+def _remove_tag(files: _Dataset, path: Path, issue: Issue) -> list[Edit]:
+    captions = [(image, files.caption(image)) for image in files.images]
+    remove = caption_edits.remove_tag(issue.detail)
+    return caption_edits.edits(caption_edits.plan(captions, remove))
+
+
+def _mask_from_alpha(files: _Dataset, path: Path, issue: Issue) -> list[Edit]:
     mask = alpha_mask(path)
-    if mask is None or path in folder.masks:
+    if mask is None or path in files.masks:
         return []
     encoded = io.BytesIO()
     mask.save(encoded, "PNG", optimize=True)
-    return [Edit(stem_of(path).with_name(stem_of(path).name + ".mask.png"), encoded.getvalue())]
+    target = stem_of(path).with_name(stem_of(path).name + MASK_ENDINGS[0])
+    return [Edit(target, encoded.getvalue())]
 
+
+# The tables
 
 FIXES = {
     "exclude": Fix("Leave out", _exclude),
     "reencode": Fix("Save as a plain PNG", _reencode),
-    "rename": Fix("Give it its ending", _rename),
-    "caption-from-name": Fix("Take the file's name as caption", _caption_from_name),
+    "rename": Fix("Add the file extension", _rename),
+    "caption-from-name": Fix("Use the file name as caption", _caption_from_name),
     "shorten": Fix("Cut after the last part that is read", _shorten),
-    "utf8": Fix("Save as clean UTF-8", _as_utf8),
+    "utf8": Fix("Save as clean UTF-8", _save_as_utf8),
     "add-trigger": Fix("Write the trigger word into the captions", _add_trigger),
     "remove-tag": Fix("Remove the tag everywhere", _remove_tag, for_each=False),
-    "mask-from-alpha": Fix("Make a mask of what is not transparent", _mask_from_alpha),
+    "mask-from-alpha": Fix("Make a mask from the transparency", _mask_from_alpha),
 }
-# The first cure of a kind is the one that `--fix KIND` takes.
+
 FIXES_FOR_KIND: dict[str, tuple[str, ...]] = {
     "unreadable": ("exclude",),
     "misnamed": ("rename", "exclude"),
@@ -249,3 +270,4 @@ FIXES_FOR_KIND: dict[str, tuple[str, ...]] = {
     "no-trigger": ("add-trigger",),
     "shared-tag": ("remove-tag",),
 }
+"""The fixes for each kind of issue. `check --fix KIND` applies the first one."""

@@ -1,5 +1,6 @@
-"""From a folder of files to tensors: scanning, checking, bucketing, augmenting and caching.
+"""From a folder of files to tensors: scanning, checking, cropping, augmenting and caching.
 
-Reads a dataset and never changes it: changes are made in `trainer.curation`. Imports
-`trainer.families` to encode images and captions; all other modules work without torch.
+Start with `scan.py`. This folder reads a dataset and never changes it; `trainer.curation` does.
+Imports `trainer.families` to encode images and captions. `examples`, `latent_cache` and `sampler`
+need torch; the other modules work without it.
 """

@@ -1,6 +1,8 @@
-"""Which size each picture is trained at and which part of it is seen: pure functions of its width and height.
+"""Crops: the size each image is trained at and the part of it that is seen.
 
-No picture is ever left out: each gets a crop. Nothing is enlarged unless asked, except a side shorter than one step.
+No image is left out: each gets a crop. No image is enlarged unless the settings allow it, except
+that a side shorter than one step becomes one step. The centre of a crop can be moved by hand; it
+is saved in the dataset.
 """
 
 import json
@@ -14,44 +16,55 @@ from PIL import Image
 from trainer.data.dataset_files import OWN_FOLDER
 from trainer.errors import DatasetError
 
-MAX_ASPECT = 2.0
+MAX_ASPECT = 2.0  # the default of `dataset.max_aspect`
+MIN_USED_AREA = 0.75  # of the largest possible area, when an image is squeezed into a size
 CROPS_FILE = "crops.json"
 
+Size = tuple[int, int]
+"""(width, height) in pixels."""
+
 Centre = tuple[float, float]
-"""The point of a picture that should be in the middle of its crop, from left and top, 0 to 1."""
+"""A point of an image, from left and top, 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Crop:
-    """The picture is resized to `scaled`, then `bucket` is cut out at (`left`, `top`). (width, height) in pixels."""
+    """The image is resized to `scaled`, then `bucket` is cut out at (`left`, `top`)."""
 
-    bucket: tuple[int, int]
-    """Size of the pixels fed to the VAE."""
-    scaled: tuple[int, int]
-    """Size of the whole picture after resizing, at least `bucket` on both sides. Equal to it, the picture may be squeezed a little."""
+    bucket: Size
+    """The size given to the VAE."""
+    scaled: Size
+    """The size of the whole resized image, at least `bucket` on both sides.
+
+    If both are equal, nothing is cut off, but the image may be squeezed a little.
+    """
     left: int
     top: int
 
 
+# Geometry
+
+
 @lru_cache(maxsize=64)
-def _buckets(resolution: int, step: int, max_aspect: float) -> tuple[tuple[int, int], ...]:
+def _cached_buckets(resolution: int, step: int, max_aspect: float) -> tuple[Size, ...]:
     return tuple(make_buckets(resolution, step, max_aspect))
 
 
-def make_buckets(
-    resolution: int, step: int, max_aspect: float = MAX_ASPECT
-) -> list[tuple[int, int]]:
-    """Sorted (width, height): multiples of `step`, area at most `resolution` squared, ratio at most `max_aspect`.
+def make_buckets(resolution: int, step: int, max_aspect: float = MAX_ASPECT) -> list[Size]:
+    """Returns the sorted bucket sizes.
 
-    The square, `resolution` rounded down to `step`, is always there. Needs `resolution` >= `step`, `max_aspect` >= 1.
+    Sides are multiples of `step`, the area is at most `resolution` squared and the aspect ratio at
+    most `max_aspect`. The square, `resolution` rounded down to `step`, is always among them.
+    Requires `resolution` >= `step` and `max_aspect` >= 1.
     """
     assert 0 < step <= resolution and max_aspect >= 1
     area, square = resolution**2, resolution // step * step
     buckets = {(square, square)}
     for short in range(step, square + 1, step):
         long = area // short // step * step
-        wider_fits = (short + step) * long <= area  # then `short` wastes pixels for no other ratio
-        if long <= short * max_aspect and not wider_fits:
+        # If a wider short side allows the same long side, `short` only wastes pixels.
+        is_wasteful = (short + step) * long <= area
+        if long <= short * max_aspect and not is_wasteful:
             buckets |= {(short, long), (long, short)}
     return sorted(buckets)
 
@@ -63,73 +76,49 @@ def choose_crop(
     step: int,
     max_aspect: float = MAX_ASPECT,
     allow_upscale: bool = False,
-    centre: tuple[float, float] = (0.5, 0.5),
+    centre: Centre = (0.5, 0.5),
 ) -> Crop:
-    """The crop in the bucket whose aspect ratio is nearest to that of a `width` x `height` picture.
+    """Returns the crop in the bucket whose aspect ratio is nearest to the image's.
 
-    The point `centre` of the picture (from left and top, 0 to 1) is as near to the middle of the crop as the edges let it be.
-
-    Where that bucket is larger than the picture and `allow_upscale` is off, the largest size in multiples of `step`
-    that fits the picture (same limits on area and ratio) takes its place. A side below `step` is enlarged to one step.
+    If that bucket is larger than the image and `allow_upscale` is off, the bucket is the largest
+    size in multiples of `step` that fits the image, with the same limits on area and ratio. A side
+    below `step` is enlarged to one step. The point `centre` of the image is as near to the middle
+    of the crop as the edges allow.
     """
     assert width > 0 and height > 0
-    ratio = math.log(width / height)
 
-    def distance(size: tuple[int, int]) -> float:
-        return abs(math.log(size[0] / size[1]) - ratio)
+    def distance(size: Size) -> float:
+        return abs(math.log(size[0] / size[1]) - math.log(width / height))
 
     bucket = min(
-        _buckets(resolution, step, max_aspect),
+        _cached_buckets(resolution, step, max_aspect),
         key=lambda size: (distance(size), -size[0] * size[1], size),
     )
     if not allow_upscale and (bucket[0] > width or bucket[1] > height):
-        fitting = _sizes_within(width, height, resolution, step, max_aspect)
-        bucket = min(fitting, key=lambda size: (-size[0] * size[1], distance(size), size))
+        bucket = min(
+            _sizes_within(width, height, resolution, step, max_aspect),
+            key=lambda size: (-size[0] * size[1], distance(size), size),
+        )
+    # The larger ratio: with the smaller one, one side of the image would not fill the bucket.
     scale = max(bucket[0] / width, bucket[1] / height)
     scaled = max(bucket[0], round(width * scale)), max(bucket[1], round(height * scale))
-    left, top = (
-        min(max(math.floor(place * whole - part / 2), 0), whole - part)
-        for place, whole, part in zip(centre, scaled, bucket, strict=True)
-    )
+    left = _crop_start(centre[0], scaled[0], bucket[0])
+    top = _crop_start(centre[1], scaled[1], bucket[1])
     return Crop(bucket, scaled, left, top)
 
 
-def whole_picture(
-    width: int, height: int, resolution: int, step: int, allow_upscale: bool = False
-) -> Crop:
-    """Nothing is cut off: the picture is squeezed into the size, in multiples of `step`, that is nearest to its own shape.
-
-    Of the sizes that waste at most a quarter of the pixels the least squeezed; within the same limits on area and enlarging
-    as `choose_crop`.
-    """
-    assert width > 0 and height > 0
-    enlargement = max(1.0, resolution / math.sqrt(width * height)) if allow_upscale else 1.0
-    widest, highest = (
-        max(step, int(width * enlargement + 0.5)),
-        max(step, int(height * enlargement + 0.5)),
-    )
-    sizes = []
-    for w in range(step, min(widest, resolution**2 // step) // step * step + 1, step):
-        h = min(
-            round(w * height / width / step) * step,
-            highest // step * step,
-            resolution**2 // w // step * step,
-        )
-        sizes.append((w, max(h, step)))
-    sizes = [size for size in sizes if size[0] * size[1] <= resolution**2] or [(step, step)]
-    largest = max(w * h for w, h in sizes)
-    ratio = math.log(width / height)
-    roomy = [size for size in sizes if size[0] * size[1] >= 0.75 * largest]
-    bucket = min(
-        roomy, key=lambda size: (abs(math.log(size[0] / size[1]) - ratio), -size[0] * size[1])
-    )
-    return Crop(bucket, bucket, 0, 0)
+def _crop_start(centre: float, whole: int, part: int) -> int:
+    """Returns where `part` of `whole` pixels starts so that `centre` is as central as possible."""
+    return min(max(math.floor(centre * whole - part / 2), 0), whole - part)
 
 
 def _sizes_within(
     width: int, height: int, resolution: int, step: int, max_aspect: float
-) -> list[tuple[int, int]]:
-    """For each allowed width the tallest size that fits; a side shorter than `step` counts as one step."""
+) -> list[Size]:
+    """Returns the tallest size that fits for each allowed width.
+
+    A side shorter than `step` counts as one step.
+    """
     sizes = []
     for w in range(step, min(max(width, step), resolution**2 // step) + 1, step):
         h = int(min(max(height, step), w * max_aspect, resolution**2 // w)) // step * step
@@ -138,22 +127,54 @@ def _sizes_within(
     return sizes
 
 
-def box_of(crop: Crop) -> tuple[float, float, float, float]:
-    """The part of the picture that is seen: left, top, right and bottom, each from 0 to 1."""
-    (width, height), (right, bottom) = (
-        crop.scaled,
-        (crop.left + crop.bucket[0], crop.top + crop.bucket[1]),
+def squeeze_whole_image(
+    width: int, height: int, resolution: int, step: int, allow_upscale: bool = False
+) -> Crop:
+    """Returns a crop that contains the whole image, squeezed into the size nearest to its shape.
+
+    The size is the least squeezed of those that use at least `MIN_USED_AREA` of the pixels. The
+    limits on area and enlargement are the ones of `choose_crop`; there is none on aspect ratio.
+    """
+    assert width > 0 and height > 0
+    enlargement = max(1.0, resolution / math.sqrt(width * height)) if allow_upscale else 1.0
+    max_width = max(step, int(width * enlargement + 0.5))
+    max_height = max(step, int(height * enlargement + 0.5))
+    sizes = []
+    for w in range(step, min(max_width, resolution**2 // step) // step * step + 1, step):
+        nearest = round(w * height / width / step) * step
+        h = min(nearest, max_height // step * step, resolution**2 // w // step * step)
+        sizes.append((w, max(h, step)))
+    sizes = [size for size in sizes if size[0] * size[1] <= resolution**2] or [(step, step)]
+
+    largest = max(w * h for w, h in sizes)
+    ratio = math.log(width / height)
+    bucket = min(
+        (size for size in sizes if size[0] * size[1] >= MIN_USED_AREA * largest),
+        key=lambda size: (abs(math.log(size[0] / size[1]) - ratio), -size[0] * size[1]),
     )
+    return Crop(bucket, bucket, 0, 0)
+
+
+def box_of(crop: Crop) -> tuple[float, float, float, float]:
+    """Returns the part of the image that is seen: left, top, right and bottom, each 0 to 1."""
+    width, height = crop.scaled
+    right, bottom = crop.left + crop.bucket[0], crop.top + crop.bucket[1]
     return crop.left / width, crop.top / height, right / width, bottom / height
 
 
-def apply_crop(image: Image.Image, crop: Crop) -> Image.Image:
-    """The pixels of `crop`, resampled with LANCZOS.
+def share_seen(crop: Crop) -> float:
+    """Returns the fraction of the image's area that is seen, 0 to 1."""
+    return crop.bucket[0] * crop.bucket[1] / (crop.scaled[0] * crop.scaled[1])
 
-    Only the part that is seen is resized: a strip of 1 x 9000 pixels would else become 64 x 576,000.
+
+def apply_crop(image: Image.Image, crop: Crop) -> Image.Image:
+    """Returns the pixels of the crop, resampled with LANCZOS.
+
+    Only the part that is seen is resized. Otherwise a strip of 1 x 9000 pixels would become
+    64 x 576,000.
     """
     left, top, right, bottom = box_of(crop)
-    # Rounding may step over the edge by a hair, which Pillow refuses.
+    # Rounding may exceed the edge by a tiny amount, which Pillow refuses.
     box = (
         left * image.width,
         top * image.height,
@@ -163,21 +184,24 @@ def apply_crop(image: Image.Image, crop: Crop) -> Image.Image:
     return image.resize(crop.bucket, Image.Resampling.LANCZOS, box=box)
 
 
-def read(dataset: Path) -> dict[Path, Centre]:
-    """Stem of each picture whose crop was moved -> its centre. A damaged file is one without crops."""
+# Crops moved by hand
+
+
+def read_crop_centres(dataset: Path) -> dict[Path, Centre]:
+    """Returns the centre of each moved crop by the stem of its image; {} if the file is damaged."""
     try:
         rows = json.loads((dataset / OWN_FOLDER / CROPS_FILE).read_bytes())
-        return {dataset / name: centre_of(place) for name, place in rows.items()}
+        return {dataset / name: checked_centre(centre) for name, centre in rows.items()}
     except (OSError, ValueError, TypeError, AttributeError, DatasetError):
         return {}
 
 
-def centre_of(place: object) -> Centre:
-    """Raises `DatasetError` for what is no place in a picture."""
+def checked_centre(centre: object) -> Centre:
+    """Returns the centre of a crop. Raises `DatasetError` if it is not two numbers from 0 to 1."""
     try:
-        x, y = (round(float(value), 4) for value in place)  # type: ignore[attr-defined]
+        x, y = (round(float(value), 4) for value in centre)  # type: ignore[attr-defined]
     except (TypeError, ValueError):
-        raise DatasetError("The place of a crop is two numbers from 0 to 1.") from None
-    if not (math.isfinite(x) and math.isfinite(y) and 0 <= x <= 1 and 0 <= y <= 1):
-        raise DatasetError("The place of a crop is two numbers from 0 to 1.")
+        x = y = math.nan
+    if not (0 <= x <= 1 and 0 <= y <= 1):
+        raise DatasetError("The centre of a crop must be two numbers from 0 to 1.")
     return x, y

@@ -1,184 +1,250 @@
-"""What the facts about pictures and captions mean for a training: a finding each, with its reason in a line.
+"""Checks: what the statistics of images and captions mean for training, as one issue each.
 
-Pure functions; nothing is opened here. The thresholds were chosen on the example pictures (`inspection.blur_effect`).
+All functions are pure and open no files. They judge a dataset by the settings of the run, so that
+an issue describes what the run would do. The thresholds were chosen on the example images (see
+`image_stats.blur_effect`).
 """
 
 import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 
+from trainer import config
 from trainer.data import token_count
-from trainer.data.buckets import MAX_ASPECT
-from trainer.data.image_stats import Facts, near_twins
+from trainer.data.buckets import Crop, share_seen
+from trainer.data.captions import has_word, tags_of
+from trainer.data.image_stats import ImageStats, near_duplicates
 from trainer.data.issues import Issue
 
-BLURRED = 0.65
-FLAT = 40  # of 255 greys
-FEWEST_FOR_SHARED_TAG = 5
-FEWEST, FEW, MANY = (
-    5,
-    10,
-    20,
-)  # distinct pictures: below the first too few for anything; from the second a subject, from the third a style
+MAX_BLUR = 0.65
+MIN_CONTRAST = 40  # of 255 greys
+MAX_ENLARGEMENT = 1.05  # of a side; a little less than the resolution is not noticed
+MIN_SHARE_SEEN = 0.75  # of an image's area
+MIN_CAPTIONS_FOR_SHARED_TAG = 5
 
-Seen = Sequence[tuple[str, Facts]]
-"""(shown path, facts) of the usable pictures."""
+VERDICTS = (
+    (20, "Enough for a subject or a style."),
+    (10, "Enough for a subject."),
+    (5, "Few: enough to try; ten or more learn better."),
+    (0, "Too few to learn from: use ten or more."),
+)
+"""The verdict on at least so many distinct images."""
+
+UsableImages = Sequence[tuple[str, ImageStats]]
+"""The printable path and the statistics of each usable image."""
 
 
-def about_image(file: str, name: str, facts: Facts, resolution: int) -> list[Issue]:
-    findings = [
-        Issue(
-            file, "note", f"The picture {note}.", "animated" if "first" in note else "odd-picture"
-        )
-        for note in facts.notes
-    ]
-    findings += [
-        Issue(file, "note", f"The picture {what}.", kind) for kind, what in facts.conversions
-    ]
+# Single images
+
+
+def about_image(
+    file: str, name: str, stats: ImageStats, crop: Crop, settings: config.Dataset
+) -> list[Issue]:
+    """Returns the issues with one image. `name` is its file name, `crop` the part that is seen."""
+    issues = []
+    for note in stats.notes:
+        kind = "animated" if "first" in note else "odd-picture"
+        issues.append(Issue(file, "note", f"The image {note}.", kind))
+    for conversion in stats.conversions:
+        message = f"The image {conversion.description}."
+        issues.append(Issue(file, "note", message, conversion.kind))
     if any("\udc80" <= character <= "\udcff" for character in name):
-        findings.append(
-            Issue(file, "note", "Its name is not UTF-8 and is shown with escapes: rename it.")
-        )
-    findings += _about_size(file, facts.width, facts.height, resolution)
-    if facts.blur > BLURRED:
-        message = "The picture looks blurred: the adapter learns the blur too; use a sharper one, or leave it out."
-        findings.append(Issue(file, "warning", message, "blurred"))
-    if facts.contrast < FLAT:
-        message = f"The picture has little contrast ({facts.contrast} of 255): there is little to learn from; edit it, or leave it out."
-        findings.append(Issue(file, "note", message, "flat"))
-    return findings
-
-
-def _about_size(file: str, width: int, height: int, resolution: int) -> list[Issue]:
-    findings = []
-    enlargement = resolution / math.sqrt(width * height)
-    if enlargement > 1.05:
+        message = "The file name is not UTF-8 and is shown with escapes: rename it."
+        issues.append(Issue(file, "note", message))
+    issues += _about_resolution(file, stats, settings)
+    issues += _about_crop(file, stats, crop, settings)
+    if stats.blur > MAX_BLUR:
         message = (
-            f"The picture ({width} x {height}) is smaller than the resolution of {resolution}: it is trained small, "
-            f"or blurred by being upscaled {enlargement:.1f} times; use a larger one."
+            "The image looks blurred, and the adapter learns the blur too: use a sharper one, or "
+            "leave it out."
         )
-        findings.append(Issue(file, "warning", message, "small"))
-    kept = MAX_ASPECT * min(width, height) / max(width, height)
-    if kept < 0.75:
+        issues.append(Issue(file, "warning", message, "blurred"))
+    if stats.contrast < MIN_CONTRAST:
         message = (
-            f"The picture ({width} x {height}) is so narrow that only the middle {max(1, round(100 * kept))} % of it "
-            "is seen: crop it to the part that matters."
+            f"The image has little contrast ({stats.contrast} of 255), so there is little to "
+            "learn: edit it, or leave it out."
         )
-        findings.append(Issue(file, "warning", message, "narrow"))
-    return findings
+        issues.append(Issue(file, "note", message, "flat"))
+    return issues
 
 
-def about_twins(used: Seen, captioned: Collection[str]) -> list[Issue]:
-    """Exact and near duplicates: of two the one without a caption, else the one with the longer name, as a browser names a copy."""
-    first_with: dict[str, str] = {}
-    distinct, findings = [], []
-    for file, facts in sorted(
-        used, key=lambda pair: (pair[0] not in captioned, len(pair[0]), pair[0])
+def _about_resolution(file: str, stats: ImageStats, settings: config.Dataset) -> list[Issue]:
+    resolution = largest_resolution(settings)
+    enlargement = resolution / math.sqrt(stats.width * stats.height)
+    if enlargement <= MAX_ENLARGEMENT:
+        return []
+    if settings.allow_upscale:
+        effect = f"it is upscaled {enlargement:.1f} times, which blurs it"
+    else:
+        effect = (
+            "it is trained at its own size (dataset.allow_upscale would blur it, upscaled "
+            f"{enlargement:.1f} times)"
+        )
+    message = (
+        f"The image ({stats.width} x {stats.height}) is smaller than the resolution of "
+        f"{resolution}: {effect}. Use a larger one."
+    )
+    return [Issue(file, "warning", message, "small")]
+
+
+def _about_crop(file: str, stats: ImageStats, crop: Crop, settings: config.Dataset) -> list[Issue]:
+    share = share_seen(crop)
+    if share >= MIN_SHARE_SEEN:
+        return []
+    size = f"{stats.width} x {stats.height}"
+    percent = max(1, round(100 * share))
+    aspect = max(stats.width, stats.height) / min(stats.width, stats.height)
+    if aspect > settings.max_aspect:
+        message = (
+            f"Only {percent} % of the image ({size}) is seen, because it is longer than "
+            f"dataset.max_aspect = {settings.max_aspect:g} allows: crop it to the part that "
+            "matters, or raise the setting."
+        )
+    else:
+        message = (
+            f"Only {percent} % of the image ({size}) is seen, because no size in steps of "
+            f"dataset.bucket_step = {settings.bucket_step} has its shape: crop it to the part "
+            "that matters, or lower the setting."
+        )
+    return [Issue(file, "warning", message, "narrow")]
+
+
+def largest_resolution(settings: config.Dataset) -> int:
+    """Returns the highest of the resolutions that images are trained at."""
+    return max((settings.resolution, *settings.resolutions))
+
+
+# All images
+
+
+def about_duplicates(images: UsableImages, captioned: Collection[str]) -> list[Issue]:
+    """Returns an issue for each exact or near duplicate of another image.
+
+    Of two images it names the one without a caption, otherwise the one with the longer name, as a
+    browser appends " (1)" to a copy. `captioned` holds the paths of the images with captions.
+    """
+    issues: list[Issue] = []
+    distinct: list[tuple[str, ImageStats]] = []
+    first_with: dict[str, str] = {}  # by sha256
+    for file, stats in sorted(
+        images, key=lambda image: (image[0] not in captioned, len(image[0]), image[0])
     ):
-        twin = first_with.setdefault(facts.sha256, file)
-        if twin == file:
-            distinct.append((file, facts))
-        else:
-            message = f"Is the same picture as {twin}: it counts twice; remove one."
-            findings.append(Issue(file, "warning", message, "duplicate", twin))
-    for later, earlier in near_twins([facts.look for _, facts in distinct]):
-        twin = distinct[earlier][0]
-        message = f"Looks nearly the same as {twin}: what they share is learned twice as hard; remove one, unless that is wanted."
-        findings.append(Issue(distinct[later][0], "note", message, "near-duplicate", twin))
-    return findings
+        original = first_with.setdefault(stats.sha256, file)
+        if original == file:
+            distinct.append((file, stats))
+            continue
+        message = f"The same image as {original}, so it counts twice: remove one."
+        issues.append(Issue(file, "warning", message, "duplicate", original))
+    for later, earlier in near_duplicates([stats.signature for _, stats in distinct]):
+        original = distinct[earlier][0]
+        message = (
+            f"Nearly the same as {original}: what they share is learned twice as strongly. Remove "
+            "one, unless that is intended."
+        )
+        issues.append(Issue(distinct[later][0], "note", message, "near-duplicate", original))
+    return issues
 
 
-def about_sizes(used: Seen, resolution: int) -> list[Issue]:
-    small = [file for file, facts in used if facts.width * facts.height * 1.05**2 < resolution**2]
-    if not small or len(small) == len(used):
+def about_mixed_sizes(images: UsableImages, settings: config.Dataset) -> list[Issue]:
+    """Returns an issue if some images, but not all, are smaller than the resolution."""
+    resolution = largest_resolution(settings)
+    small = [
+        file
+        for file, stats in images
+        if stats.width * stats.height * MAX_ENLARGEMENT**2 < resolution**2
+    ]
+    if not small or len(small) == len(images):
         return []
     message = (
-        f"{len(small)} of {len(used)} pictures are smaller than the resolution of {resolution}, the others are not: the adapter sees "
-        f"two kinds of sharpness; replace or leave out the small ones, {small[0]} and its like, or choose a lower resolution."
+        f"{len(small)} of {len(images)} images are smaller than the resolution of {resolution}, so "
+        "the adapter sees two kinds of sharpness: replace or leave out the small ones, such as "
+        f"{small[0]}, or choose a lower resolution."
     )
-    return [Issue("all pictures", "note", message, "mixed-sizes")]
+    return [Issue("all images", "note", message, "mixed-sizes")]
+
+
+# Captions
 
 
 def about_captions(
-    captions: Sequence[tuple[str, str]], trigger: str, count: token_count.Counter, limit: int
+    captions: Sequence[tuple[str, str]], settings: config.Dataset, count: token_count.Counter
 ) -> list[Issue]:
-    """`captions`: (shown path of the picture, caption as it is in the file); `limit`: how many tokens of one are read."""
-    findings = []
-    for (file, caption), length in zip(
-        captions, count([caption for _, caption in captions]), strict=True
-    ):
+    """Returns the issues with captions, given as (printable path of the image, caption).
+
+    The captions are as in the files, without the trigger word that training adds.
+    """
+    trigger, limit = settings.trigger, settings.caption_tokens
+    lengths = _longest_lines([caption for _, caption in captions], count)
+    issues = []
+    for (file, caption), length in zip(captions, lengths, strict=True):
         if not caption:
-            use = (
-                f"the trigger word “{trigger}” is used alone"
-                if trigger
-                else "it is trained without words"
-            )
-            message = f"The picture has no caption: {use}; write one to say what it shows."
-            findings.append(Issue(file, "warning", message, "no-caption"))
+            prompt = f"with the trigger word “{trigger}” alone" if trigger else "without a prompt"
+            message = f"No caption: the image is trained {prompt}. Write one that describes it."
+            issues.append(Issue(file, "warning", message, "no-caption"))
         elif length > limit:
-            message = f"The caption has {length} tokens, and {limit} are read: its end may not be seen. dataset.caption_tokens reads up to 225."
-            findings.append(Issue(file, "note", message, "long-caption"))
+            message = (
+                f"The caption has {length} tokens, but only {limit} are read, so its end may not "
+                "be seen. dataset.caption_tokens reads up to 225."
+            )
+            issues.append(Issue(file, "note", message, "long-caption"))
         if caption and trigger and not has_word(caption, trigger):
-            message = f"The caption lacks the trigger word “{trigger}”: it is put in front while training; the file stays as it is."
-            findings.append(Issue(file, "note", message, "no-trigger", trigger))
-    return findings + _about_shared_tags([caption for _, caption in captions if caption], trigger)
+            message = (
+                f"The caption lacks the trigger word “{trigger}”: training puts it in front, and "
+                "the file stays unchanged."
+            )
+            issues.append(Issue(file, "note", message, "no-trigger", trigger))
+    written = [caption for _, caption in captions if caption]
+    return issues + _about_shared_tags(written, trigger)
 
 
-def _about_shared_tags(captions: list[str], trigger: str) -> list[Issue]:
-    if len(captions) < FEWEST_FOR_SHARED_TAG:
+def _longest_lines(captions: Sequence[str], count: token_count.Counter) -> list[int]:
+    """Returns the tokens of each caption's longest line.
+
+    A caption has several lines only with `dataset.caption_wildcards`, which reads one at a time.
+    """
+    owners, lines = [], []
+    for number, caption in enumerate(captions):
+        for line in caption.split("\n"):
+            owners.append(number)
+            lines.append(line)
+    longest = [0] * len(captions)
+    for number, length in zip(owners, count(lines), strict=True):
+        longest[number] = max(longest[number], length)
+    return longest
+
+
+def _about_shared_tags(captions: Sequence[str], trigger: str) -> list[Issue]:
+    if len(captions) < MIN_CAPTIONS_FOR_SHARED_TAG:
         return []
-    counted = Counter(
-        tag
-        for caption in captions
-        for tag in dict.fromkeys(tag.casefold() for tag in tags_of(caption))
-    )
-    shared = [
-        tag
-        for tag, number in counted.items()
-        if number == len(captions) and tag != trigger.casefold()
-    ]
-    return [
-        Issue(
-            "all captions",
-            "note",
-            f"Every caption has the tag “{tag}”: it becomes a second trigger word, and the subject shows only where it is said; "
-            "remove it where the pictures say it without words.",
-            "shared-tag",
-            tag,
+    counts: Counter[str] = Counter()
+    for caption in captions:
+        counts.update(list(dict.fromkeys(tag.casefold() for tag in tags_of(caption))))
+    issues = []
+    for tag, number in counts.items():
+        if number < len(captions) or tag == trigger.casefold():
+            continue
+        message = (
+            f"Every caption has the tag “{tag}”: it becomes a second trigger word, and the subject "
+            "appears only in prompts with it. Remove it from captions of images that show it "
+            "anyway."
         )
-        for tag in shared
-    ]
+        issues.append(Issue("all captions", "note", message, "shared-tag", tag))
+    return issues
 
 
-def tags_of(caption: str) -> list[str]:
-    """The parts of a caption between commas, of all its lines."""
-    return [tag for tag in map(str.strip, caption.replace("\n", ",").split(",")) if tag]
+# Summary
 
 
-def has_word(text: str, word: str) -> bool:
-    """Whether `word` stands in `text` by itself, in whatever capitals."""
-    folded, wanted = text.casefold(), word.casefold()
-    start = folded.find(wanted)
-    while start >= 0:
-        before, after = folded[:start][-1:], folded[start + len(wanted) :][:1]
-        if not (before.isalnum() or before == "_" or after.isalnum() or after == "_"):
-            return True
-        start = folded.find(wanted, start + 1)
-    return False
+def verdict(usable: int, issues: Sequence[Issue]) -> str:
+    """Summarises a scan that found so many usable images.
 
-
-def verdict(pictures: int, findings: Sequence[Issue]) -> str:
-    """The scan in a line: "22 of 24 pictures are usable, 20 have captions. Enough for a subject."; `pictures` are the usable ones."""
-    by_kind = Counter(finding.kind for finding in findings)
-    total = pictures + sum(finding.level == "error" for finding in findings)
-    captioned = pictures - by_kind["no-caption"]
-    distinct = pictures - by_kind["duplicate"] - by_kind["near-duplicate"]
-    are = "picture is" if total == 1 else "pictures are"
+    For example "22 of 24 images are usable, 20 have captions. Enough for a subject."
+    """
+    by_kind = Counter(issue.kind for issue in issues)
+    total = usable + sum(issue.level == "error" for issue in issues)
+    captioned = usable - by_kind["no-caption"]
+    distinct = usable - by_kind["duplicate"] - by_kind["near-duplicate"]
+    are = "image is" if total == 1 else "images are"
     have = "has a caption" if captioned == 1 else "have captions"
-    worth = (
-        "Enough for a subject or a style." if distinct >= MANY
-        else "Enough for a subject." if distinct >= FEW
-        else "Few: enough to try; ten or more learn better." if distinct >= FEWEST
-        else "Too few to learn from: use ten or more."
-    )  # fmt: skip
-    return f"{pictures} of {total} {are} usable, {captioned} {have}. {worth}"
+    advice = next(text for minimum, text in VERDICTS if distinct >= minimum)
+    return f"{usable} of {total} {are} usable, {captioned} {have}. {advice}"

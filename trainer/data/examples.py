@@ -1,4 +1,4 @@
-"""Pictures and captions made ready for training: cut, encoded, or found in the cache."""
+"""Training examples: images and captions that are cropped and encoded, or read from the cache."""
 
 import random
 import time
@@ -8,14 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from trainer.config import RunConfig
 from trainer.data import latent_cache
-from trainer.data.augment import Look, looks, vary_caption
+from trainer.data.augment import ImageView, image_views, vary_caption
 from trainer.data.images import open_alpha, open_image
 from trainer.data.scan import DatasetItem, crop_of, held_out_count, resolutions
 from trainer.errors import DatasetError, ModelError
@@ -24,43 +22,46 @@ from trainer.families.base import Conditioning, SizeIds
 from trainer.models.seeds import generator_for, seed_for
 from trainer.runs.events import Event, EventLog, Progress, Warned
 
-BLACK = "its mask is black all over in the part that is seen. Paint what is to be learned white, or remove the mask."
-MEASURED_WITHOUT_HOLD_OUT = (
-    8  # training pictures that are measured where too few are there to keep some out
+BLACK_MASK = (
+    "its mask is entirely black in the part that is seen. Paint the parts to learn white, or "
+    "remove the mask."
 )
+VALIDATED_TRAINING_IMAGES = 8  # training images validated if the dataset is too small to split
 
 
 @dataclass(frozen=True)
 class View:
-    """One way to see a picture."""
+    """One encoded view of an image."""
 
     mean: Tensor
-    """Of its latents, [C, h, w], unscaled."""
+    """Mean of the latents, [C, h, w], unscaled."""
     std: Tensor
+    """Standard deviation of the latents, [C, h, w], unscaled."""
     size_ids: SizeIds
     mask: Tensor | None
-    """How much each place counts, [1, h, w] in 0..1; None where all count alike."""
+    """Weight of each latent in the loss, [1, h, w] in 0..1; None if all count alike."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture at one resolution, ready for training."""
+    """An image at one resolution, ready for training."""
 
     name: str
     """Path relative to the dataset."""
     resolution: int
     caption: str
-    """With the trigger word; of several wordings the first."""
+    """The plain caption, with the trigger word."""
     wording: str
-    """All that its caption may become."""
+    """All wordings of the caption, from which each step takes one (`augment.vary_caption`)."""
     views: tuple[View, ...]
-    """Of one shape. The first is the plain one."""
+    """All of one shape. The first is the plain one."""
     repeats: int
     fingerprint: str
-    """Changes when the picture, its views or its caption do."""
+    """Changes if the image, its views or its caption change."""
 
     @property
     def mean(self) -> Tensor:
+        """The latents of the plain view."""
         return self.views[0].mean
 
 
@@ -72,52 +73,59 @@ def make_examples(
     vae_hash: str,
     log: EventLog,
 ) -> list[Example]:
-    """Every picture at every resolution; those that come to nothing at one of them are named. The VAE must be on its device."""
-    report, found = throttled(log.append), []
+    """Returns every image at every resolution. The VAE must be on its device.
+
+    An image that fails at one resolution is left out at all of them, with a warning. Raises
+    `DatasetError` if no image remains.
+    """
+    report = throttled(log.append)
+    examples: list[Example] = []
     for done, item in enumerate(items):
         report(Progress("caching", done, len(items)))
         name = item.path.relative_to(root).as_posix()
         try:
-            found += [
-                _example(run, base, item, name, resolution, vae_hash)
+            examples += [
+                _make_example(run, base, item, name, resolution, vae_hash)
                 for resolution in resolutions(run)
             ]
         except DatasetError as error:
             log.append(Warned(f"{name} is left out: {error}"))
     log.append(Progress("caching", len(items), len(items)))
-    if not found:
+    if not examples:
         raise DatasetError(
-            f"No picture in {root} can be trained on; the warnings name each and say why."
+            f"No image in {root} can be trained on; the warnings give the reason for each."
         )
-    return found
+    return examples
 
 
-def _example(
+def _make_example(
     run: RunConfig, base: LoadedBase, item: DatasetItem, name: str, resolution: int, vae_hash: str
 ) -> Example:
     settings = run.dataset
     crop = crop_of(item, settings.model_copy(update={"resolution": resolution}))
+    # "looks" is the position's old name: another word would change the crops of old runs.
+    rng = random.Random(seed_for(run.training.seed, "looks", name))
     keys: list[str] = []
     views: list[View] = []
-    for look in looks(crop, settings, random.Random(seed_for(run.training.seed, "looks", name))):
-        key = latent_cache.latents_key(item.sha256, look.facts, vae_hash)
-        latents = latent_cache.cached(key, partial(_encode, base.pipe.vae, item.path, look))
+    for view in image_views(crop, settings, rng):
+        key = latent_cache.latents_key(item.sha256, view.cache_key, vae_hash)
+        latents = latent_cache.cached(key, partial(_encode, base.pipe.vae, item, view))
         if not all(torch.isfinite(tensor).all() for tensor in latents.values()):
             raise DatasetError(
-                "the base turns it into numbers that are not finite. Save the picture anew, or leave it out."
+                "the VAE encodes it to values that are not finite. Save the image again, or leave "
+                "it out."
             )
-        mask_key, mask = _mask(run, item, look, latents["mean"].shape)
+        mask_key, mask = _cached_mask(run, item, view, latents["mean"].shape)
         if mask is not None and not mask.any():
             if views:
-                continue  # a random cut may miss what is painted white
-            raise DatasetError(BLACK)
-        views.append(View(latents["mean"], latents["std"], size_ids(item, look), mask))
+                continue  # a random crop may miss the white part of the mask
+            raise DatasetError(BLACK_MASK)
+        views.append(View(latents["mean"], latents["std"], size_ids(item, view), mask))
         keys.append(key + mask_key)
-    caption = vary_caption(item.caption, settings, None)
     return Example(
         name,
         resolution,
-        caption,
+        vary_caption(item.caption, settings, None),
         item.caption,
         tuple(views),
         item.repeats,
@@ -125,84 +133,87 @@ def _example(
     )
 
 
-def _encode(vae: Any, path: Path, look: Look) -> dict[str, Tensor]:
-    return latent_cache.encode_image(vae, latent_cache.to_pixels(path, look))
+def _encode(vae: Any, item: DatasetItem, view: ImageView) -> dict[str, Tensor]:
+    return latent_cache.encode_image(vae, latent_cache.to_pixels(item.path, view))
 
 
-def size_ids(item: DatasetItem, look: Look) -> SizeIds:
-    width, height = look.crop.bucket
-    left = look.crop.scaled[0] - width - look.crop.left if look.mirrored else look.crop.left
-    return item.height, item.width, look.crop.top, left, height, width
+def size_ids(item: DatasetItem, view: ImageView) -> SizeIds:
+    """Returns SDXL's size conditioning: original size, crop position, and target size."""
+    crop = view.crop
+    width, height = crop.bucket
+    left = crop.scaled[0] - width - crop.left if view.mirrored else crop.left
+    return item.height, item.width, crop.top, left, height, width
 
 
-def _mask(
-    run: RunConfig, item: DatasetItem, look: Look, shape: torch.Size
+def _cached_mask(
+    run: RunConfig, item: DatasetItem, view: ImageView, shape: torch.Size
 ) -> tuple[str, Tensor | None]:
-    """Its cache key and the mask."""
+    """Returns the cache key and the mask for latents of a shape, or ("", None) without a mask."""
     kind, outside = run.dataset.masked_loss, run.dataset.mask_outside
-    drawn = item.mask if kind == "mask" else None
-    if kind == "off" or (kind == "mask" and drawn is None):
+    file = item.mask if kind == "mask" else None
+    if kind == "off" or (kind == "mask" and file is None):
         return "", None
-    key = latent_cache.mask_key(
-        kind, latent_cache.file_hash(drawn) if drawn else item.sha256, look.facts
-    )
+    source = latent_cache.file_hash(file) if file else item.sha256
+    key = latent_cache.mask_key(kind, source, view.cache_key)
 
     def make() -> dict[str, Tensor]:
-        image = open_image(drawn)[0].convert("L") if drawn else open_alpha(item.path)
-        return {"mask": mask_pixels(image, look, shape[1:])}
+        image = open_image(file)[0].convert("L") if file else open_alpha(item.path)
+        return {"mask": latent_cache.to_mask(image, view, (shape[1], shape[2]))}
 
     return key, outside + (1 - outside) * latent_cache.cached(key, make)["mask"]
 
 
-def mask_pixels(image: Image.Image, look: Look, size: Sequence[int]) -> Tensor:
-    """The share of white under each latent, [1, h, w], of a grey picture of any size with the shape of the picture."""
-    seen = latent_cache.apply_look(image, Look(look.crop, look.mirrored))
-    height, width = size
-    array = np.asarray(seen.resize((width, height), Image.Resampling.BOX), dtype=np.float32)
-    return torch.from_numpy(array / 255).unsqueeze(0)
-
-
 def hold_out(run: RunConfig, examples: list[Example]) -> tuple[list[Example], list[Example]]:
-    """The pictures to train on, and those to measure with: kept out where there are enough, else some of the same.
+    """Splits the examples into those to train on and the validation set.
 
-    A picture is kept out at every resolution, and measured at the first.
+    An image of the validation set is trained at no resolution, and validated at the first. If the
+    dataset is too small to split, all images are trained, and some of them are validated.
     """
     names = list(dict.fromkeys(example.name for example in examples))
-    plain = {e.name: e for e in examples if e.resolution == run.dataset.resolution}
+    at_first = {e.name: e for e in examples if e.resolution == run.dataset.resolution}
     count = held_out_count(run, len(names))
-    order = torch.randperm(
-        len(names), generator=generator_for(run.training.seed, "hold out")
-    ).tolist()
+    rng = generator_for(run.training.seed, "hold out")
+    order = torch.randperm(len(names), generator=rng).tolist()
     if count == 0:
-        return examples, [plain[names[i]] for i in sorted(order[:MEASURED_WITHOUT_HOLD_OUT])]
-    kept = {names[i] for i in order[:count]}
-    return [e for e in examples if e.name not in kept], [
-        plain[name] for name in names if name in kept
-    ]
+        chosen = sorted(order[:VALIDATED_TRAINING_IMAGES])
+        return examples, [at_first[names[i]] for i in chosen]
+    held_out = {names[i] for i in order[:count]}
+    trained = [example for example in examples if example.name not in held_out]
+    return trained, [at_first[name] for name in names if name in held_out]
+
+
+# Captions
 
 
 def encode_texts(
     base: LoadedBase, texts: Iterable[str], encoder_hash: str
 ) -> dict[str, Conditioning]:
-    """The conditioning of each text, without a batch, from the cache where it is there."""
+    """Returns the conditioning of each text, without a batch dimension, from the cache if possible.
+
+    Raises `ModelError` if a text encoder returns values that are not finite.
+    """
     return {text: _conditioning(base, text, encoder_hash) for text in dict.fromkeys(texts)}
 
 
 def _conditioning(base: LoadedBase, caption: str, encoder_hash: str) -> Conditioning:
-    @torch.no_grad()
     def make() -> Conditioning:
-        made = {name: tensor[0] for name, tensor in base.encode([caption]).items()}
-        if not all(torch.isfinite(tensor).all() for tensor in made.values()):
+        with torch.no_grad():
+            encoded = {name: tensor[0] for name, tensor in base.encode([caption]).items()}
+        if not all(torch.isfinite(tensor).all() for tensor in encoded.values()):
             raise ModelError(
-                f"The base's text encoders give no finite numbers for {caption[:80]!r} in the number format of this run; "
-                "use base.precision = fp32."
+                f"The base's text encoders return values that are not finite numbers for "
+                f"{caption[:80]!r} in the number format of this run; use base.precision = fp32."
             )
-        return made
+        return encoded
 
     return latent_cache.cached(latent_cache.conditioning_key(caption, encoder_hash), make)
 
 
+# Progress
+
+
 def throttled(append: Callable[[Event], Any], seconds: float = 0.5) -> Callable[[Event], None]:
+    """Returns a function that appends an event at most once per `seconds` and drops the others."""
     last = 0.0
 
     def report(event: Event) -> None:

@@ -1,7 +1,7 @@
-"""What each picture of a dataset is like, worked out once for its content and kept on disk: size, sharpness, contrast, looks.
+"""Statistics of each image (size, sharpness, contrast, near duplicates), cached by content.
 
-Addressed by content, so a stale entry cannot be found; losing the file costs time only. Memory does not grow with the
-number of pictures: what is kept of each is about 300 bytes.
+Entries are addressed by content, so a stale entry is never found. Deleting the cache only costs
+time. An entry takes about 300 bytes, so memory use hardly grows with the number of images.
 """
 
 import hashlib
@@ -12,136 +12,152 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from trainer.data.image_formats import SMALLEST_SIDE
-from trainer.data.images import conversions, decode_image, read_image
-from trainer.data.issues import shown
+from trainer.data.image_formats import MIN_SIDE
+from trainer.data.images import Conversion, conversions, decode_image, read_image
+from trainer.data.issues import printable
 from trainer.errors import DatasetError
 from trainer.runs.run_folder import outputs_folder
 
-VERSION = 1  # part of every key: raise it when facts are worked out differently
-MEASURED_SIDE = (
-    512  # pixels; sharpness is judged at the size that is trained, not at that of the camera
-)
-FRESH_SECONDS = 2.0  # a file changed this recently may change again without its time showing it
-WORKERS = max(
-    2, min(4, os.cpu_count() or 1)
-)  # threads, as decoders let go of the interpreter; few, as each may hold 0.5 GB
-BATCH = 200  # pictures between two writes to the disk
+VERSION = 1  # part of every key: raise it when the statistics are computed differently
+MEASURED_SIDE = 512  # pixels: about the size of training, not the size of the camera
+# A file written this recently may be written again without a change in its modification time.
+FRESH_SECONDS = 2.0
+# Threads work because decoders release the interpreter lock. Each may hold 0.5 GB.
+WORKERS = max(2, min(4, os.cpu_count() or 1))
+SAVE_INTERVAL = 200  # images between two commits
+
+GRADIENT_BYTES, COLOUR_BYTES = 16, 8 * 8 * 3  # of a signature
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What is known of the content of one file; of an unusable one only `error`."""
+class ImageStats:
+    """Statistics of the content of one file. Only `error` is set if it cannot be used."""
 
     sha256: str
     error: str = ""
-    """A sentence without its first word, the name of the file: " is empty (0 bytes): ..."."""
+    """The error message without the name of the file: " is empty (0 bytes): ..."."""
     width: int = 0
     height: int = 0
     notes: tuple[str, ...] = ()
-    """What had to be put right, or looks wrong (`pictures.decode_image`)."""
-    conversions: tuple[tuple[str, str], ...] = ()
-    """What is converted as a matter of course (`pictures.conversions`)."""
+    """Repairs and suspected damage (`images.decode_image`)."""
+    conversions: tuple[Conversion, ...] = ()
     blur: float = 0.0
     """0 sharp to 1 blurred (`blur_effect`)."""
     contrast: int = 255
-    """Distance of the darkest from the lightest grey, 2 % at each end not counted."""
-    look: str = ""
-    """Hexadecimal: 128 bits of gradients, then 8 x 8 colours (`look_of`)."""
+    """Difference between the lightest and darkest grey, ignoring 2 % of the pixels at each end."""
+    signature: str = ""
+    """Hexadecimal: 128 bits of gradients, then 8 x 8 colours (`signature_of`)."""
     focus: tuple[float, float] = (0.5, 0.5)
-    """Where the picture is most interesting, from left and top, 0 to 1 (`focus_of`)."""
+    """The most interesting point, from left and top, 0 to 1 (`focus_of`)."""
+
+
+# Reading a dataset
+
+
+def stats_of_all(
+    paths: Sequence[Path], progress: Callable[[int, int], None] | None = None
+) -> Iterator[ImageStats]:
+    """Yields the statistics of each file, in order.
+
+    Reads only files that are new or changed, and decodes only contents that are not cached.
+    Calls `progress(done, total)` after each file.
+    """
+    stored = _StatsCache()
+    try:
+        known = [stored.of_file(path) for path in paths]
+        with ThreadPoolExecutor(WORKERS) as pool:
+            results = pool.map(
+                lambda path, stats: stats or _stats_of_file(path, stored), paths, known
+            )
+            for done, stats in enumerate(results, 1):
+                yield stats
+                if done % SAVE_INTERVAL == 0:
+                    stored.save()
+                if progress:
+                    progress(done, len(paths))
+    finally:
+        stored.close()
 
 
 def check_image(data: bytes, path: Path) -> tuple[Image.Image, tuple[str, ...]]:
-    """A picture that can be trained on, and notes on it. Raises `DatasetError` for one that cannot."""
+    """Returns the decoded image and notes on it. Raises `DatasetError` if it cannot be trained."""
     image, notes = decode_image(data, path)
-    if min(image.size) < SMALLEST_SIDE:
-        size = f"{image.width} x {image.height}"
+    if min(image.size) < MIN_SIDE:
         raise DatasetError(
-            f"{shown(path.name)} has {size} pixels, too few to train on: use a larger one."
+            f"{printable(path.name)} has {image.width} x {image.height} pixels, "
+            "too few to train on: use a larger one."
         )
     return image, notes
 
 
-def inspect_all(
-    paths: Sequence[Path], progress: Callable[[int, int], None] | None = None
-) -> Iterator[Facts]:
-    """The facts of each file, in order. Only files that are new or changed are read, and only unknown contents decoded."""
-    memory = _Memory()
-    try:
-        known = [memory.of_file(path) for path in paths]
-        with ThreadPoolExecutor(WORKERS) as pool:
-            looks = pool.map(
-                lambda pair: pair[1] or _look(pair[0], memory), zip(paths, known, strict=True)
-            )
-            for done, facts in enumerate(looks, 1):
-                yield facts
-                if done % BATCH == 0:
-                    memory.save()
-                if progress:
-                    progress(done, len(paths))
-    finally:
-        memory.close()
-
-
-def _look(path: Path, memory: "_Memory") -> Facts:
+def _stats_of_file(path: Path, stored: "_StatsCache") -> ImageStats:
     try:
         stamp = stamp_of(path)
         data = read_image(path)
-    except DatasetError as error:  # of this file at this moment, not of its content: not kept
-        return Facts("", str(error).removeprefix(shown(path.name)))
+    # These errors concern the file at this moment, not its content, so they are not cached.
+    except DatasetError as error:
+        return ImageStats("", _without_name(error, path))
     except OSError as error:
-        return Facts("", f" cannot be read ({error.strerror}): copy it again.")
+        return ImageStats("", f" cannot be read ({error.strerror}): copy it again.")
     sha256 = hashlib.sha256(data).hexdigest()
-    facts = memory.of_content(sha256) or _facts(data, sha256, path)
-    memory.keep(path, stamp, facts)
-    return facts
+    stats = stored.of_content(sha256) or _stats_of_content(data, sha256, path)
+    stored.add(path, stamp, stats)
+    return stats
 
 
-def _facts(data: bytes, sha256: str, path: Path) -> Facts:
+def _stats_of_content(data: bytes, sha256: str, path: Path) -> ImageStats:
     try:
         image, notes = check_image(data, path)
-        converted = conversions(data, path)
+        applied = conversions(data, path)
     except DatasetError as error:
-        return Facts(sha256, str(error).removeprefix(shown(path.name)))
+        return ImageStats(sha256, _without_name(error, path))
     width, height = image.size
     image.thumbnail((MEASURED_SIDE, MEASURED_SIDE), Image.Resampling.BOX, reducing_gap=1.0)
     grey = image.convert("L")
     darkest, lightest = np.percentile(np.asarray(grey), (2, 98))
-    blur = round(blur_effect(grey), 3)
-    return Facts(
+    return ImageStats(
         sha256,
-        "",
-        width,
-        height,
-        notes,
-        converted,
-        blur,
-        int(lightest - darkest),
-        look_of(image),
-        focus_of(grey),
+        width=width,
+        height=height,
+        notes=notes,
+        conversions=applied,
+        blur=round(blur_effect(grey), 3),
+        contrast=int(lightest - darkest),
+        signature=signature_of(image),
+        focus=focus_of(grey),
     )
 
 
+def _without_name(error: DatasetError, path: Path) -> str:
+    """Returns a message without the file name, which may differ for the same content."""
+    return str(error).removeprefix(printable(path.name))
+
+
 def stamp_of(path: Path) -> str:
-    """Differs when a file was written to, as far as its size, times and number can tell."""
+    """Returns a stamp that changes when a file is written, from its size, times and inode."""
     status = path.stat()
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
 
 
-def blur_effect(grey: Image.Image) -> float:
-    """How little a picture changes when it is blurred: 0 sharp to 1 blurred (Crete et al. 2007, "The Blur Effect", SPIE 6492).
+# Measurements
 
-    Of the two directions the more blurred one. Measured on the example pictures, 256 to 427 pixels: 0.14 to 0.31 as they
-    are, 0.35 to 0.74 after a Gaussian of radius 2, 0.58 to 0.89 after one of radius 4. Pictures below 32 pixels count as sharp.
+
+def blur_effect(grey: Image.Image) -> float:
+    """Returns how little an image changes when it is blurred: 0 sharp to 1 blurred.
+
+    The blurrier of the two directions counts (Crete et al. 2007, "The Blur Effect", SPIE 6492).
+    On the example images (256 to 427 pixels) it is 0.14 to 0.31, after a Gaussian of radius 2
+    0.35 to 0.74, and after one of radius 4 0.58 to 0.89. Images below 32 pixels count as sharp.
     """
     if min(grey.size) < 32:
         return 0.0
@@ -157,25 +173,53 @@ def blur_effect(grey: Image.Image) -> float:
     return worst
 
 
-def look_of(image: Image.Image) -> str:
-    """The picture seen small: which of its 8 x 8 neighbours are lighter across and down (dHash, 128 bits), and their colours.
+def signature_of(image: Image.Image) -> str:
+    """Returns a signature by which near duplicates are found, in hexadecimal.
 
-    The gradients alone confuse drawings on plain ground; the colours alone confuse landscapes.
+    It holds the signs of 8 x 8 gradients across and down (dHash, 128 bits) and 8 x 8 colours.
+    Gradients alone confuse drawings on a plain background; colours alone confuse landscapes.
     """
     across = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     down = np.asarray(image.convert("L").resize((8, 9), Image.Resampling.BOX), dtype=np.int16)
-    bits = np.packbits(
-        np.concatenate([(np.diff(across, axis=1) > 0).ravel(), (np.diff(down, axis=0) > 0).ravel()])
-    )
-    return bits.tobytes().hex() + image.resize((8, 8), Image.Resampling.BOX).tobytes().hex()
+    rises = [(np.diff(across, axis=1) > 0).ravel(), (np.diff(down, axis=0) > 0).ravel()]
+    gradients = np.packbits(np.concatenate(rises)).tobytes()
+    colours = image.resize((8, 8), Image.Resampling.BOX).tobytes()
+    return gradients.hex() + colours.hex()
+
+
+def near_duplicates(
+    signatures: Sequence[str], max_bits: int = 8, max_colour: float = 6.0
+) -> list[tuple[int, int]]:
+    """Returns (later, earlier) for each image that looks like an earlier one.
+
+    At most `max_bits` of the 128 gradient bits differ, and the colours differ by at most
+    `max_colour` of 255 on average. Each later image is paired with the first match.
+    """
+    if not signatures:
+        return []
+    raw = np.frombuffer(bytes.fromhex("".join(signatures)), np.uint8)
+    raw = raw.reshape(len(signatures), GRADIENT_BYTES + COLOUR_BYTES)
+    gradients = raw[:, :GRADIENT_BYTES].copy().view(np.uint64)
+    colours = raw[:, GRADIENT_BYTES:].astype(np.int16)
+    pairs = []
+    for later in range(1, len(signatures)):
+        differing = np.bitwise_count(gradients[:later] ^ gradients[later]).sum(axis=1)
+        for earlier in np.flatnonzero(differing <= max_bits):
+            if np.abs(colours[earlier] - colours[later]).mean() <= max_colour:
+                pairs.append((later, int(earlier)))
+                break
+    return pairs
 
 
 def focus_of(grey: Image.Image) -> tuple[float, float]:
-    """The centre of what stands out: the part of the spectrum that its surroundings do not foretell (Hou and Zhang 2007, CVPR,
-    "Saliency Detection: A Spectral Residual Approach"), at 64 x 64, smoothed, weighed by its square. It knows no faces.
+    """Returns the centre of what stands out, from left and top, 0 to 1.
+
+    The saliency is the part of the spectrum that its surroundings do not predict (Hou and Zhang
+    2007, CVPR, "Saliency Detection: A Spectral Residual Approach"), at 64 x 64, smoothed. The
+    centre is weighted by its square. The method does not recognise faces.
     """
     pixels = np.asarray(grey.resize((64, 64), Image.Resampling.BOX), dtype=np.float64)
-    if pixels.std() < 1:  # plain: what would stand out is rounding
+    if pixels.std() < 1:  # a plain image, in which only rounding errors would stand out
         return 0.5, 0.5
     spectrum = np.fft.fft2(pixels)
     log_size = np.log(np.abs(spectrum) + 1e-6)
@@ -185,141 +229,154 @@ def focus_of(grey: Image.Image) -> tuple[float, float]:
     total = float(weights.sum())
     if not np.isfinite(total) or total <= 0:
         return 0.5, 0.5
-    places = (np.arange(64) + 0.5) / 64
-    return round(float(weights.sum(0) @ places) / total, 3), round(
-        float(weights.sum(1) @ places) / total, 3
-    )
+    centres = (np.arange(64) + 0.5) / 64
+    x = float(weights.sum(0) @ centres) / total
+    y = float(weights.sum(1) @ centres) / total
+    return round(x, 3), round(y, 3)
 
 
-def _box_mean(values: np.ndarray, radius: int) -> np.ndarray:
-    """Mean over a square of 2 `radius` + 1, edges repeated."""
-    window = np.lib.stride_tricks.sliding_window_view(
-        np.pad(values, radius, mode="edge"), (2 * radius + 1, 2 * radius + 1)
-    )
-    return window.mean(axis=(2, 3))
+def _box_mean(values: NDArray[np.float64], radius: int) -> NDArray[np.float64]:
+    """Returns the mean over squares of 2 `radius` + 1 pixels, with repeated edges."""
+    side = 2 * radius + 1
+    padded = np.pad(values, radius, mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (side, side))
+    means: NDArray[np.float64] = windows.mean(axis=(2, 3))
+    return means
 
 
-def near_twins(looks: Sequence[str], bits: int = 8, colours: float = 6.0) -> list[tuple[int, int]]:
-    """(later, earlier) for each picture that looks like an earlier one: at most `bits` of 128 differ, and `colours` of 255 on average."""
-    if not looks:
-        return []
-    raw = np.frombuffer(bytes.fromhex("".join(looks)), np.uint8).reshape(len(looks), 16 + 192)
-    gradients = raw[:, :16].copy().view(np.uint64)
-    palette = raw[:, 16:].astype(np.int16)
-    twins = []
-    for later in range(1, len(looks)):
-        differing = np.bitwise_count(gradients[:later] ^ gradients[later]).sum(axis=1)
-        for earlier in np.flatnonzero(differing <= bits):
-            if np.abs(palette[earlier] - palette[later]).mean() <= colours:
-                twins.append((later, int(earlier)))
-                break
-    return twins
+# The cache
 
 
 @cache
-def _decoders() -> str:
-    """What could not be opened yesterday may be today, with other decoders."""
+def _decoder_versions() -> str:
+    """Returns a key that changes with the decoders, which may open other files then."""
     try:
         return f"{VERSION} {version('pillow')} {version('pillow-heif')}"
     except PackageNotFoundError:
         return f"{VERSION} {version('pillow')}"
 
 
-class _Memory:
-    """The facts on disk: of a path, while its stamp is the same, and of a content. Without a disk to write to, of this scan only."""
+class _StatsCache:
+    """Statistics on disk, by content, and the content of each path while its stamp is the same.
+
+    If the disk cannot be written, the cache lives in memory for this scan only.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         try:
             folder = outputs_folder() / "cache"
             folder.mkdir(parents=True, exist_ok=True)
-            self.base = _open(folder / "pictures.sqlite")
+            self.database = _open_database(folder / "pictures.sqlite")
         except (OSError, sqlite3.Error):
-            self.base = _open(Path(":memory:"))
+            self.database = _open_database(Path(":memory:"))
 
-    def of_file(self, path: Path) -> Facts | None:
+    def of_file(self, path: Path) -> ImageStats | None:
         try:
             stamp = stamp_of(path)
         except OSError:
             return None
-        row = self._one(
+        row = self._select(
             "SELECT sha256 FROM files WHERE path = ? AND stamp = ?",
             (os.fsencode(path.absolute()), stamp),
         )
         return self.of_content(row[0]) if row else None
 
-    def of_content(self, sha256: str) -> Facts | None:
-        row = self._one(
-            "SELECT facts FROM contents WHERE sha256 = ? AND decoders = ?", (sha256, _decoders())
+    def of_content(self, sha256: str) -> ImageStats | None:
+        row = self._select(
+            "SELECT facts FROM contents WHERE sha256 = ? AND decoders = ?",
+            (sha256, _decoder_versions()),
         )
         try:
-            return _read(row[0]) if row else None
+            return _from_json(row[0]) if row else None
         except (ValueError, TypeError, KeyError):
             return None
 
-    def keep(self, path: Path, stamp: str, facts: Facts) -> None:
-        text = json.dumps(asdict(facts), separators=(",", ":"))
-        self._do(
-            "INSERT OR REPLACE INTO contents VALUES (?, ?, ?)", (facts.sha256, _decoders(), text)
+    def add(self, path: Path, stamp: str, stats: ImageStats) -> None:
+        self._execute(
+            "INSERT OR REPLACE INTO contents VALUES (?, ?, ?)",
+            (stats.sha256, _decoder_versions(), _to_json(stats)),
         )
         if time.time() - path.stat().st_mtime > FRESH_SECONDS:
-            self._do(
+            self._execute(
                 "INSERT OR REPLACE INTO files VALUES (?, ?, ?)",
-                (os.fsencode(path.absolute()), stamp, facts.sha256),
+                (os.fsencode(path.absolute()), stamp, stats.sha256),
             )
 
     def save(self) -> None:
         with self.lock:
             try:
-                self.base.commit()
-            except sqlite3.Error:  # a full disk: the facts are worked out again next time
-                self.base.rollback()
+                self.database.commit()
+            except sqlite3.Error:  # the disk is full: the next scan computes the statistics again
+                self.database.rollback()
 
     def close(self) -> None:
         self.save()
-        self.base.close()
+        self.database.close()
 
-    def _one(self, query: str, values: tuple) -> tuple | None:
+    def _select(self, query: str, values: tuple[object, ...]) -> tuple[Any, ...] | None:
         with self.lock:
             try:
-                return self.base.execute(query, values).fetchone()
+                row: tuple[Any, ...] | None = self.database.execute(query, values).fetchone()
+                return row
             except sqlite3.Error:
                 return None
 
-    def _do(self, query: str, values: tuple) -> None:
+    def _execute(self, query: str, values: tuple[object, ...]) -> None:
         with self.lock:
             try:
-                self.base.execute(query, values)
-            except sqlite3.Error:  # another process writes for long, or the disk is full
-                self.base.rollback()
+                self.database.execute(query, values)
+            except sqlite3.Error:  # another process writes for a long time, or the disk is full
+                self.database.rollback()
 
 
-def _open(path: Path) -> sqlite3.Connection:
-    """The database, made anew where it is damaged."""
+_TABLES = (
+    "CREATE TABLE IF NOT EXISTS files"
+    " (path BLOB PRIMARY KEY, stamp TEXT, sha256 TEXT) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS contents"
+    " (sha256 TEXT, decoders TEXT, facts TEXT, PRIMARY KEY (sha256, decoders)) WITHOUT ROWID",
+)
+
+
+def _open_database(path: Path) -> sqlite3.Connection:
+    """Opens the database, or creates a new one if it is damaged."""
     for _ in range(2):
-        base = sqlite3.connect(path, timeout=5, check_same_thread=False)
+        database = sqlite3.connect(path, timeout=5, check_same_thread=False)
         try:
-            base.execute("PRAGMA synchronous = OFF")  # what a power cut damages is made anew
-            base.execute(
-                "CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, stamp TEXT, sha256 TEXT) WITHOUT ROWID"
-            )
-            base.execute(
-                "CREATE TABLE IF NOT EXISTS contents (sha256 TEXT, decoders TEXT, facts TEXT, PRIMARY KEY (sha256, decoders)) WITHOUT ROWID"
-            )
-            base.commit()
-            return base
+            # A power cut may damage the file, which is then created again.
+            database.execute("PRAGMA synchronous = OFF")
+            for table in _TABLES:
+                database.execute(table)
+            database.commit()
+            return database
         except sqlite3.OperationalError:  # busy or read-only, not damaged
-            base.close()
+            database.close()
             raise
         except sqlite3.DatabaseError:
-            base.close()
+            database.close()
             path.unlink(missing_ok=True)
-    raise sqlite3.DatabaseError("The cache cannot be made anew.")
+    raise sqlite3.DatabaseError("The image cache is damaged and cannot be replaced.")
 
 
-def _read(text: str) -> Facts:
-    data = json.loads(text)
-    for name in ("notes", "focus"):
-        data[name] = tuple(data[name])
-    data["conversions"] = tuple(map(tuple, data["conversions"]))
-    return Facts(**{field.name: data[field.name] for field in fields(Facts)})
+_STORED_NAMES = {"signature": "look"}
+"""Fields whose name in the database differs."""
+
+
+def _to_json(stats: ImageStats) -> str:
+    data = {
+        _STORED_NAMES.get(field.name, field.name): getattr(stats, field.name)
+        for field in fields(stats)
+    }
+    return json.dumps(data, separators=(",", ":"))
+
+
+def _from_json(text: str) -> ImageStats:
+    stored = json.loads(text)
+    data = {
+        field.name: stored[_STORED_NAMES.get(field.name, field.name)]
+        for field in fields(ImageStats)
+    }
+    data["notes"] = tuple(data["notes"])
+    data["focus"] = tuple(data["focus"])
+    data["conversions"] = tuple(Conversion(*row) for row in data["conversions"])
+    return ImageStats(**data)

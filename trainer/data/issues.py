@@ -1,4 +1,4 @@
-"""What a look at a dataset found: one record for everything that is odd, that was converted, or that was left out."""
+"""Issues: what is odd about a file of a dataset, and how its name is printed."""
 
 import os
 import unicodedata
@@ -7,33 +7,37 @@ from typing import Literal
 
 Level = Literal["error", "warning", "note"]
 
-
-def shown(name: str | os.PathLike) -> str:
-    """`name` as text that is safe to print or show: control and direction characters and bad UTF-8 become escapes."""
-
-    def escape(character: str) -> str:
-        if (
-            "\udc80" <= character <= "\udcff"
-        ):  # a byte that is not UTF-8, as surrogateescape keeps it
-            return f"\\x{ord(character) - 0xDC00:02x}"
-        hidden = (
-            unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
-            and character != "\u200d"
-        )
-        return character.encode("unicode_escape").decode() if hidden else character
-
-    return "".join(map(escape, os.fspath(name)))
+HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogate, line separators
+ZERO_WIDTH_JOINER = "\u200d"  # joins emoji, so it is kept
 
 
 @dataclass(frozen=True)
 class Issue:
-    """Something to know about one file. An `error` means that the picture was left out."""
+    """Something the user should know about one file. An `error` means that it is left out."""
 
     file: str
-    """Path relative to the dataset, safe to show (see `pictures.shown`); not for opening."""
+    """Path relative to the dataset, made printable. Not for opening the file."""
     level: Level
     message: str
     kind: str = ""
-    """A word for all findings of the kind, by which they are counted and cured: "no-caption"."""
+    """Identifies issues of the same kind, such as "no-caption". `fixes.FIXES_FOR_KIND` uses it."""
     detail: str = ""
-    """What the cure needs to know: the tag that all captions share."""
+    """Input for the fix, such as the tag that all captions share."""
+
+
+def printable(text: str | os.PathLike[str]) -> str:
+    """Returns text that is safe to print or show.
+
+    Control and direction characters and bytes that are not UTF-8 become escapes.
+    """
+    return "".join(map(_escaped, os.fspath(text)))
+
+
+def _escaped(character: str) -> str:
+    # surrogateescape represents a byte that is not UTF-8 as U+DC80 to U+DCFF.
+    if "\udc80" <= character <= "\udcff":
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    is_hidden = unicodedata.category(character) in HIDDEN_CATEGORIES
+    if is_hidden and character != ZERO_WIDTH_JOINER:
+        return character.encode("unicode_escape").decode()
+    return character

@@ -1,6 +1,8 @@
-"""Which pictures a step sees, and with which random draws: pure functions of (seed, step, microbatch).
+"""Which images a step sees: pure functions of (seed, microbatch number).
 
-So a resumed run needs no loader state, and no call elsewhere (sampling, validating) can disturb the order.
+A resumed run therefore needs no loader state, and nothing else (sampling, validation) can change
+the order. The numbers are part of the contract with old runs: a run that resumes must see the
+images that it would have seen.
 """
 
 import random
@@ -12,22 +14,25 @@ from trainer.models.seeds import seed_for
 def epoch_batches(
     buckets: Sequence[Sequence[int]], batch_size: int, seed: int, epoch: int
 ) -> list[list[int]]:
-    """The batches of one pass: every picture once, only pictures of one shape together, in random order.
+    """Returns the batches of one epoch, in random order.
 
-    `buckets` holds the indices of the pictures of each shape. The last batch of a bucket may be smaller.
+    `buckets` holds the indices of the images of each shape. Every image appears once, and a batch
+    contains images of one shape only. The last batch of a bucket may be smaller.
     """
-    order = random.Random(seed_for(seed, "epoch", epoch))
+    rng = random.Random(seed_for(seed, "epoch", epoch))
     batches = []
     for bucket in buckets:
-        shuffled = order.sample(bucket, len(bucket))
-        batches += [shuffled[i : i + batch_size] for i in range(0, len(shuffled), batch_size)]
-    order.shuffle(batches)
+        shuffled = rng.sample(bucket, len(bucket))
+        for start in range(0, len(shuffled), batch_size):
+            batches.append(shuffled[start : start + batch_size])
+    rng.shuffle(batches)
     return batches
 
 
 def batch_at(
     buckets: Sequence[Sequence[int]], batch_size: int, seed: int, microbatch: int
 ) -> list[int]:
-    """The pictures of the microbatch with this number, counted from the start of the training."""
+    """Returns the images of a microbatch, counted from the start of training."""
     per_epoch = sum(-(-len(bucket) // batch_size) for bucket in buckets)
-    return epoch_batches(buckets, batch_size, seed, microbatch // per_epoch)[microbatch % per_epoch]
+    epoch, number = divmod(microbatch, per_epoch)
+    return epoch_batches(buckets, batch_size, seed, epoch)[number]

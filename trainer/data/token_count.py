@@ -1,41 +1,49 @@
-"""How long a caption is for the text encoder, counted by the base's own tokenizer and without torch."""
+"""Counts the tokens of captions with the base's own tokenizer, without importing torch."""
 
 import json
 import re
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-LIMIT = (
-    75  # tokens that the CLIP encoders of Stable Diffusion read at once, beside their start and end
-)
-MOST_CHARACTERS = 20_000  # of a caption are counted: what is longer is far too long anyway
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
-# CLIP's own way of cutting a text before its merges apply (Radford et al. 2021; the pattern of its published tokenizer).
-_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+LIMIT = 75  # tokens that CLIP reads at once, without its start and end tokens
+MAX_CHARACTERS = 20_000  # a longer caption is far too long anyway
+
+# How CLIP splits a text before its merges (Radford et al. 2021; the pattern of its tokenizer).
+_CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 Counter = Callable[[list[str]], list[int]]
+"""Returns the number of tokens of each text."""
 
 
 def counter(folder: Path | None = None) -> Counter:
-    """Counts the tokens of captions, start and end marks left out; without a tokenizer folder words and signs are counted."""
-    tokenizer = _tokenizer(folder) if folder else None
+    """Returns a function that counts tokens, without start and end tokens.
+
+    Without a tokenizer folder it counts words and punctuation marks instead.
+    """
+    tokenizer = _load_tokenizer(folder) if folder else None
     if tokenizer is None:
-        return lambda texts: [
-            len(re.findall(r"\w+|[^\w\s]", text[:MOST_CHARACTERS])) for text in texts
-        ]
-    return lambda texts: [
-        len(encoding.ids)
-        for encoding in tokenizer.encode_batch(
-            [text[:MOST_CHARACTERS] for text in texts], add_special_tokens=False
-        )
-    ]
+        return _count_words
+
+    def count(texts: list[str]) -> list[int]:
+        shortened = [text[:MAX_CHARACTERS] for text in texts]
+        encodings = tokenizer.encode_batch(shortened, add_special_tokens=False)
+        return [len(encoding.ids) for encoding in encodings]
+
+    return count
+
+
+def _count_words(texts: list[str]) -> list[int]:
+    return [len(re.findall(r"\w+|[^\w\s]", text[:MAX_CHARACTERS])) for text in texts]
 
 
 @lru_cache(maxsize=4)
-def _tokenizer(folder: Path) -> Any:
-    """From `tokenizer.json`, or from CLIP's `vocab.json` and `merges.txt`; None where there is neither."""
+def _load_tokenizer(folder: Path) -> "Tokenizer | None":
+    """Loads `tokenizer.json`, or CLIP's `vocab.json` and `merges.txt`; None if both are missing."""
     from tokenizers import Tokenizer
 
     if (folder / "tokenizer.json").is_file():
@@ -49,17 +57,15 @@ def _tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _clip_tokenizer(folder: Path) -> Any:
+def _clip_tokenizer(folder: Path) -> "Tokenizer":
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    merges = [
-        (first, second)
-        for first, second in (
-            line.split() for line in lines if line and not line.startswith("#version")
-        )
-    ]
+    merges = []
+    for line in (folder / "merges.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#version"):
+            first, second = line.split()
+            merges.append((first, second))
     tokenizer = Tokenizer(
         models.BPE(vocabulary, merges, unk_token="<|endoftext|>", end_of_word_suffix="</w>")
     )
@@ -68,7 +74,7 @@ def _clip_tokenizer(folder: Path) -> Any:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True),
+            pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
