@@ -1,20 +1,20 @@
-"""The errors a person at the page can act on.
+"""Errors that a user can act on.
 
-Each message is whole sentences: what was found, where, and what to do. Anything that is not a
-`TrainerError` is a bug and keeps its traceback.
+Each message says what is wrong, with the value found, and then what to do. Any exception that is
+not a `TrainerError` is a bug, and keeps its traceback.
 """
 
 
 class TrainerError(Exception):
-    """Something the person can put right; its text is shown as it is."""
+    """Base class of the errors that a user can correct. The page shows the message unchanged."""
 
 
 class ConfigError(TrainerError):
-    """A setting is unknown, out of bounds, or contradicts another."""
+    """A setting is unknown, out of bounds, or contradicts another one."""
 
 
 class DatasetError(TrainerError):
-    """A picture, a caption or the folder around them cannot be used."""
+    """An image, a caption or the folder of a dataset cannot be used."""
 
 
 class ModelError(TrainerError):
@@ -22,11 +22,11 @@ class ModelError(TrainerError):
 
 
 class StateError(TrainerError):
-    """A run folder cannot be started or resumed as it is."""
+    """A run cannot be started or resumed from the files in its folder."""
 
 
 class DiskError(TrainerError):
-    """The disk is full, or the folder cannot be written."""
+    """The disk is full, or a folder is not writable."""
 
 
 class OutOfMemory(TrainerError):
@@ -34,8 +34,8 @@ class OutOfMemory(TrainerError):
 
 
 class ProcessLost(TrainerError):
-    """Another process of the same training ended."""
+    """Another process of a distributed training ended."""
 
 
 class NotLearning(TrainerError):
-    """The run can give no useful adapter: no gradient arrives, or the numbers are not finite."""
+    """The adapter cannot learn: it gets no gradients, or its numbers are not finite."""

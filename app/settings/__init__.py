@@ -1,4 +1,4 @@
-"""Settings on the page: one widget per field of `RunConfig`, and the presets a person saved.
+"""Settings on the page: one widget per field of `RunConfig`, and the presets that a user saved.
 
 Imports `trainer.config` and `trainer.runs`.
 """

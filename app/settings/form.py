@@ -1,92 +1,100 @@
-"""The fields of `RunConfig` as widgets, and back. Label, help, bounds, choices and default all come from the field."""
+"""The fields of `RunConfig` as widgets, and their values back as settings.
+
+Label, help, bounds, choices and default of a widget all come from its field.
+"""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypedDict
 
 import gradio as gr
-from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from trainer import config
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
 
-LARGEST_BOUND_SHOWN = 4096
-WORDS = {"lr": "LR", "snr": "SNR"}
+MAX_BOUND_SHOWN = 4096
+"""Higher upper bounds are not shown: nobody would reach them."""
+
+MAX_VALUE_LENGTH = 40
+
+
+class Difference(TypedDict):
+    """A setting with different values in two runs. The values are short texts."""
+
+    path: str
+    label: str
+    was: str
+    now: str
 
 
 @cache
 def all_fields() -> dict[str, FieldInfo]:
+    """Returns every field by its dotted path, in the order of declaration."""
     return dict(config.fields())
 
 
 def label(path: str) -> str:
-    """ "training.lr_schedule" -> "LR schedule"."""
-    words = [WORDS.get(word, word) for word in path.rpartition(".")[2].split("_")]
-    return " ".join([words[0][0].upper() + words[0][1:], *words[1:]])
+    """Returns the label of a field: "LR scheduler" for "training.lr_schedule"."""
+    return str(all_fields()[path].title)
 
 
 def help_text(path: str) -> str:
-    """The field's docstring, and its bounds where it has any."""
+    """Returns the help of a field, and its bounds if it has any."""
     field = all_fields()[path]
-    return " ".join(filter(None, [field.description, _bounds(field)]))
+    return f"{field.description} {_bounds_text(field)}".strip()
 
 
-def _bounds(field: FieldInfo) -> str:
-    """ "(From 1 to 512.)"; nothing where there is no upper bound that anybody would reach."""
-    limits = {
-        name: getattr(bound, name)
-        for bound in field.metadata
-        for name in ("ge", "gt", "le", "lt")
-        if hasattr(bound, name)
-    }
-    high = limits.get("le", limits.get("lt"))
-    if high is None or high > LARGEST_BOUND_SHOWN:
+def _bounds_text(field: FieldInfo) -> str:
+    """Returns the bounds as "(From 1 to 512.)", or "" without a reachable upper bound."""
+    bounds: dict[str, float] = {}
+    for check in field.metadata:
+        for name in ("ge", "gt", "le", "lt"):
+            if hasattr(check, name):
+                bounds[name] = getattr(check, name)
+    high = bounds.get("le", bounds.get("lt"))
+    if high is None or high > MAX_BOUND_SHOWN:
         return ""
-    low = (
-        f"From {limits['ge']:g}"
-        if "ge" in limits
-        else f"Above {limits['gt']:g},"
-        if "gt" in limits
-        else "Up"
-    )
-    return f"({low} {'to' if 'le' in limits else 'to below'} {high:g}.)"
+    start = "Up"
+    if "ge" in bounds:
+        start = f"From {bounds['ge']:g}"
+    elif "gt" in bounds:
+        start = f"Above {bounds['gt']:g},"
+    return f"({start} {'to' if 'le' in bounds else 'to below'} {high:g}.)"
 
 
-def widget(path: str, **look: Any) -> gr.components.Component:
-    """The component for one field; `look` overrides its label, help, lines and so on."""
+def widget(path: str, **options: Any) -> gr.components.Component:
+    """Returns the widget of a field. `options` override its label, help, lines and so on."""
     field = all_fields()[path]
-    default = to_widget(config.get(RunConfig(), path))
+    default = config.get(RunConfig(), path)
     common = {
-        "value": default,
+        "value": to_widget(default),
         "label": label(path),
         "info": help_text(path),
         "elem_id": "field-" + path.replace(".", "-"),
         "interactive": True,
-        **look,
+        **options,
     }
     if choices := config.choices(field):
         return gr.Dropdown(list(choices), filterable=False, **common)
-    if choices := config.several_choices(field):
-        return gr.CheckboxGroup(
-            list(choices), **{**common, "value": list(config.get(RunConfig(), path))}
-        )
+    if several := config.several_choices(field):
+        return gr.CheckboxGroup(list(several), **{**common, "value": list(default)})
     if field.annotation is bool:
         return gr.Checkbox(**common)
-    if field.annotation in (int, float):
-        # Bounds are checked by `faults`, which names the field: the component's own check answers with a toast that does not.
-        return gr.Number(
-            precision=0 if field.annotation is int else None,
-            step=1 if field.annotation is int else 0.01,
-            **common,
-        )
+    # Bounds are checked by `errors`, whose message contains the label. The check of gr.Number shows
+    # a message without it.
+    if field.annotation is int:
+        return gr.Number(precision=0, step=1, **common)
+    if field.annotation is float:
+        return gr.Number(precision=None, step=0.01, **common)
     if field.annotation is str:
         return gr.Textbox(**common)
-    return gr.Textbox(**{"lines": 2, **common})  # several texts, one a line
+    return gr.Textbox(**{"lines": 2, **common})  # a list of texts, one per line
 
 
 def to_widget(value: Any) -> Any:
+    """Returns a value as its widget shows it: a list of texts as lines."""
     return "\n".join(map(str, value)) if isinstance(value, tuple) else value
 
 
@@ -94,26 +102,46 @@ def to_widgets(changes: Mapping[str, Any]) -> dict[str, Any]:
     return {path: to_widget(value) for path, value in changes.items()}
 
 
-def changed(run: RunConfig, recipe: RunConfig, paths: Sequence[str]) -> list[dict[str, str]]:
-    """The fields that differ from the recipe, with both values as texts."""
-    pairs = [(path, config.get(recipe, path), config.get(run, path)) for path in paths]
-    return [
-        {"path": path, "label": label(path), "was": shown(old), "now": shown(new)}
-        for path, old, new in pairs
-        if old != new
-    ]
+def widget_values(paths: Sequence[str], run: RunConfig) -> list[Any]:
+    """Returns the values of the widgets that show these settings of a run."""
+    values = []
+    for path in paths:
+        value = config.get(run, path)
+        takes_several = config.several_choices(all_fields()[path])
+        values.append(list(value) if takes_several else to_widget(value))
+    return values
 
 
-def shown(value: Any) -> str:
-    """A value in a few characters."""
+def differences(run: RunConfig, other: RunConfig, paths: Sequence[str]) -> list[Difference]:
+    """Returns the settings of a run whose values differ from another run or a preset."""
+    rows: list[Difference] = []
+    for path in paths:
+        now, was = config.get(run, path), config.get(other, path)
+        if now != was:
+            rows.append(
+                {
+                    "path": path,
+                    "label": label(path),
+                    "was": short_text(was),
+                    "now": short_text(now),
+                }
+            )
+    return rows
+
+
+def short_text(value: Any) -> str:
+    """Returns a value in at most `MAX_VALUE_LENGTH` characters."""
     if isinstance(value, bool):
         return "on" if value else "off"
     text = f"{value:g}" if isinstance(value, float) else str(to_widget(value))
-    return text if len(text) <= 40 else text[:39] + "…"
+    return text if len(text) <= MAX_VALUE_LENGTH else text[: MAX_VALUE_LENGTH - 1] + "…"
 
 
 def from_widget(path: str, value: Any) -> Any:
-    """What the browser sent as what the field expects; left as it is where it does not fit, so that the check can name it."""
+    """Returns a value from the browser in the type of its field.
+
+    A value of the wrong type is returned unchanged, so that `errors` can report it.
+    """
     field = all_fields()[path]
     if field.annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -126,47 +154,31 @@ def from_widget(path: str, value: Any) -> Any:
     return tuple(line.strip() for line in str(value or "").splitlines() if line.strip())
 
 
-def write(paths: Sequence[str], run: RunConfig) -> list[Any]:
-    """The values of widgets that show this config."""
-    values = {path: config.get(run, path) for path in paths}
-    return [
-        list(value) if config.several_choices(all_fields()[path]) else to_widget(value)
-        for path, value in values.items()
-    ]
-
-
 def read(values: Mapping[str, Any]) -> RunConfig:
-    """Widget values by path as a config. Raises ConfigError naming every fault."""
-    return config.replace(
-        RunConfig(), {path: from_widget(path, value) for path, value in values.items()}
-    )
+    """Returns widget values by path as settings. Raises ConfigError with all errors."""
+    changes = {path: from_widget(path, value) for path, value in values.items()}
+    return config.replace(RunConfig(), changes)
 
 
-def faults(values: Mapping[str, Any]) -> dict[str, str]:
-    """What is wrong with each field by itself, by path; contradictions between fields under ""."""
-    found = {
-        path: text
-        for path, value in values.items()
-        if (text := _fault(path, from_widget(path, value)))
-    }
-    if not found:
-        try:
-            read(values)
-        except ConfigError as error:
-            found[""] = str(error).partition("\n- ")[2] or str(error)
-    return found
+def errors(values: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the error of each field by path, or else a contradiction of fields under ""."""
+    messages = {}
+    for path, value in values.items():
+        if message := _field_error(path, from_widget(path, value)):
+            messages[path] = message
+    if messages:
+        return messages
+    try:
+        read(values)
+    except ConfigError as error:
+        # The first line is about a file, and the others are the errors as a list.
+        return {"": str(error).partition("\n- ")[2] or str(error)}
+    return {}
 
 
-def _fault(path: str, value: Any) -> str:
+def _field_error(path: str, value: Any) -> str:
+    """Returns a sentence about what is wrong with a value, or ""."""
     if value is None:
         return "Please give a value."
-    try:
-        _checker(path).validate_python(value)
-    except ValidationError as error:
-        return error.errors()[0]["msg"].removeprefix("Input ").capitalize() + "."
-    return ""
-
-
-@cache
-def _checker(path: str) -> TypeAdapter:
-    return TypeAdapter(all_fields()[path].rebuild_annotation())
+    message = config.value_error(path, value).removeprefix("Input ")
+    return message and message[0].upper() + message[1:] + "."

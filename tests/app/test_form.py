@@ -33,7 +33,7 @@ def test_label_help_bounds_and_choices_come_from_the_field() -> None:
         form.all_fields()["training.learning_rate"].description
     )
     assert form.widget("adapter.rank").info.endswith("(From 1 to 512.)")
-    assert form.widget("training.lr_schedule").label == "LR schedule"
+    assert form.widget("training.lr_schedule").label == "LR scheduler"
     assert [value for _, value in form.widget("training.lr_schedule").choices][:3] == [
         "constant",
         "linear",
@@ -50,11 +50,11 @@ def test_a_config_survives_the_form(name: str) -> None:
         {"sampling.prompts": ["one", "two ${x}"], "dataset.trigger": "zorbit", "base.model": "a/b"},
     )
     paths = list(form.all_fields())
-    assert form.read(dict(zip(paths, form.write(paths, run), strict=True))) == run
+    assert form.read(dict(zip(paths, form.widget_values(paths, run), strict=True))) == run
 
 
 def test_faults_name_their_fields() -> None:
-    wrong = form.faults(
+    wrong = form.errors(
         {
             "adapter.rank": 0,
             "training.steps": None,
@@ -71,11 +71,11 @@ def test_faults_name_their_fields() -> None:
         "name",
         "training.seed",
     }
-    assert form.faults(
+    assert form.errors(
         {"training.learning_rate": 0, "training.text_encoder_learning_rate": 0}
     ).keys() == {""}
     assert (
-        form.faults(
+        form.errors(
             {"training.learning_rate": 1, "dataset.resolution": 64, "dataset.bucket_step": 8}
         )
         == {}

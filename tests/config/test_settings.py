@@ -56,7 +56,7 @@ def test_all_faults_are_told_at_once_by_path():
         ),
         (
             {"adapter.init": "pissa", "adapter.rank_dropout": 0.1},
-            "not the base without their adapter",
+            "are not those of the base",
         ),
         ({"training.learningrate": 1}, "no setting named training.learningrate"),
         ({"training.learning_rate": float("nan")}, "learning_rate"),

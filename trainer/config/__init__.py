@@ -5,7 +5,7 @@ This folder is the bottom of the engine. It imports only `trainer.errors`, and n
 
 from trainer.config.io import fingerprint, from_dict, load, parse, parse_setting, replace, to_toml
 from trainer.config.parsers import folder_repeats, numbers_by_name, optimizer_arguments
-from trainer.config.schema import choices, fields, get, several_choices
+from trainer.config.schema import choices, fields, get, several_choices, value_error
 from trainer.config.settings import (
     EMBEDDED,
     Adapter,
@@ -44,4 +44,5 @@ __all__ = [
     "replace",
     "several_choices",
     "to_toml",
+    "value_error",
 ]

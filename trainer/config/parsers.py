@@ -1,4 +1,7 @@
-"""Parsers of list-like texts."""
+"""Parsers of settings that are lists written as text, and the checks that use them.
+
+Every function raises ValueError with an example of the right form.
+"""
 
 import ast
 import re
@@ -7,41 +10,64 @@ from typing import Any
 
 import regex
 
+MAX_NUMBER = 4096
+MAX_RANK = 512
+OWN_SETTINGS = ("lr", "params", "weight_decay")
+"""Arguments of an optimiser that are set elsewhere."""
+
 
 def optimizer_arguments(lines: Iterable[str]) -> dict[str, Any]:
-    """("betas=(0.9, 0.99)", "eps=1e-6") -> {"betas": (0.9, 0.99), "eps": 1e-06}. Only literals: a config can come from a stranger."""
-    found: dict[str, Any] = {}
+    """("betas=(0.9, 0.99)", "eps=1e-6") -> {"betas": (0.9, 0.99), "eps": 1e-06}.
+
+    Accepts only Python literals, because a file of settings may come from a stranger.
+    """
+    arguments: dict[str, Any] = {}
     for line in lines:
         name, equals, text = (part.strip() for part in line.partition("="))
         if not equals or not re.fullmatch(r"[A-Za-z]\w*", name):
             raise ValueError(f"{line!r} is not of the form name=value, such as betas=(0.9, 0.99)")
-        if name in ("lr", "params", "weight_decay") or name in found:
-            raise ValueError(
-                f"{name} " + ("is given twice" if name in found else "has a field of its own")
-            )
+        if name in arguments:
+            raise ValueError(f"{name} is given twice")
+        if name in OWN_SETTINGS:
+            raise ValueError(f"{name} is not an argument here; it has its own setting")
         try:
-            found[name] = ast.literal_eval(text)
+            arguments[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
             raise ValueError(
-                f"the value of {name} is no number, True, False, None, text in quotes or (list, of, such)"
+                f"the value of {name} is not a number, True, False, None, text in quotes, or a "
+                "(list, of, them)"
             ) from None
-    return found
+    return arguments
 
 
 def folder_repeats(lines: Iterable[str]) -> dict[str, int]:
-    """("closeups = 3",) -> {"closeups": 3}."""
-    found = {}
+    """("closeups = 3", ". = 2") -> {"closeups": 3, ".": 2}. The dot is the dataset's own folder."""
+    repeats = {}
     for line in lines:
-        name, equals, count = (part.strip() for part in line.rpartition("="))
-        if not equals or not name or not re.fullmatch(r"[1-9]\d{0,2}", count):
+        folder, equals, count = (part.strip() for part in line.rpartition("="))
+        if not equals or not folder or not re.fullmatch(r"[1-9]\d{0,2}", count):
             raise ValueError(f"{line!r} is not of the form folder = number, such as closeups = 3")
-        found[name.strip("/") or "."] = int(count)
-    return found
+        repeats[folder.strip("/") or "."] = int(count)
+    return repeats
 
 
-def checked_repeats(line: str) -> str:
-    folder_repeats([line])
-    return line
+def numbers_by_name(text: str) -> dict[str, float]:
+    """ "mid_block=32, attn2=8" -> {"mid_block": 32.0, "attn2": 8.0}."""
+    numbers = {}
+    for part in text.split(","):
+        if not part.strip():
+            continue
+        match = regex.fullmatch(r"([A-Za-z_][\w.]*)\s*=\s*(\d+(?:\.\d+)?)", part.strip())
+        if not match or float(match[2]) > MAX_NUMBER:
+            raise ValueError(
+                f"{part.strip()[:40]!r} is not of the form name=number with a number up to "
+                f"{MAX_NUMBER}, such as mid_block=32, attn2=8"
+            )
+        numbers[match[1]] = float(match[2])
+    return numbers
+
+
+# Checks of one setting. Each returns the text unchanged.
 
 
 def checked_argument(line: str) -> str:
@@ -49,34 +75,26 @@ def checked_argument(line: str) -> str:
     return line
 
 
-def numbers_by_name(text: str) -> dict[str, float]:
-    """ "mid_block=32, attn2=8" -> {"mid_block": 32.0, "attn2": 8.0}. Raises ValueError with how to write it."""
-    found = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        match = regex.fullmatch(r"([A-Za-z_][\w.]*)\s*=\s*(\d+(?:\.\d+)?)", part)
-        if not match or not float(match[2]) <= 4096:
-            raise ValueError(
-                f"write it as mid_block=32, attn2=8 (a name, =, a number up to 4096); {part[:40]!r} is something else"
-            )
-        found[match[1]] = float(match[2])
-    return found
+def checked_repeats(line: str) -> str:
+    folder_repeats([line])
+    return line
 
 
-def ranks(text: str) -> str:
-    if any(value != int(value) or value > 512 for value in numbers_by_name(text).values()):
-        raise ValueError("ranks are whole numbers up to 512")
+def checked_ranks(text: str) -> str:
+    if any(rank != int(rank) or rank > MAX_RANK for rank in numbers_by_name(text).values()):
+        raise ValueError(f"ranks are whole numbers up to {MAX_RANK}")
     return text
 
 
-def alphas(text: str) -> str:
+def checked_alphas(text: str) -> str:
     if not all(numbers_by_name(text).values()):
-        raise ValueError("an alpha is above 0; to leave a part out, set its rank to 0")
+        raise ValueError("an alpha is above 0; to leave a block out, set its rank to 0")
     return text
 
 
-def pattern(text: str) -> str:
+def checked_pattern(text: str) -> str:
     try:
         regex.compile(text)
     except regex.error as error:
-        raise ValueError(f"this is no regular expression ({error})") from None
+        raise ValueError(f"not a valid regular expression ({error})") from None
     return text

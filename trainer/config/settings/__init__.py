@@ -1,11 +1,12 @@
-"""Every knob of a run, each declared once: type, bounds, default and help in one field.
+"""Every setting of a run, declared once: type, default, label, bounds and help in one field.
 
 The form on the page, `--set` on the command line, the presets, the docs and the metadata of the
-finished file are generated from here. The docstring under a field is its help everywhere.
-A config holds no derived value, no code path and no tensor; `load(save(config)) == config`.
+finished file are generated from these fields. The `title` of a field is its label everywhere, and
+the docstring below it is its help. One module per section, named after it. Settings contain no
+derived value, no code path and no tensor.
 """
 
-from typing import Annotated
+from typing import Self
 
 from pydantic import Field, model_validator
 
@@ -19,28 +20,6 @@ from trainer.config.settings.saving import Saving
 from trainer.config.settings.section import EMBEDDED, Section
 from trainer.config.settings.training import Training
 
-
-class RunConfig(Section):
-    """All settings of one run."""
-
-    name: Annotated[str, Field(min_length=1, max_length=80)] = "my-lora"
-    """Name of the adapter, and of its file."""
-    preset: str = ""
-    """The recipe this started from."""
-    base: Base = Base()
-    dataset: Dataset = Dataset()
-    adapter: Adapter = Adapter()
-    training: Training = Training()
-    objective: Objective = Objective()
-    sampling: Sampling = Sampling()
-    saving: Saving = Saving()
-
-    @model_validator(mode="after")
-    def _contradictions(self) -> "RunConfig":
-        rules.check(self)
-        return self
-
-
 __all__ = [
     "EMBEDDED",
     "Adapter",
@@ -53,3 +32,28 @@ __all__ = [
     "Section",
     "Training",
 ]
+
+
+class RunConfig(Section):
+    """All settings of one run."""
+
+    name: str = Field(default="my-lora", title="LoRA name", min_length=1, max_length=80)
+    """Name of the adapter and of its file."""
+
+    preset: str = Field(default="", title="Preset")
+    """The preset with which the form was filled."""
+
+    base: Base = Base()
+    dataset: Dataset = Dataset()
+    adapter: Adapter = Adapter()
+    training: Training = Training()
+    objective: Objective = Objective()
+    sampling: Sampling = Sampling()
+    saving: Saving = Saving()
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> Self:
+        """Raises ValueError if settings contradict each other."""
+        if conflict := rules.first_conflict(self):
+            raise ValueError(conflict)
+        return self

@@ -1,4 +1,4 @@
-"""The section [adapter]."""
+"""The section [adapter] of the settings."""
 
 from typing import Annotated, Literal
 
@@ -9,43 +9,99 @@ from trainer.config.settings.section import Section
 
 
 class Adapter(Section):
-    """What is trained beside the frozen base: W' = W + (alpha / rank) B A, or one of its relatives."""
+    """What is trained beside the frozen base model.
 
-    kind: Literal["lora", "rslora", "dora", "loha", "lokr"] = "lora"
-    """lora: read everywhere. rslora: scale alpha / sqrt(rank), for high ranks. dora: direction and length of the weights apart, slower. loha, lokr: products with more rank for their size, in LyCORIS's names."""
-    start_from: str = ""
-    """An adapter file of any program to go on from, of the same kind and kind of base. Its rank and alpha are taken over. Empty: a fresh adapter."""
-    targets: Literal["attention", "attention+feed-forward", "linear", "linear+conv"] = "attention"
-    """Which layers of the UNet learn. linear: also the projections around the attention; linear+conv: also the convolutions (LoCon), good for styles. More layers learn more and give a larger file."""
-    target_pattern: Annotated[str, Field(max_length=200), AfterValidator(parsers.pattern)] = ""
-    """Instead of the targets: a regular expression, searched in the path of every layer of the UNet, such as up_blocks.*attn2. Empty: the targets."""
-    text_encoder_targets: Literal["attention", "all"] = "attention"
-    """Which layers of a trained text encoder learn: its attention, or its feed-forward layers too."""
-    rank: Annotated[int, Field(ge=1, le=512)] = 16
-    """Capacity of the adapter. 8 to 16 suits a subject, 16 to 64 a style with many details; the file grows with it."""
-    alpha: Annotated[float, Field(gt=0, le=4096)] = 16.0
-    """Strength of the adapter relative to its rank (scale = alpha / rank). Changing it acts like changing the learning rate."""
-    conv_rank: Annotated[int, Field(ge=0, le=512)] = 0
-    """Rank of the adapters of convolutions larger than 1 x 1. 0: the rank of the others."""
-    conv_alpha: Annotated[float, Field(ge=0, le=4096)] = 0.0
-    """Alpha of the adapters of those convolutions. 0: in proportion to their rank."""
-    ranks: Annotated[str, Field(max_length=2000), AfterValidator(parsers.ranks)] = ""
-    """Ranks of single blocks or layers by name, the last one that fits counts: mid_block=32, attn2=8, down_blocks.0=0. With 0 a block learns nothing. The alpha keeps its proportion."""
-    alphas: Annotated[str, Field(max_length=2000), AfterValidator(parsers.alphas)] = ""
-    """Alphas of single blocks or layers, written in the same way."""
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
-    """How the adapter starts. pissa: along the strongest directions of each weight (Meng et al. 2024, arXiv:2404.02948), which learns faster; olora: along its QR factors (arXiv:2406.01775). The file of these two has twice the rank."""
-    lokr_factor: Annotated[int, Field(ge=0, le=512)] = 0
-    """Size of the smaller of the two matrices of lokr: 4 to 16 for a large adapter, 0 for the smallest."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the adapter's inputs left out at random in each step. 0.1 slows memorising of small datasets."""
-    rank_dropout: Annotated[float, Field(ge=0, le=0.8)] = 0.0
-    """Share of the ranks (of the outputs, for loha and lokr) left out at random in each step."""
-    module_dropout: Annotated[float, Field(ge=0, le=0.8)] = 0.0
-    """Share of the adapted layers that act as in the base in each step."""
-    max_norm: Annotated[float, Field(ge=0)] = 0.0
-    """After each step the change of any layer that is larger than this (the norm of delta W) is shrunk to it, so that no layer takes over. 1 is usual; 0 switches it off."""
-    trigger_vectors: Annotated[int, Field(ge=0, le=32)] = 0
-    """Teach the CLIP text encoders the trigger as a new word of this many vectors, beside the adapter (pivotal tuning: Gal et al. 2022, arXiv:2208.01618, with an adapter). They are saved next to it, as an embedding for A1111 and ComfyUI. 1 to 4 suit a subject; each is a token of the caption. 0 switches it off."""
-    trigger_init: Annotated[str, Field(max_length=200)] = ""
-    """What the new word means at first, in words that the base knows, such as dog. Empty: whatever the base makes of the trigger word."""
+    For a LoRA, W' = W + (alpha / rank) B A.
+    """
+
+    kind: Literal["lora", "rslora", "dora", "loha", "lokr"] = Field(
+        default="lora", title="LoRA type"
+    )
+    """lora: every program reads it. rslora: scaled by alpha / sqrt(rank), for high ranks. dora:
+    trains magnitude and direction of the weights separately, slower. loha and lokr: higher rank
+    for the same file size, in the file format of LyCORIS."""
+
+    start_from: str = Field(default="", title="Continue from LoRA file")
+    """An adapter file of any program to continue from. It must have the same LoRA type and the
+    same kind of base model; its rank and alpha are used. Empty: a new adapter."""
+
+    targets: Literal["attention", "attention+feed-forward", "linear", "linear+conv"] = Field(
+        default="attention", title="Trained layers"
+    )
+    """Which layers of the UNet are trained. linear: also the projections around the attention.
+    linear+conv: also the convolutions (LoCon), good for styles. More layers learn more and give a
+    larger file."""
+
+    target_pattern: Annotated[str, AfterValidator(parsers.checked_pattern)] = Field(
+        default="", title="Layer filter (regex)", max_length=200
+    )
+    """Replaces the choice of trained layers by a regular expression. A layer of the UNet is
+    trained if the expression matches anywhere in its path, such as up_blocks.*attn2. Empty: the
+    trained layers above."""
+
+    text_encoder_targets: Literal["attention", "all"] = Field(
+        default="attention", title="Text encoder layers"
+    )
+    """Which layers of a trained text encoder are trained. all: its feed-forward layers too."""
+
+    rank: int = Field(default=16, title="Network rank (dimension)", ge=1, le=512)
+    """Capacity of the adapter. 8 to 16 suits a subject, 16 to 64 a style with many details. The
+    file size is proportional to it."""
+
+    alpha: float = Field(default=16.0, title="Network alpha", gt=0, le=4096)
+    """Scales the adapter by alpha / rank. A change has the same effect as a change of the
+    learning rate."""
+
+    conv_rank: int = Field(default=0, title="Convolution rank (dimension)", ge=0, le=512)
+    """Rank of the convolutions larger than 1 x 1. 0: the network rank."""
+
+    conv_alpha: float = Field(default=0.0, title="Convolution alpha", ge=0, le=4096)
+    """Alpha of the convolutions larger than 1 x 1. 0: in proportion to their rank."""
+
+    ranks: Annotated[str, AfterValidator(parsers.checked_ranks)] = Field(
+        default="", title="Rank per block", max_length=2000
+    )
+    """Ranks of single blocks or layers by name, such as mid_block=32, attn2=8, down_blocks.0=0.
+    If several names match a layer, the last one counts. A block with rank 0 is not trained. Alpha
+    stays in proportion."""
+
+    alphas: Annotated[str, AfterValidator(parsers.checked_alphas)] = Field(
+        default="", title="Alpha per block", max_length=2000
+    )
+    """Alphas of single blocks or layers, in the same form as the ranks."""
+
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = Field(
+        default="default", title="Weight initialisation"
+    )
+    """Start weights of the adapter. pissa: the principal components of each weight (Meng et al.
+    2024, arXiv:2404.02948), which learn faster. olora: its QR factors (arXiv:2406.01775). The
+    finished file of these two has twice the rank."""
+
+    lokr_factor: int = Field(default=0, title="LoKr factor", ge=0, le=512)
+    """Size of the smaller of the two matrices of lokr. 4 to 16 give a large adapter, 0 the
+    smallest one."""
+
+    dropout: float = Field(default=0.0, title="Dropout", ge=0, lt=1)
+    """Fraction of the adapter's inputs dropped at random in each step. 0.1 reduces memorising of
+    small datasets."""
+
+    rank_dropout: float = Field(default=0.0, title="Rank dropout", ge=0, le=0.8)
+    """Fraction of the ranks (of the outputs, for loha and lokr) dropped at random in each
+    step."""
+
+    module_dropout: float = Field(default=0.0, title="Module dropout", ge=0, le=0.8)
+    """Fraction of the layers that run without their adapter in each step, chosen at random."""
+
+    max_norm: float = Field(default=0.0, title="Scale weight norms", ge=0)
+    """Maximum norm of the change of a layer (delta W). Larger changes are scaled down to it after
+    each step, so that no layer dominates. 1 is usual; 0 switches it off."""
+
+    trigger_vectors: int = Field(default=0, title="Embedding vectors per trigger word", ge=0, le=32)
+    """Also trains the trigger word as a new token of the CLIP text encoders, with this many
+    vectors (pivotal tuning: textual inversion, Gal et al. 2022, arXiv:2208.01618, together with
+    an adapter). They are saved beside the adapter as an embedding for A1111 and ComfyUI. 1 to 4
+    suit a subject; each vector uses one token of the caption. 0 switches it off."""
+
+    trigger_init: str = Field(default="", title="Initial embedding text", max_length=200)
+    """Start of the new token, in words that the base model knows, such as dog. Empty: the
+    embedding of the trigger word in the base model."""
