@@ -6,6 +6,7 @@ If several people sign in, each person has separate runs, datasets and caches.
 from contextvars import ContextVar
 from pathlib import Path
 
+from app import gradio_compat
 from trainer.runs import run_folder
 
 SCOPE_KEY = "atelier_user"
@@ -16,14 +17,9 @@ user: ContextVar[str] = ContextVar("user", default="")
 def signed_in() -> str:
     """Returns the name of the person who sent the present request, "" if nobody signed in.
 
-    Gradio's queue runs handlers in other tasks, and passes the request on in `LocalContext`. All
-    other routes run in the context of the request.
+    All routes run in the context of the request, except the handlers of Gradio.
     """
-    # Imported late: the server first sets the variables that Gradio reads during its import.
-    from gradio.context import LocalContext
-
-    gradio_request = LocalContext.request.get(None)
-    scope = getattr(getattr(gradio_request, "request", None), "scope", None)
+    scope = gradio_compat.request_scope()
     if scope is None:
         return user.get()
     return str(scope.get(SCOPE_KEY, ""))
@@ -37,4 +33,4 @@ def separate() -> None:
 def all_runs_folders() -> list[Path]:
     """Returns the runs folders of everyone, because all of them share the device."""
     root = run_folder.outputs_root()
-    return [root / "runs", *sorted((root / run_folder.USERS_FOLDER_FOLDER_FOLDER).glob("*/runs"))]
+    return [root / "runs", *sorted((root / run_folder.USERS_FOLDER).glob("*/runs"))]
