@@ -1,8 +1,9 @@
-"""The door of the page: what Gradio leaves open on a local server is closed here, for every route.
+"""Access control for every route of the page.
 
-A web page elsewhere must not be able to reach this one through the person's browser. Gradio 6.31 accepts any
-`Host` (DNS rebinding) and uploads from any `Origin`; this middleware refuses both, asks for the password
-where one is set, bounds the size of requests, and sends the headers that keep served files inert.
+A web site must not be able to reach this page through the person's browser. Gradio 6.31 accepts any
+`Host` (DNS rebinding) and uploads from any `Origin`. This middleware refuses both, requires the
+password if one is set, limits the size of requests, lets only known routes through, and sends
+headers that keep served files inert.
 """
 
 import base64
@@ -18,37 +19,26 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app import accounts as workspace
+from app import accounts, gradio_compat
+from app.gradio_compat import UPLOAD_ROUTE, VIEW_CALL_ROUTE
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
-UPLOAD = "/gradio_api/upload"
-VIEW_CALL = "/gradio_api/component_server"
-FILE_ROUTES = (
-    "/gradio_api/file=",
-    "/gradio_api/file/",
-    "/file=",
-    "/thumb/",
-    "/mask/",
-    "/datasetfile/",
-    "/runfile/",
-    "/previewfile/",
-)
-CLOSED_ROUTES = (
-    "/monitoring",
-    "/gradio_api/monitoring",
-    "/openapi.json",
-    "/gradio_api/openapi.json",
-    "/docs",
-    "/redoc",
-    "/run-history",
-)
-BODY_LIMIT = 2 * 1024**2  # captions and settings
-VIEW_LIMIT = (
-    16 * 1024**2
-)  # what a view sends, at most the list of 20,000 dropped files with long names
-UPLOAD_LIMIT = 8 * 1024**3  # of one drop; a file has a smaller one (server.MAX_UPLOAD)
-DISK_RESERVE = 512 * 1024**2  # an upload may not take the last of the disk from a running training
-WRONG_PASSWORD_DELAY = 0.5  # seconds; slows guessing
+OWN_ROUTES = ("/thumb/", "/mask/", "/datasetfile/", "/runfile/", "/previewfile/")
+"""The routes of `app.server` that serve files of datasets and runs."""
+SCRIPT_ROUTE = "/atelier/"
+"""The route of our scripts and styles (`app/static`)."""
+FILE_ROUTES = (*gradio_compat.FILE_ROUTES, *OWN_ROUTES)
+
+BODY_LIMIT = 2 * 1024**2
+"""Bytes of a request with captions or settings."""
+VIEW_LIMIT = 16 * 1024**2
+"""Bytes that a view may send: enough for a list of 20,000 dropped files with long names."""
+UPLOAD_LIMIT = 8 * 1024**3
+"""Bytes of one drop. A single file has a smaller limit (`server.MAX_UPLOAD`)."""
+DISK_RESERVE = 512 * 1024**2
+"""Bytes that an upload must leave on the disk, for a running training."""
+WRONG_PASSWORD_DELAY = 0.5
+"""Seconds before the answer to a wrong password, to slow down guessing."""
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "SAMEORIGIN",
@@ -58,10 +48,12 @@ HEADERS = {
 PAGE_POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'; "
     "form-action 'self'; base-uri 'self'; object-src 'none'"
-)  # Gradio needs inline scripts; nothing may leave this host
+)
+"""Gradio needs inline scripts. Requests to other hosts are blocked."""
 
 
 def is_loopback(host: str) -> bool:
+    """Returns whether an address reaches only this machine."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -69,39 +61,40 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """ASGI middleware around the whole application. `accounts` are passwords by name, or None where none is asked for."""
+    """ASGI middleware around the whole application.
+
+    `passwords` contains passwords by name, or is None if no password is required. Uploads must
+    leave space on the disk of the folder `disk`. `separate` gives each person separate folders.
+    """
 
     def __init__(
         self,
         app: ASGIApp,
-        accounts: Mapping[str, str] | None = None,
+        passwords: Mapping[str, str] | None = None,
         disk: Path | None = None,
         separate: bool = False,
     ):
         self.app = app
-        self.accounts = accounts
+        self.passwords = passwords
         self.disk = disk
         self.separate = separate
-        """Whether each person has folders of their own."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         if scope["type"] != "http":
-            return await send({"type": "websocket.close", "code": 1008})  # the page uses none
+            # The page uses no websockets.
+            return await send({"type": "websocket.close", "code": 1008})
         refusal = await self._refusal(scope)
         if refusal is not None:
             return await refusal(scope, receive, _with_headers(scope, send))
         if self.separate:
-            scope[workspace.SCOPE_KEY] = self._signed_in(
-                Headers(scope=scope).get("authorization", "")
-            )
-            workspace.user.set(scope[workspace.SCOPE_KEY])
-        limited = (
-            receive
-            if scope["path"].startswith(UPLOAD)
-            else _limited(receive, _limit(scope["path"]))
-        )
+            name = self._signed_in(Headers(scope=scope).get("authorization", ""))
+            scope[accounts.SCOPE_KEY] = name
+            accounts.user.set(name)
+        # Gradio streams uploads to the disk. All other bodies are read into memory.
+        is_upload = scope["path"].startswith(UPLOAD_ROUTE)
+        limited = receive if is_upload else _limited(receive, _limit(scope["path"]))
         try:
             await self.app(scope, limited, _with_headers(scope, send))
         except BodyTooLarge:
@@ -110,31 +103,36 @@ class Guard:
             )
 
     async def _refusal(self, scope: Scope) -> PlainTextResponse | None:
+        """Returns the answer to a request that must not go through, or None."""
         headers, path = Headers(scope=scope), scope["path"]
         host = headers.get("host", "")
         if not self._is_known(host):
             return PlainTextResponse("This address does not belong to LoRA Atelier.", 421)
-        if self.accounts is not None and not self._signed_in(headers.get("authorization", "")):
+        if self.passwords is not None and not self._signed_in(headers.get("authorization", "")):
             await anyio.sleep(WRONG_PASSWORD_DELAY)
             return PlainTextResponse(
-                "A user name and password are needed.",
+                "This page requires a user name and a password.",
                 401,
                 {"www-authenticate": 'Basic realm="LoRA Atelier", charset="UTF-8"'},
             )
         if _is_foreign(scope["method"], headers, host):
             return PlainTextResponse("A request from another web site was refused.", 403)
-        if path.startswith(CLOSED_ROUTES):
+        if not _is_known_route(path):
             return PlainTextResponse("Not found", 404)
         return self._size_refusal(
             path, headers.get("content-length", "" if scope["method"] == "POST" else "0")
         )
 
     def _is_known(self, host: str) -> bool:
-        """Loopback names; with a password also any plain IP address and this machine's own name, which rebinding cannot use."""
+        """Returns whether a `Host` header names this machine.
+
+        Without a password only loopback names do. With one, any IP address and the host name do
+        too, because DNS rebinding needs a domain name.
+        """
         name = host if host.endswith("]") else host.rsplit(":", 1)[0]
         if name.lower() in LOOPBACK:
             return True
-        if self.accounts is None:
+        if self.passwords is None:
             return False
         try:
             ipaddress.ip_address(name.strip("[]"))
@@ -144,7 +142,10 @@ class Guard:
             return name.lower() in {own, f"{own}.local", socket.getfqdn().lower()}
 
     def _signed_in(self, header: str) -> str:
-        """The name of the person, "" for nobody. Takes as long for a name that does not exist."""
+        """Returns the name of the person, or "" if name and password do not match.
+
+        An unknown name takes as long as a wrong password.
+        """
         kind, _, given = header.partition(" ")
         try:
             name, _, password = (
@@ -152,33 +153,36 @@ class Guard:
             )
         except ValueError:
             return ""
-        known = (self.accounts or {}).get(name, "")
+        known = (self.passwords or {}).get(name, "")
         is_right = secrets.compare_digest(password.encode(), known.encode())
         return name if kind.lower() == "basic" and known and is_right else ""
 
     def _size_refusal(self, path: str, length: str) -> PlainTextResponse | None:
-        is_said = length.isascii() and length.isdigit()
-        size = int(length) if is_said else 0
-        if not path.startswith(UPLOAD):
-            return (
-                PlainTextResponse("The request is too large.", 413) if size > _limit(path) else None
-            )
-        if not is_said:
-            return PlainTextResponse("An upload must say its size.", 411)
+        has_length = length.isascii() and length.isdigit()
+        size = int(length) if has_length else 0
+        if not path.startswith(UPLOAD_ROUTE):
+            if size > _limit(path):
+                return PlainTextResponse("The request is too large.", 413)
+            return None
+        if not has_length:
+            return PlainTextResponse("An upload needs a Content-Length header.", 411)
         if size > UPLOAD_LIMIT:
             return PlainTextResponse(
-                f"More than {UPLOAD_LIMIT >> 30} GB at once; drop the pictures in several parts.",
+                f"The upload is larger than {UPLOAD_LIMIT >> 30} GB. Drop the images in parts.",
                 413,
             )
         if self.disk is not None and shutil.disk_usage(self.disk).free < size + DISK_RESERVE:
             return PlainTextResponse(
-                "The disk is nearly full; make room before adding pictures.", 507
+                "The disk is nearly full. Free some space, then add the images again.", 507
             )
         return None
 
 
 def _is_foreign(method: str, headers: Headers, host: str) -> bool:
-    """Whether another site made the browser send this. A link that is followed to the page itself is welcome."""
+    """Returns whether another site made the browser send this request.
+
+    Following a link to the page is allowed.
+    """
     site = headers.get("sec-fetch-site", "none")
     if site in ("cross-site", "same-site"):
         return not (
@@ -194,12 +198,16 @@ def _is_foreign(method: str, headers: Headers, host: str) -> bool:
     )
 
 
+def _is_known_route(path: str) -> bool:
+    return path.startswith((*OWN_ROUTES, SCRIPT_ROUTE)) or gradio_compat.is_open(path)
+
+
 class BodyTooLarge(Exception):
-    """More came than the request said, or it did not say."""
+    """The body is larger than its limit, whatever Content-Length the request declared."""
 
 
 def _limit(path: str) -> int:
-    return VIEW_LIMIT if path.startswith(VIEW_CALL) else BODY_LIMIT
+    return VIEW_LIMIT if path.startswith(VIEW_CALL_ROUTE) else BODY_LIMIT
 
 
 def _limited(receive: Receive, limit: int) -> Receive:

@@ -1,4 +1,4 @@
-"""The web application: the guard, the files of runs and datasets, and Gradio."""
+"""The web application: access control, the files of runs and datasets, and Gradio."""
 
 import mimetypes
 import os
@@ -11,7 +11,7 @@ from urllib.parse import quote
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 
-from app import accounts as workspace
+from app import accounts, gradio_compat
 from app.actions import dataset_folders, dataset_images
 from app.jobs import device, previews, queue, runs
 from app.jobs.ray_jobs import RayJobs
@@ -27,28 +27,27 @@ SERVED = {
     ".txt": "text/plain; charset=utf-8",
 }
 MAX_UPLOAD = "512mb"
+RUN_FILES = r"samples/[^/\\]+\.(webp|png)|[^/\\]+\.safetensors|report\.txt"
+"""The files of a run that are served: samples, adapters and the report of a failure."""
 
 
 def create_app(
-    accounts: Mapping[str, str] | None = None, separate: bool = False, ray: str = ""
+    passwords: Mapping[str, str] | None = None, separate: bool = False, ray: str = ""
 ) -> FastAPI:
-    """The whole application, ready for uvicorn. `accounts` are passwords by name; `separate` gives each person their own folders.
+    """Returns the whole application, ready for uvicorn.
 
-    `ray` is the address of a Ray cluster that trains the runs instead of this machine.
+    `passwords` are by name. `separate` gives each person separate folders. `ray` is the address of
+    a Ray cluster that trains the runs instead of this machine.
     """
     outputs = run_folder.outputs_folder()
     uploads = outputs / "cache" / "uploads"
     uploads.mkdir(parents=True, exist_ok=True)
-    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+    gradio_compat.configure(uploads)
     cache_limits.clean_uploads()
     cache_limits.prune()
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: it decides then
-    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = (
-        "100"  # each tab asks once a second, and Gradio keeps 4 kB of each of the last 10,000
-    )
-    mimetypes.add_type(
-        "text/javascript", ".js"
-    )  # Windows may say text/plain, which nosniff then refuses
+    # The registry of Windows may map .js to text/plain, which `nosniff` then refuses.
+    mimetypes.add_type("text/javascript", ".js")
+    # Imported late: `configure` must run first.
     import gradio as gr
 
     from app.layout import build
@@ -71,10 +70,10 @@ def create_app(
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     if separate:
-        workspace.separate()
-    app.add_middleware(Guard, accounts=accounts, disk=outputs, separate=separate)
+        accounts.separate()
+    app.add_middleware(Guard, passwords=passwords, disk=outputs, separate=separate)
     _add_file_routes(app)
-    return gr.mount_gradio_app(
+    mounted: FastAPI = gr.mount_gradio_app(
         app,
         build(engine, "Ray cluster" if ray else device.describe()),
         path="/",
@@ -89,10 +88,11 @@ def create_app(
         ssr_mode=False,
         pwa=False,
     )
+    return mounted
 
 
 def _add_file_routes(app: FastAPI) -> None:
-    """Files by id, looked up below their roots; what is missing and what is not allowed look the same."""
+    """Adds the routes that serve files by id. Missing and forbidden files give the same answer."""
 
     @app.get("/thumb/{dataset}/{key}")
     def thumb(dataset: str, key: str, large: bool = False) -> Response:
@@ -100,7 +100,9 @@ def _add_file_routes(app: FastAPI) -> None:
             side = dataset_images.LARGE if large else dataset_images.THUMBNAIL
             headers = {"cache-control": "private, max-age=31536000"}
             return FileResponse(
-                dataset_images.thumbnail(dataset, key, side), media_type="image/webp", headers=headers
+                dataset_images.thumbnail(dataset, key, side),
+                media_type="image/webp",
+                headers=headers,
             )
         except TrainerError:
             return not_found()
@@ -134,15 +136,8 @@ def _add_file_routes(app: FastAPI) -> None:
         except TrainerError:
             return not_found()
         path = folder / name
-        is_known = re.fullmatch(
-            r"samples/[^/\\]+\.(webp|png)|[^/\\]+\.safetensors|report\.txt", name
-        )
-        if (
-            not is_known
-            or os.path.islink(path)
-            or os.path.islink(path.parent)
-            or not os.path.isfile(path)
-        ):
+        is_link = os.path.islink(path) or os.path.islink(path.parent)
+        if not re.fullmatch(RUN_FILES, name) or is_link or not os.path.isfile(path):
             return not_found()
         return _file(path, attachment=path.suffix in (".safetensors", ".txt"))
 
@@ -155,6 +150,7 @@ def _add_file_routes(app: FastAPI) -> None:
 
 
 def not_found() -> Response:
+    """Returns the answer for a file that is missing or not served."""
     return PlainTextResponse("Not found", 404)
 
 

@@ -1,4 +1,4 @@
-"""The door of the page: hosts, origins, password, sizes, and what the file routes give out. Through the real application."""
+"""Access control on the real application: hosts, origins, passwords, sizes, routes and files."""
 
 import base64
 import hashlib
@@ -21,7 +21,7 @@ OWN = "http://127.0.0.1:7860"
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Outputs with one dataset and one run, and around them what must never be given out."""
+    """Returns outputs with one dataset and one run, surrounded by files that must stay private."""
     with pytest.MonkeyPatch.context() as patch:
         root = tmp_path_factory.mktemp("guard") / "outputs"
         patch.setenv("ATELIER_OUTPUTS", str(root))
@@ -74,7 +74,7 @@ def upload(client: TestClient, **headers: str) -> int:
     ).status_code
 
 
-def test_the_page_itself_answers(client: TestClient) -> None:
+def test_the_page_answers_with_security_headers(client: TestClient) -> None:
     answer = client.get("/")
     assert answer.status_code == 200 and "LoRA Atelier" in answer.text
     assert answer.headers["x-content-type-options"] == "nosniff"
@@ -106,7 +106,7 @@ def test_own_hosts_are_known(client: TestClient, host: str) -> None:
         ({"sec-fetch-site": "same-site", "origin": OWN}, 403),
         ({"origin": OWN}, 200),
         ({"origin": OWN, "sec-fetch-site": "same-origin"}, 200),
-        ({}, 200),  # curl, a script of one's own
+        ({}, 200),  # curl or a script
     ],
 )
 def test_only_the_page_itself_may_change_things(
@@ -152,7 +152,7 @@ def test_large_bodies_are_refused(client: TestClient) -> None:
 
 
 def test_a_folder_of_20000_files_is_one_request(client: TestClient, outputs: Path) -> None:
-    """A list in parts would part captions from pictures."""
+    """A list in several requests would separate captions from images."""
     sent = client.post("/gradio_api/upload", files={"files": ("0", b"no picture")}).json()[0]
     name = "one of the photographs of a long holiday at the sea, " * 5
     files = [{"path": sent, "name": f"holiday/{name}{number:05}.md"} for number in range(20_000)]
@@ -169,9 +169,19 @@ def test_a_folder_of_20000_files_is_one_request(client: TestClient, outputs: Pat
 
 @pytest.mark.parametrize(
     "path",
-    ["/monitoring", "/gradio_api/monitoring", "/openapi.json", "/gradio_api/openapi.json", "/docs"],
+    [
+        "/monitoring",
+        "/gradio_api/monitoring",
+        "/openapi.json",
+        "/gradio_api/openapi.json",
+        "/docs",
+        "/gradio_api/proxy=http://127.0.0.1:1/",
+        "/gradio_api/vibe-code",
+        "/gradio_api/run-history/buckets",
+        "/a-route-of-the-next-release",
+    ],
 )
-def test_what_gradio_opens_by_itself_is_closed(client: TestClient, path: str) -> None:
+def test_routes_that_the_page_does_not_need_are_closed(client: TestClient, path: str) -> None:
     assert client.get(path).status_code == 404
 
 
@@ -221,9 +231,8 @@ def test_nothing_outside_the_roots_is_served(client: TestClient, outputs: Path, 
         f"/thumb/cats/{name}",
     ):
         answer = client.get(path)
-        leaves_route = not answer.request.url.path.startswith(
-            ("/runfile/", "/thumb/")
-        )  # the client itself resolves `..`
+        # The client resolves `..` before it sends the request.
+        leaves_route = not answer.request.url.path.startswith(("/runfile/", "/thumb/"))
         assert (answer.status_code == 404 or leaves_route) and b"secret" not in answer.content, path
 
 
@@ -248,7 +257,7 @@ def test_other_files_of_a_run_stay_private(client: TestClient, outputs: Path, na
 @pytest.mark.parametrize(
     "path", ["/etc/passwd", "pyproject.toml", "app/__init__.py", "outputs/.gitkeep"]
 )
-def test_gradio_gives_out_no_file_of_ours(client: TestClient, path: str) -> None:
+def test_gradio_serves_no_file_of_ours(client: TestClient, path: str) -> None:
     assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
 
 
@@ -265,12 +274,12 @@ ROUTES = [*GRADIO_ROUTES, "/thumb/cats/0", "/runfile/a/b", "/previewfile/0.png",
 
 
 @pytest.mark.parametrize("path", ROUTES)
-def test_a_password_guards_every_route(closed_client: TestClient, path: str) -> None:
+def test_every_route_requires_the_password(closed_client: TestClient, path: str) -> None:
     answer = closed_client.get(path)
     assert answer.status_code == 401 and answer.headers["www-authenticate"].startswith("Basic")
 
 
-def test_a_password_opens(closed_client: TestClient) -> None:
+def test_the_right_password_opens_the_page(closed_client: TestClient) -> None:
     def status(credentials: str, host: str = "127.0.0.1:7860") -> int:
         token = base64.b64encode(credentials.encode()).decode()
         return closed_client.get(
@@ -278,9 +287,7 @@ def test_a_password_opens(closed_client: TestClient) -> None:
         ).status_code
 
     assert status("anna:secret") == 200
-    assert (
-        status("anna:secret", "192.168.1.7:7860") == 200
-    )  # with a password, other machines may call by address
+    assert status("anna:secret", "192.168.1.7:7860") == 200
     assert status("anna:secret", "evil.example") == 421
     assert [
         status(wrong) for wrong in ("anna:secre", "anna:", ":secret", "anna", "Anna:secret")
@@ -306,12 +313,12 @@ def test_a_busy_port_gives_the_next() -> None:
     second.close()
 
 
-def test_the_temporary_folder_lies_in_outputs(client: TestClient, outputs: Path) -> None:
+def test_uploads_are_stored_in_outputs(client: TestClient, outputs: Path) -> None:
     assert Path(os.environ["GRADIO_TEMP_DIR"]).is_relative_to(outputs)
     assert list((outputs / "cache" / "uploads").rglob("x.png"))
 
 
-def test_an_upload_must_say_its_size_and_may_not_be_endless(client: TestClient) -> None:
+def test_an_upload_needs_a_length_within_the_limit(client: TestClient) -> None:
     def send(**headers: str) -> int:
         return client.post(
             "/gradio_api/upload",
@@ -323,7 +330,7 @@ def test_an_upload_must_say_its_size_and_may_not_be_endless(client: TestClient) 
     assert send(**{"content-length": str(security.UPLOAD_LIMIT + 1)}) == 413
 
 
-def test_the_report_of_a_failure_is_fetched_as_a_text(client: TestClient, outputs: Path) -> None:
+def test_the_report_of_a_failure_is_served_as_text(client: TestClient, outputs: Path) -> None:
     folder = outputs / "runs" / run_id(outputs)
     (folder / "report.txt").write_text("what happened")
     answer = client.get(f"/runfile/{folder.name}/report.txt")
@@ -334,7 +341,7 @@ def test_the_report_of_a_failure_is_fetched_as_a_text(client: TestClient, output
 
 
 @pytest.mark.parametrize(
-    "content, said",
+    "content, message",
     [
         ("anna", "user:password for each"),
         ("anna:", "user:password for each"),
@@ -344,7 +351,7 @@ def test_the_report_of_a_failure_is_fetched_as_a_text(client: TestClient, output
     ],
 )
 def test_a_wrong_file_of_accounts_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
 ) -> None:
     file = tmp_path / "accounts"
     file.write_text(content)
@@ -353,7 +360,9 @@ def test_a_wrong_file_of_accounts_is_refused(
         and "chmod 600" in capsys.readouterr().err
     )
     file.chmod(0o600)
-    assert main(["--auth-file", str(file), "--no-browser"]) == 1 and said in capsys.readouterr().err
+    assert (
+        main(["--auth-file", str(file), "--no-browser"]) == 1 and message in capsys.readouterr().err
+    )
     assert (
         main(["--auth-file", str(tmp_path / "none"), "--no-browser"]) == 1
         and "cannot be read" in capsys.readouterr().err
