@@ -105,9 +105,9 @@ def broken_file(folder: Path) -> str:
             return f"{path}: {error}"
     folders = list((folder / "state").glob("[0-9]*"))
     if folders and (
-        trainer_state.load_state(folder)[0] is None or trainer_state.load_state(folder)[1]
+        trainer_state.load_checkpoint(folder)[0] is None or trainer_state.load_checkpoint(folder)[1]
     ):
-        return f"{folder}/state: {trainer_state.load_state(folder)[1]}"
+        return f"{folder}/state: {trainer_state.load_checkpoint(folder)[1]}"
     config.load(folder / "run.toml")
     return ""
 
@@ -164,7 +164,7 @@ def terminate(lab: Lab, times: int) -> Tally:
         time.sleep(0.1 + lab.random.uniform(0, 0.7) * lab.seconds)
         os.kill(child, signal.SIGTERM)
         code, status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run_status.read_status(folder)
-        kept = trainer_state.load_state(folder)[0]
+        kept = trainer_state.load_checkpoint(folder)[0]
         said = code in (0, STOPPED) and kept is not None and kept.step == status.step
         tally.count(
             broken_file(folder)

@@ -38,8 +38,8 @@ def make_adapter(base: config.Base, file: Path) -> None:
     for parameter in inject.trainable(loaded.denoiser).values():
         parameter.data = 0.01 * torch.randn(parameter.shape, generator=draws)
     modules = list(inject.adapted_modules({name: loaded.denoiser}))
-    writer.save_adapter(file, loaded.family.dialect, modules, loaded.family, torch.float16, {})
-    oom_fallbacks.release()
+    writer.save_adapter(file, loaded.family.default_format, modules, loaded.family, torch.float16, {})
+    oom_fallbacks.release_memory()
 
 
 def measure(options: argparse.Namespace, device: torch.device, place: Path) -> dict[str, Any]:

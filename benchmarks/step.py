@@ -36,8 +36,10 @@ from trainer.models.device import DTYPES, choose_device, device_name
 from trainer.models.libraries import configure_libraries
 from trainer.runs.events import EventLog
 from trainer.training import loop, oom_fallbacks
-from trainer.training.session import Session, assemble
+from trainer.training.distributed import World
+from trainer.training.session import Session, TrainingData, build_session
 from trainer.training.step.cuda_graphs import GraphedPredict
+from trainer.training.trainer_state import RunIdentity, TrainerState
 
 CONFIGS = Path(families.__file__).parent / "configs"
 VAE = {
@@ -133,18 +135,16 @@ def make_session(model: str, device: torch.device, precision: str, run: RunConfi
     examples = [Example(str(i), resolution, "", "", (view,), 1, "") for i, view in enumerate(views)]
     log = EventLog(Path("/dev/null"))
     base = LoadedBase(family, SimpleNamespace(**parts, components=parts), None)
-    return assemble(
+    return build_session(
         run,
         Path(),
         log,
         oom_fallbacks.Fallbacks(run, log),
+        World(),
         device,
         precision,
         base,
-        examples,
-        [],
-        [],
-        {"": conditioning},
+        TrainingData(examples, [], [], {"": conditioning}),
     )
 
 
@@ -165,20 +165,19 @@ def our_step(
     )
     session = make_session(model, device, options.precision, run)
     scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
-    step, taken, facts, buckets = 0, [], {"bad_steps": 0}, session.buckets
+    step, pending = 0, []
+    state = TrainerState(RunIdentity("", {}, 0.0))
 
     def work() -> None:
         nonlocal step
         step += 1
-        loss = loop.forward_backward(session, buckets, step, scaler)
-        finite = loop.finite_gradients(session, scaler) & torch.isfinite(loss)
-        taken.append(
+        loss = loop.forward_backward(session, step, scaler)
+        finite = loop.clip_gradients(session, scaler) & torch.isfinite(loss)
+        pending.append(
             loop.optimizer_step(session, scaler, step, time.monotonic(), 0.0, loss, finite)
         )
-        loop.report_finished_steps(
-            session, buckets, taken, facts, leaving=int(loop.runs_ahead(session, scaler))
-        )
-        assert not facts["bad_steps"]
+        loop.report_finished_steps(session, pending, state, leave=int(pending[-1].is_ahead))
+        assert not state.bad_steps
 
     work.session = session
     return work
@@ -334,7 +333,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row. The model is made anew, so that nothing of another variant is left in it."""
     torch._dynamo.reset()
-    oom_fallbacks.release()
+    oom_fallbacks.release_memory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
@@ -365,8 +364,8 @@ def measure(
         "setup_seconds": time.perf_counter() - begin - taken * options.repeats,
     }
     session = getattr(work, "session", None)
-    if session and isinstance(session.predict, GraphedPredict):
-        row |= {"graphs": len(session.predict.graphs), "refusal": session.predict.refusal}
+    if session and isinstance(session.model.predict, GraphedPredict):
+        row |= {"graphs": len(session.model.predict.graphs), "refusal": session.model.predict.refusal}
     if device.type == "cuda":
         row["waits"] = waits(work)
     if options.profile and device.type == "cuda":

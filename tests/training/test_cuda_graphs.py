@@ -32,7 +32,7 @@ def gradients(predict, denoiser, sides) -> list[torch.Tensor]:
     return [p.grad.clone() for p in denoiser.parameters() if p.requires_grad]
 
 
-def test_replayed_steps_accumulate_the_same_gradients_over_shapes_and_microbatches():
+def test_replayed_graphs_accumulate_the_gradients_of_eager_steps():
     family, unet = FAMILIES["sd1"], tiny.tiny_unet().cuda().requires_grad_(False)
     inject.inject(unet, "unet", Adapter(rank=2, init="orthogonal"), seed=0)
     predict = GraphedPredict(family, unet)
@@ -45,7 +45,7 @@ def test_replayed_steps_accumulate_the_same_gradients_over_shapes_and_microbatch
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_a_second_forward_before_the_backward_leaves_the_first_alone():
+def test_a_second_forward_before_the_backward_runs_without_a_graph():
     family, unet = FAMILIES["sd1"], tiny.tiny_unet().cuda().requires_grad_(False)
     inject.inject(unet, "unet", Adapter(rank=2, init="orthogonal"), seed=0)
     predict = GraphedPredict(family, unet)

@@ -122,20 +122,20 @@ def alike(one, other, tolerance):
 
 
 @needs_fork
-def test_two_processes_take_the_steps_of_one_to_the_bit(trained):
+def test_two_processes_give_the_weights_of_one_to_the_bit(trained):
     """Two microbatches a step, one for each: their sum has one order only. With dropout, and a text encoder that stops half way."""
     alike(trained["two"][0], trained["one"][0], 0.0)
 
 
 @needs_fork
-def test_a_microbatch_that_is_cut_gives_the_same_up_to_rounding(trained):
+def test_a_split_microbatch_gives_the_same_weights_up_to_rounding(trained):
     """Three processes, three pictures in a microbatch, fewer in the last one of a shape: some process then has nothing to do."""
     assert run_status.read_status(trained["cut three"][0]).started.device.startswith("3 x ")
     alike(trained["cut three"][0], trained["cut one"][0], 1e-4)
 
 
 @needs_fork
-def test_everything_is_written_once(trained):
+def test_only_rank_0_writes(trained):
     one, two = (all_events(trained[name][0]) for name in ("one", "two"))
     kinds = [
         [type(event).__name__ for event in found if not isinstance(event, events.Progress)]
@@ -154,7 +154,7 @@ def test_everything_is_written_once(trained):
 
 
 @needs_fork
-def test_a_dead_process_ends_the_run_with_the_state_of_the_last_whole_step(trained):
+def test_a_killed_rank_ends_the_run_with_a_checkpoint_of_the_last_whole_step(trained):
     folder, codes = trained["lost"]
     assert codes == [[1, -signal.SIGKILL], [0]]
     found = all_events(folder)
@@ -168,7 +168,7 @@ def test_a_dead_process_ends_the_run_with_the_state_of_the_last_whole_step(train
 
 
 @needs_fork
-def test_when_the_first_process_dies_the_others_end_and_the_run_goes_on_from_its_last_state(
+def test_when_rank_0_is_killed_the_run_resumes_from_its_last_checkpoint(
     trained,
 ):
     folder, codes = trained["headless"]
@@ -181,7 +181,7 @@ def test_when_the_first_process_dies_the_others_end_and_the_run_goes_on_from_its
 
 
 @needs_fork
-def test_more_processes_than_pictures_are_refused(trained):
+def test_more_processes_than_images_in_a_step_are_refused(trained):
     folder, codes = trained["too many"]
     assert (
         codes == [[1, 1]]
@@ -191,7 +191,7 @@ def test_more_processes_than_pictures_are_refused(trained):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8])
 @pytest.mark.parametrize("microbatches", [1, 2, 3, 4, 8])
-def test_every_part_of_a_step_is_done_once(size, microbatches):
+def test_every_share_of_a_step_is_assigned_once(size, microbatches):
     shares = [distributed.World(rank, size).shares(microbatches) for rank in range(size)]
     every = sorted(share for shares_of_one in shares for share in shares_of_one)
     pieces = every[0][2]
@@ -202,12 +202,12 @@ def test_every_part_of_a_step_is_done_once(size, microbatches):
     assert pieces == 1 or microbatches % size
 
 
-def test_more_devices_than_pictures_in_a_step_are_refused():
-    with pytest.raises(ConfigError, match="cannot share a step of 2 pictures"):
+def test_more_devices_than_images_in_a_step_are_refused():
+    with pytest.raises(ConfigError, match="cannot share a step of 2 images"):
         config.replace(config.RunConfig(), {"training.devices": 4, "training.batch_size": 2})
 
 
-def test_a_run_may_go_on_with_another_number_of_devices():
+def test_a_run_can_be_resumed_with_another_number_of_devices():
     one, two = (
         config.replace(config.RunConfig(), {"training.devices": n, "training.batch_size": 2})
         for n in (1, 2)
@@ -216,14 +216,14 @@ def test_a_run_may_go_on_with_another_number_of_devices():
 
 
 @needs_fork
-def test_what_accelerate_config_left_on_the_machine_is_not_read(trained):
+def test_the_file_of_accelerate_config_is_ignored(trained):
     started = [run_status.read_status(trained[name][0]).started for name in ("one", "two")]
     assert [s.precision for s in started] == ["fp32", "fp32"] and not started[0].device.startswith(
         "8 x"
     )
 
 
-def test_devices_start_torch_s_launcher_and_a_stop_is_no_failure(tiny_run, capfd):
+def test_a_run_on_two_devices_starts_two_processes_and_can_be_stopped(tiny_run, capfd):
     """The whole way of the page and the command line: one command, two processes, one folder."""
     folder = run_folder.create(
         tiny_run(
@@ -258,7 +258,7 @@ def test_devices_start_torch_s_launcher_and_a_stop_is_no_failure(tiny_run, capfd
     assert [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_a_stop_while_several_processes_load_is_not_lost(tiny_run, monkeypatch):
+def test_a_stop_while_several_processes_load_counts(tiny_run, monkeypatch):
     """They take half a minute to begin: Ctrl-C, or taking the run out of the queue, ends it in that time too."""
     folder, found = run_folder.create(tiny_run({"training.devices": 2})), []
     run_requests.request(folder, "stop")  # of an earlier life

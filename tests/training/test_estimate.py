@@ -17,7 +17,7 @@ SD15, SDXL = (presets.load_preset(name).config for name in ("sd15-subject", "sdx
 
 
 @pytest.mark.parametrize("recording", sorted(RECORDED.glob("*.jsonl")), ids=lambda path: path.stem)
-def test_the_time_left_is_right_after_a_tenth(recording: Path) -> None:
+def test_seconds_left_is_within_15_percent_after_a_tenth(recording: Path) -> None:
     """Within 15 % at a tenth of the run, and at every later tenth until the last."""
     happened = list(events.read_events(recording))
     status, end = run_status.RunStatus(name="recorded"), happened[-1].time
@@ -38,7 +38,7 @@ def test_the_time_left_is_right_after_a_tenth(recording: Path) -> None:
     assert len(checked) == 9
 
 
-def test_a_pause_is_no_measuring() -> None:
+def test_a_pause_does_not_count_as_validation_time() -> None:
     status = run_status.RunStatus(name="x")
     started = events.Started(
         0, 10, 1, 0, 1, "cpu", "fp32", "torch", "x", saves=2, images_per_step=4, time=0
@@ -52,12 +52,12 @@ def test_a_pause_is_no_measuring() -> None:
     assert status.seconds_left == 8 * 0.5 + 2 * 2.5
 
 
-def test_every_kind_of_base_has_its_costs() -> None:
+def test_every_pipeline_has_costs() -> None:
     assert set(estimate.COSTS) == set(pipelines.PIPELINES)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_memory_follows_what_it_depends_on(device: str) -> None:
+def test_memory_grows_with_batch_rank_and_resolution(device: str) -> None:
     def step(run: config.RunConfig, **changes) -> float:
         return estimate.memory(
             config.replace(
@@ -80,7 +80,7 @@ def test_memory_follows_what_it_depends_on(device: str) -> None:
     )
 
 
-def test_what_is_trained_beside_a_picture_and_in_other_sizes_counts() -> None:
+def test_class_images_prior_preservation_and_more_resolutions_cost_time() -> None:
     def needs(**changes) -> tuple[float, float, float]:
         run = config.replace(
             SD15,
@@ -103,7 +103,7 @@ def test_what_is_trained_beside_a_picture_and_in_other_sizes_counts() -> None:
     assert plain[1] < needs(dataset__resolutions=[768])[1] < needs(dataset__resolution=768)[1]
 
 
-def test_repeats_are_no_pictures_when_some_are_held_out() -> None:
+def test_repeats_do_not_enlarge_the_validation_set() -> None:
     run = config.replace(
         SD15, {"training.steps": 0, "training.views_per_picture": 1, "training.batch_size": 1}
     )
@@ -114,7 +114,7 @@ def test_repeats_are_no_pictures_when_some_are_held_out() -> None:
     assert estimate.steps_for(config.replace(run, {"dataset.resolutions": [768]}), [10] * 8) == 160
 
 
-def test_the_disk_holds_every_version_of_a_picture(tmp_path) -> None:
+def test_disk_space_counts_every_cached_view(tmp_path) -> None:
     (tmp_path / "a.png").touch()
     run = config.replace(SD15, {"dataset.folder": str(tmp_path)})
     cached = [
@@ -127,15 +127,15 @@ def test_the_disk_holds_every_version_of_a_picture(tmp_path) -> None:
     assert cached[1] == pytest.approx(7 * cached[0]) and cached[0] > 0
 
 
-def test_sd15_needs_what_the_counter_counted() -> None:
+def test_activations_of_sd15_are_those_counted() -> None:
     """0.80 GB of activations for one 512-pixel picture in bf16, 0.21 GB with checkpointing (docs/estimates.md)."""
     runs = [config.replace(SD15, {"training.batch_size": n, "training.gradient_checkpointing": False,
                                   "training.text_encoder_learning_rate": 0}) for n in (1, 2)]  # fmt: skip
     one, two = (estimate.memory(run, "cuda").step for run in runs)
-    assert (two - one) / estimate.FRAGMENTS == pytest.approx(0.80e9, rel=0.02)
+    assert (two - one) / estimate.FRAGMENTATION == pytest.approx(0.80e9, rel=0.02)
 
 
-def test_fitting_changes_as_little_as_needed() -> None:
+def test_fit_changes_as_little_as_needed() -> None:
     run = config.replace(SD15, {"training.batch_size": 4, "training.gradient_checkpointing": False})
     assert estimate.fit(run, "cuda", 80e9) == {}
     peak = estimate.memory(run, "cuda").peak
@@ -151,7 +151,7 @@ def test_fitting_changes_as_little_as_needed() -> None:
     )
 
 
-def test_fitting_tiles_the_samples_and_rounds_the_base_where_that_helps(monkeypatch) -> None:
+def test_fit_tiles_samples_and_quantises_the_base_if_that_helps(monkeypatch) -> None:
     peak = estimate.memory(SDXL, "cuda").peak
     assert estimate.fit(SDXL, "cuda", peak - 1) == {"sampling.vae_tiling": True}, (
         "samples are what takes most"
@@ -173,7 +173,7 @@ def test_fitting_tiles_the_samples_and_rounds_the_base_where_that_helps(monkeypa
 @pytest.mark.parametrize(
     "name, card", [("sd15-small-gpu", 4), ("sdxl-small-gpu", 8), ("sd35m-small-gpu", 12)]
 )
-def test_the_recipes_for_small_cards_fit_them(name: str, card: int) -> None:
+def test_presets_for_small_gpus_fit_them(name: str, card: int) -> None:
     """With the share of the card that the page plans with; the recipe they are made from does not."""
     small, large = (
         presets.load_preset(each) for each in (name, name.replace("small-gpu", "subject"))
@@ -186,7 +186,7 @@ def test_the_recipes_for_small_cards_fit_them(name: str, card: int) -> None:
     )
 
 
-def test_text_encoders_leave_the_card_where_all_texts_are_known_beforehand() -> None:
+def test_text_encoders_count_only_if_they_stay_on_the_gpu() -> None:
     def sampling(**changes) -> float:
         return estimate.memory(
             config.replace(
@@ -201,7 +201,7 @@ def test_text_encoders_leave_the_card_where_all_texts_are_known_beforehand() -> 
     )
 
 
-def test_a_guess_of_the_time_grows_with_the_work() -> None:
+def test_expected_seconds_grow_with_the_work() -> None:
     seconds = estimate.expected_seconds_per_step
     assert (
         seconds(SD15, "cuda")
@@ -225,7 +225,7 @@ def test_a_guess_of_the_time_grows_with_the_work() -> None:
         ("x/stable-diffusion-3.5-medium", 1024, 4, False, 35.1),
     ],
 )
-def test_a_step_needs_what_was_measured_on_an_h200(
+def test_step_memory_is_within_10_percent_of_an_h200(
     model: str, resolution: int, batch_size: int, checkpointing: bool, measured: float
 ) -> None:
     """GiB allocated at the peak of benchmarks/step.py, in bf16 (docs/performance.md)."""
@@ -237,7 +237,7 @@ def test_a_step_needs_what_was_measured_on_an_h200(
     assert estimate.memory(run, "cuda").step / 2**30 == pytest.approx(measured, rel=0.1)
 
 
-def test_a_quantised_denoiser_needs_less_where_its_layers_are_linear() -> None:
+def test_only_linear_layers_shrink_by_quantisation() -> None:
     def step(how: str) -> float:
         return estimate.memory(
             config.replace(SDXL, {"base.quantization": how, "base.precision": "bf16"}), "cuda"

@@ -15,7 +15,7 @@ from trainer.runs import events, run_folder, run_requests, run_status
 from trainer.training import loop, training_samples, validation
 from trainer.training.runner import STOPPED, run_in
 from trainer.training.step import optimizer_step
-from trainer.training.step.losses import microbatch_losses, spread_places
+from trainer.training.step.losses import microbatch_losses, stratified_uniform
 
 
 def adapter_of(folder):
@@ -26,7 +26,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_run_leaves_what_its_folder_promises(train_tiny):
+def test_a_run_leaves_losses_saves_samples_and_two_checkpoints(train_tiny):
     folder = train_tiny()
     status = run_status.read_status(folder)
     assert (
@@ -47,7 +47,7 @@ def test_a_run_leaves_what_its_folder_promises(train_tiny):
     assert sorted(path.name for path in (folder / "state").iterdir()) == ["000004", "000006"]
 
 
-def test_it_learns_the_pictures(train_tiny):
+def test_training_lowers_the_validation_loss(train_tiny):
     """Forty steps on four pictures: what is measured at fixed noise must fall."""
     folder = train_tiny(
         {"training.steps": 40, "adapter.rank": 8, "adapter.alpha": 8.0, "saving.saves": 1}
@@ -56,12 +56,12 @@ def test_it_learns_the_pictures(train_tiny):
     assert validation[-1][1] < 0.97 * validation[0][1]
 
 
-def test_the_same_seed_repeats_and_another_does_not(train_tiny):
+def test_same_seed_gives_identical_weights_and_another_seed_does_not(train_tiny):
     first, again, other = (adapter_of(train_tiny({"training.seed": seed})) for seed in (1, 1, 2))
     assert same(first, again) and not same(first, other)
 
 
-def test_sampling_and_saving_do_not_touch_the_training(train_tiny):
+def test_sampling_and_saving_do_not_change_the_training(train_tiny):
     plain = train_tiny({"saving.saves": 1})
     busy = train_tiny(
         {
@@ -103,7 +103,7 @@ def test_sampling_and_saving_do_not_touch_the_training(train_tiny):
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_every_knob_does_something(train_tiny, reference, changes):
+def test_every_setting_changes_the_adapter(train_tiny, reference, changes):
     if changes.keys() & {"dataset.allow_upscale"}:
         changes = changes | {"dataset.resolution": 40}
         assert not same(
@@ -129,7 +129,7 @@ def reference(reference_store, train_tiny):
     return reference_store["adapter"]
 
 
-def test_checkpointing_changes_memory_not_numbers(train_tiny, reference):
+def test_gradient_checkpointing_gives_the_same_adapter(train_tiny, reference):
     checkpointed = adapter_of(
         train_tiny({"training.gradient_checkpointing": True, "saving.saves": 1})
     )
@@ -138,27 +138,27 @@ def test_checkpointing_changes_memory_not_numbers(train_tiny, reference):
 
 
 @pytest.mark.parametrize("optimisation", ["fused layers", "convolutions as matrix products"])
-def test_what_makes_a_step_faster_changes_the_losses_by_rounding_alone(
+def test_faster_layers_change_losses_only_by_rounding(
     train_tiny, monkeypatch, optimisation
 ):
     settings = {"training.steps": 20, "training.learning_rate": 1e-3, "saving.saves": 1}
     usual = dict(run_status.read_status(train_tiny(settings)).losses)
     if optimisation == "fused layers":
-        monkeypatch.setattr(inject, "fuse", lambda component, adapter: None)
+        monkeypatch.setattr(inject, "register_fused_linear", lambda config: None)
     else:  # which the small layers of the tiny base would not be
         monkeypatch.setattr(cpu_conv, "WEIGHTS_PER_POSITION", 0)
     other = dict(run_status.read_status(train_tiny(settings)).losses)
     assert usual != other and usual == pytest.approx(other, rel=1e-3)
 
 
-def test_a_rate_of_zero_leaves_a_part_out_of_the_file(train_tiny):
+def test_a_component_with_learning_rate_zero_is_not_in_the_file(train_tiny):
     only_text = adapter_of(
         train_tiny({"training.learning_rate": 0.0, "training.text_encoder_learning_rate": 1e-2})
     )
     assert only_text and all(name.startswith("lora_te_") for name in only_text)
 
 
-def test_accumulated_gradients_are_the_mean_of_those_of_the_microbatches(tiny_run):
+def test_accumulated_gradients_are_the_mean_over_microbatches(tiny_run):
     from trainer.training.setup import prepare
 
     run = tiny_run({"training.batch_size": 1, "training.gradient_accumulation_steps": 3})
@@ -166,16 +166,16 @@ def test_accumulated_gradients_are_the_mean_of_those_of_the_microbatches(tiny_ru
         run, run_folder.create(run), events.EventLog(run_folder.runs_folder() / "events.jsonl")
     )
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    loop.forward_backward(session, session.buckets, 1, scaler)
-    summed = {name: p.grad.clone() for name, p in session.parameters.items()}
-    session.optimizer.zero_grad()
-    losses = [sum(microbatch_losses(session, session.buckets, i)) for i in range(3)]
+    loop.forward_backward(session, 1, scaler)
+    summed = {name: p.grad.clone() for name, p in session.optimisation.parameters.items()}
+    session.optimisation.optimizer.zero_grad()
+    losses = [sum(microbatch_losses(session, i)) for i in range(3)]
     torch.stack(losses).mean().backward()
-    for name, parameter in session.parameters.items():
+    for name, parameter in session.optimisation.parameters.items():
         torch.testing.assert_close(summed[name], parameter.grad)
 
 
-def test_the_validation_loss_is_the_same_twice(tiny_run, tmp_path):
+def test_the_validation_loss_of_the_same_weights_is_identical(tiny_run, tmp_path):
     from trainer.training.setup import prepare
 
     folder = run_folder.create(tiny_run())
@@ -183,10 +183,10 @@ def test_the_validation_loss_is_the_same_twice(tiny_run, tmp_path):
     assert validation.validation_losses(session) == validation.validation_losses(session)
 
 
-def test_timesteps_of_a_batch_are_spread():
+def test_timesteps_of_a_batch_are_stratified():
     draws = (
         torch.stack(
-            [spread_places(4, torch.Generator().manual_seed(seed)) for seed in range(400)]
+            [stratified_uniform(4, torch.Generator().manual_seed(seed)) for seed in range(400)]
         )
         * 1000
     )
@@ -197,7 +197,7 @@ def test_timesteps_of_a_batch_are_spread():
     )
 
 
-def test_a_run_that_no_gradient_reaches_fails(tiny_run, monkeypatch):
+def test_a_run_without_gradients_fails(tiny_run, monkeypatch):
     monkeypatch.setattr(
         StableDiffusion1,
         "predict",
@@ -214,7 +214,7 @@ def test_a_run_that_no_gradient_reaches_fails(tiny_run, monkeypatch):
 
 
 @pytest.mark.parametrize("dropout", ["module_dropout", "rank_dropout"])
-def test_where_all_is_left_out_by_chance_no_gradient_is_no_fault(train_tiny, dropout):
+def test_a_run_whose_dropout_leaves_out_every_module_does_not_fail(train_tiny, dropout):
     """Of a single layer, which is what is left out in the first step."""
     train_tiny(
         {
@@ -237,14 +237,14 @@ def poison(monkeypatch, bad_steps):
     monkeypatch.setattr(optimizer_step, "microbatch_losses", poisoned)
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_told(train_tiny, monkeypatch):
+def test_a_step_with_nan_is_skipped_with_a_warning(train_tiny, monkeypatch):
     poison(monkeypatch, {3})
     folder = train_tiny()
     assert any("Step 3 was skipped" in warning for warning in run_status.read_status(folder).warnings)
     assert all(torch.isfinite(t).all() for t in adapter_of(folder).values())
 
 
-def test_a_run_that_stays_not_finite_fails_and_keeps_its_last_state(tiny_run, monkeypatch):
+def test_a_run_that_stays_nan_fails_and_keeps_its_checkpoint(tiny_run, monkeypatch):
     poison(monkeypatch, set(range(4, 100)))
     folder = run_folder.create(tiny_run({"training.steps": 20}))
     assert run_in(folder) == 1
@@ -261,7 +261,7 @@ def rates(folder):
     return [rate for _, rate in run_status.read_status(folder).learning_rates]
 
 
-def test_after_bad_steps_it_goes_back_with_a_lower_rate_and_resuming_repeats_that(
+def test_bad_steps_roll_back_with_a_lower_learning_rate_and_resuming_repeats_it(
     tiny_run, monkeypatch
 ):
     poison(monkeypatch, {4, 5, 6})
@@ -282,7 +282,7 @@ def test_after_bad_steps_it_goes_back_with_a_lower_rate_and_resuming_repeats_tha
     )
 
 
-def test_back_at_the_start_the_optimiser_is_as_at_the_start(tiny_run, train_tiny, monkeypatch):
+def test_rolling_back_to_step_0_resets_the_optimiser(tiny_run, train_tiny, monkeypatch):
     """The state of step 0 has no memory; that of the bad steps must not stay."""
     settings = {
         "training.lr_schedule": "constant",
@@ -301,14 +301,14 @@ def test_back_at_the_start_the_optimiser_is_as_at_the_start(tiny_run, train_tiny
 
 def test_weights_that_are_not_finite_are_never_saved(tiny_run, monkeypatch):
     """A step that breaks the weights although loss and gradients were fine is seen before they are written."""
-    real, calls = loop.finite_gradients, iter(range(1, 100))
+    real, calls = loop.clip_gradients, iter(range(1, 100))
 
     def breaking(session, scaler):
         if next(calls) == 4:
-            next(iter(session.parameters.values())).data.fill_(float("inf"))
+            next(iter(session.optimisation.parameters.values())).data.fill_(float("inf"))
         return real(session, scaler)
 
-    monkeypatch.setattr(loop, "finite_gradients", breaking)
+    monkeypatch.setattr(loop, "clip_gradients", breaking)
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 0
     assert any("went back to step" in warning for warning in run_status.read_status(folder).warnings)
@@ -318,17 +318,17 @@ def test_weights_that_are_not_finite_are_never_saved(tiny_run, monkeypatch):
     )
 
 
-def test_the_picture_that_breaks_the_numbers_is_named(tiny_run, monkeypatch):
+def test_the_image_that_causes_nan_is_named(tiny_run, monkeypatch):
     real = loop.prepare
 
     def prepared(*args):
         session = real(*args)
-        broken = [i for i, e in enumerate(session.examples) if e.name == "02.png"]
+        broken = [i for i, e in enumerate(session.data.examples) if e.name == "02.png"]
         for i in broken:
             view = replace(
-                session.examples[i].views[0], mean=session.examples[i].mean * float("nan")
+                session.data.examples[i].views[0], mean=session.data.examples[i].mean * float("nan")
             )
-            session.examples[i] = replace(session.examples[i], views=(view,))
+            session.data.examples[i] = replace(session.data.examples[i], views=(view,))
         return session
 
     monkeypatch.setattr(loop, "prepare", prepared)
@@ -360,7 +360,7 @@ def test_stop_saves_and_resuming_finishes(tiny_run, monkeypatch):
     assert run_in(folder) == 0 and run_status.read_status(folder).state == "finished"
 
 
-def test_stopped_before_the_first_step_it_ends_and_can_be_resumed(tiny_run, monkeypatch):
+def test_a_run_stopped_before_its_first_step_can_be_resumed(tiny_run, monkeypatch):
     folder = run_folder.create(tiny_run())
     append = events.EventLog.append
 
@@ -380,7 +380,7 @@ def test_stopped_before_the_first_step_it_ends_and_can_be_resumed(tiny_run, monk
     assert run_in(folder) == 0 and run_status.read_status(folder).state == "finished"
 
 
-def test_a_full_disk_is_a_sentence_and_keeps_the_last_state(tiny_run, monkeypatch):
+def test_a_full_disk_is_reported_and_keeps_the_checkpoint(tiny_run, monkeypatch):
     from trainer.lora import writer
 
     def full(path, content):
@@ -409,7 +409,7 @@ def test_a_failed_sample_does_not_end_the_run(train_tiny, monkeypatch):
     )
 
 
-def test_a_file_that_does_not_do_what_was_trained_is_noticed(tiny_run, monkeypatch):
+def test_a_file_that_differs_from_the_trained_adapter_fails_the_run(tiny_run, monkeypatch):
     from trainer.lora import writer
 
     real = writer.to_kohya
@@ -424,7 +424,7 @@ def test_a_file_that_does_not_do_what_was_trained_is_noticed(tiny_run, monkeypat
     )
 
 
-def test_a_bug_keeps_its_traceback_and_gives_a_plain_line(tiny_run, monkeypatch, capsys):
+def test_a_bug_prints_its_traceback_and_reports_one_line(tiny_run, monkeypatch, capsys):
     monkeypatch.setattr(optimizer_step, "microbatch_losses", lambda *a: 1 / 0)
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 1
@@ -434,14 +434,14 @@ def test_a_bug_keeps_its_traceback_and_gives_a_plain_line(tiny_run, monkeypatch,
     )
 
 
-def test_no_effect_is_no_success(tiny_run, monkeypatch):
+def test_an_adapter_without_effect_fails_the_run(tiny_run, monkeypatch):
     monkeypatch.setattr(loop, "check_gradients_arrive", lambda *given: None)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: None)
     folder = run_folder.create(tiny_run())
     assert run_in(folder) == 1 and "changes nothing" in run_status.read_status(folder).message
 
 
-def test_real_photographs_of_mixed_size_and_orientation_train_without_an_edit(outputs):
+def test_photographs_of_mixed_size_and_orientation_train_unedited(outputs):
     from trainer import config
     from trainer.config import presets
     from trainer.models.model_files import EMBEDDED_FOLDER
@@ -462,7 +462,7 @@ def test_real_photographs_of_mixed_size_and_orientation_train_without_an_edit(ou
     assert status.started.pictures + status.started.held_out == 12 and not status.warnings
 
 
-def test_save_now_and_sample_now_alter_nothing(tiny_run, train_tiny):
+def test_saving_and_sampling_on_request_do_not_change_the_training(tiny_run, train_tiny):
     asked = run_folder.create(tiny_run())
     for what in ("save", "sample"):
         run_requests.request(asked, what)

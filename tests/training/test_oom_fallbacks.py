@@ -67,7 +67,7 @@ def adapter_of(folder):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_each_phase_goes_on_by_the_next_measure(
+def test_each_phase_continues_with_the_next_fallback(
     train_tiny, monkeypatch, module, name, times, expected
 ):
     failing(monkeypatch, module, name, times)
@@ -75,7 +75,7 @@ def test_each_phase_goes_on_by_the_next_measure(
     assert relieved(folder) == expected
     status = run_status.read_status(folder)
     assert status.step == 6 and len(status.losses) == 6 and len(status.samples) == 3
-    assert any(oom_fallbacks.SENTENCES[expected[-1][2]] in warning for warning in status.warnings)
+    assert any(oom_fallbacks.DESCRIPTIONS[expected[-1][2]] in warning for warning in status.warnings)
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,12 @@ def test_each_phase_goes_on_by_the_next_measure(
     ],
     ids=["host", "torch"],
 )
-def test_want_of_host_memory_is_met_the_same_way(train_tiny, monkeypatch, error):
+def test_host_memory_errors_use_the_same_fallbacks(train_tiny, monkeypatch, error):
     failing(monkeypatch, optimizer_step, "microbatch_losses", 2, error)
     assert relieved(train_tiny()) == [("step", 1, FREE), ("step", 1, CHECKPOINT)]
 
 
-def test_other_errors_are_no_want_of_memory(tiny_run, monkeypatch):
+def test_other_errors_use_no_fallback(tiny_run, monkeypatch):
     failing(
         monkeypatch,
         optimizer_step,
@@ -109,7 +109,7 @@ def test_other_errors_are_no_want_of_memory(tiny_run, monkeypatch):
     "module, name",
     [(setup, "load_base"), (latent_cache, "encode_image"), (optimizer_step, "microbatch_losses")],
 )
-def test_after_the_last_measure_it_stops_with_advice_and_can_be_resumed(
+def test_after_the_last_fallback_the_run_fails_with_advice_and_can_be_resumed(
     tiny_run, monkeypatch, module, name
 ):
     with monkeypatch.context() as patch:
@@ -125,7 +125,7 @@ def test_after_the_last_measure_it_stops_with_advice_and_can_be_resumed(
     assert run_in(folder) == 0 and run_status.read_status(folder).state == "finished"
 
 
-def test_the_last_measure_is_an_optimiser_in_eight_bits(train_tiny, monkeypatch):
+def test_the_last_fallback_is_an_8_bit_optimiser(train_tiny, monkeypatch):
     """With a stand-in that works without a GPU: what matters is that the run goes on with it, and is resumed with it."""
     monkeypatch.setitem(optimizers.OPTIMIZERS, "adamw8bit", lambda run: torch.optim.Adam)
     failing(monkeypatch, optimizer_step, "microbatch_losses", 4)
@@ -135,14 +135,14 @@ def test_the_last_measure_is_an_optimiser_in_eight_bits(train_tiny, monkeypatch)
     assert run_in(folder) == 0 and len(relieved(folder)) == 4
 
 
-def test_samples_and_measuring_that_never_fit_end_no_run(train_tiny, monkeypatch):
+def test_samples_and_validation_that_never_fit_do_not_end_the_run(train_tiny, monkeypatch):
     failing(monkeypatch, training_samples, "generate", 1000)
     failing(monkeypatch, validation, "validation_losses", 1000)
     status = run_status.read_status(train_tiny())
     assert status.state == "finished" and not status.samples and not status.validation_losses
 
 
-def test_a_base_that_does_not_fit_while_loading_is_no_damaged_base(tiny_run, monkeypatch):
+def test_out_of_memory_while_loading_is_not_reported_as_damage(tiny_run, monkeypatch):
     from diffusers import StableDiffusionPipeline
 
     failing(monkeypatch, StableDiffusionPipeline, "from_pretrained", 1)
@@ -151,7 +151,7 @@ def test_a_base_that_does_not_fit_while_loading_is_no_damaged_base(tiny_run, mon
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl", "sd35-medium"])
-def test_samples_are_drawn_without_the_text_encoders_where_these_learn_nothing(
+def test_samples_from_encoded_prompts_need_no_text_encoder(
     tiny_run, tmp_path, monkeypatch, kind
 ):
     """From prompts that were encoded once: the same pictures as from the encoders themselves."""
@@ -173,19 +173,19 @@ def test_samples_are_drawn_without_the_text_encoders_where_these_learn_nothing(
         "inference_steps": 2,
         "guidance_scale": 3.0,
     }
-    by_encoders = generate(session.base, **settings)
-    for part in session.base.family.text_encoders(session.base.pipe).values():
+    by_encoders = generate(session.model.base, **settings)
+    for part in session.model.base.family.text_encoders(session.model.base.pipe).values():
         monkeypatch.setattr(part, "forward", None)
     difference = ImageChops.difference(
-        by_encoders, generate(session.base, **settings, texts=session.texts)
+        by_encoders, generate(session.model.base, **settings, texts=session.data.texts)
     )
     assert max(high for _, high in difference.getextrema()) <= 1
-    training_samples.sample(session, 0)
+    training_samples.draw_samples(session, 0)
     status = run_status.read_status(folder)
     assert len(status.samples) == 1 and status.probes and not status.warnings
 
 
-def test_tiles_are_smaller_than_the_pictures_the_vae_was_made_for(tiny_base, monkeypatch):
+def test_vae_tiles_are_smaller_than_its_own_image_size(tiny_base, monkeypatch):
     """diffusers' own are as large as those, and so spare nothing there."""
     vae = families.load_base(config.Base(model=str(tiny_base)), torch.float32).pipe.vae
     side, decoded = vae.config.sample_size, []
@@ -214,11 +214,12 @@ def test_tiles_are_smaller_than_the_pictures_the_vae_was_made_for(tiny_base, mon
     assert tiled.shape == whole.shape and not torch.equal(tiled, whole)
 
 
-def test_a_step_in_pieces_learns_the_same(tiny_run):
+def test_a_split_microbatch_has_the_same_gradients(tiny_run):
     """The same pictures, noise and timesteps; the gradients differ by rounding only."""
     run = tiny_run(
         {
             "training.batch_size": 4,
+            "dataset.repeats": [". = 2"],  # two images of each shape, twice
             "dataset.caption_dropout": 0.5,
             "training.text_encoder_learning_rate": 1e-3,
         }
@@ -228,8 +229,8 @@ def test_a_step_in_pieces_learns_the_same(tiny_run):
     scaler, found = torch.amp.GradScaler("cpu", enabled=False), []
     for pieces in (1, 2, 4, 8):
         session.fallbacks.pieces["step"] = pieces
-        loss = loop.forward_backward(session, [[0, 2, 0, 2]], 1, scaler)
-        found.append((loss, torch.cat([p.grad.flatten() for p in session.parameters.values()])))
+        loss = loop.forward_backward(session, 1, scaler)
+        found.append((loss, torch.cat([p.grad.flatten() for p in session.optimisation.parameters.values()])))
     for loss, gradients in found[1:]:
         torch.testing.assert_close(loss, found[0][0], rtol=1e-6, atol=0)
         assert float((gradients - found[0][1]).norm() / found[0][1].norm()) < 1e-5
@@ -238,11 +239,11 @@ def test_a_step_in_pieces_learns_the_same(tiny_run):
     assert validation.validation_losses(session) == pytest.approx(whole, rel=1e-6)
 
 
-def test_a_resumed_run_takes_the_measures_again_at_the_same_step(tiny_run, monkeypatch):
+def test_a_resumed_run_applies_fallbacks_again_at_the_same_step(tiny_run, monkeypatch):
     """Interrupted or not, a run that ran out of memory gives the same adapter, though the second life has room enough."""
     changes = {"adapter.dropout": 0.3, "saving.precision": "fp32"}
 
-    def at_step_four(session, buckets, microbatch, *piece):
+    def at_step_four(session, microbatch, *piece):
         return microbatch == 3
 
     with monkeypatch.context() as patch:
@@ -272,7 +273,7 @@ def test_a_resumed_run_takes_the_measures_again_at_the_same_step(tiny_run, monke
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_run_that_goes_back_to_before_a_measure_keeps_it_and_is_resumed_with_it(
+def test_a_rollback_behind_a_fallback_keeps_the_fallback(
     tiny_run, monkeypatch
 ):
     """Step 3 takes every measure, steps 4 to 6 are not finite, and the state of step 2 knows of no measure. Interrupted or not, it is
@@ -315,7 +316,7 @@ def test_a_run_that_goes_back_to_before_a_measure_keeps_it_and_is_resumed_with_i
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_the_advice_fits_the_settings():
+def test_advice_names_smaller_settings():
     run = config.replace(config.RunConfig(), {"dataset.resolution": 768, "adapter.rank": 1})
     assert "dataset.resolution to 576" in oom_fallbacks.advice(
         run

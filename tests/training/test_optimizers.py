@@ -10,16 +10,16 @@ from safetensors.torch import load_file
 from trainer import config
 from trainer.errors import ConfigError, StateError
 from trainer.runs import events, run_folder, run_requests, run_status
-from trainer.training import optimizers, saving, trainer_state
+from trainer.training import lr_schedules, optimizers, saving, trainer_state
+from trainer.training.lr_schedules import lr_factor, set_learning_rate
 from trainer.training.optimizers import (
     build_optimizer,
-    lr_factor,
     optimizer_state,
     restore_optimizer,
-    set_learning_rate,
     try_optimizer,
 )
 from trainer.training.runner import STOPPED, run_in
+from trainer.training.trainer_state import RunIdentity, TrainerState
 
 CPU = torch.device("cpu")
 NEEDS = {
@@ -53,7 +53,7 @@ def run_with(optimizer="adamw", **training):
         ("polynomial", 0.5625, 0.25, 0.0),
     ],
 )
-def test_schedules(schedule, quarter, middle, last):
+def test_schedule_factors_at_a_quarter_half_and_end(schedule, quarter, middle, last):
     run = run_with(lr_schedule=schedule, warmup=0.0)
     factors = [lr_factor(run, step, 101) for step in range(1, 102)]
     assert (
@@ -64,7 +64,7 @@ def test_schedules(schedule, quarter, middle, last):
     assert factors[-1] == last and lr_factor(run, 1, 1) == 1.0
 
 
-def test_cycles_and_power_shape_their_schedules():
+def test_lr_cycles_and_lr_power_change_their_schedules():
     restarting = [
         lr_factor(run_with(lr_schedule="cosine_with_restarts", lr_cycles=4, warmup=0.0), step, 101)
         for step in range(1, 102)
@@ -74,7 +74,7 @@ def test_cycles_and_power_shape_their_schedules():
 
 
 @pytest.mark.parametrize("warmup", [0.1, 10.0])
-def test_warm_up_rises_to_the_full_rate(warmup):
+def test_warm_up_rises_linearly_to_the_full_rate(warmup):
     run = run_with(lr_schedule="constant", warmup=warmup)
     factors = [lr_factor(run, step, 100) for step in range(1, 101)]
     assert factors[:10] == pytest.approx([i / 11 for i in range(1, 11)]) and set(factors[10:]) == {
@@ -82,8 +82,8 @@ def test_warm_up_rises_to_the_full_rate(warmup):
     }
 
 
-def test_a_warm_up_that_does_not_fit_is_refused(tiny_run):
-    with pytest.raises(ConfigError, match="neither a share"):
+def test_a_warm_up_longer_than_the_run_is_refused(tiny_run):
+    with pytest.raises(ConfigError, match="neither a fraction"):
         run_with(warmup=2.5)
     with pytest.raises(ConfigError, match="does not fit into a run of 6"):
         tiny_run({"training.warmup": 6.0})
@@ -96,7 +96,7 @@ def test_a_warm_up_that_does_not_fit_is_refused(tiny_run):
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_the_last_step_has_no_rate_left(train_tiny, accumulation):
+def test_a_linear_schedule_ends_at_zero_in_the_last_step(train_tiny, accumulation):
     folder = train_tiny(
         {
             "training.steps": 3,
@@ -108,7 +108,7 @@ def test_the_last_step_has_no_rate_left(train_tiny, accumulation):
     assert rates == pytest.approx([1e-2, 5e-3, 0.0]) and rates[-1] == 0.0
 
 
-def test_rates_stay_apart_and_zero_leaves_a_group_out():
+def test_each_group_has_its_learning_rate_and_zero_drops_the_group():
     a, b, c = (torch.nn.Parameter(torch.zeros(1)) for _ in range(3))
     optimizer = build_optimizer([([a], 1e-3), ([b], 1e-4), ([c], 0.0)], run_with())
     assert set_learning_rate(optimizer, 0.5) == 5e-4
@@ -140,34 +140,28 @@ def fresh(run):
 
 
 @pytest.mark.parametrize(
-    "field, table", [("optimizer", optimizers.OPTIMIZERS), ("lr_schedule", optimizers.SCHEDULES)]
+    "field, table", [("optimizer", optimizers.OPTIMIZERS), ("lr_schedule", lr_schedules.SCHEDULES)]
 )
-def test_what_can_be_chosen_is_there(field, table):
+def test_every_choice_of_a_setting_is_implemented(field, table):
     assert set(config.choices(config.Training.model_fields[field])) == set(table)
 
 
 @pytest.mark.parametrize("name", ON_A_CPU)
-def test_an_optimizer_goes_on_from_its_stored_memory_to_the_bit(name, tmp_path):
+def test_an_optimizer_resumes_to_the_bit(name, tmp_path):
     run = run_with(name, warmup=2.0)
     straight, optimizer = fresh(run)
     steps(optimizer, straight, range(1, 9), run)
     weights, optimizer = fresh(run)
     steps(optimizer, weights, range(1, 5), run)
     tensors, rest = optimizer_state(optimizer)
-    trainer_state.save_state(
-        tmp_path,
-        trainer_state.State(
-            4,
-            {"0": weights[0].detach(), "1": weights[1].detach()},
-            tensors,
-            {},
-            {"optimizer": rest},
-        ),
-    )
-    stored, _ = trainer_state.load_state(tmp_path)
+    adapter = {"0": weights[0].detach(), "1": weights[1].detach()}
+    state = TrainerState(RunIdentity("", {}, 0.0))
+    checkpoint = trainer_state.Checkpoint(4, adapter, tensors, {}, rest, state)
+    trainer_state.save_checkpoint(tmp_path, checkpoint)
+    stored, _ = trainer_state.load_checkpoint(tmp_path)
     weights, optimizer = fresh(run)
     trainer_state.restore_parameters({"0": weights[0], "1": weights[1]}, stored.adapter)
-    restore_optimizer(optimizer, stored.optimizer, stored.facts["optimizer"])
+    restore_optimizer(optimizer, stored.optimizer, stored.optimizer_record)
     steps(optimizer, weights, range(5, 9), run)
     assert (
         all(torch.equal(a, b) for a, b in zip(straight, weights, strict=True)) and straight[1].any()
@@ -175,7 +169,7 @@ def test_an_optimizer_goes_on_from_its_stored_memory_to_the_bit(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ON_A_CPU)
-def test_an_optimizer_goes_back_to_its_start(name):
+def test_restoring_step_0_clears_moments_and_counters(name):
     """There it remembered nothing: neither moments nor counters of the steps since may stay."""
     run = run_with(name)
     weights, optimizer = fresh(run)
@@ -185,7 +179,7 @@ def test_an_optimizer_goes_back_to_its_start(name):
     assert optimizer_state(optimizer) == start
 
 
-def test_the_optimizers_differ_and_each_trains(train_tiny):
+def test_each_optimizer_gives_another_adapter(train_tiny):
     """All of them in real runs: none may do what another does."""
     found = {}
     for name in ON_A_CPU:
@@ -203,7 +197,7 @@ def test_the_optimizers_differ_and_each_trains(train_tiny):
     assert all(not torch.equal(found[a], found[b]) for a in found for b in found if a < b)
 
 
-def test_the_collection_is_there_by_name_and_unusable_ones_are_refused_before_the_run():
+def test_unusable_optimizers_of_the_collection_are_refused_before_the_run():
     usable, refused = [], {}
     for name in sorted(set(get_supported_optimizers()) - SLOW):
         try:
@@ -234,7 +228,7 @@ def test_the_collection_is_there_by_name_and_unusable_ones_are_refused_before_th
             try_optimizer(run_with("collection", optimizer_name=name), CPU)
 
 
-def test_arguments_reach_the_optimizer():
+def test_optimizer_args_reach_the_optimizer():
     group = fresh(run_with(optimizer_args=("betas=(0.8, 0.9)", "eps = 1e-6"), weight_decay=0.5))[
         1
     ].param_groups[0]
@@ -258,7 +252,7 @@ def test_arguments_reach_the_optimizer():
         "x=1;y=2",
     ],
 )
-def test_arguments_are_literals_only(argument):
+def test_optimizer_args_accept_only_literals(argument):
     with pytest.raises(ConfigError, match="training.optimizer_args"):
         run_with(optimizer_args=(argument,))
 
@@ -273,19 +267,19 @@ def test_arguments_are_literals_only(argument):
         ),
         (
             {"optimizer": "schedule_free_adamw", "lr_schedule": "cosine"},
-            "takes the place of a schedule",
+            "replaces the schedule",
         ),
-        ({"optimizer": "schedule_free_adamw", "ema_decay": 0.9}, "averages by itself"),
+        ({"optimizer": "schedule_free_adamw", "ema_decay": 0.9}, "averages the weights by itself"),
         ({"optimizer": "collection", "optimizer_name": ""}, "optimizer_name"),
         ({"optimizer": "adamw", "optimizer_name": "came"}, "optimizer_name"),
     ],
 )
-def test_what_does_not_go_together_is_refused(changes, words):
+def test_contradictory_optimizer_settings_are_refused(changes, words):
     with pytest.raises(ConfigError, match=words):
         run_with(**changes)
 
 
-def test_without_a_gpu_the_8_bit_optimizer_gives_way_and_says_so(train_tiny):
+def test_adamw_replaces_8_bit_adamw_without_a_gpu(train_tiny):
     short = {"training.steps": 2, "saving.saves": 1}
     folder = train_tiny({"training.optimizer": "adamw8bit"} | short)
     assert any(
@@ -295,7 +289,7 @@ def test_without_a_gpu_the_8_bit_optimizer_gives_way_and_says_so(train_tiny):
     assert all(torch.equal(eight[name], full[name]) for name in full)
 
 
-def test_the_memory_of_another_optimizer_is_refused():
+def test_the_state_of_another_optimizer_is_refused():
     tensors, rest = optimizer_state(fresh(run_with("lion"))[1])
     with pytest.raises(StateError, match="trained with Lion"):
         restore_optimizer(fresh(run_with())[1], tensors, json.loads(json.dumps(rest)))
@@ -312,14 +306,14 @@ def averaging_session(tiny_run, changes):
     return prepare(run, folder, events.EventLog(folder / "events.jsonl"))
 
 
-def test_the_average_is_what_is_saved_and_the_training_goes_on_from_its_own_weights(tiny_run):
+def test_the_moving_average_is_saved_and_the_training_weights_are_restored(tiny_run):
     session = averaging_session(tiny_run, {"training.ema_decay": 0.9})
-    first, *_ = session.parameters.values()
+    first, *_ = session.optimisation.parameters.values()
     values = [first.detach().clone()]
     for value in (1.0, 2.0, 4.0):
         with torch.no_grad():
             first.fill_(value)
-        session.average.step(session.parameters.values())
+        session.optimisation.average.step(session.optimisation.parameters.values())
         values.append(first.detach().clone())
     # Decays 0 (a copy), 2/11, 3/12: the weights before the first step have no share.
     expected = 1.0 * 2 / 11 + 2.0 * 9 / 11
@@ -329,22 +323,22 @@ def test_the_average_is_what_is_saved_and_the_training_goes_on_from_its_own_weig
     assert torch.equal(first, values[-1])
 
 
-def test_schedule_free_weights_are_the_averaged_ones_only_while_they_are_saved(tiny_run):
+def test_schedule_free_weights_are_averaged_only_while_saving(tiny_run):
     session = averaging_session(
         tiny_run, {"training.optimizer": "schedule_free_adamw", "training.lr_schedule": "constant"}
     )
     for step in (1, 2, 3):
-        for number, parameter in enumerate(session.parameters.values()):
+        for number, parameter in enumerate(session.optimisation.parameters.values()):
             parameter.grad = torch.randn(
                 parameter.shape, generator=torch.Generator().manual_seed(100 * step + number)
             )
-        session.optimizer.step()
-    before = {name: p.detach().clone() for name, p in session.parameters.items()}
+        session.optimisation.optimizer.step()
+    before = {name: p.detach().clone() for name, p in session.optimisation.parameters.items()}
     with saving.final_weights(session):
-        inside = {name: p.detach().clone() for name, p in session.parameters.items()}
-    assert all(torch.equal(p, before[name]) for name, p in session.parameters.items())
+        inside = {name: p.detach().clone() for name, p in session.optimisation.parameters.items()}
+    assert all(torch.equal(p, before[name]) for name, p in session.optimisation.parameters.items())
     assert all(not torch.equal(inside[name], before[name]) for name in before)
-    assert session.optimizer.param_groups[0]["train_mode"]
+    assert session.optimisation.optimizer.param_groups[0]["train_mode"]
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ KILLS = [
 @pytest.mark.skipif(
     not hasattr(os, "fork"), reason="killing trainers needs fork, which Windows lacks"
 )
-def test_killed_anywhere_and_resumed_gives_the_uninterrupted_adapter(tiny_run, tmp_path):
+def test_resume_after_kill_gives_identical_weights(tiny_run, tmp_path):
     reference = run_folder.create(tiny_run(HARD))
     folders = [run_folder.create(tiny_run(HARD)) for _ in KILLS]
     job = tmp_path / "job.json"
@@ -122,7 +122,7 @@ def resumed_from(folder):
     "name", ["adapter.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"]
 )
 @pytest.mark.parametrize("damage", ["missing", "empty", "half", "flipped"])
-def test_a_damaged_state_is_passed_over_for_the_one_before(stopped, name, damage):
+def test_a_damaged_checkpoint_is_skipped_for_an_older_one(stopped, name, damage):
     path = stopped / "state" / "000006" / name
     content = path.read_bytes()
     if damage == "missing":
@@ -146,13 +146,13 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(stopped, name, damage
     assert all(torch.equal(adapter[key], again[key]) for key in adapter)
 
 
-def test_without_a_whole_state_it_starts_anew(stopped):
+def test_without_a_whole_checkpoint_the_run_starts_over(stopped):
     for folder in (stopped / "state").iterdir():
         (folder / "state.json").unlink()
     assert resumed_from(stopped) == (0, 0)
 
 
-def test_changed_settings_are_refused(stopped):
+def test_resuming_with_changed_settings_is_refused(stopped):
     run = config.load(stopped / "run.toml")
     (stopped / "run.toml").write_text(
         config.to_toml(config.replace(run, {"training.learning_rate": 5e-4}))
@@ -163,7 +163,7 @@ def test_changed_settings_are_refused(stopped):
     )
 
 
-def test_a_changed_dataset_is_refused_by_name(tiny_run, tiny_dataset, tmp_path):
+def test_resuming_with_a_changed_dataset_names_the_image(tiny_run, tiny_dataset, tmp_path):
     dataset = shutil.copytree(tiny_dataset, tmp_path / "copy")
     folder = run_folder.create(tiny_run({"dataset.folder": str(dataset)}))
     assert run_in(folder) == 0
@@ -171,14 +171,14 @@ def test_a_changed_dataset_is_refused_by_name(tiny_run, tiny_dataset, tmp_path):
     assert run_in(folder) == 1 and "01.png" in run_status.read_status(folder).message
 
 
-def test_an_adapter_of_another_shape_is_refused():
+def test_a_checkpoint_with_other_modules_is_refused():
     with pytest.raises(StateError, match="other modules"):
         trainer_state.restore_parameters(
             {"a": torch.nn.Parameter(torch.zeros(1))}, {"b": torch.zeros(1)}
         )
 
 
-def test_only_two_states_stay_and_no_pickle(stopped):
+def test_two_checkpoints_stay_and_none_contains_pickle(stopped):
     files = [path for path in (stopped / "state").rglob("*") if path.is_file()]
     assert len(list((stopped / "state").iterdir())) == 2 and {path.suffix for path in files} == {
         ".safetensors",

@@ -21,12 +21,11 @@ def fused(monkeypatch):
 
 
 def run_ahead(monkeypatch):
-    for module in (loop, optimizer_step):
-        monkeypatch.setattr(
-            module,
-            "runs_ahead",
-            lambda session, scaler: session.optimizer._step_supports_amp_scaling,
-        )
+    monkeypatch.setattr(
+        optimizer_step,
+        "runs_ahead",
+        lambda session, scaler: session.optimisation.optimizer._step_supports_amp_scaling,
+    )
 
 
 def told(folder):
@@ -36,7 +35,7 @@ def told(folder):
 
 
 @pytest.mark.parametrize("bad_steps", [set(), {1}, {3}, {4, 5, 6}, {7, 8}])
-def test_it_learns_and_tells_the_same_as_step_by_step(tiny_run, monkeypatch, bad_steps):
+def test_running_ahead_gives_the_same_weights_and_events(tiny_run, monkeypatch, bad_steps):
     run = tiny_run({"training.steps": 8, "saving.saves": 1, "saving.state_every": 3})
     folders = [run_folder.create(run) for _ in range(2)]
     for folder, prepared in zip(folders, (lambda patch: None, run_ahead), strict=True):
@@ -49,7 +48,7 @@ def test_it_learns_and_tells_the_same_as_step_by_step(tiny_run, monkeypatch, bad
     assert len(told(folders[0])[2]) == (3 if len(bad_steps) == 3 else len(bad_steps))
 
 
-def test_it_resumes_to_the_bit(train_tiny, monkeypatch):
+def test_running_ahead_resumes_to_the_bit(train_tiny, monkeypatch):
     run_ahead(monkeypatch)
     folder = train_tiny()
     whole = adapter_of(folder)
@@ -57,7 +56,7 @@ def test_it_resumes_to_the_bit(train_tiny, monkeypatch):
     assert run_in(folder) == 0 and same(adapter_of(folder), whole)
 
 
-def test_what_a_person_asks_for_finds_every_step_told(tiny_run, monkeypatch):
+def test_requests_are_answered_after_all_finished_steps_are_reported(tiny_run, monkeypatch):
     """A save between the stations comes after the step it holds, and a stop loses none."""
     run_ahead(monkeypatch)
     folder = run_folder.create(
@@ -106,13 +105,13 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize(
     "changes", [{}, {"training.text_encoder_learning_rate": 1e-2}, {"adapter.max_norm": 0.05}]
 )
-def test_the_host_waits_for_nothing_inside_a_step(train_tiny, monkeypatch, changes):
+def test_a_step_never_synchronises_with_the_device(train_tiny, monkeypatch, changes):
     run_ahead(monkeypatch)
     waits, (launch, finish) = Waits(), (loop.forward_backward, loop.report_finished_steps)
 
-    def launching(session, buckets, step, scaler):
+    def launching(session, step, scaler):
         waits.counting = 1 < step < 6
-        return launch(session, buckets, step, scaler)
+        return launch(session, step, scaler)
 
     def settling(*given, **named):
         finish(*given, **named)

@@ -1,9 +1,12 @@
-"""Several processes that train as one: what each does of a step, how their gradients become one, and how they stay together.
+"""Distributed training: several processes that take the steps of one.
 
-Every process holds the whole model. The microbatches of a step are a list that does not depend on the number of processes; each takes
-its share, the gradients are summed, and all take the same optimiser step, so that their weights stay equal. The first process ("rank 0")
-alone writes; the others wait for it where it must be alone, on a connection of the CPU's that has hours of patience and notices at once
-when a process ends. The device's collectives are entered only when all have arrived, so that their short patience is never tried.
+Every process holds the whole model. The microbatches of a step do not depend on the number of
+processes; each process takes its share, the gradients are summed, and all take the same optimiser
+step, so their weights stay equal. Only rank 0 writes files.
+
+The other ranks wait for rank 0 on a CPU connection (gloo) with a timeout of hours, which reports
+at once if a process ends. The collectives of the devices (NCCL) start only when all processes have
+arrived, so their short timeout never expires.
 """
 
 import math
@@ -12,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,62 +22,55 @@ from torch import Tensor
 
 from trainer.errors import ConfigError, ProcessLost
 
-PATIENCE = timedelta(
-    hours=24
-)  # with rank 0, which may be caching a large dataset; a process that ends is noticed at once
-TEXT_BYTES = 4096
+TIMEOUT = timedelta(hours=24)
+"""How long other ranks wait for rank 0, which may be caching a large dataset."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a training as one of them sees it; by itself there is one, and nothing here does anything."""
+    """The processes of a training, seen from one of them. By default there is one."""
 
     rank: int = 0
     size: int = 1
-    of_devices: Any = None
-    """The process group that sums the gradients; None: the default one, of the CPUs."""
+    device_group: "dist.ProcessGroup | None" = None
+    """The process group that sums gradients. None: the default group, on the CPU."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def shares(self, microbatches: int) -> list[tuple[int, int, int]]:
-        """What this process does of a step: (microbatch, piece, pieces) each.
+        """Returns this process's part of a step as (microbatch, piece, pieces).
 
-        Whole microbatches where they can be dealt out evenly; else each is cut into as few pieces as that takes.
+        Microbatches stay whole if they can be distributed evenly. Otherwise each is split into as
+        few pieces as needed.
         """
         pieces = self.size // math.gcd(self.size, microbatches)
-        every = [(part, piece, pieces) for part in range(microbatches) for piece in range(pieces)]
-        return every[self.rank :: self.size]
+        all_shares = [
+            (microbatch, piece, pieces)
+            for microbatch in range(microbatches)
+            for piece in range(pieces)
+        ]
+        return all_shares[self.rank :: self.size]
 
     def check(self, batch_size: int, microbatches: int) -> None:
-        """Raises ConfigError where a step has too few pictures to be shared."""
-        if self.size > batch_size * microbatches:
+        """Raises ConfigError if a step has fewer images than there are processes."""
+        images = batch_size * microbatches
+        if self.size > images:
             raise ConfigError(
-                f"{self.size} processes cannot share a step of {batch_size * microbatches} pictures; start fewer, or raise "
-                "training.batch_size or training.gradient_accumulation_steps."
+                f"{self.size} processes cannot share a step of {images} images; start fewer, "
+                "or raise training.batch_size or training.gradient_accumulation_steps."
             )
 
     def agree(self, value: bool) -> bool:
-        """The value of rank 0, known to all. Waits until all have asked. Raises ProcessLost."""
+        """Returns rank 0's value on every rank. Raises ProcessLost."""
         if self.size == 1:
             return value
         return bool(self._from_main(torch.tensor([int(value)]))[0])
 
-    def agree_on_text(self, text: str) -> str:
-        """The text of rank 0, up to 4096 bytes of UTF-8."""
-        if self.size == 1:
-            return text
-        content = text.encode("utf-8")
-        said = torch.zeros(TEXT_BYTES + 1, dtype=torch.int64)
-        said[0] = len(content)
-        said[1 : 1 + len(content)] = torch.tensor(list(content), dtype=torch.int64)
-        heard = self._from_main(said).tolist()
-        return bytes(heard[1 : 1 + heard[0]]).decode("utf-8")
-
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Rank 0 goes through the block while the others wait; then they do, and find what it left on the disk."""
+        """Runs the block on rank 0 first, then on the others, which find its files on the disk."""
         if not self.is_main:
             self.meet()
         yield
@@ -83,47 +78,50 @@ class World:
             self.meet()
 
     def meet(self) -> None:
-        """Waits until all processes have come here. Raises ProcessLost."""
+        """Waits until all processes have arrived. Raises ProcessLost."""
         if self.size > 1:
-            with self._all_there():
+            with self._reporting_lost_processes():
                 dist.barrier()
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], loss: Tensor) -> Tensor:
-        """Puts the sum over all processes into every gradient, and returns the sum of the losses. Raises ProcessLost.
+        """Replaces every gradient by its sum over all processes. Returns the sum of the losses.
 
-        One buffer: all gradients (float32) in the order of the parameters, whether each is there, and the loss. A parameter without a
-        gradient in any process has none afterwards, as in a training by one process, where the optimiser then leaves it alone.
+        A parameter without a gradient on any rank has none afterwards, as with one process, so the
+        optimiser skips it. Raises ProcessLost.
         """
         if self.size == 1:
             return loss
-        there = torch.tensor([float(p.grad is not None) for p in parameters], device=loss.device)
-        flat = torch.cat([*(_gradient(p).reshape(-1) for p in parameters), there, loss.reshape(1)])
+        # One buffer for one collective: all gradients (float32) in the order of the parameters,
+        # whether each exists, and the loss.
+        exists = torch.tensor([float(p.grad is not None) for p in parameters], device=loss.device)
+        gradients = [_gradient(parameter).reshape(-1) for parameter in parameters]
+        buffer = torch.cat([*gradients, exists, loss.reshape(1)])
         self.meet()
-        with self._all_there():
-            dist.all_reduce(flat, group=self.of_devices)
-        *sums, there, total = flat.split([*(p.numel() for p in parameters), len(parameters), 1])
-        for parameter, summed, count in zip(parameters, sums, there.tolist(), strict=True):
+        with self._reporting_lost_processes():
+            dist.all_reduce(buffer, group=self.device_group)
+        sizes = [parameter.numel() for parameter in parameters]
+        *sums, exists, total = buffer.split([*sizes, len(parameters), 1])
+        for parameter, summed, count in zip(parameters, sums, exists.tolist(), strict=True):
             if parameter.grad is not None:
-                parameter.grad.copy_(
-                    summed.view_as(parameter)
-                )  # in its own memory, which a CUDA graph knows
+                # In place, because a CUDA graph refers to this memory.
+                parameter.grad.copy_(summed.view_as(parameter))
             elif count:
                 parameter.grad = summed.view_as(parameter).clone()
         return total[0]
 
     def _from_main(self, values: Tensor) -> Tensor:
-        with self._all_there():
+        with self._reporting_lost_processes():
             dist.broadcast(values, 0)
         return values
 
     @contextmanager
-    def _all_there(self) -> Iterator[None]:
+    def _reporting_lost_processes(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:  # what every backend raises when a connection closes
             raise ProcessLost(
-                f"One of the {self.size} processes of this training ended; what it said is in the log. "
-                "The state is kept; press Resume to go on from there."
+                f"One of the {self.size} processes of this training ended; the log contains its "
+                "last message. The checkpoint is kept; press Resume to go on from there."
             ) from error
 
 
@@ -132,18 +130,22 @@ def _gradient(parameter: torch.nn.Parameter) -> Tensor:
 
 
 def join() -> World:
-    """Joins the processes that torchrun or accelerate started, as told by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+    """Joins the processes that torchrun or accelerate started.
 
-    Nothing else is read: no configuration that `accelerate config` left on the machine. Raises ConfigError.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, and no file that
+    `accelerate config` left on the machine. Raises ConfigError if there are too few GPUs.
     """
-    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, size, local_rank = (
+        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    )
     on_gpu = torch.cuda.is_available()
-    if on_gpu and local >= torch.cuda.device_count():
+    if on_gpu and local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"There are {torch.cuda.device_count()} GPUs here, too few for process {local + 1} of this machine. "
-            "Start as many processes as there are GPUs (training.devices)."
+            f"This machine has {torch.cuda.device_count()} GPUs, too few for process "
+            f"{local_rank + 1}. Start as many processes as there are GPUs (training.devices)."
         )
-    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=PATIENCE)
-    if on_gpu:
-        torch.cuda.set_device(local)
-    return World(rank, size, dist.new_group(backend="nccl") if on_gpu else None)
+    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=TIMEOUT)
+    if not on_gpu:
+        return World(rank, size)
+    torch.cuda.set_device(local_rank)
+    return World(rank, size, dist.new_group(backend="nccl"))

@@ -1,4 +1,4 @@
-"""Learning-rate schedules."""
+"""Learning-rate schedules, by name, with a warm-up."""
 
 import math
 from collections.abc import Callable
@@ -8,46 +8,71 @@ import torch
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
 
+
+def _constant(progress: float, run: RunConfig) -> float:
+    return 1.0
+
+
+def _linear(progress: float, run: RunConfig) -> float:
+    return 1.0 - progress
+
+
+def _cosine(progress: float, run: RunConfig) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _cosine_with_restarts(progress: float, run: RunConfig) -> float:
+    if progress == 1:
+        return 0.0
+    return _cosine(progress * run.training.lr_cycles % 1, run)
+
+
+def _polynomial(progress: float, run: RunConfig) -> float:
+    return float((1.0 - progress) ** run.training.lr_power)
+
+
 SCHEDULES: dict[str, Callable[[float, RunConfig], float]] = {
-    "constant": lambda progress, run: 1.0,
-    "linear": lambda progress, run: 1.0 - progress,
-    "cosine": lambda progress, run: 0.5 * (1 + math.cos(math.pi * progress)),
-    "cosine_with_restarts": lambda progress, run: (
-        0.0
-        if progress == 1
-        else 0.5 * (1 + math.cos(math.pi * (progress * run.training.lr_cycles % 1)))
-    ),
-    "polynomial": lambda progress, run: (1.0 - progress) ** run.training.lr_power,
+    "constant": _constant,
+    "linear": _linear,
+    "cosine": _cosine,
+    "cosine_with_restarts": _cosine_with_restarts,
+    "polynomial": _polynomial,
 }
+"""Factor on the learning rate by progress after the warm-up, 0 to 1."""
 
 
 def warmup_steps(run: RunConfig, total: int) -> int:
-    """Raises ConfigError where the warm-up would outlast the run."""
+    """Returns the number of warm-up steps. Raises ConfigError if the run is not longer."""
     warmup = run.training.warmup
-    steps = math.ceil(warmup * total) if warmup < 1 else int(warmup)
-    if warmup >= 1 and steps >= total:
+    if warmup < 1:
+        return math.ceil(warmup * total)
+    steps = int(warmup)
+    if steps >= total:
         raise ConfigError(
-            f"training.warmup: a warm-up of {steps} steps does not fit into a run of {total}; make it shorter."
+            f"training.warmup: a warm-up of {steps} steps does not fit into a run of {total}; "
+            "make it shorter."
         )
     return steps
 
 
 def lr_factor(run: RunConfig, step: int, total: int) -> float:
-    """What the learning rate of step 1 to `total` is multiplied with: rises over the warm-up, then follows the schedule.
+    """Returns the factor on the learning rate of step 1 to `total`.
 
-    A schedule that falls to zero is there in the last step, if there is more than one. A function of the step alone, so there is
-    nothing to store for resuming.
+    It rises during the warm-up, then follows the schedule, which ends in the last step. As a
+    function of the step alone it needs no state for resuming.
     """
     warmup = warmup_steps(run, total)
     if step <= warmup:
         return step / (warmup + 1)
-    return SCHEDULES[run.training.lr_schedule](
-        (step - 1 - warmup) / max(1, total - 1 - warmup), run
-    )
+    progress = (step - 1 - warmup) / max(1, total - 1 - warmup)
+    return SCHEDULES[run.training.lr_schedule](progress, run)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Returns the learning rate of the first group."""
+    """Sets every group's learning rate to its initial one times `factor`.
+
+    Returns the learning rate of the first group.
+    """
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
-    return optimizer.param_groups[0]["lr"]
+    return float(optimizer.param_groups[0]["lr"])

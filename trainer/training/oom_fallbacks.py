@@ -1,11 +1,12 @@
-"""What a run does when memory runs out: a fixed fallbacks of measures, each of which trades time for room.
+"""Fallbacks against out-of-memory, each of which trades time for memory.
 
-The failed piece of work is done again from its beginning, at the same step and with the same draws. A measure that alters
-numbers is written as an event, and a resumed run takes it again at the same place, so that it stays the run it was.
+When memory runs out, the work is repeated from its beginning, at the same step and with the same
+random draws. A fallback that changes numbers is written as an event, and a resumed run applies it
+again at the same step, so it gives the same adapter.
 """
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -19,13 +20,13 @@ from trainer.training.estimate import VAE_TILES
 
 T = TypeVar("T")
 
-FREE, TILE, CHECKPOINT, SPLIT, EIGHT_BIT = (
-    "free caches",
-    "VAE tiling",
-    "gradient checkpointing",
-    "smaller microbatches",
-    "8-bit optimiser",
-)
+# The names are written into events, so they must not change.
+FREE = "free caches"
+TILE = "VAE tiling"
+CHECKPOINT = "gradient checkpointing"
+SPLIT = "smaller microbatches"
+EIGHT_BIT = "8-bit optimiser"
+
 FALLBACKS_BY_PHASE = {
     "load": (FREE,),
     "cache": (FREE, TILE),
@@ -33,119 +34,141 @@ FALLBACKS_BY_PHASE = {
     "validate": (FREE, SPLIT),
     "sample": (FREE, TILE),
 }
-"""The measures that can help in each phase, in the order in which they are taken."""
+"""The fallbacks that can help in each phase, in the order in which they are tried."""
 
-SENTENCES = {
-    FREE: "unused memory was given back",
-    TILE: "the VAE works in slices and tiles from here on",
-    CHECKPOINT: "gradient checkpointing is on from here on: slower, with far less memory",
-    SPLIT: "each batch goes through the model in smaller pieces from here on; what a step learns from is the same",
-    EIGHT_BIT: "the optimiser keeps its memory in 8 bits from here on, and begins it anew",
+DESCRIPTIONS = {
+    FREE: "unused memory was released",
+    TILE: "from now on the VAE works in slices and tiles",
+    CHECKPOINT: "from now on gradient checkpointing is on: slower, with far less memory",
+    SPLIT: (
+        "from now on each batch goes through the model in smaller pieces; "
+        "a step still learns from the same images"
+    ),
+    EIGHT_BIT: "from now on the optimiser stores its moments in 8 bits, and they start at zero",
 }
+UNLIMITED = 2**30  # images in a forward pass, for a fallback that is applied again
 
 
 @dataclass
 class Fallbacks:
-    """The measures that a run has taken, by phase. `use` is told how to take one that needs the loaded model."""
+    """The fallbacks that a run has applied, by phase."""
 
     run: RunConfig
     log: EventLog
     replay: list[MemoryRelieved] = field(default_factory=list)
-    """What earlier lives of the run took, to be taken again at the same step."""
+    """Fallbacks from before the run was resumed, to be applied again at the same step."""
     pieces: dict[str, int] = field(default_factory=lambda: {"step": 1, "validate": 1})
-    """Into how many forward passes a microbatch is cut."""
+    """Forward passes into which a batch is split."""
     tiled: set[str] = field(default_factory=set)
     """Phases in which the VAE works in tiles."""
-    use: Callable[[str], bool] = lambda rung: False
-    """Takes a measure on the model or the optimiser; says whether that was possible."""
+    apply_to_model: Callable[[str], bool] = lambda fallback: False
+    """Applies a fallback to the loaded model or optimiser; returns whether that was possible."""
 
-    def attempt(self, phase: str, step: int, work: Callable[[], T], largest: int = 1) -> T:
-        """What `work` gives. Where memory runs out it is done again after each measure of the phase; raises OutOfMemory after the last.
+    def attempt(self, phase: str, step: int, work: Callable[[], T], images: int = 1) -> T:
+        """Returns the result of `work`, repeated after each fallback if memory runs out.
 
-        `largest` is the number of pictures in a forward pass, which cannot be cut into more pieces.
+        `images` is the number of images in a forward pass, which limits the pieces. Raises
+        OutOfMemory when no fallback is left.
         """
-        rungs = iter(FALLBACKS_BY_PHASE[phase])
-        rung = ""
+        remaining = iter(FALLBACKS_BY_PHASE[phase])
+        fallback = ""
         while True:
             try:
                 return work()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            # Only here, when the traceback has let go of the tensors that did not fit, can memory be given back.
-            if not (rung == SPLIT and self._take(rung, phase, largest)):
-                rung = next((r for r in rungs if self._take(r, phase, largest)), "")
-            if not rung:
+            # Outside of `except`: there the traceback still holds the tensors that did not fit.
+            fallback = self._next(fallback, remaining, phase, images)
+            if not fallback:
                 raise OutOfMemory(advice(self.run)) from None
-            release()
-            self.log.append(
-                MemoryRelieved(
-                    step, phase, rung, f"Memory ran out ({phase}, step {step}): {SENTENCES[rung]}."
-                )
-            )
+            release_memory()
+            description = f"Memory ran out ({phase}, step {step}): {DESCRIPTIONS[fallback]}."
+            self.log.append(MemoryRelieved(step, phase, fallback, description))
 
     def catch_up(self, phase: str, step: int) -> None:
-        """Takes what an earlier life of the run had taken by this step."""
-        for event in [e for e in self.replay if e.phase == phase and e.step <= step]:
+        """Applies again what the run had applied by this step before it was resumed."""
+        due = [event for event in self.replay if event.phase == phase and event.step <= step]
+        for event in due:
             self.replay.remove(event)
-            self._take(event.rung, phase, 2**30)
+            self._apply(event.rung, phase, UNLIMITED)
 
-    def _take(self, rung: str, phase: str, largest: int) -> bool:
-        """Whether the measure could be taken and may help."""
-        if rung == FREE:
-            self.use(rung)
+    def _next(self, last: str, remaining: Iterator[str], phase: str, images: int) -> str:
+        """Applies the next fallback and returns its name, or "" if none is left."""
+        # A batch may be split again and again.
+        if last == SPLIT and self._apply(SPLIT, phase, images):
+            return SPLIT
+        for fallback in remaining:
+            if self._apply(fallback, phase, images):
+                return fallback
+        return ""
+
+    def _apply(self, fallback: str, phase: str, images: int) -> bool:
+        """Applies a fallback. Returns whether it may help."""
+        if fallback == FREE:
+            self.apply_to_model(fallback)
             return True
-        if rung == TILE:
+        if fallback == TILE:
             is_new = phase not in self.tiled
             self.tiled.add(phase)
             return is_new
-        if rung == SPLIT:
-            can_split = self.pieces[phase] < largest
-            self.pieces[phase] *= 2 if can_split else 1
-            return can_split
-        return self.use(rung)
+        if fallback == SPLIT:
+            if self.pieces[phase] >= images:
+                return False
+            self.pieces[phase] *= 2
+            return True
+        return self.apply_to_model(fallback)
 
 
-def earlier(events: Iterable[Event]) -> list[MemoryRelieved]:
-    """The measures in a run's events. Where the run went back, those taken before count from the step that it went back to."""
+def earlier_fallbacks(happened: Iterable[Event]) -> list[MemoryRelieved]:
+    """Returns the fallbacks in a run's events.
+
+    After a rollback, fallbacks of later steps count from the step to which the run went back.
+    """
     found: list[MemoryRelieved] = []
-    for event in events:
+    for event in happened:
         if isinstance(event, MemoryRelieved):
             found.append(event)
         elif isinstance(event, RolledBack):
-            found = [replace(measure, step=min(measure.step, event.step)) for measure in found]
+            found = [replace(each, step=min(each.step, event.step)) for each in found]
     return found
 
 
 def set_tiling(vae: Any, tiled: bool) -> None:
-    """The VAE on one picture after another, each in tiles of half its own side; or as it was.
+    """Makes the VAE process one image after another in tiles of half its own side, or undoes that.
 
-    diffusers would take tiles as large as the pictures the VAE was made for, which leaves just those pictures whole.
+    diffusers' default tile is as large as the images that the VAE was made for, and so saves
+    nothing on them.
     """
     for name in ("slicing", "tiling"):
         switch = getattr(vae, f"{'enable' if tiled else 'disable'}_{name}", None)
         if switch is not None:
             switch()
+    levels = len(vae.config.block_out_channels)
     side = vae.config.sample_size // VAE_TILES
-    vae.tile_sample_min_size, vae.tile_latent_min_size = (
-        side,
-        side // 2 ** (len(vae.config.block_out_channels) - 1),
-    )
+    vae.tile_sample_min_size = side
+    vae.tile_latent_min_size = side // 2 ** (levels - 1)
 
 
-def release() -> None:
-    """Gives memory back that nothing uses."""
+def release_memory() -> None:
+    """Returns unused memory to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def advice(run: RunConfig) -> str:
-    """What is left to the person when every measure is taken."""
-    side = run.dataset.resolution
-    smaller = [f"dataset.resolution to {side * 3 // 4 // 64 * 64 or max(16, side // 2 // 8 * 8)}"]
-    smaller += [f"adapter.rank to {run.adapter.rank // 2}"] if run.adapter.rank > 1 else []
+    """Returns what the user can do when no fallback is left."""
+    changes = [f"dataset.resolution to {_smaller_resolution(run.dataset.resolution)}"]
+    if run.adapter.rank > 1:
+        changes.append(f"adapter.rank to {run.adapter.rank // 2}")
     return (
-        f"The device ran out of memory, and every measure against it is taken. Close other programs that use it, "
-        f"or set {' or '.join(smaller)} in a new run; the last state is kept, and Resume goes on where there is more memory."
+        "The device ran out of memory, and no fallback is left. Close other programs that use it, "
+        f"or set {' or '.join(changes)} in a new run. The last checkpoint is kept, so you can "
+        "also resume where there is more memory."
     )
+
+
+def _smaller_resolution(side: int) -> int:
+    """Returns three quarters of a resolution as a multiple of 64, or half of a small one."""
+    return side * 3 // 4 // 64 * 64 or max(16, side // 2 // 8 * 8)

@@ -1,10 +1,10 @@
-"""Optimisers and learning-rate schedules, by name; and what an optimiser remembers, as plain data."""
+"""Optimisers by name, and what an optimiser remembers as plain data."""
 
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -12,48 +12,62 @@ from torch import Tensor, nn
 from trainer.config import RunConfig, optimizer_arguments
 from trainer.errors import ConfigError, StateError
 
-Maker = Callable[..., torch.optim.Optimizer]
+OptimizerClass = Callable[..., torch.optim.Optimizer]
+
+CONSTRUCTOR_ERRORS = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    NotImplementedError,
+    ImportError,
+)
+"""What the constructors of the pytorch-optimizer package raise for unsuitable arguments."""
 
 
-def _adamw() -> Maker:
-    """In one kernel for all weights on CUDA: an adapter has hundreds of small ones."""
-    return (
-        partial(torch.optim.AdamW, fused=True)
-        if torch.cuda.is_available()
-        else partial(torch.optim.AdamW, foreach=True)
-    )
+def _adamw() -> OptimizerClass:
+    """On CUDA one kernel updates all weights, because an adapter has hundreds of small ones."""
+    if torch.cuda.is_available():
+        return partial(torch.optim.AdamW, fused=True)
+    return partial(torch.optim.AdamW, foreach=True)
 
 
-def _adamw8bit() -> Maker:
+def _adamw8bit() -> OptimizerClass:
     if not torch.cuda.is_available():
         raise ImportError("it needs an NVIDIA GPU")
     import bitsandbytes
 
-    return bitsandbytes.optim.AdamW8bit
+    optimizer_class: OptimizerClass = bitsandbytes.optim.AdamW8bit
+    return optimizer_class
 
 
-def _adafactor() -> Maker:
-    """With the given learning rate: relative to the size of the weights, as its paper has it, B = 0 would never leave zero."""
+def _adafactor() -> OptimizerClass:
+    """With an absolute learning rate: relative to the size of the weights, B = 0 would stay 0."""
     from transformers.optimization import Adafactor
 
     return partial(Adafactor, scale_parameter=False, relative_step=False, warmup_init=False)
 
 
-def _collection(name: str) -> Maker:
-    """From the pytorch-optimizer package (github.com/kozistr/pytorch_optimizer)."""
+def _collection(name: str) -> OptimizerClass:
+    """Returns an optimiser of the pytorch-optimizer package (github.com/kozistr/pytorch_optimizer).
+
+    Raises ConfigError if the package has no optimiser of this name.
+    """
     from pytorch_optimizer import get_supported_optimizers, load_optimizer
 
-    names = [n for n in get_supported_optimizers() if "_" not in n]
-    if name.lower() not in names:  # also keeps out its prefixes, which load other packages
+    # Names with an underscore are prefixes that load other packages, so they are not accepted.
+    names = [each for each in get_supported_optimizers() if "_" not in each]
+    if name.lower() not in names:
         near = difflib.get_close_matches(name.lower(), names) or names
         raise ConfigError(
             f"training.optimizer_name: the collection has no {name!r}; it has {', '.join(near)}."
         )
-    return load_optimizer(name)
+    optimizer_class: OptimizerClass = load_optimizer(name)
+    return optimizer_class
 
 
-# Each imports its library only when it is chosen.
-OPTIMIZERS: dict[str, Callable[[RunConfig], Maker]] = {
+# Each library is imported only when its optimiser is chosen.
+OPTIMIZERS: dict[str, Callable[[RunConfig], OptimizerClass]] = {
     "adamw": lambda run: _adamw(),
     "adamw8bit": lambda run: _adamw8bit(),
     "adafactor": lambda run: _adafactor(),
@@ -67,90 +81,91 @@ OPTIMIZERS: dict[str, Callable[[RunConfig], Maker]] = {
 def build_optimizer(
     parameters: Iterable[tuple[list[nn.Parameter], float]], run: RunConfig
 ) -> torch.optim.Optimizer:
-    """One group for each (parameters, learning rate); groups with a rate of 0 are left out.
+    """Returns an optimiser with one group for each (parameters, learning rate) above 0.
 
-    Raises ConfigError for arguments that the optimiser does not take, ImportError where it cannot work on this machine.
+    Raises ConfigError for arguments that the optimiser does not take, and ImportError if it does
+    not work on this machine.
     """
     groups = [
         {"params": group, "lr": rate, "initial_lr": rate}
         for group, rate in parameters
         if rate > 0 and group
     ]
-    maker, arguments = (
-        OPTIMIZERS[run.training.optimizer](run),
-        optimizer_arguments(run.training.optimizer_args),
-    )
-    taken = [
-        p.name
-        for p in inspect.signature(maker).parameters.values()
-        if p.kind is not p.VAR_KEYWORD and p.name != "params"
-    ]
-    if unknown := [name for name in arguments if name not in taken]:
+    optimizer_class = OPTIMIZERS[run.training.optimizer](run)
+    accepted = _argument_names(optimizer_class)
+    arguments = optimizer_arguments(run.training.optimizer_args)
+    unknown = [name for name in arguments if name not in accepted]
+    if unknown:
         raise ConfigError(
-            f"training.optimizer_args: {run.training.optimizer} takes no {', '.join(unknown)}; it takes {', '.join(taken)}."
+            f"training.optimizer_args: {run.training.optimizer} takes no {', '.join(unknown)}; "
+            f"it takes {', '.join(accepted)}."
         )
-    if "weight_decay" in taken:
+    if "weight_decay" in accepted:
         arguments["weight_decay"] = run.training.weight_decay
+    if groups and "lr" in accepted:
+        arguments["lr"] = groups[0]["lr"]
     try:
-        return maker(
-            groups, **({"lr": groups[0]["lr"]} if groups and "lr" in taken else {}), **arguments
-        )
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-        NotImplementedError,
-        ImportError,
-    ) as error:
-        name = run.training.optimizer_name or run.training.optimizer
+        return optimizer_class(groups, **arguments)
+    except CONSTRUCTOR_ERRORS as error:
         raise ConfigError(
-            f"training.optimizer: {name} cannot be made from these settings ({str(error)[:200]})."
+            f"training.optimizer: {_shown_name(run)} cannot be made from these settings "
+            f"({str(error)[:200]})."
         ) from None
 
 
-def try_optimizer(run: RunConfig, device: torch.device) -> None:
-    """Takes steps with a small dummy of an adapter, and one of them again from what would be stored.
+def _argument_names(optimizer_class: OptimizerClass) -> list[str]:
+    parameters = inspect.signature(optimizer_class).parameters.values()
+    return [
+        parameter.name
+        for parameter in parameters
+        if parameter.kind is not parameter.VAR_KEYWORD and parameter.name != "params"
+    ]
 
-    Raises ConfigError where the optimiser cannot train an adapter or forgets something, ImportError where its library is not usable.
+
+def _shown_name(run: RunConfig) -> str:
+    return run.training.optimizer_name or run.training.optimizer
+
+
+def try_optimizer(run: RunConfig, device: torch.device) -> None:
+    """Trains a small dummy adapter for two steps, once without and once with an interruption.
+
+    Raises ConfigError if the optimiser cannot train an adapter or cannot be resumed, and
+    ImportError if its library does not work.
     """
-    name = run.training.optimizer_name or run.training.optimizer
+    name = _shown_name(run)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        weights, others = _dummy(device), _dummy(device)
-        optimizer, interrupted = (build_optimizer([(w, 1e-3)], run) for w in (weights, others))
+        whole, resumed = _dummy_adapter(device), _dummy_adapter(device)
+        first, second = (build_optimizer([(weights, 1e-3)], run) for weights in (whole, resumed))
         try:
-            for step in (1, 2):
-                _dummy_step(optimizer, weights, step)
-            _dummy_step(interrupted, others, 1)
-            resumed = build_optimizer([(others, 1e-3)], run)
-            restore_optimizer(resumed, *optimizer_state(interrupted))
-            _dummy_step(resumed, others, 2)
-        except (
-            Exception
-        ) as error:  # whatever a library of so many optimisers may raise, it cannot be used
+            _dummy_step(first, whole, 1)
+            _dummy_step(first, whole, 2)
+            _dummy_step(second, resumed, 1)
+            third = build_optimizer([(resumed, 1e-3)], run)
+            restore_optimizer(third, *optimizer_state(second))
+            _dummy_step(third, resumed, 2)
+        except Exception as error:  # the libraries of so many optimisers may raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise ConfigError(
                 f"training.optimizer: {name} cannot train an adapter ({reason}); choose another."
             ) from error
-        if not all(torch.isfinite(w).all() for w in weights):
+        if not all(torch.isfinite(weights).all() for weights in whole):
             raise ConfigError(
-                f"training.optimizer: {name} gives numbers that are not finite in its first steps; choose another."
+                f"training.optimizer: {name} gives numbers that are not finite in its first steps; "
+                "choose another."
             )
-        if not all(
-            torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(weights, others, strict=True)
-        ):
+        pairs = zip(whole, resumed, strict=True)
+        if not all(torch.allclose(one, other, rtol=1e-5, atol=1e-8) for one, other in pairs):
             raise ConfigError(
-                f"training.optimizer: a training with {name} could not be resumed after an interruption; choose another."
+                f"training.optimizer: a training with {name} could not be resumed after an "
+                "interruption; choose another."
             )
 
 
-def _dummy(device: torch.device) -> list[nn.Parameter]:
-    """A and B of a LoRA, of 4096 weights each: from there on bitsandbytes uses 8 bits."""
+def _dummy_adapter(device: torch.device) -> list[nn.Parameter]:
+    """Returns A and B of a LoRA, with 4096 weights each: bitsandbytes uses 8 bits from there on."""
     draws = torch.Generator().manual_seed(0)
-    return [
-        nn.Parameter(w.to(device))
-        for w in (0.1 * torch.randn(8, 512, generator=draws), torch.zeros(512, 8))
-    ]
+    a, b = 0.1 * torch.randn(8, 512, generator=draws), torch.zeros(512, 8)
+    return [nn.Parameter(a.to(device)), nn.Parameter(b.to(device))]
 
 
 def _dummy_step(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], step: int) -> None:
@@ -161,77 +176,91 @@ def _dummy_step(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], s
     optimizer.step()
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What the optimiser remembers: its tensors by place ("3.exp_avg" for the fourth parameter), and the rest as JSON."""
+# What an optimiser remembers
+
+OptimizerRecord = TypedDict(
+    "OptimizerRecord", {"class": str, "memory": dict[str, Any], "groups": list[Any]}
+)
+"""What an optimiser remembers as JSON, in which tensors are referred to by name."""
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer,
+) -> tuple[dict[str, Tensor], OptimizerRecord]:
+    """Returns what the optimiser remembers: its tensors by name, and everything else as JSON.
+
+    The name of a tensor is its path, such as "3.exp_avg" for the fourth parameter.
+    """
     tensors: dict[str, Tensor] = {}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    memory = {
-        str(index): _plain(dict(optimizer.state[p]), str(index), tensors)
-        for index, p in enumerate(parameters)
-        if p in optimizer.state
-    }
-    groups = [
-        _plain(
-            {name: value for name, value in group.items() if name != "params"},
-            f"group{number}",
-            tensors,
-        )
-        for number, group in enumerate(optimizer.param_groups)
-    ]
+    memory = {}
+    for index, parameter in enumerate(_parameters(optimizer)):
+        if parameter in optimizer.state:
+            entries = dict(optimizer.state[parameter])
+            memory[str(index)] = _to_json(entries, str(index), tensors)
+    groups = []
+    for number, group in enumerate(optimizer.param_groups):
+        options = {name: value for name, value in group.items() if name != "params"}
+        groups.append(_to_json(options, f"group{number}", tensors))
     return tensors, {"class": type(optimizer).__name__, "memory": memory, "groups": groups}
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], record: OptimizerRecord
 ) -> None:
-    """Puts back what `optimizer_state` gave, to the bit: torch's own loading would turn counters and bytes into floats."""
-    if rest["class"] != type(optimizer).__name__:
+    """Restores what `optimizer_state` returned, to the bit.
+
+    torch's own `load_state_dict` would turn counters and bytes into floats. Raises StateError if
+    the record belongs to another optimiser.
+    """
+    name = type(optimizer).__name__
+    if record["class"] != name:
         raise StateError(
-            f"The run was trained with {rest['class']}, but here and now only {type(optimizer).__name__} can be used. "
-            "Resume it where it was started, or start a new run."
+            f"The run was trained with {record['class']}, but on this machine only {name} can be "
+            "used. Resume it on the machine on which it was started, or start a new run."
         )
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = _parameters(optimizer)
     device = parameters[0].device
-    optimizer.state.clear()  # the state of step 0 has no memory to take the place of what is there
-    for index, entry in rest["memory"].items():
-        optimizer.state[parameters[int(index)]] = _restored(entry, tensors, device)
-    for group, entry in zip(optimizer.param_groups, rest["groups"], strict=True):
-        stored = _restored(entry, tensors, device)
-        for counter in group.keys() - stored.keys() - optimizer.defaults.keys() - {"params"}:
-            del group[counter]
-        group.update(stored)
+    # A checkpoint of step 0 has no memory that could replace what is there.
+    optimizer.state.clear()
+    for index, entry in record["memory"].items():
+        optimizer.state[parameters[int(index)]] = _from_json(entry, tensors, device)
+    for group, entry in zip(optimizer.param_groups, record["groups"], strict=True):
+        options = _from_json(entry, tensors, device)
+        # Counters that an optimiser adds to its groups during the training.
+        for added in group.keys() - options.keys() - optimizer.defaults.keys() - {"params"}:
+            del group[added]
+        group.update(options)
 
 
-def _plain(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for a value; tensors in it are put into `tensors` and named by their place."""
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _to_json(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Returns a value as JSON; its tensors are put into `tensors` under their path."""
     if isinstance(value, Tensor):
-        tensors[place] = value.detach().cpu().contiguous().clone()
-        return {"tensor": place, "on_cpu": value.device.type == "cpu"}
+        tensors[path] = value.detach().cpu().contiguous().clone()
+        return {"tensor": path, "on_cpu": value.device.type == "cpu"}
     if isinstance(value, Mapping):
-        return {
-            "items": [
-                [key, _plain(inner, f"{place}.{key}", tensors)] for key, inner in value.items()
-            ]
-        }
+        items = [[key, _to_json(inner, f"{path}.{key}", tensors)] for key, inner in value.items()]
+        return {"items": items}
     if isinstance(value, (list, tuple)):
-        return {
-            "tuple" if isinstance(value, tuple) else "list": [
-                _plain(inner, f"{place}.{i}", tensors) for i, inner in enumerate(value)
-            ]
-        }
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        elements = enumerate(value)
+        return {kind: [_to_json(inner, f"{path}.{index}", tensors) for index, inner in elements]}
     if value is None or type(value) in (bool, int, float, str):
         return value
     raise StateError(f"the optimiser remembers a {type(value).__name__}, which cannot be stored")
 
 
-def _restored(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+def _from_json(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+    """Reverses `_to_json`; tensors that were on the device go to the device."""
     if not isinstance(value, dict):
         return value
-    (kind, content), *_ = value.items()
+    kind, content = next(iter(value.items()))
     if kind == "tensor":
         return tensors[content].clone().to("cpu" if value["on_cpu"] else device)
     if kind == "items":
-        return {key: _restored(inner, tensors, device) for key, inner in content}
-    return {"list": list, "tuple": tuple}[kind](
-        _restored(inner, tensors, device) for inner in content
-    )
+        return {key: _from_json(inner, tensors, device) for key, inner in content}
+    elements = (_from_json(inner, tensors, device) for inner in content)
+    return tuple(elements) if kind == "tuple" else list(elements)

@@ -1,4 +1,4 @@
-"""Resuming, rolling back, and what a run does when memory runs out."""
+"""Resuming, skipped steps, rolling back, and fallbacks when memory runs out."""
 
 import math
 import time
@@ -8,206 +8,229 @@ from contextlib import contextmanager
 import torch
 
 from trainer.config import fingerprint, replace
+from trainer.data.examples import Example
 from trainer.data.sampler import batch_at
 from trainer.errors import ConfigError, NotLearning, ProcessLost
-from trainer.runs.events import (
-    RolledBack,
-    StepDone,
-    Warned,
-)
+from trainer.lora import inject
+from trainer.runs.events import RolledBack, StepDone, Warned
 from trainer.training import oom_fallbacks
-from trainer.training.optimizers import (
-    restore_optimizer,
-    try_optimizer,
-)
-from trainer.training.saving import keep_state
+from trainer.training.optimizers import restore_optimizer, try_optimizer
+from trainer.training.saving import write_checkpoint
 from trainer.training.session import Session, optimizer_for
 from trainer.training.step.cuda_graphs import GraphedPredict
 from trainer.training.step.optimizer_step import PendingStep
 from trainer.training.trainer_state import (
-    State,
+    Checkpoint,
+    RunIdentity,
+    TrainerState,
     check_unchanged,
-    load_state,
+    load_checkpoint,
     restore_parameters,
 )
 from trainer.training.validation import fixed_losses
 
-BAD_STEPS_IN_A_ROW = 3  # then the run goes back to its last good state
-
-ROLLBACKS = 2  # then it stops
-
-LOWER = 0.5  # what the learning rate is multiplied with at each
-
-
-def restore(session: Session) -> tuple[dict, int]:
-    """Puts the last state into the session. Returns what is stored along with it, and its step."""
-    facts = {
-        "config": fingerprint(session.run),
-        "dataset": session.dataset_fingerprints(),
-        "started": time.time(),
-        "elapsed": 0.0,
-        "loss_scale": 2.0**16,
-        "lr_scale": 1.0,
-        "rollbacks": 0,
-        "bad_steps": 0,
-    }
-    state, passed_over = load_state(session.folder)
-    for sentence in passed_over:
-        session.log.append(Warned(sentence))
-    if state is None:
-        return facts, 0
-    check_unchanged(state.facts, facts)
-    session.fallbacks.catch_up("step", state.step)  # it may have changed the optimiser
-    load_into(session, state)
-    return facts | state.facts, state.step
+MAX_BAD_STEPS = 3
+"""After so many skipped steps in a row the run rolls back."""
+MAX_ROLLBACKS = 2
+"""After so many rollbacks the run fails."""
+ROLLBACK_LR_FACTOR = 0.5
+"""Each rollback multiplies the learning rate by this."""
 
 
-def load_into(session: Session, state: State) -> None:
-    restore_parameters(session.kept, state.adapter)
-    if session.eight_bit and state.facts["optimizer"]["class"] != type(session.optimizer).__name__:
-        session.optimizer.state.clear()  # the state is of before the measure, which begins this memory anew
+def restore(session: Session) -> tuple[TrainerState, int]:
+    """Loads the newest checkpoint into the session. Returns its trainer state and its step.
+
+    Returns a new state and step 0 if there is no checkpoint. Raises StateError if the settings or
+    the dataset changed since the run started.
+    """
+    identity = RunIdentity(fingerprint(session.run), session.data.fingerprints(), time.time())
+    checkpoint, warnings = load_checkpoint(session.folder)
+    for warning in warnings:
+        session.log.append(Warned(warning))
+    if checkpoint is None:
+        return TrainerState(identity), 0
+    check_unchanged(checkpoint.state.identity, identity)
+    # A fallback may have replaced the optimiser, so it comes before the optimiser's tensors.
+    session.fallbacks.catch_up("step", checkpoint.step)
+    load_into(session, checkpoint)
+    return checkpoint.state, checkpoint.step
+
+
+def load_into(session: Session, checkpoint: Checkpoint) -> None:
+    """Copies a checkpoint's tensors into the adapter, the optimiser and the average."""
+    optimisation = session.optimisation
+    restore_parameters(session.saved_parameters, checkpoint.adapter)
+    saved_class = checkpoint.optimizer_record["class"]
+    if optimisation.is_8bit_fallback and saved_class != type(optimisation.optimizer).__name__:
+        # Saved before the switch to 8-bit Adam, so its moments cannot be loaded.
+        optimisation.optimizer.state.clear()
     else:
-        restore_optimizer(session.optimizer, state.optimizer, state.facts["optimizer"])
-    if session.average:
-        session.average.shadow_params = [
-            state.average[name].to(session.device) for name in session.parameters
+        restore_optimizer(optimisation.optimizer, checkpoint.optimizer, checkpoint.optimizer_record)
+    if optimisation.average:
+        optimisation.average.shadow_params = [
+            checkpoint.average[name].to(session.device) for name in optimisation.parameters
         ]
-        session.average.optimization_step = state.facts["averaged_steps"]
+        optimisation.average.optimization_step = checkpoint.state.averaged_steps
 
 
 def report_finished_steps(
-    session: Session,
-    buckets: list[list[int]],
-    taken: list[PendingStep],
-    facts: dict,
-    leaving: int = 0,
+    session: Session, pending: list[PendingStep], state: TrainerState, leave: int = 0
 ) -> None:
-    """Tells how the steps went, but for the newest `leaving`, and counts those in a row that were not finite."""
-    while len(taken) > leaving and facts["bad_steps"] < BAD_STEPS_IN_A_ROW:
-        done = taken.pop(0)
+    """Reports the pending steps except the newest `leave`, and counts skipped steps in a row.
+
+    On CUDA the newest result is read one step later, so the GPU never waits for the host.
+    """
+    while len(pending) > leave and state.bad_steps < MAX_BAD_STEPS:
+        done = pending.pop(0)
         loss, finite = done.outcome.values()
         end = time.monotonic()
-        if finite:
-            facts["bad_steps"] = 0
-        elif not (math.isfinite(loss) and done.may_overflow):
-            facts["bad_steps"] += 1
-        if not facts["bad_steps"]:
+        _count_bad_steps(state, done, loss, bool(finite))
+        if not state.bad_steps:
             session.log.append(StepDone(done.step, loss, done.learning_rate, end - done.begun))
-        elif facts["bad_steps"] < BAD_STEPS_IN_A_ROW:
-            cause = find_cause(session, buckets, done.step)
+        elif state.bad_steps < MAX_BAD_STEPS:
+            cause = find_cause(session, done.step)
             session.log.append(
                 Warned(
                     f"Step {done.step} was skipped: its loss or gradients were not finite. {cause}"
                 )
             )
-        for later in taken:
+        for later in pending:
             later.begun = end
 
 
-def finite_weights(session: Session) -> bool:
-    return all(bool(torch.isfinite(parameter).all()) for parameter in session.parameters.values())
+def _count_bad_steps(state: TrainerState, done: PendingStep, loss: float, finite: bool) -> None:
+    if finite:
+        state.bad_steps = 0
+    elif not (math.isfinite(loss) and done.may_overflow):
+        state.bad_steps += 1
 
 
-def roll_back(session: Session, buckets: list[list[int]], step: int, facts: dict) -> int:
-    """Puts the last good state back and lowers the learning rate; returns its step. Raises NotLearning with the cause after some times.
+def must_roll_back(session: Session, state: TrainerState, is_checkpoint: bool) -> bool:
+    """Returns whether steps or, before they are written, weights are not finite."""
+    if state.bad_steps >= MAX_BAD_STEPS:
+        return True
+    return is_checkpoint and not _finite_weights(session)
 
-    What was decided goes into the facts, and with them into the state: a resumed run goes the same way.
+
+def _finite_weights(session: Session) -> bool:
+    parameters = session.optimisation.parameters.values()
+    return all(bool(torch.isfinite(parameter).all()) for parameter in parameters)
+
+
+def roll_back(session: Session, step: int, state: TrainerState) -> int:
+    """Loads the last good checkpoint, lowers the learning rate and returns the checkpoint's step.
+
+    Raises NotLearning with the cause after MAX_ROLLBACKS. The decision becomes part of the trainer
+    state, and is saved at once, so a resumed run takes the same path.
     """
-    cause = find_cause(session, buckets, step)
-    state, _ = load_state(session.folder, lambda state: not state.facts.get("bad_steps"))
-    if state is None or facts["rollbacks"] >= ROLLBACKS:
+    cause = find_cause(session, step)
+    checkpoint, _ = load_checkpoint(session.folder, lambda found: not found.state.bad_steps)
+    if checkpoint is None or state.rollbacks >= MAX_ROLLBACKS:
         raise NotLearning(
-            f"The numbers of the training were not finite any more, up to step {step}. {cause} The last state is kept."
+            f"The training has had numbers that are not finite up to step {step}. {cause} "
+            "The last checkpoint is kept."
         )
-    session.world.meet()  # all have read it; it is written anew next
-    load_into(session, state)
-    facts |= {
-        "lr_scale": facts["lr_scale"] * LOWER,
-        "rollbacks": facts["rollbacks"] + 1,
-        "bad_steps": 0,
-    }
-    # Told before the state is written: from it a resumed run knows which measures against want of memory that state was kept with.
+    session.world.meet()  # every rank has read the checkpoint before rank 0 overwrites it
+    load_into(session, checkpoint)
+    state.lr_scale *= ROLLBACK_LR_FACTOR
+    state.rollbacks += 1
+    state.bad_steps = 0
+    # The event comes before the checkpoint: a resumed run learns from it which fallbacks were
+    # active when the checkpoint was written.
     session.log.append(
         RolledBack(
-            state.step,
+            checkpoint.step,
             step,
-            facts["lr_scale"],
-            f"The numbers were not finite up to step {step}, so the training went back to step {state.step} and goes on with "
-            f"{facts['lr_scale']:g} times the learning rate. {cause}",
+            state.lr_scale,
+            f"The numbers were not finite up to step {step}, so the training went back to step "
+            f"{checkpoint.step} and goes on with {state.lr_scale:g} times the learning rate. "
+            f"{cause}",
         )
     )
-    keep_state(session, state.step, facts)
-    return state.step
+    write_checkpoint(session, checkpoint.step, state)
+    return checkpoint.step
 
 
-def find_cause(session: Session, buckets: list[list[int]], step: int) -> str:
-    """What made the numbers of a step not finite, told by its pictures on the base without the adapter; and what to do."""
-    training = session.run.training
-    parts = range(
-        (step - 1) * training.gradient_accumulation_steps,
-        step * training.gradient_accumulation_steps,
-    )
-    seen = [
-        session.examples[i]
-        for part in parts
-        for i in batch_at(buckets, training.batch_size, training.seed, part)
-    ]
-    for module in session.components.values():
-        module.disable_adapters()
-    try:
-        for example in seen:
-            if not all(
-                torch.isfinite(tensor).all()
-                for view in example.views
-                for tensor in (view.mean, view.std)
-            ):
-                return f"The latents of {example.name} are not finite: save that picture anew, or leave it out."
-            if not torch.isfinite(fixed_losses(session, example)).all():
+def find_cause(session: Session, step: int) -> str:
+    """Returns why the numbers of a step are not finite, and what to do, as sentences.
+
+    An image is the cause if its latents, or its loss on the base without the adapter, are not
+    finite. Otherwise the learning rate is too high.
+    """
+    precision = session.precision
+    with inject.adapters_disabled(session.model.components.values()):
+        for example in _examples_of_step(session, step):
+            if not _has_finite_latents(example):
                 return (
-                    f"The base itself gives no finite numbers for {example.name} in {session.precision}: "
-                    + (
-                        "leave that picture out."
-                        if session.precision == "fp32"
-                        else "use base.precision = fp32, or leave that picture out."
-                    )
+                    f"The latents of {example.name} are not finite: save that image again, "
+                    "or leave it out."
                 )
-    finally:
-        for module in session.components.values():
-            module.enable_adapters()
-    return f"Lower the learning rate (now {training.learning_rate:g}), or use base.precision = fp32 (now {session.precision})."
+            if not torch.isfinite(fixed_losses(session, example)).all():
+                advice = "leave that image out."
+                if precision != "fp32":
+                    advice = f"use base.precision = fp32, or {advice}"
+                return (
+                    f"The base itself gives no finite numbers for {example.name} in {precision}: "
+                    f"{advice}"
+                )
+    return (
+        f"Lower the learning rate (now {session.run.training.learning_rate:g}), "
+        f"or use base.precision = fp32 (now {precision})."
+    )
 
 
-def apply_fallback(session: Session, rung: str) -> bool:
-    """Takes a measure of the fallbacks against want of memory on the model; whether that was possible."""
-    denoiser = session.base.denoiser
-    if isinstance(session.predict, GraphedPredict):
-        session.predict.release()  # of the model as it was
-    if rung == oom_fallbacks.CHECKPOINT and not denoiser.is_gradient_checkpointing:
+def _examples_of_step(session: Session, step: int) -> list[Example]:
+    training, data = session.run.training, session.data
+    microbatches = training.gradient_accumulation_steps
+    seen: list[Example] = []
+    for microbatch in range((step - 1) * microbatches, step * microbatches):
+        chosen = batch_at(data.buckets, training.batch_size, training.seed, microbatch)
+        seen += [data.examples[i] for i in chosen]
+    return seen
+
+
+def _has_finite_latents(example: Example) -> bool:
+    tensors = [tensor for view in example.views for tensor in (view.mean, view.std)]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def apply_fallback(session: Session, fallback: str) -> bool:
+    """Applies a fallback to the model or the optimiser. Returns whether that was possible."""
+    predict, denoiser = session.model.predict, session.model.base.denoiser
+    if isinstance(predict, GraphedPredict):
+        predict.release()  # the graphs were recorded from the model as it was
+    if fallback == oom_fallbacks.CHECKPOINT and not denoiser.is_gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
         return True
-    alone = session.world.size == 1  # all must take the same steps
-    if (
-        rung == oom_fallbacks.EIGHT_BIT
-        and session.run.training.optimizer == "adamw"
-        and alone
-        and not session.eight_bit
-    ):
-        smaller = replace(session.run, {"training.optimizer": "adamw8bit"})
-        try:
-            try_optimizer(smaller, session.device)
-        except (ImportError, OSError, RuntimeError, ConfigError):  # not on this machine
-            return False
-        session.optimizer = optimizer_for(smaller, session.groups, session.device, session.log)
-        session.eight_bit = True
-        return True
+    if fallback == oom_fallbacks.EIGHT_BIT:
+        return _use_8bit_optimizer(session)
     return False
 
 
+def _use_8bit_optimizer(session: Session) -> bool:
+    """Replaces AdamW by its 8-bit version, if it works on this machine."""
+    optimisation = session.optimisation
+    is_alone = session.world.size == 1  # other ranks would keep taking the 32-bit steps
+    is_adamw = session.run.training.optimizer == "adamw"
+    if optimisation.is_8bit_fallback or not is_adamw or not is_alone:
+        return False
+    run = replace(session.run, {"training.optimizer": "adamw8bit"})
+    try:
+        try_optimizer(run, session.device)
+    except (ImportError, OSError, RuntimeError, ConfigError):
+        return False
+    optimisation.optimizer = optimizer_for(run, optimisation.groups, session.device, session.log)
+    optimisation.is_8bit_fallback = True
+    return True
+
+
 @contextmanager
-def keeping_the_last_whole_step(session: Session, step: int, facts: dict) -> Iterator[None]:
-    """Where another process of the training ends in the block, the state of a step is kept before the run ends too."""
+def checkpoint_if_a_process_is_lost(
+    session: Session, step: int, state: TrainerState
+) -> Iterator[None]:
+    """Writes a checkpoint of the last whole step if another process ends inside the block."""
     try:
         yield
     except ProcessLost:
-        keep_state(session, step, facts)
+        write_checkpoint(session, step, state)
         raise

@@ -1,4 +1,4 @@
-"""Runs in this process: what `python -m trainer train` and `from trainer import run` have in common."""
+"""Runs in this process, for `python -m trainer train` and `from trainer import run`."""
 
 import faulthandler
 import os
@@ -31,60 +31,65 @@ from trainer.runs.events import Event, EventLog, Failed, Launched, Progress, Sil
 from trainer.runs.run_status import RunStatus
 from trainer.training import launch
 
-if TYPE_CHECKING:  # it reads torch
+if TYPE_CHECKING:  # importing it would load torch.distributed
     from trainer.training.distributed import World
 
-STOPPED = 3  # the exit code of a run that was asked to end
+STOPPED = 3
+"""Exit code of a run that the user stopped."""
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run left."""
+    """The outcome of a run."""
 
     folder: Path
-    """Its run folder, with samples, settings and the adapter of every save (docs/architecture.md)."""
+    """The run folder, with samples, settings and the adapter of every save
+    (docs/architecture.md)."""
     adapter: Path | None
-    """The file of the best save (`saving.main`); None where the run was stopped before its first step."""
+    """The file of the chosen save (`saving.main`), or None if the run was stopped before its first
+    step."""
     status: RunStatus
-    """Steps, losses, samples and saves. `state` is "finished", or "stopped" where it was asked to end."""
+    """Steps, losses, samples and saves. `state` is "finished", or "stopped" if the user ended the
+    run."""
 
 
 def run(what: RunConfig | Path, progress: Callable[[Event], None] | None = None) -> Result:
-    """Trains a new run, or goes on with the one in a folder, and waits for its end.
+    """Trains a new run, or resumes the one in a folder, and waits for its end.
 
-    `progress` is told of each event of trainer/events.py, in place of the lines and the bar in the terminal; where
-    `training.devices` is more than one, the run has processes of its own and only the terminal is told. Ctrl-C, or interrupting the
-    kernel of a notebook, saves and ends the run. Raises TrainerError with the sentence that the page would show; `report.txt` in the
-    run folder has the traceback.
+    `progress` receives each event of `trainer.runs.events`, instead of the lines and the bar in the
+    terminal. If `training.devices` is more than one, the run has other processes, and only the
+    terminal shows its progress. Ctrl-C, or interrupting the kernel of a notebook, saves and ends
+    the run. Raises TrainerError with the message that the page would show; `report.txt` in the run
+    folder contains the traceback.
     """
     if isinstance(what, RunConfig):
         if not what.dataset.folder:
-            raise ConfigError("Which pictures? Set dataset.folder.")
+            raise ConfigError("No dataset was given: set dataset.folder to a folder of images.")
         what = run_folder.create(with_whole_paths(what))
     folder = what.resolve()
     log: type[EventLog] = TerminalLog if progress is None else EventLog
     code = run_in(folder, log=log, progress=progress)
     status = run_status.read_status(folder)
     if code not in (0, STOPPED):
-        raise TrainerError(status.message or f"The run in {folder} failed; its log says why.")
+        raise TrainerError(
+            status.message or f"The run in {folder} failed; its log contains the reason."
+        )
     return Result(folder, folder / status.adapter if status.adapter else None, status)
 
 
-def with_whole_paths(run: config.RunConfig) -> config.RunConfig:
-    """A run must be found again from any working directory."""
-    paths = {
-        path: config.get(run, path)
-        for path in ("dataset.folder", "base.model", "base.vae", "adapter.start_from")
-    }
-    changes = {
-        path: str(Path(value).resolve())
-        for path, value in paths.items()
-        if value and Path(value).exists()
-    }
-    if run.dataset.regularisation_folder:  # need not be there yet
-        changes["dataset.regularisation_folder"] = str(
-            Path(run.dataset.regularisation_folder).resolve()
-        )
+def with_whole_paths(run: RunConfig) -> RunConfig:
+    """Makes paths absolute, so that the run can be resumed from any working directory."""
+    changes = {}
+    for path in ("dataset.folder", "base.model", "base.vae", "adapter.start_from"):
+        value = config.get(run, path)
+        # base.model may also be the name of a model on the Hub.
+        if value and Path(value).exists():
+            changes[path] = str(Path(value).resolve())
+    if run.dataset.regularisation_folder:  # may not exist yet
+        folder = Path(run.dataset.regularisation_folder)
+        changes["dataset.regularisation_folder"] = str(folder.resolve())
     return config.replace(run, changes)
 
 
@@ -94,27 +99,42 @@ def run_in(
     log: type[EventLog] = TerminalLog,
     progress: Callable[[Event], None] | None = None,
 ) -> int:
-    """Starts or continues the run of a folder in this process, which holds its lock until the end. Returns the exit code.
+    """Starts or resumes the run of a folder in this process. Returns the exit code.
 
-    Where several devices are asked for, in a process for each; the first one has the lock, the log and the files.
+    The process holds the run's lock until the end. With several devices there is one process for
+    each, and rank 0 has the lock, the log and the files. Raises StateError if the folder is not a
+    run folder.
     """
     if not (folder / "run.toml").is_file():
-        raise StateError(f"{folder} is no run folder: it has no run.toml.")
+        raise StateError(f"{folder} is not a run folder: it has no run.toml.")
     folder = folder.resolve()
     run = config.load(folder / "run.toml")
     if run.training.devices > 1 and not launch.is_one_of_several():
-        run_lock.acquire(folder).release()  # refused here already, where another trainer has it
-        _put_aside(folder)  # not later: a stop that comes while the processes load is meant
-        with _signals_stop(folder):
-            code = launch.start_several(run.training.devices, folder)
-        return STOPPED if run_status.read_status(folder).state == "stopped" else code
+        return _run_on_several_devices(run, folder)
     if launch.rank() > 0:
-        for name in (
-            signal.SIGINT,
-            signal.SIGTERM,
-        ):  # the first process is told too, and stops all at the same step
-            signal.signal(name, signal.SIG_IGN)
+        # Rank 0 gets the signal too, and stops all ranks at the same step.
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         return _train(run, folder, SilentLog(), world)
+    return _run_as_main(run, folder, world, log, progress)
+
+
+def _run_on_several_devices(run: RunConfig, folder: Path) -> int:
+    run_lock.acquire(folder).release()  # raises if another trainer has the run
+    # Before the processes load: a stop that arrives while they load must count.
+    _withdraw_old_requests(folder)
+    with _signals_stop(folder):
+        code = launch.start_several(run.training.devices, folder)
+    return _exit_code(folder, code)
+
+
+def _run_as_main(
+    run: RunConfig,
+    folder: Path,
+    world: "World | None",
+    log: type[EventLog],
+    progress: Callable[[Event], None] | None,
+) -> int:
     lock, device = run_lock.acquire(folder), run_lock.device_lock()
     cache_limits.clean_half_written(folder)
     cache_limits.prune()
@@ -122,12 +142,12 @@ def run_in(
     if progress:
         events.listeners.append(progress)
     if not launch.was_started_here():
-        _put_aside(folder)
+        _withdraw_old_requests(folder)
     (folder / error_messages.REPORT_FILE).unlink(missing_ok=True)  # of an earlier failure
     events.append(Launched(os.getpid(), __version__, run_lock.boot_id()))
-    run_requests.withdraw(
-        folder, "queued"
-    )  # only now: before, the page would take it for withdrawn by the person
+    # After the event: without it the page would believe that the user removed the run from the
+    # queue.
+    run_requests.withdraw(folder, "queued")
     try:
         with _signals_stop(folder):
             if not _wait_for(device, folder, events):
@@ -140,31 +160,39 @@ def run_in(
         lock.release()
 
 
-def _put_aside(folder: Path) -> None:
-    """What was asked of an earlier life of the run."""
-    for message in ("stop", "pause"):
-        run_requests.withdraw(folder, message)
+def _exit_code(folder: Path, code: int) -> int:
+    return STOPPED if run_status.read_status(folder).state == "stopped" else code
+
+
+def _withdraw_old_requests(folder: Path) -> None:
+    """Withdraws requests from before the run was resumed."""
+    for request in ("stop", "pause"):
+        run_requests.withdraw(folder, request)
 
 
 @contextmanager
 def _signals_stop(folder: Path) -> Iterator[None]:
-    """Inside, Ctrl-C and SIGTERM ask the run to save and end. Only the main thread of a process is told of signals."""
+    """Makes Ctrl-C and SIGTERM request a stop, with a save, inside the block.
+
+    Python runs signal handlers only in the main thread, so other threads change nothing.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {
-        name: signal.signal(name, lambda *_: run_requests.request(folder, "stop"))
-        for name in (signal.SIGINT, signal.SIGTERM)
-    }
+
+    def request_stop(*_: object) -> None:
+        run_requests.request(folder, "stop")
+
+    before = {number: signal.signal(number, request_stop) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _wait_for(device: FileLock, folder: Path, log: EventLog) -> bool:
-    """Waits until no other run has the device; False where the person stops the run meanwhile."""
+    """Waits until no other run has the device. Returns False if the user stops the run first."""
     try:
         device.acquire(timeout=0)
         return True
@@ -179,12 +207,13 @@ def _wait_for(device: FileLock, folder: Path, log: EventLog) -> bool:
     return False
 
 
-def _train(run: config.RunConfig, folder: Path, log: EventLog, world: "World | None") -> int:
-    from trainer.models import libraries  # seconds, which wrong usage need not wait for
+def _train(run: RunConfig, folder: Path, log: EventLog, world: "World | None") -> int:
+    """Trains and turns any error into a message. Returns the exit code."""
+    # Imported here: the libraries take seconds, which wrong usage should not wait for.
+    from trainer.models import libraries
 
-    faulthandler.enable(
-        sys.__stderr__ or sys.stderr
-    )  # a crash in native code leaves at least its place in the log
+    # A crash in native code leaves at least the line of Python in the log.
+    faulthandler.enable(sys.__stderr__ or sys.stderr)
     libraries.configure_libraries()
     from trainer.runs import trackers
     from trainer.training import oom_fallbacks
@@ -196,39 +225,41 @@ def _train(run: config.RunConfig, folder: Path, log: EventLog, world: "World | N
         world = world or (join() if launch.is_one_of_several() else None)
         with trackers.tracked(run, folder, log) if is_main else nullcontext():
             chosen = train(run, folder, log, world)
-    except Exception as error:  # the one place where any error becomes a sentence
-        sentence = error_messages.without_secrets(
-            oom_fallbacks.advice(run) if is_out_of_memory(error) else error_messages.explain(error)
-        )
-        if is_main:
-            _fail(folder, log, sentence, error)
-        else:
-            print(
-                f"\nProcess {launch.rank() + 1}: {error_messages.without_secrets(traceback.format_exc())}\n{sentence}",
-                file=sys.stderr,
-            )
+    except Exception as error:  # the one place where any error becomes a message
+        _report_failure(run, folder, log, error, is_main)
         return 1
     finally:
-        oom_fallbacks.release()  # of the model, which the next run of a sweep or a notebook has no room beside
+        # The next run of a sweep or a notebook needs the memory.
+        oom_fallbacks.release_memory()
     if not is_main:
         return 0
     print(f"\n{chosen}")
-    if launch.is_one_of_several():  # whose launcher takes any other code for a failure
+    if launch.is_one_of_several():  # torch's launcher treats any other code as a failure
         return 0
-    return STOPPED if run_status.read_status(folder).state == "stopped" else 0
+    return _exit_code(folder, 0)
 
 
-def _fail(folder: Path, log: EventLog, sentence: str, error: Exception) -> None:
-    """Says it everywhere, as far as the disk lets it. The traceback of what nobody foresaw goes to the log as well."""
+def _report_failure(
+    run: RunConfig, folder: Path, log: EventLog, error: Exception, is_main: bool
+) -> None:
+    """Writes a failure to the log, the events and the report, as far as the disk permits.
+
+    The traceback of an error that is not a TrainerError goes to the log too.
+    """
+    from trainer.training import oom_fallbacks
+
+    text = oom_fallbacks.advice(run) if is_out_of_memory(error) else error_messages.explain(error)
+    message = error_messages.without_secrets(text)
+    stack = error_messages.without_secrets("".join(traceback.format_exception(error)))
+    if not is_main:
+        print(f"\nProcess {launch.rank() + 1}: {stack}\n{message}", file=sys.stderr)
+        return
     if not isinstance(error, TrainerError):
-        print(
-            error_messages.without_secrets("".join(traceback.format_exception(error))),
-            file=sys.stderr,
-        )
-    print(f"\n{sentence}", file=sys.stderr)
+        print(stack, file=sys.stderr)
+    print(f"\n{message}", file=sys.stderr)
     try:
-        log.append(Failed(sentence))
-        error_messages.write_report(folder, sentence, error)
-        print(f"The whole story is in {folder / error_messages.REPORT_FILE}", file=sys.stderr)
-    except (OSError, TrainerError) as also:
-        print(f"It could not be written down: {also}", file=sys.stderr)
+        log.append(Failed(message))
+        error_messages.write_report(folder, message, error)
+        print(f"The full report is in {folder / error_messages.REPORT_FILE}", file=sys.stderr)
+    except (OSError, TrainerError) as second:
+        print(f"The report could not be written: {second}", file=sys.stderr)

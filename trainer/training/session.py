@@ -1,10 +1,11 @@
-"""A training in memory, and how it is put together."""
+"""A training in memory: its data, its model and its optimiser, and how they are put together."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -30,10 +31,79 @@ from trainer.models.pipelines import DENOISERS
 from trainer.runs.events import EventLog, Started, Warned
 from trainer.training import estimate
 from trainer.training.distributed import World
-from trainer.training.oom_fallbacks import Fallbacks
 from trainer.training.lr_schedules import warmup_steps
+from trainer.training.oom_fallbacks import Fallbacks
 from trainer.training.optimizers import build_optimizer, try_optimizer
 from trainer.training.step.cuda_graphs import GraphedPredict
+
+Parameters = dict[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Everything that is learned from, encoded."""
+
+    examples: list[Example]
+    validation: list[Example]
+    """The validation set. A dataset that is too small to be split is its own validation set."""
+    class_examples: list[Example]
+    """Images of the subject's class (regularisation images), or empty."""
+    texts: dict[str, Conditioning] | None
+    """Conditioning of every caption that can occur, without a batch dimension. None if the text
+    encoders run in every step."""
+
+    @cached_property
+    def buckets(self) -> list[list[int]]:
+        """Indices into `examples` by shape."""
+        return shape_buckets(self.examples)
+
+    @cached_property
+    def class_buckets(self) -> list[list[int]]:
+        """Indices into `class_examples` by shape."""
+        return shape_buckets(self.class_examples)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Returns a fingerprint of each image at each resolution, to notice a changed dataset."""
+        found = {}
+        for example in [*self.examples, *self.validation]:
+            found[f"{example.name} at {example.resolution}"] = example.fingerprint
+        for example in self.class_examples:
+            found[f"class picture {example.name} at {example.resolution}"] = example.fingerprint
+        return found
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The base model with its adapter."""
+
+    base: LoadedBase
+    objective: Objective
+    components: dict[str, nn.Module]
+    """The adapted parts of the base by pipeline name: {"unet": ..., "text_encoder": ...}."""
+    trigger: Embedding | None
+    """The trigger word's vectors, if they are trained."""
+    predict: Callable[[Noised, Batch], Tensor]
+    """The family's prediction by the denoiser, as CUDA graphs if possible."""
+    attention: str
+    """The attention implementation and why it was chosen, for the user."""
+
+
+@dataclass
+class Optimisation:
+    """What changes the weights. The 8-bit fallback replaces the optimiser during a run."""
+
+    groups: dict[str, Parameters]
+    """`parameter_groups`, collected once: walking through a large denoiser takes milliseconds."""
+    optimizer: torch.optim.Optimizer
+    average: EMAModel | None
+    """Moving average of `parameters`, in their order."""
+    is_8bit_fallback: bool = False
+    """Whether 8-bit Adam replaced the optimiser because memory ran out."""
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        """All trained parameters by name, in the order of the optimiser's groups."""
+        return {name: p for group in self.groups.values() for name, p in group.items()}
 
 
 @dataclass
@@ -43,202 +113,178 @@ class Session:
     run: RunConfig
     folder: Path
     log: EventLog
+    world: World
     device: torch.device
     precision: str
-    attention: str
-    base: LoadedBase
-    objective: Objective
-    components: dict[str, nn.Module]
-    """The adapted parts of the base by their names in the pipeline: {"unet": ..., "text_encoder": ...}."""
-    trigger: Embedding | None
-    """The trigger word's vectors, where they are learned too."""
-    groups: dict[str, dict[str, nn.Parameter]]
-    """`parameter_groups`, looked up once: each step asks, and walking through a large denoiser takes many milliseconds."""
-    optimizer: torch.optim.Optimizer
-    average: EMAModel | None
-    """Of the parameters, in their order."""
-    examples: list[Example]
-    held_out: list[Example]
-    class_examples: list[Example]
-    """Others of the subject's kind, one beside each picture; empty where there are none."""
-    texts: dict[str, Conditioning] | None
-    """Of every caption that may occur, without a batch; None where the text encoders run in every step."""
     total_steps: int
     fallbacks: Fallbacks
-    predict: Callable[[Noised, Batch], Tensor]
-    """The family's, of the denoiser; made faster where that is possible."""
-    world: World
-    eight_bit: bool = False
-    """Whether want of memory took the optimiser to 8 bits."""
-
-    @cached_property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name; in the order of the optimiser's groups."""
-        return {name: p for group in self.groups.values() for name, p in group.items()}
+    data: TrainingData
+    model: TrainedModel
+    optimisation: Optimisation
 
     @property
-    def kept(self) -> dict[str, Tensor]:
-        """What a state holds of the adapter: what is trained, and what it started from where that is not zero."""
+    def saved_parameters(self) -> dict[str, Tensor]:
+        """What a checkpoint contains of the adapter.
+
+        These are the trained parameters, and initial weights that are subtracted at export.
+        """
         starts = {
-            f"{part}.{name}": b
-            for part, module in self.components.items()
-            for name, b in inject.initial_factors(module).items()
+            f"{part}.{name}": tensor
+            for part, module in self.model.components.items()
+            for name, tensor in inject.initial_factors(module).items()
         }
-        return self.parameters | starts
-
-    @property
-    def buckets(self) -> list[list[int]]:
-        return shape_buckets(self.examples)
+        return self.optimisation.parameters | starts
 
     def encode(self, captions: Sequence[str]) -> Conditioning:
-        """With gradients where the caller has them on."""
-        return to_device(self.base.encode(captions), self.device)
+        """Encodes captions on the device, with gradients if the caller has enabled them."""
+        conditioning = self.model.base.encode(captions)
+        return {name: tensor.to(self.device) for name, tensor in conditioning.items()}
 
     def learns(self, component: str, step: int) -> bool:
-        """Whether a component is trained in this step: the text encoders may stop before the denoiser."""
-        return component in DENOISERS or step <= math.ceil(
-            self.run.training.text_encoder_until * self.total_steps
-        )
+        """Returns whether a component is trained in a step.
 
-    def dataset_fingerprints(self) -> dict[str, str]:
-        own = {
-            f"{e.name} at {e.resolution}": e.fingerprint for e in [*self.examples, *self.held_out]
-        }
-        return own | {
-            f"class picture {e.name} at {e.resolution}": e.fingerprint for e in self.class_examples
-        }
+        Text encoders may stop before the denoiser (`training.text_encoder_until`).
+        """
+        if component in DENOISERS:
+            return True
+        return step <= math.ceil(self.run.training.text_encoder_until * self.total_steps)
 
 
 def shape_buckets(examples: Sequence[Example]) -> list[list[int]]:
-    """Indices of the examples of each shape, each as often as it is repeated."""
+    """Returns the indices of the examples of each shape, each as often as it is repeated."""
     shapes: dict[tuple[int, ...], list[int]] = {}
     for index, example in enumerate(examples):
         shapes.setdefault(tuple(example.mean.shape), []).extend([index] * example.repeats)
     return [shapes[shape] for shape in sorted(shapes)]
 
 
-def to_device(conditioning: Conditioning, device: torch.device) -> Conditioning:
-    return {name: tensor.to(device) for name, tensor in conditioning.items()}
+class AdapterPlan(NamedTuple):
+    """Which parts of the base get an adapter, and with which settings."""
+
+    components: dict[str, nn.Module]
+    settings: config.Adapter
+    start_from: AdapterFile | None
 
 
-def assemble(
-    run: RunConfig,
-    folder: Path,
-    log: EventLog,
-    fallbacks: Fallbacks,
-    device: torch.device,
-    precision: str,
-    base: LoadedBase,
-    examples: list[Example],
-    held_out: list[Example],
-    class_examples: list[Example],
-    texts: dict[str, Conditioning] | None,
-    world: World | None = None,
-) -> Session:
-    """The second half, where all that is trained on is there: the adapter, the optimiser, and the fastest way through the denoiser."""
-    attention, why = choose_attention(base.denoiser, device, DTYPES[precision])
-    use_attention(base.denoiser, attention)
-    components, adapter, file = _chosen(
-        run, base
-    )  # told by the weights as they are stored, so before they are quantised
-    if run.base.quantization != "none":
-        quantization.quantize(base.denoiser, run.base.quantization, DTYPES[precision], device)
-        fallbacks.attempt(
-            "load", 0, lambda: base.denoiser.to(device)
-        )  # there the weights are rounded, before an adapter is put on them
-    for name, module in components.items():
-        inject.inject(module, name, adapter, run.training.seed)
-    if file:
-        load_weights(file, components)
-    if run.training.gradient_checkpointing:
-        base.denoiser.enable_gradient_checkpointing()
-    trigger = textual_inversion.new_trigger_embedding(run, base) if run.adapter.trigger_vectors else None
-    base = textual_inversion.with_embeddings(base, [trigger]) if trigger else base
-    if device.type == "cpu":
-        use_matrix_products(base.denoiser)
-    layout = (
-        torch.channels_last if device.type == "cuda" else torch.preserve_format
-    )  # what its convolutions are fastest in
-    fallbacks.attempt("load", 0, lambda: base.denoiser.to(device, memory_format=layout))
-    views = sum(example.repeats for example in examples)
-    total_steps = estimate.total_steps(run, views)
-    warmup_steps(run, total_steps)
-    graphed = device.type == "cuda" and run.training.cuda_graphs and _can_be_recorded(run)
-    groups = parameter_groups(components, trigger)
-    parameters = [p for group in groups.values() for p in group.values()]
-    return Session(
-        run=run,
-        folder=folder,
-        log=log,
-        device=device,
-        precision=precision,
-        attention=why,
-        base=base,
-        objective=base.family.objective(base.pipe).to(device),
-        components=components,
-        trigger=trigger,
-        groups=groups,
-        optimizer=optimizer_for(run, groups, device, log),
-        average=EMAModel(parameters, decay=run.training.ema_decay)
-        if run.training.ema_decay
-        else None,
-        examples=examples,
-        held_out=held_out,
-        class_examples=class_examples,
-        texts=texts,
-        total_steps=total_steps,
-        fallbacks=fallbacks,
-        predict=GraphedPredict(base.family, base.denoiser)
-        if graphed
-        else partial(base.family.predict, base.denoiser),
-        world=world or World(),
-    )
-
-
-def _can_be_recorded(run: RunConfig) -> bool:
-    """Draws and copies on the CPU's side would happen once, while a graph is recorded, and never again."""
-    adapter = run.adapter
-    draws = adapter.dropout or adapter.rank_dropout or adapter.module_dropout
-    return not (draws or run.training.activation_offload or run.base.quantization != "none")
-
-
-def _chosen(
-    run: RunConfig, base: LoadedBase
-) -> tuple[dict[str, nn.Module], config.Adapter, AdapterFile | None]:
-    """What gets an adapter, with which settings, and the file that it goes on from. Raises TrainerError."""
+def plan_adapter(run: RunConfig, base: LoadedBase) -> AdapterPlan:
+    """Chooses the components to train. Raises TrainerError if the settings do not fit the base."""
     family, training = base.family, run.training
     parts = {family.denoiser_name: base.denoiser, **family.trainable_text_encoders(base.pipe)}
     components = {name: module for name, module in parts.items() if training.rate_of(name) > 0}
     if not components:
         raise ConfigError(
-            f"Nothing would be trained: {base.files.path.name} has only {', '.join(parts)}, and their learning rates are 0."
+            f"Nothing would be trained: {base.files.path.name} has only {', '.join(parts)}, "
+            "and their learning rates are 0."
         )
-    if family.dialect == "diffusers" and run.adapter.kind not in ("lora", "rslora"):
+    if family.default_format == "diffusers" and run.adapter.kind not in ("lora", "rslora"):
         raise ConfigError(
-            f"adapter.kind = {run.adapter.kind} has no file format that programs read for {family.name}; use lora or rslora there."
+            f"adapter.kind = {run.adapter.kind} has no file format that programs read for "
+            f"{family.name}; use lora or rslora there."
         )
-    check_names(
-        run.adapter, {name: inject.weight_shapes(module) for name, module in components.items()}
+    shapes = {name: inject.weight_shapes(module) for name, module in components.items()}
+    check_names(run.adapter, shapes)
+    if not run.adapter.start_from:
+        return AdapterPlan(components, run.adapter, None)
+    file = read_adapter(Path(run.adapter.start_from).expanduser())
+    return AdapterPlan(components, settings_from(run.adapter, file, base), file)
+
+
+def build_session(
+    run: RunConfig,
+    folder: Path,
+    log: EventLog,
+    fallbacks: Fallbacks,
+    world: World,
+    device: torch.device,
+    precision: str,
+    base: LoadedBase,
+    data: TrainingData,
+) -> Session:
+    """Adds the adapter to a loaded base, moves it to the device and makes the optimiser."""
+    model, groups = _build_model(run, fallbacks, device, precision, base)
+    total_steps = estimate.total_steps(run, sum(example.repeats for example in data.examples))
+    warmup_steps(run, total_steps)  # raises ConfigError if the warm-up does not fit
+    optimisation = Optimisation(groups, optimizer_for(run, groups, device, log), average=None)
+    if run.training.ema_decay:
+        parameters = optimisation.parameters.values()
+        optimisation.average = EMAModel(parameters, decay=run.training.ema_decay)
+    return Session(
+        run=run,
+        folder=folder,
+        log=log,
+        world=world,
+        device=device,
+        precision=precision,
+        total_steps=total_steps,
+        fallbacks=fallbacks,
+        data=data,
+        model=model,
+        optimisation=optimisation,
     )
-    file = (
-        read_adapter(Path(run.adapter.start_from).expanduser()) if run.adapter.start_from else None
-    )
-    return components, settings_from(run.adapter, file, base) if file else run.adapter, file
+
+
+def _build_model(
+    run: RunConfig,
+    fallbacks: Fallbacks,
+    device: torch.device,
+    precision: str,
+    base: LoadedBase,
+) -> tuple[TrainedModel, dict[str, Parameters]]:
+    attention, attention_text = choose_attention(base.denoiser, device, DTYPES[precision])
+    use_attention(base.denoiser, attention)
+
+    # The plan compares stored weights, so it comes before quantisation changes them.
+    components, adapter, start_from = plan_adapter(run, base)
+    if run.base.quantization != "none":
+        quantization.quantize(base.denoiser, run.base.quantization, DTYPES[precision], device)
+        # bitsandbytes rounds the weights on the move to the device, before they get an adapter.
+        fallbacks.attempt("load", 0, lambda: base.denoiser.to(device))
+
+    for name, module in components.items():
+        inject.inject(module, name, adapter, run.training.seed)
+    if start_from:
+        load_weights(start_from, components)
+    if run.training.gradient_checkpointing:
+        base.denoiser.enable_gradient_checkpointing()
+    trigger = None
+    if run.adapter.trigger_vectors:
+        trigger = textual_inversion.new_trigger_embedding(run, base)
+        base = textual_inversion.with_embeddings(base, [trigger])
+
+    # The fastest memory layout for convolutions differs between devices.
+    if device.type == "cpu":
+        use_matrix_products(base.denoiser)
+    layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
+    fallbacks.attempt("load", 0, lambda: base.denoiser.to(device, memory_format=layout))
+    predict: Callable[[Noised, Batch], Tensor] = partial(base.family.predict, base.denoiser)
+    if device.type == "cuda" and run.training.cuda_graphs and _can_use_cuda_graphs(run):
+        predict = GraphedPredict(base.family, base.denoiser)
+    objective = base.family.objective(base.pipe).to(device)
+    model = TrainedModel(base, objective, components, trigger, predict, attention_text)
+    return model, parameter_groups(components, trigger)
+
+
+def _can_use_cuda_graphs(run: RunConfig) -> bool:
+    """Returns False if a step draws numbers or copies on the host.
+
+    A graph would record the first draw and repeat it forever.
+    """
+    adapter = run.adapter
+    draws = adapter.dropout or adapter.rank_dropout or adapter.module_dropout
+    return not (draws or run.training.activation_offload or run.base.quantization != "none")
 
 
 def parameter_groups(
     components: Mapping[str, nn.Module], trigger: Embedding | None
-) -> dict[str, dict[str, nn.Parameter]]:
-    """What is trained, by what has a learning rate of its own, and by name."""
-    groups = {
-        part: {f"{part}.{name}": p for name, p in inject.trainable(module).items()}
-        for part, module in components.items()
-    }
-    return groups | (
-        {"trigger": {f"trigger.{part}": rows for part, rows in trigger.rows.items()}}
-        if trigger
-        else {}
-    )
+) -> dict[str, Parameters]:
+    """Returns the trained parameters by component (each has a learning rate), then by name."""
+    groups: dict[str, Parameters] = {}
+    for part, module in components.items():
+        trainable = inject.trainable(module)
+        groups[part] = {f"{part}.{name}": parameter for name, parameter in trainable.items()}
+    if trigger:
+        groups["trigger"] = {f"trigger.{part}": rows for part, rows in trigger.rows.items()}
+    return groups
 
 
 def optimizer_for(
@@ -247,7 +293,11 @@ def optimizer_for(
     device: torch.device,
     log: EventLog,
 ) -> torch.optim.Optimizer:
-    """The chosen one, tried out first, for the `parameter_groups`. AdamW in 8 bits alone has a stand-in, since it takes the same steps."""
+    """Returns the optimiser of the settings for the `parameter_groups`, after a test.
+
+    If 8-bit AdamW does not work on this machine, AdamW replaces it: both take the same steps.
+    Raises ConfigError or ImportError if another optimiser does not work.
+    """
     try:
         try_optimizer(run, device)
     except (ImportError, OSError, RuntimeError, ConfigError) as error:
@@ -255,34 +305,38 @@ def optimizer_for(
             raise
         log.append(
             Warned(
-                f"adamw8bit cannot be used here ({str(error)[:200]}); adamw is used, with the same steps and more memory."
+                f"adamw8bit cannot be used here ({str(error)[:200]}); "
+                "adamw is used, with the same steps and more memory."
             )
         )
         run = config.replace(run, {"training.optimizer": "adamw"})
-    return build_optimizer(
-        [(list(group.values()), run.training.rate_of(name)) for name, group in groups.items()], run
-    )
+    rated = [(list(group.values()), run.training.rate_of(name)) for name, group in groups.items()]
+    return build_optimizer(rated, run)
 
 
 def started_event(session: Session, step: int) -> Started:
+    """Returns the event that describes the run to the page and the terminal."""
+    run, model, data = session.run, session.model, session.data
+    names = {example.name for example in data.examples}
+    validation_names = {example.name for example in data.validation}
+    devices = f"{session.world.size} x " if session.world.size > 1 else ""
     return Started(
         step=step,
         total_steps=session.total_steps,
-        pictures=len(names := {e.name for e in session.examples}),
-        held_out=len({e.name for e in session.held_out} - names),
-        trainable_parameters=sum(p.numel() for p in session.parameters.values()),
+        pictures=len(names),
+        held_out=len(validation_names - names),
+        trainable_parameters=sum(p.numel() for p in session.optimisation.parameters.values()),
         parameters={
             name: sum(p.numel() for p in inject.trainable(module).values())
-            for name, module in session.components.items()
+            for name, module in model.components.items()
         },
         base_parameters={
-            name: estimate.base_parameters(session.base.files, name) for name in session.components
+            name: estimate.base_parameters(model.base.files, name) for name in model.components
         },
-        device=f"{session.world.size} x " * (session.world.size > 1) + device_name(session.device),
+        device=devices + device_name(session.device),
         precision=session.precision,
-        attention=session.attention,
-        family=session.base.family.name,
-        saves=session.run.saving.saves,
-        images_per_step=session.run.training.batch_size
-        * session.run.training.gradient_accumulation_steps,
+        attention=model.attention,
+        family=model.base.family.name,
+        saves=run.saving.saves,
+        images_per_step=run.training.batch_size * run.training.gradient_accumulation_steps,
     )

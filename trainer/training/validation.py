@@ -1,4 +1,4 @@
-"""The validation loss, and whether a run ends early because of it."""
+"""The validation loss, and early stopping by it."""
 
 import math
 from collections.abc import Sequence
@@ -13,138 +13,147 @@ from trainer.families.base import Batch
 from trainer.models.device import send
 from trainer.models.seeds import generator_for
 from trainer.runs import convergence, run_status
-from trainer.runs.events import (
-    EndedEarly,
-    Validated,
-    Warned,
-)
+from trainer.runs.events import EndedEarly, Validated, Warned
 from trainer.training.session import Session
-from trainer.training.step.losses import _conditioning, _losses, _mask, _scaled, _size_ids
-
-VALIDATION_TIMESTEPS = 8  # of each picture, in one forward pass
-
-FEW_IMAGES = (
-    8  # below this the draws are compared one by one: the scatter of three means says too little
+from trainer.training.step.losses import (
+    conditioning_for,
+    denoising_losses,
+    mask_of,
+    scaled_latents,
+    size_ids_of,
 )
 
-ENOUGH_IMAGES = 4  # below this each is measured more often, so that there are always 32 draws
-
-COMPARED = 4  # training pictures that are measured beside those held out
-
-
-def validation_losses(session: Session) -> list[float]:
-    """On the held-out pictures at fixed noise and timesteps: the same weights always give the same numbers.
-
-    The loss of a step depends mostly on its random timestep; only this one shows progress. One mean a picture; with few pictures one
-    number for each draw of noise and timestep, and more of them where there are fewer still.
-    """
-    count = len(session.held_out)
-    draws = VALIDATION_TIMESTEPS * math.ceil(ENOUGH_IMAGES / count)
-    losses = [
-        fixed_losses(session, example, index, draws)
-        for index, example in enumerate(session.held_out)
-    ]
-    return (torch.stack(losses).mean(1) if count >= FEW_IMAGES else torch.cat(losses)).tolist()
+VALIDATION_TIMESTEPS = 8
+"""Noise levels per image, in one forward pass."""
+MIN_IMAGES_FOR_MEANS = 8
+"""Smaller validation sets are compared draw by draw: a standard error of three means is useless."""
+MIN_IMAGES = 4
+"""Smaller validation sets get more draws per image, so that there are always 32."""
+COMPARED_IMAGES = 4
+"""Training images whose loss is computed in the same way, to compare."""
 
 
-def training_loss(session: Session) -> float | None:
-    """Mean loss on a few training pictures, measured like those held out; None where these are training pictures themselves.
-
-    It goes on falling while the held-out loss rises: the distance between the two is what was memorised.
-    """
-    names = {example.name for example in session.examples}
-    if any(example.name in names for example in session.held_out):
-        return None
-    plain = [
-        example
-        for example in session.examples
-        if example.resolution == session.run.dataset.resolution
-    ]
-    chosen = plain[:: max(1, len(plain) // COMPARED)][:COMPARED]
-    return float(
-        torch.stack(
-            [fixed_losses(session, example, index) for index, example in enumerate(chosen)]
-        ).mean()
-    )
-
-
-@torch.no_grad()
-def fixed_losses(
-    session: Session, example: Example, index: int = 0, draws: int = VALIDATION_TIMESTEPS
-) -> Tensor:
-    """Losses of one picture, [draws]: timesteps spread evenly, and the noise of this index."""
-    places = (torch.arange(draws) + 0.5) / draws
-    timesteps = session.objective.timesteps(send(places, session.device))
-    noise = torch.randn(
-        draws,
-        *example.mean.shape,
-        generator=generator_for(session.run.training.seed, "validation", index),
-    )
-    view = example.views[0]
-    conditioning, sizes, mask = (
-        _conditioning(session, [example.caption]),
-        _size_ids(session, [view]),
-        _mask(session, [view]),
-    )
-    losses = []
-    for part in torch.arange(draws).chunk(
-        session.fallbacks.pieces["validate"] * draws // VALIDATION_TIMESTEPS
-    ):
-        repeated = {name: t.expand(len(part), *t.shape[1:]) for name, t in conditioning.items()}
-        batch = Batch(
-            _scaled(session, view.mean.expand_as(noise[part])),
-            repeated,
-            sizes.expand(len(part), -1),
-        )
-        noised = session.objective.noised(
-            batch.latents, send(noise[part], session.device), timesteps[part]
-        )
-        losses.append(_losses(session, batch, noised, mask))
-    return torch.cat(losses)
-
-
-def measure(session: Session, step: int) -> float | None:
-    """The validation loss; None, with a warning, where it needs more memory than there is."""
-    session.fallbacks.catch_up("validate", step)
+def validate(session: Session, step: int) -> float | None:
+    """Reports and returns the validation loss, or None with a warning if memory is too short."""
+    fallbacks = session.fallbacks
+    fallbacks.catch_up("validate", step)
     try:
-        parts = session.fallbacks.attempt(
+        losses = fallbacks.attempt(
             "validate", step, lambda: validation_losses(session), VALIDATION_TIMESTEPS
         )
-        compared = session.fallbacks.attempt(
+        on_training_images = fallbacks.attempt(
             "validate", step, lambda: training_loss(session), VALIDATION_TIMESTEPS
         )
     except OutOfMemory:
         session.log.append(
             Warned(
-                f"The validation loss of step {step} could not be measured for want of memory; the training goes on."
+                f"There is too little memory for the validation loss of step {step}; "
+                "the training continues without it."
             )
         )
         return None
-    loss = fmean(parts)
-    session.log.append(Validated(step, loss, parts, compared))
+    loss = fmean(losses)
+    session.log.append(Validated(step, loss, losses, on_training_images))
     return loss
 
 
-def ends_early(session: Session, step: int, saves: Sequence[int]) -> bool:
-    """Whether the held-out loss has not fallen for as many saves as the settings allow. A save that a person asked for does not count,
-    so that asking alters nothing; what was measured is read from the events, so that a resumed run decides alike."""
+def validation_losses(session: Session) -> list[float]:
+    """Returns one mean loss per image of the validation set, with fixed noise and timesteps.
+
+    The same weights always give the same numbers. A training loss depends mostly on its random
+    timestep, so only this loss shows progress. With fewer than MIN_IMAGES_FOR_MEANS images it
+    returns every (noise, timestep) draw instead.
+    """
+    count = len(session.data.validation)
+    draws = VALIDATION_TIMESTEPS * math.ceil(MIN_IMAGES / count)
+    losses = [
+        fixed_losses(session, example, index, draws)
+        for index, example in enumerate(session.data.validation)
+    ]
+    compared = torch.stack(losses).mean(1) if count >= MIN_IMAGES_FOR_MEANS else torch.cat(losses)
+    result: list[float] = compared.tolist()
+    return result
+
+
+def training_loss(session: Session) -> float | None:
+    """Returns the mean loss on a few training images, with fixed noise and timesteps.
+
+    It falls further while the validation loss rises: their distance is what was memorised. Returns
+    None if the validation set consists of training images.
+    """
+    examples = session.data.examples
+    names = {example.name for example in examples}
+    if any(example.name in names for example in session.data.validation):
+        return None
+    resolution = session.run.dataset.resolution
+    comparable = [example for example in examples if example.resolution == resolution]
+    stride = max(1, len(comparable) // COMPARED_IMAGES)
+    chosen = comparable[::stride][:COMPARED_IMAGES]
+    losses = [fixed_losses(session, example, index) for index, example in enumerate(chosen)]
+    return float(torch.stack(losses).mean())
+
+
+def fixed_losses(
+    session: Session, example: Example, index: int = 0, draws: int = VALIDATION_TIMESTEPS
+) -> Tensor:
+    """Returns losses of one image, [draws], at evenly spread timesteps.
+
+    The noise depends on the seed and on `index`, so each image of a set gets its own.
+    """
+    noise_levels = (torch.arange(draws) + 0.5) / draws
+    generator = generator_for(session.run.training.seed, "validation", index)
+    noise = torch.randn(draws, *example.mean.shape, generator=generator)
+    with torch.no_grad():
+        return _losses_at(session, example, noise_levels, noise)
+
+
+def _losses_at(session: Session, example: Example, noise_levels: Tensor, noise: Tensor) -> Tensor:
+    """Returns the loss of one image at each noise level (0 to 1) with its noise, [draws]."""
+    draws = len(noise_levels)
+    objective = session.model.objective
+    timesteps = objective.timesteps(send(noise_levels, session.device))
+    view = example.views[0]
+    conditioning = conditioning_for(session, [example.caption])
+    size_ids = size_ids_of(session, [view])
+    mask = mask_of(session, [view])
+
+    # If memory is short, the draws go through the model in several pieces.
+    pieces = session.fallbacks.pieces["validate"] * draws // VALIDATION_TIMESTEPS
+    losses = []
+    for piece in torch.arange(draws).chunk(pieces):
+        repeated = {
+            name: tensor.expand(len(piece), *tensor.shape[1:])
+            for name, tensor in conditioning.items()
+        }
+        latents = scaled_latents(session, view.mean.expand_as(noise[piece]))
+        batch = Batch(latents, repeated, size_ids.expand(len(piece), -1))
+        noised = objective.noised(latents, send(noise[piece], session.device), timesteps[piece])
+        losses.append(denoising_losses(session, batch, noised, mask))
+    return torch.cat(losses)
+
+
+def ends_early(session: Session, step: int, save_steps: Sequence[int]) -> bool:
+    """Returns whether the validation loss stopped improving for `training.early_stop` saves.
+
+    Only planned saves count, so a save on request changes nothing. The losses are read from the
+    events, so a resumed run decides alike.
+    """
     patience = session.run.training.early_stop
-    if not patience or step not in saves:
+    if not patience or step not in save_steps:
         return False
     status = run_status.read_status(session.folder)
-    measured = [point for point in status.validations if point.step in saves]
-    if not session.world.agree(
-        bool(status.started and status.started.held_out)
-        and convergence.has_stopped_improving(measured, patience)
-    ):
+    has_validation_set = bool(status.started and status.started.held_out)
+    validations = [point for point in status.validations if point.step in save_steps]
+    is_over = has_validation_set and convergence.has_stopped_improving(validations, patience)
+    if not session.world.agree(is_over):
         return False
     best = status.best_step or step
     session.log.append(
         EndedEarly(
             step,
             best,
-            f"The loss on the held-out pictures has not fallen for {patience} saves, so the run ended at step {step} of "
-            f"{session.total_steps}. The best save is that of step {best}.",
+            f"The validation loss has not fallen for {patience} saves, so the run ended at step "
+            f"{step} of {session.total_steps}. The best save is from step {best}.",
         )
     )
     return True

@@ -1,27 +1,21 @@
-"""What a run will take: steps, parameters, bytes and time, worked out before it starts and without torch.
+"""What a run will take: steps, parameters, disk, memory and time, without torch.
 
-The trainer uses the very same functions, so that what the page says is what happens.
+The page shows these numbers before the start, and the trainer uses the same functions. The model
+sizes and coefficients are described in docs/estimates.md.
 """
 
-from trainer.training.estimate.costs import COSTS, VAE_WIDTH, Costs, Size, kind_by_name, size_of
+from trainer.training.estimate.costs import COSTS, Costs, Size, kind_by_name, size_of
 from trainer.training.estimate.device_memory import (
     ADAPTER_BYTES,
-    BYTES,
-    FORWARD_KEPT,
-    FRAGMENTS,
-    LIBRARIES_BYTES,
-    QUANTIZED_BYTES,
-    TEXT_KEPT,
+    FRAGMENTATION,
     VAE_TILES,
     Memory,
-    can_quantize,
-    fit,
     memory,
 )
 from trainer.training.estimate.disk import disk_bytes
+from trainer.training.estimate.fitting import can_quantize, fit
 from trainer.training.estimate.parameters import (
     FILE_BYTES,
-    TOKEN_TABLE,
     adapter_parameters,
     base_parameters,
     file_bytes,
@@ -30,8 +24,6 @@ from trainer.training.estimate.parameters import (
     trigger_parameters,
 )
 from trainer.training.estimate.step_time import (
-    OPERATIONS_PER_SECOND,
-    STEP_OVERHEAD,
     expected_seconds_per_step,
     measured_seconds_per_step,
 )
@@ -45,22 +37,13 @@ from trainer.training.estimate.steps import (
 
 __all__ = [
     "ADAPTER_BYTES",
-    "BYTES",
     "COSTS",
-    "Costs",
     "FILE_BYTES",
-    "FORWARD_KEPT",
-    "FRAGMENTS",
-    "LIBRARIES_BYTES",
-    "Memory",
-    "OPERATIONS_PER_SECOND",
-    "QUANTIZED_BYTES",
-    "STEP_OVERHEAD",
-    "Size",
-    "TEXT_KEPT",
-    "TOKEN_TABLE",
+    "FRAGMENTATION",
     "VAE_TILES",
-    "VAE_WIDTH",
+    "Costs",
+    "Memory",
+    "Size",
     "adapter_parameters",
     "base_parameters",
     "can_quantize",

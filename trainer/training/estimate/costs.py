@@ -1,5 +1,6 @@
-"""What a kind of base model costs."""
+"""What one image costs in each kind of base model (docs/estimates.md)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trainer.config import RunConfig
@@ -9,125 +10,149 @@ from trainer.models.pipelines import T5_PARTS
 
 @dataclass(frozen=True)
 class Costs:
-    """What one image costs in a kind of model, in units that do not depend on its size.
+    """Costs of one image in a kind of model, in units that do not depend on its resolution.
 
-    Counted with torch's flop counter and saved-tensor hooks on the full-size models; the parameters are those of the published ones,
-    for a model that is not on this machine yet.
+    Counted with torch's flop counter and saved-tensor hooks on the full-size models. The
+    parameters are those of the published models, for a model that is not on this machine yet.
     """
 
-    kept: float
-    """Numbers that a training step keeps per latent position and channel of the denoiser's first level."""
-    kept_checkpointed: float
+    activations: float
+    """Numbers that a training step stores per latent position and channel of the denoiser's first
+    level."""
+    activations_checkpointed: float
     """The same with gradient checkpointing, at the peak."""
     operations: float
-    """Of a LoRA step, per latent position and parameter of the denoiser (a multiply-add is two)."""
+    """Operations of a LoRA step per latent position and parameter of the denoiser. A multiply-add
+    is two."""
     operations_checkpointed: float
-    parameters: dict[str, float]
+    """The same with gradient checkpointing."""
+    parameters: Mapping[str, float]
+    """Parameters by component."""
     width: int
+    """Channels of the denoiser's first level."""
     linear_share: float
-    """Of the denoiser's weights, those in linear layers: only these can be kept in 8 or 4 bits."""
+    """Fraction of the denoiser's weights in linear layers. Only these can be quantised."""
     vae_side: int
-    """Pixels along a side of the pictures that the VAE was made for."""
+    """Side of the images that the VAE was made for, in pixels."""
     latent_step: int = 8
     """Pixels per latent position along a side."""
-    named: tuple[str, ...] = ()
-    """Words, one of which is in the name of a model of this kind; without any it is the kind of all other names."""
+    name_parts: tuple[str, ...] = ()
+    """One of these is in the name of a model of this kind. The kind without any has all others."""
 
 
 COSTS = {
     "StableDiffusionPipeline": Costs(
-        305, 80, 0.51, 0.68, {"unet": 860e6, "text_encoder": 123e6, "vae": 84e6}, 320, 0.31, 512
+        activations=305,
+        activations_checkpointed=80,
+        operations=0.51,
+        operations_checkpointed=0.68,
+        parameters={"unet": 860e6, "text_encoder": 123e6, "vae": 84e6},
+        width=320,
+        linear_share=0.31,
+        vae_side=512,
     ),
     "StableDiffusion3Pipeline": Costs(
-        154,
-        15,
-        0.71,
-        0.99,
-        {
+        activations=154,
+        activations_checkpointed=15,
+        operations=0.71,
+        operations_checkpointed=0.99,
+        parameters={
             "transformer": 2243e6,
             "text_encoder": 123e6,
             "text_encoder_2": 695e6,
             "text_encoder_3": 4762e6,
             "vae": 84e6,
         },
-        1536,
-        1.0,
-        1024,
-        named=("stable-diffusion-3", "sd3"),
+        width=1536,
+        linear_share=1.0,
+        vae_side=1024,
+        name_parts=("stable-diffusion-3", "sd3"),
     ),
     "StableDiffusionXLPipeline": Costs(
-        535,
-        58,
-        0.35,
-        0.47,
-        {"unet": 2567e6, "text_encoder": 123e6, "text_encoder_2": 695e6, "vae": 84e6},
-        320,
-        0.87,
-        1024,
-        named=("xl",),
+        activations=535,
+        activations_checkpointed=58,
+        operations=0.35,
+        operations_checkpointed=0.47,
+        parameters={"unet": 2567e6, "text_encoder": 123e6, "text_encoder_2": 695e6, "vae": 84e6},
+        width=320,
+        linear_share=0.87,
+        vae_side=1024,
+        name_parts=("xl",),
     ),
 }
+"""Costs by the pipeline in model_index.json."""
 
-VAE_WIDTH = 128
+DEFAULT_PIPELINE = "StableDiffusionPipeline"
+VAE_WIDTHS = (128,) * 4
+"""Channels of the VAE's levels, if its configuration does not contain them."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """The base model in numbers."""
+    """The size of a base model."""
 
     costs: Costs
-    parameters: dict[str, float]
-    """By component."""
+    parameters: Mapping[str, float]
+    """Parameters by component."""
     width: int
+    """Channels of the denoiser's first level, or of its transformer blocks."""
     latent_step: int
     vae_side: int
-    vae_width: int = VAE_WIDTH
+    vae_width: int = VAE_WIDTHS[0]
 
     @property
     def denoiser(self) -> float:
+        """Parameters of the UNet or the transformer."""
         return self.parameters.get("unet", 0) + self.parameters.get("transformer", 0)
 
     @property
     def text_encoders(self) -> float:
-        return sum(
-            count for part, count in self.parameters.items() if part.startswith("text_encoder")
-        )
+        """Parameters of all text encoders."""
+        parameters = self.parameters.items()
+        return sum(count for part, count in parameters if part.startswith("text_encoder"))
 
 
 def size_of(run: RunConfig) -> Size:
-    """Measured from the tensor headers; for a model that is not on this machine, that of its kind, told by its name."""
+    """Returns the size of the base, counted in its files or, without them, by its name."""
     folder = locate(run.base)
-    if folder is None:
-        costs = COSTS[kind_by_name(run.base.model)]
-        parameters = {
-            part: count
-            for part, count in costs.parameters.items()
-            if run.base.t5 or part not in T5_PARTS
-        }
-        return Size(costs, parameters, costs.width, costs.latent_step, costs.vae_side)
-    return _measured_size(inspect(folder, run.base.t5))
+    if folder is not None:
+        return _counted_size(inspect(folder, run.base.t5))
+    costs = COSTS[kind_by_name(run.base.model)]
+    parameters = {
+        part: count
+        for part, count in costs.parameters.items()
+        if run.base.t5 or part not in T5_PARTS
+    }
+    return Size(costs, parameters, costs.width, costs.latent_step, costs.vae_side)
 
 
 def kind_by_name(model: str) -> str:
-    """The pipeline of a model that is not on this machine."""
-    found = (
-        pipeline
-        for pipeline, costs in COSTS.items()
-        if any(word in model.lower() for word in costs.named)
-    )
-    return next(found, "StableDiffusionPipeline")
+    """Returns the pipeline of a model that is not on this machine, guessed from its name."""
+    name = model.lower()
+    for pipeline, costs in COSTS.items():
+        if any(part in name for part in costs.name_parts):
+            return pipeline
+    return DEFAULT_PIPELINE
 
 
-def _measured_size(base: BaseFiles) -> Size:
+def _counted_size(base: BaseFiles) -> Size:
     costs = COSTS[base.pipeline]
-    counted = {
+    parameters = {
         part: float(sum(info.numel for info in tensors.values()))
         for part, tensors in base.tensors.items()
     }
-    levels = base.configs["vae"].get("block_out_channels") or [VAE_WIDTH] * 4
-    denoiser = base.configs.get("transformer") or base.configs.get("unet") or {}
-    widths = denoiser.get("block_out_channels") or [costs.width]
-    if "transformer" in base.configs:
-        widths = [int(denoiser["num_attention_heads"]) * int(denoiser["attention_head_dim"])]
-    side = base.configs["vae"].get("sample_size", costs.vae_side)
-    return Size(costs, counted, int(widths[0]), 2 ** (len(levels) - 1), int(side), int(levels[0]))
+    vae = base.configs["vae"]
+    levels = vae.get("block_out_channels") or VAE_WIDTHS
+    side = vae.get("sample_size", costs.vae_side)
+    latent_step = 2 ** (len(levels) - 1)
+    width = _denoiser_width(base, costs)
+    return Size(costs, parameters, width, latent_step, int(side), int(levels[0]))
+
+
+def _denoiser_width(base: BaseFiles, costs: Costs) -> int:
+    transformer = base.configs.get("transformer")
+    if transformer:
+        return int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"])
+    unet = base.configs.get("unet") or {}
+    widths = unet.get("block_out_channels") or [costs.width]
+    return int(widths[0])

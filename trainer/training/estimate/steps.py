@@ -1,4 +1,4 @@
-"""Steps and saves of a run."""
+"""Steps and saves of a run, and forward passes in a step."""
 
 import math
 from collections.abc import Sequence
@@ -8,38 +8,49 @@ from trainer.data.scan import held_out_count, resolutions
 
 
 def total_steps(run: RunConfig, views: int) -> int:
-    """Optimiser steps of a run whose training pictures count `views` per pass (repeats included)."""
+    """Returns the optimiser steps of a run.
+
+    `views` is the number of training images in one epoch, at all resolutions and with repeats.
+    """
     training = run.training
     if training.steps:
         return training.steps
-    return max(
-        1,
-        math.ceil(
-            views
-            * training.views_per_picture
-            / (training.batch_size * training.gradient_accumulation_steps)
-        ),
-    )
+    images_per_step = training.batch_size * training.gradient_accumulation_steps
+    return max(1, math.ceil(views * training.views_per_picture / images_per_step))
 
 
 def steps_for(run: RunConfig, repeats: Sequence[int]) -> int:
-    """Optimiser steps for a dataset, those held out not counted; `repeats` of each picture. Which are held out is drawn later."""
-    trained = 1 - held_out_count(run, len(repeats)) / max(1, len(repeats))
-    return total_steps(run, round(sum(repeats) * trained) * len(resolutions(run)))
+    """Returns the optimiser steps for a dataset, given the repeats of each image.
+
+    The validation set does not count. Which images are in it is drawn when the run starts, so the
+    mean number of repeats is assumed.
+    """
+    images = len(repeats)
+    trained_fraction = 1 - held_out_count(run, images) / max(1, images)
+    return total_steps(run, round(sum(repeats) * trained_fraction) * len(resolutions(run)))
 
 
 def save_steps(total: int, saves: int) -> list[int]:
-    """The steps after which the adapter is saved: `saves` equal parts, the last one at the end."""
+    """Returns the steps after which the adapter is saved: `saves` equal parts of the run."""
     return sorted({max(1, round(total * part / saves)) for part in range(1, saves + 1)})
 
 
 def images_per_pass(run: RunConfig) -> int:
-    """Pictures in a forward pass of one device: several cut a microbatch where they cannot deal out whole ones (`World.shares`)."""
+    """Returns the images in a forward pass of one device.
+
+    Several devices split a microbatch if whole ones cannot be distributed evenly
+    (`World.shares`).
+    """
     training = run.training
     pieces = training.devices // math.gcd(training.devices, training.gradient_accumulation_steps)
     return math.ceil(training.batch_size / pieces)
 
 
 def passes_per_image(run: RunConfig) -> int:
-    """Of a step, each forward and backward: of the picture, its class picture, and its caption without the trigger."""
-    return 1 + bool(run.dataset.regularisation_folder) + bool(run.objective.prior_preservation)
+    """Returns how often a step passes through the model per image, forward and backward.
+
+    Once for the image, once for its class image, and once for prior preservation.
+    """
+    has_class_images = bool(run.dataset.regularisation_folder)
+    preserves_prior = bool(run.objective.prior_preservation)
+    return 1 + has_class_images + preserves_prior
