@@ -1,42 +1,51 @@
-"""Every recipe that ships: complete, and it trains."""
+"""Every preset that ships is complete, and trains."""
+
+from pathlib import Path
 
 import pytest
 
+from tests.tiny import save_tiny_base
 from trainer import config
+from trainer.config import presets
 from trainer.config.presets import load_preset, load_presets
 from trainer.errors import ConfigError
 from trainer.runs import run_folder, run_status
 from trainer.training.runner import run_in
 
-KINDS = {
+TINY_KINDS = {
     "embedded": "sd1",
     "sd15": "sd1",
     "sd21": "sd2-v",
     "sdxl": "sdxl",
     "sd35m": "sd35-medium",
-}  # of tiny bases, by how a preset begins
+}
+"""The kind of tiny base model for a preset, by the first part of its name."""
+
+RESOLUTIONS = {"embedded": 64, "sd15": 512, "sd21": 768, "sdxl": 1024, "sd35m": 1024}
+"""The size for which a base model was made."""
+
+
+def base_name(preset: str) -> str:
+    return preset.partition("-")[0]
 
 
 @pytest.fixture(scope="module")
-def base_for(tmp_path_factory):
-    from tests.tiny import save_tiny_base
-
-    folders = {
+def tiny_bases(tmp_path_factory):
+    """The folder of a tiny base model by its kind."""
+    return {
         kind: save_tiny_base(tmp_path_factory.mktemp(kind) / "base", kind=kind)
-        for kind in sorted(set(KINDS.values()))
+        for kind in sorted(set(TINY_KINDS.values()))
     }
-    return lambda preset: folders[KINDS[preset.partition("-")[0]]]
 
 
 @pytest.mark.parametrize("name", load_presets())
-def test_every_preset_trains(name, base_for, tiny_dataset, outputs):
-    """As it is, but on a tiny base of its kind and for two steps."""
-    preset = load_preset(name)
+def test_every_preset_trains(name, tiny_bases, tiny_dataset, outputs):
+    """Unchanged except for a tiny base model of its kind and two steps."""
     run = config.replace(
-        preset.config,
+        load_preset(name).config,
         {
-            "base.model": str(base_for(name)),
-            "base.quantization": "none",  # that of one preset needs a GPU
+            "base.model": str(tiny_bases[TINY_KINDS[base_name(name)]]),
+            "base.quantization": "none",  # quantization needs a GPU
             "dataset.folder": str(tiny_dataset),
             "dataset.resolution": 32,
             "dataset.bucket_step": 8,
@@ -52,37 +61,51 @@ def test_every_preset_trains(name, base_for, tiny_dataset, outputs):
 
 
 @pytest.mark.parametrize("name", load_presets())
-def test_every_preset_says_what_it_is_for(name):
+def test_every_preset_describes_its_purpose_and_needs(name):
     preset = load_preset(name)
-    assert (
-        preset.purpose.endswith(".")
-        and preset.pictures
-        and preset.memory
-        and preset.time
-        and len(preset.hash) == 12
-    )
-    assert preset.config.adapter.alpha == preset.config.adapter.rank, (
-        "else learning rates cannot be compared between presets"
-    )
+    assert preset.purpose.endswith(".")
+    assert preset.pictures and preset.memory and preset.time
+    assert len(preset.hash) == 12
 
 
-def test_each_base_has_the_four_purposes():
-    by_base = {}
+@pytest.mark.parametrize("name", load_presets())
+def test_alpha_equals_rank_in_every_preset(name):
+    """Otherwise the learning rates of two presets could not be compared."""
+    adapter = load_preset(name).config.adapter
+    assert adapter.alpha == adapter.rank
+
+
+def test_each_base_has_a_preset_for_four_purposes():
+    titles = {}
     for preset in load_presets().values():
-        by_base.setdefault(preset.config.base.model, set()).add(preset.title)
-    assert len(by_base) == len(KINDS) and all(
-        titles >= {"Subject", "Style", "Object", "Character"} for titles in by_base.values()
-    )
+        titles.setdefault(preset.config.base.model, set()).add(preset.title)
+    assert len(titles) == len(TINY_KINDS)
+    for base, found in titles.items():
+        assert found >= {"Subject", "Style", "Object", "Character"}, base
 
 
-NATIVE = {"embedded": 64, "sd15": 512, "sd21": 768, "sdxl": 1024, "sd35m": 1024}
+@pytest.mark.parametrize("name", load_presets())
+def test_each_preset_trains_at_the_size_of_its_base(name):
+    assert load_preset(name).config.dataset.resolution == RESOLUTIONS[base_name(name)]
 
 
-def test_each_preset_trains_at_the_size_its_base_draws():
-    sizes = {name: preset.config.dataset.resolution for name, preset in load_presets().items()}
-    assert sizes == {name: NATIVE[name.partition("-")[0]] for name in sizes}
-
-
-def test_an_unknown_preset_is_answered_with_those_there_are():
-    with pytest.raises(ConfigError, match="embedded-subject"):
+def test_an_unknown_preset_is_refused_with_the_names_of_all():
+    with pytest.raises(ConfigError, match="no preset named 'nonsense'.*embedded-subject"):
         load_preset("nonsense")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name = 'x'", r"\[about\] is missing or wrong"),
+        ("[about]\ntitle = 'x'", r"\[about\] is missing or wrong"),
+        ("[training]\nspeed = 1", "no such setting"),
+        ("[about", "not a TOML file"),
+    ],
+)
+def test_an_invalid_preset_is_refused_with_its_name(text: str, words: str, tmp_path: Path):
+    path = tmp_path / "bad.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=words) as error:
+        presets.read(path)
+    assert "bad.toml" in str(error.value)
