@@ -1,4 +1,4 @@
-"""The objective against diffusers' own formulas and worked numbers."""
+"""The objectives compared with the formulas of diffusers and with worked numbers."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from trainer.families.objective import (
     p2_weights,
     pointwise_error,
     pyramid_noise,
-    sample_places,
+    sample_positions,
 )
 from trainer.runs import run_folder, run_status
 from trainer.training.runner import run_in
@@ -39,7 +39,7 @@ def scheduler(request):
     return DDPMScheduler(prediction_type=request.param, **SCHEDULE)
 
 
-def test_noise_target_and_snr_are_those_of_diffusers(scheduler):
+def test_noise_target_and_snr_equal_diffusers(scheduler):
     objective = DiffusionObjective.from_scheduler(scheduler)
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 5, 4, 3, 3, generator=generator)
@@ -52,12 +52,11 @@ def test_noise_target_and_snr_are_those_of_diffusers(scheduler):
         else scheduler.get_velocity(latents, noise, timesteps)
     )
     torch.testing.assert_close(noised.target, expected)
-    ratio = objective.alphas_cumprod[timesteps] / (1 - objective.alphas_cumprod[timesteps])
-    torch.testing.assert_close(ratio, compute_snr(scheduler, timesteps))
+    torch.testing.assert_close(objective.snr(timesteps), compute_snr(scheduler, timesteps))
 
 
-def test_the_loss_is_the_weighted_error_of_the_diffusers_examples(scheduler):
-    """The formula of diffusers' train_text_to_image_lora.py, written out."""
+def test_the_loss_equals_the_training_example_of_diffusers(scheduler):
+    """The expected loss is the formula in train_text_to_image_lora.py."""
     objective = DiffusionObjective.from_scheduler(scheduler)
     generator = torch.Generator().manual_seed(1)
     latents, noise, model_pred = torch.randn(3, 6, 4, 2, 2, generator=generator)
@@ -68,17 +67,10 @@ def test_the_loss_is_the_weighted_error_of_the_diffusers_examples(scheduler):
     weights = (
         weights / snr if scheduler.config.prediction_type == "epsilon" else weights / (snr + 1)
     )
-    expected = (
-        torch.nn.functional.mse_loss(model_pred, noised.target, reduction="none").mean(
-            dim=(1, 2, 3)
-        )
-        * weights
-    )
-    torch.testing.assert_close(image_losses(objective, model_pred, noised, DEFAULT), expected)
-    torch.testing.assert_close(
-        image_losses(objective, model_pred, noised, UNWEIGHTED),
-        (model_pred - noised.target).square().mean(dim=(1, 2, 3)),
-    )
+    error = torch.nn.functional.mse_loss(model_pred, noised.target, reduction="none")
+    mean = error.mean(dim=(1, 2, 3))
+    torch.testing.assert_close(image_losses(objective, model_pred, noised, DEFAULT), mean * weights)
+    torch.testing.assert_close(image_losses(objective, model_pred, noised, UNWEIGHTED), mean)
 
 
 def test_min_snr_on_worked_numbers():
@@ -91,14 +83,15 @@ def test_min_snr_on_worked_numbers():
     )
 
 
-def test_offset_noise_moves_whole_channels():
+def test_offset_noise_shifts_whole_channels():
     noise = torch.zeros(2, 4, 8, 8)
-    moved = offset_noise(noise, 0.1, torch.Generator().manual_seed(0))
-    assert moved.std(dim=(2, 3)).max() == 0 and moved.mean(dim=(2, 3)).unique().numel() == 8
+    shifted = offset_noise(noise, 0.1, torch.Generator().manual_seed(0))
+    assert shifted.std(dim=(2, 3)).max() == 0
+    assert shifted.mean(dim=(2, 3)).unique().numel() == 8
     assert offset_noise(noise, 0.0, torch.Generator()) is noise
 
 
-def test_an_unknown_prediction_is_refused():
+def test_other_prediction_types_and_schedules_are_refused():
     with pytest.raises(ModelError, match="sample"):
         DiffusionObjective.from_scheduler(DDPMScheduler(prediction_type="sample"))
     with pytest.raises(ModelError, match="EDMDPM"):
@@ -110,8 +103,11 @@ EVEN = (torch.arange(20_000) + 0.5) / 20_000
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("scheme", ["logit_normal", "mode", "uniform"])
-def test_flow_matching_is_that_of_diffusers_own_example(shift, scheme):
-    """The formula of diffusers' train_dreambooth_lora_sd3.py, written out: its index counts from the noise, our place from the picture."""
+def test_flow_matching_equals_the_training_example_of_diffusers(shift, scheme):
+    """The expected loss is the formula in train_dreambooth_lora_sd3.py.
+
+    Its index counts from the noise, and a position here from the image.
+    """
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     objective = FlowMatchingObjective.from_scheduler(scheduler)
     generator = torch.Generator().manual_seed(2)
@@ -133,23 +129,26 @@ def test_flow_matching_is_that_of_diffusers_own_example(shift, scheme):
 
 
 @pytest.mark.parametrize("scheme", ["logit_normal", "mode", "uniform"])
-def test_timesteps_are_sampled_as_densely_as_by_diffusers(scheme):
-    """Deciles of our evenly spread draws against 200,000 of theirs."""
+def test_timestep_densities_equal_diffusers(scheme):
+    """Compares the deciles of evenly spread positions with 200,000 random ones of diffusers."""
     torch.manual_seed(0)
-    theirs = compute_density_for_timestep_sampling(
+    reference = compute_density_for_timestep_sampling(
         scheme, 200_000, logit_mean=0.0, logit_std=1.0, mode_scale=1.29
     )
     deciles = torch.arange(1, 10) / 10
     torch.testing.assert_close(
         TIMESTEP_SAMPLING[scheme](EVEN, DEFAULT).quantile(deciles),
-        theirs.quantile(deciles),
+        reference.quantile(deciles),
         rtol=0,
         atol=5e-3,
     )
 
 
-def test_cosmap_samples_as_densely_as_its_weight_is_large():
-    """Diffusers weighs uniform timesteps by 2 / (pi (1 - 2 t + 2 t^2)) instead (Esser et al. 2024, 3.1): the same mean of any f(t)."""
+def test_cosmap_has_the_density_that_diffusers_uses_as_a_weight():
+    """Diffusers weights uniform timesteps by 2 / (pi (1 - 2 t + 2 t^2)) (Esser et al. 2024, 3.1).
+
+    So the mean of any f(t) is the same.
+    """
     weights = compute_loss_weighting_for_sd3("cosmap", EVEN)
     for f in (torch.ones_like, torch.sqrt, torch.cos):
         torch.testing.assert_close(
@@ -161,7 +160,7 @@ def test_cosmap_samples_as_densely_as_its_weight_is_large():
 
 
 def test_flow_matching_on_worked_numbers():
-    """A shift of 3 takes the half to 3 * 0.5 / (1 + 2 * 0.5) = 0.75."""
+    """A shift of 3 moves 0.5 to 3 * 0.5 / (1 + 2 * 0.5) = 0.75."""
     objective = FlowMatchingObjective.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0))
     assert objective.timesteps(torch.tensor([0.4999, 0.9999, 1.0])).tolist() == [
         750.0,
@@ -177,7 +176,7 @@ def test_flow_matching_on_worked_numbers():
     )
 
 
-def test_places_of_diffusion_are_whole_timesteps(scheduler):
+def test_timesteps_of_diffusion_are_whole_numbers_in_range(scheduler):
     objective = DiffusionObjective.from_scheduler(scheduler)
     assert objective.timesteps(torch.tensor([0.0, 0.0009, 0.5, 0.9999, 1.0])).tolist() == [
         0,
@@ -191,7 +190,7 @@ def test_places_of_diffusion_are_whole_timesteps(scheduler):
         assert timesteps.min() >= 0 and timesteps.max() <= 999
 
 
-def test_a_schedule_of_another_kind_is_no_flow():
+def test_flow_matching_refuses_a_diffusion_schedule():
     with pytest.raises(ModelError, match="DDPMScheduler.*not one of flow matching"):
         FlowMatchingObjective.from_scheduler(DDPMScheduler())
 
@@ -210,8 +209,8 @@ def test_debiased_and_p2_on_worked_numbers():
 
 
 @pytest.mark.parametrize("weighting", ["min_snr", "debiased", "p2"])
-def test_a_weight_means_the_same_for_noise_and_v(weighting):
-    """The same prediction, once as noise and once as v, has the same loss."""
+def test_a_weighting_means_the_same_for_epsilon_and_v(weighting):
+    """The same prediction has the same loss, expressed as epsilon or as v."""
     noises, vs = (
         DiffusionObjective.from_scheduler(DDPMScheduler(prediction_type=kind, **SCHEDULE))
         for kind in ("epsilon", "v_prediction")
@@ -225,17 +224,20 @@ def test_a_weight_means_the_same_for_noise_and_v(weighting):
         guess - (1 - alpha_bar).sqrt() * as_noise.noisy_latents
     ) / alpha_bar.sqrt()  # noise = alpha v + sigma x_t
     settings = config.Objective(weighting=weighting)
-    ours, theirs = (
+    torch.testing.assert_close(
         image_losses(noises, guess, as_noise, settings),
         image_losses(vs, v, as_v, settings),
+        rtol=1e-3,
+        atol=1e-4,
     )
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("weighting", ["min_snr", "debiased", "p2"])
 @pytest.mark.parametrize("loss", ["l2", "huber", "smooth_l1"])
-def test_weights_stay_finite_where_nothing_but_noise_is_left(scheduler, weighting, loss):
-    """Zero terminal SNR (Lin et al. 2023, arXiv:2305.08891), and its other end."""
+def test_losses_stay_finite_at_both_ends_of_a_zero_terminal_snr_schedule(
+    scheduler, weighting, loss
+):
+    """Zero terminal SNR: Lin et al. 2024, arXiv:2305.08891."""
     objective = DiffusionObjective(torch.tensor([1.0, 0.5, 0.0]), scheduler.config.prediction_type)
     noised = objective.noised(torch.ones(3, 1, 1, 1), torch.zeros(3, 1, 1, 1), torch.arange(3))
     for schedule in ("snr", "exponential", "constant"):
@@ -248,7 +250,7 @@ def test_weights_stay_finite_where_nothing_but_noise_is_left(scheduler, weightin
         assert torch.isfinite(losses).all()
 
 
-def test_sigma_sqrt_is_that_of_diffusers():
+def test_sigma_sqrt_weights_equal_diffusers():
     objective = FlowMatchingObjective.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0))
     timesteps = torch.tensor([100.0, 750.0])
     expected = compute_loss_weighting_for_sd3("sigma_sqrt", timesteps / 1000)
@@ -257,18 +259,19 @@ def test_sigma_sqrt_is_that_of_diffusers():
     )
 
 
-def test_a_weighting_of_another_kind_of_base_is_refused(tiny_run):
+def test_a_weighting_for_another_objective_is_refused(tiny_run):
     folder = run_folder.create(tiny_run({"objective.weighting": "sigma_sqrt"}))
     assert (
         run_in(folder) == 1
-        and "sigma_sqrt does not suit Stable Diffusion 1.x" in run_status.read_status(folder).message
+        and "sigma_sqrt does not suit Stable Diffusion 1.x"
+        in run_status.read_status(folder).message
     )
 
 
 # Errors
 
 
-def test_huber_is_squared_for_small_errors_and_straight_for_large_ones():
+def test_huber_is_squared_for_small_errors_and_linear_for_large_ones():
     errors, zero, c = (
         torch.tensor([0.0, 1e-2, 3.0, 100.0]).view(4, 1, 1, 1),
         torch.zeros(4, 1, 1, 1),
@@ -285,8 +288,8 @@ def test_huber_is_squared_for_small_errors_and_straight_for_large_ones():
     torch.testing.assert_close(pointwise_error(errors, zero, "l2", c), errors**2)
 
 
-def test_the_bend_moves_along_its_schedule():
-    """c = 0.1 at the noise; 1 at the picture, where the error is squared."""
+def test_huber_schedules_fall_from_one_at_the_image_to_c_at_the_noise():
+    """c is 0.1, the default."""
     objective = DiffusionObjective(torch.tensor([1.0, 0.5, 0.0]), "epsilon")
     noised = Noised(torch.zeros(3, 1, 1, 1), torch.arange(3), torch.zeros(3, 1, 1, 1))
 
@@ -307,7 +310,7 @@ def test_the_bend_moves_along_its_schedule():
     )
 
 
-def test_a_mask_says_what_counts():
+def test_a_mask_weights_the_positions():
     objective = DiffusionObjective(torch.tensor([0.9, 0.5]), "epsilon")
     noised = Noised(torch.zeros(1, 2, 1, 2), torch.tensor([1]), torch.zeros(1, 2, 1, 2))
     pred = torch.tensor([[[[1.0, 5.0]], [[3.0, 5.0]]]])
@@ -325,30 +328,29 @@ def test_a_mask_says_what_counts():
 # Noise
 
 
-def test_the_strength_of_offset_noise_can_be_random():
+def test_a_random_offset_noise_strength_is_uniform_per_image():
     fixed = offset_noise(torch.zeros(500, 4, 1, 1), 0.1, torch.Generator().manual_seed(0))
     drawn = offset_noise(
         torch.zeros(500, 4, 1, 1), 0.1, torch.Generator().manual_seed(0), random_strength=True
     )
-    shares = (drawn / fixed)[:, :, 0, 0]
-    assert (
-        shares.std(dim=1).max() < 1e-5
-        and shares.min() < 0.02
-        and shares.max() > 0.98
-        and abs(float(shares.mean()) - 0.5) < 0.05
-    )
+    assert float(fixed.std()) == pytest.approx(0.1, rel=0.05)
+    strengths = (drawn / fixed)[:, :, 0, 0]
+    assert strengths.std(dim=1).max() < 1e-5, "one strength for all channels of an image"
+    assert strengths.min() < 0.02 and strengths.max() > 0.98
+    assert float(strengths.mean()) == pytest.approx(0.5, abs=0.05)
 
 
-def test_pyramid_noise_has_coarse_grains_and_variance_one():
+def test_pyramid_noise_correlates_neighbours_and_has_variance_one():
     plain = torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     assert pyramid_noise(plain, 0.0, torch.Generator()) is plain
     noise = pyramid_noise(plain, 0.5, torch.Generator().manual_seed(1))
     torch.testing.assert_close(noise.std(dim=(1, 2, 3)), torch.ones(64))
 
-    def neighbours(x):
+    def correlation_of_neighbours(x):
         return float((x[..., 1:] * x[..., :-1]).mean())
 
-    assert abs(neighbours(plain)) < 0.02 and neighbours(noise) > 0.1
+    assert abs(correlation_of_neighbours(plain)) < 0.02
+    assert correlation_of_neighbours(noise) > 0.1
     assert pyramid_noise(torch.randn(1, 4, 1, 1), 0.5, torch.Generator()).isfinite().all()
 
 
@@ -357,12 +359,14 @@ def prepared(tiny_run):
     from trainer.training.setup import prepare
 
     run = tiny_run()
-    return prepare(run, folder := run_folder.create(run), EventLog(folder / "events.jsonl"))
+    folder = run_folder.create(run)
+    return prepare(run, folder, EventLog(folder / "events.jsonl"))
 
 
-def test_every_option_reaches_the_loss_of_a_step_and_none_moves_the_draws_of_another(tiny_run):
+def test_every_objective_setting_changes_the_loss_of_a_step(tiny_run):
     session = prepared(tiny_run)
     plain, changes = session.run, [
+        {},
         {"min_snr_gamma": 0.0},
         {"weighting": "debiased"},
         {"weighting": "p2"},
@@ -383,41 +387,38 @@ def test_every_option_reaches_the_loss_of_a_step_and_none_moves_the_draws_of_ano
         {"input_perturbation": 0.2},
     ]  # fmt: skip
     losses = []
-    for change in [{}, *changes]:
+    for change in changes:
         session.run = config.replace(
             plain, {f"objective.{name}": value for name, value in change.items()}
         )
-        losses.append(
-            sum(
-                float(sum(microbatch_losses(session, session.buckets, i)).detach())
-                for i in range(4)
-            )
-        )
+        losses.append(sum(float(sum(microbatch_losses(session, i)).detach()) for i in range(4)))
     assert len(set(losses)) == len(losses)
 
 
-def test_a_perturbed_input_is_still_asked_for_its_noise(tiny_run):
+def test_the_target_of_a_perturbed_input_is_the_unperturbed_noise(tiny_run):
     from trainer.families.base import Batch
 
     session = prepared(tiny_run)
     session.run = config.replace(session.run, {"objective.input_perturbation": 0.1})
     latents, noise, other = torch.randn(3, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([100, 900])
-    seen = _noised(session, Batch(latents, {}, torch.zeros(2, 6)), noise, timesteps, other)
-    torch.testing.assert_close(seen.target, noise)
-    torch.testing.assert_close(
-        seen.noisy_latents, session.objective.noised(latents, other, timesteps).noisy_latents
-    )
+    batch = Batch(latents, {}, torch.zeros(2, 6))
+    noised = _noised(session, batch, noise, timesteps, other)
+    torch.testing.assert_close(noised.target, noise)
+    expected = session.model.objective.noised(latents, other, timesteps).noisy_latents
+    torch.testing.assert_close(noised.noisy_latents, expected)
 
 
 # Timesteps
 
 
-def test_timesteps_keep_to_their_range():
-    places = sample_places(EVEN, "uniform", config.Objective(min_timestep=200, max_timestep=300))
-    assert 0.2 <= places.min() < 0.201 and 0.299 < places.max() <= 0.3
+def test_timesteps_stay_in_the_range_of_the_settings():
+    settings = config.Objective(min_timestep=200, max_timestep=300)
+    positions = sample_positions(EVEN, "uniform", settings)
+    assert 0.2 <= positions.min() < 0.201
+    assert 0.299 < positions.max() <= 0.3
     torch.testing.assert_close(
-        sample_places(EVEN, "logit_normal", DEFAULT),
+        sample_positions(EVEN, "logit_normal", DEFAULT),
         TIMESTEP_SAMPLING["logit_normal"](EVEN, DEFAULT),
     )
     with pytest.raises(ConfigError, match="not below"):
@@ -426,11 +427,11 @@ def test_timesteps_keep_to_their_range():
         )
 
 
-def test_mean_and_spread_of_logit_normal_are_those_of_diffusers():
+def test_logit_normal_settings_have_the_meaning_of_diffusers():
     torch.manual_seed(0)
     theirs = compute_density_for_timestep_sampling(
         "logit_normal", 200_000, logit_mean=0.5, logit_std=0.6
     )
-    ours = sample_places(EVEN, "logit_normal", config.Objective(logit_mean=0.5, logit_std=0.6))
+    ours = sample_positions(EVEN, "logit_normal", config.Objective(logit_mean=0.5, logit_std=0.6))
     deciles = torch.arange(1, 10) / 10
     torch.testing.assert_close(ours.quantile(deciles), theirs.quantile(deciles), rtol=0, atol=5e-3)

@@ -1,4 +1,4 @@
-"""What is special about Stable Diffusion 3: three readers of captions, flow matching, joint attention, weights cut into parts."""
+"""Stable Diffusion 3: three text encoders, flow matching, joint attention and sharded weights."""
 
 import json
 import shutil
@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import scaled_dot_product_attention
 
-from tests.tiny import save_tiny_base
 from trainer import config
 from trainer.errors import ModelError
 from trainer.families import load_base
@@ -28,16 +27,9 @@ from trainer.training.step.losses import microbatch_losses
 KINDS = ["sd3", "sd35-medium"]  # with T5, and without it but with the second attention
 
 
-@pytest.fixture(scope="module")
-def base_of(tmp_path_factory):
-    folders = {
-        kind: save_tiny_base(tmp_path_factory.mktemp(kind) / "base", kind=kind) for kind in KINDS
-    }
-    return folders.__getitem__
-
-
 @pytest.fixture
 def copy_of(base_of, tmp_path):
+    """Returns a function that copies a kind of base, so that a test can change it."""
     return lambda kind: shutil.copytree(base_of(kind), tmp_path / "model")
 
 
@@ -60,10 +52,11 @@ def test_prompts_are_encoded_as_by_the_pipeline(base_of, kind):
         },
     )
     assert ours["prompt_embeds"].shape == (2, 77 + 256, 64)
-    assert bool(ours["prompt_embeds"][:, 77:].any()) == (kind == "sd3"), "zeros in the place of T5"
+    has_t5 = kind == "sd3"
+    assert bool(ours["prompt_embeds"][:, 77:].any()) == has_t5
 
 
-def test_without_t5_the_same_model_reads_with_clip_alone(base_of, tiny_run):
+def test_without_t5_captions_are_encoded_with_clip_alone(base_of, tiny_run):
     whole, without = load(base_of("sd3")), load(base_of("sd3"), t5=False)
     assert without.pipe.text_encoder_3 is None and list(
         without.family.text_encoders(without.pipe)
@@ -88,7 +81,7 @@ def test_without_t5_the_same_model_reads_with_clip_alone(base_of, tiny_run):
     assert sizes[0] > sizes[1] > 0
 
 
-def test_a_t5_that_is_named_but_not_there_is_asked_for(copy_of):
+def test_a_missing_t5_is_refused_unless_the_settings_train_without_it(copy_of):
     folder = copy_of("sd3")
     shutil.rmtree(folder / "text_encoder_3")
     with pytest.raises(ModelError, match="lacks its text_encoder_3 .*set base.t5 to false"):
@@ -96,34 +89,40 @@ def test_a_t5_that_is_named_but_not_there_is_asked_for(copy_of):
     assert load(folder, t5=False).pipe.text_encoder_3 is None
 
 
-def test_a_download_without_t5_is_gone_on_with_when_t5_is_wanted(copy_of, monkeypatch):
+def test_a_model_downloaded_without_t5_is_not_complete_for_settings_with_t5(copy_of, monkeypatch):
     folder = copy_of("sd3")
     shutil.rmtree(folder / "text_encoder_3")
     monkeypatch.setattr(
         model_files, "try_to_load_from_cache", lambda *a, **k: str(folder / "model_index.json")
     )
-    here = [
-        model_files.locate(config.Base(model="someone/stable-diffusion-3", t5=t5))
-        for t5 in (False, True)
-    ]
-    assert here == [folder, None]
+    model = "someone/stable-diffusion-3"
+    assert model_files.locate(config.Base(model=model, t5=False)) == folder
+    assert model_files.locate(config.Base(model=model, t5=True)) is None
 
 
-def test_the_loss_is_that_of_flow_matching_on_shifted_latents(base_of, tiny_run, monkeypatch):
-    """Mean of (model - (noise - latents))^2 at noisy = (1 - sigma) latents + sigma noise, latents = (VAE - shift) * scale."""
+def test_the_loss_is_flow_matching_on_shifted_and_scaled_latents(base_of, tiny_run, monkeypatch):
+    """The loss is the mean of (model - (noise - latents))^2.
+
+    Its input is (1 - sigma) latents + sigma noise, with latents = (VAE - shift) * scale.
+    """
     run = tiny_run({"base.model": str(base_of("sd3")), "dataset.caption_dropout": 0.0})
     folder = run_folder.create(run)
     session, seen = setup.prepare(run, folder, events.EventLog(folder / "events.jsonl")), []
-    real = session.predict
-    monkeypatch.setattr(session, "predict", lambda *a: seen.append((*a, real(*a))) or seen[-1][-1])
+    real = session.model.predict
+
+    def recording(*given):
+        seen.append((*given, real(*given)))
+        return seen[-1][-1]
+
+    session.model = replace(session.model, predict=recording)
     sure = [
         replace(e, views=type(e.views)(replace(v, std=torch.zeros_like(v.std)) for v in e.views))
-        for e in session.examples
+        for e in session.data.examples
     ]
-    monkeypatch.setattr(session, "examples", sure)
-    loss = sum(microbatch_losses(session, session.buckets, 0))
+    session.data = replace(session.data, examples=sure)
+    loss = sum(microbatch_losses(session, 0))
     noised, batch, model_pred = seen[0]
-    means = [(view.mean - 0.0609) * 1.5305 for e in session.examples for view in e.views]
+    means = [(view.mean - 0.0609) * 1.5305 for e in session.data.examples for view in e.views]
     assert all(
         any(torch.allclose(latents, mean) for mean in means if mean.shape == latents.shape)
         for latents in batch.latents
@@ -136,7 +135,7 @@ def test_the_loss_is_that_of_flow_matching_on_shifted_latents(base_of, tiny_run,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_and_resumed_gives_the_uninterrupted_adapter(base_of, tiny_run, monkeypatch, kind):
+def test_resume_after_a_crash_gives_identical_weights(base_of, tiny_run, monkeypatch, kind):
     run = tiny_run(
         {
             "base.model": str(base_of(kind)),
@@ -150,7 +149,9 @@ def test_killed_and_resumed_gives_the_uninterrupted_adapter(base_of, tiny_run, m
     real, calls = optimizer_step.microbatch_losses, iter(range(1, 100))
     with monkeypatch.context() as patched:
         patched.setattr(
-            optimizer_step, "microbatch_losses", lambda *a: real(*a) if next(calls) < 4 else torch.zeros(1)[5]
+            optimizer_step,
+            "microbatch_losses",
+            lambda *a: real(*a) if next(calls) < 4 else torch.zeros(1)[5],
         )
         assert run_in(cut) == 1
     assert not run_status.read_status(cut).finished
@@ -163,7 +164,7 @@ def test_killed_and_resumed_gives_the_uninterrupted_adapter(base_of, tiny_run, m
     )
 
 
-def test_strength_zero_is_the_base_to_the_bit_and_the_picture_says_euler(
+def test_strength_zero_gives_the_image_of_the_base_and_the_metadata_names_euler(
     base_of, tiny_run, tmp_path
 ):
     run = tiny_run(
@@ -196,7 +197,7 @@ def test_strength_zero_is_the_base_to_the_bit_and_the_picture_says_euler(
     assert "Sampler: Euler, " in pictures["one"].text["parameters"]
 
 
-def test_sides_that_are_no_whole_patches_are_refused(tmp_path, tiny_run):
+def test_image_sizes_that_are_not_whole_patches_are_refused(tmp_path, tiny_run):
     from tests import tiny
 
     torch.manual_seed(0)
@@ -211,18 +212,18 @@ def test_sides_that_are_no_whole_patches_are_refused(tmp_path, tiny_run):
     )
 
 
-def cut(folder, part, size):
-    """A part's weights anew, in files of at most this size with an index, as large models are published."""
+def shard(folder, part, size):
+    """Saves a part's weights as several files with an index, as large models are published."""
     pipe = load(folder).pipe
     for path in (folder / part).glob("*.safetensors"):
         path.unlink()
     getattr(pipe, part).save_pretrained(folder / part, max_shard_size=size)
 
 
-def test_weights_cut_into_parts_are_the_same_weights(base_of, copy_of):
+def test_sharded_weights_are_loaded_whole(base_of, copy_of):
     folder = copy_of("sd3")
-    cut(folder, "transformer", "200KB")
-    cut(folder, "text_encoder_3", "100KB")
+    shard(folder, "transformer", "200KB")
+    shard(folder, "text_encoder_3", "100KB")
     inspected = model_files.inspect(folder)
     assert (
         len(inspected.weights["transformer"]) > 1 and len(inspected.weights["text_encoder_3"]) > 1
@@ -250,9 +251,9 @@ BROKEN_INDEX = {
 
 
 @pytest.mark.parametrize("case", BROKEN_INDEX)
-def test_a_broken_index_is_refused_in_a_sentence(case, copy_of):
+def test_a_broken_shard_index_is_refused(case, copy_of):
     folder, (spoil, words) = copy_of("sd35-medium"), BROKEN_INDEX[case]
-    cut(folder, "transformer", "200KB")
+    shard(folder, "transformer", "200KB")
     path = folder / "transformer/diffusion_pytorch_model.safetensors.index.json"
     index = json.loads(path.read_text())
     if case == "missing_part":
@@ -265,15 +266,18 @@ def test_a_broken_index_is_refused_in_a_sentence(case, copy_of):
 
 @pytest.fixture
 def pretend_xformers(monkeypatch):
-    """Diffusers tries xformers on a GPU before it takes it; here torch's attention stands in, on the CPU."""
+    """Replaces the kernel of xformers by torch's attention on the CPU.
 
-    def stand_in(query, key, value, attn_bias=None, op=None, scale=None):
+    Diffusers tests xformers on a GPU before it uses it.
+    """
+
+    def torch_attention(query, key, value, attn_bias=None, op=None, scale=None):
         return scaled_dot_product_attention(query, key, value, scale=scale)
 
     monkeypatch.setattr(
         attention_processor,
         "xformers",
-        SimpleNamespace(ops=SimpleNamespace(memory_efficient_attention=stand_in)),
+        SimpleNamespace(ops=SimpleNamespace(memory_efficient_attention=torch_attention)),
     )
     monkeypatch.setattr(attention_processor, "is_xformers_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -283,8 +287,8 @@ def pretend_xformers(monkeypatch):
     )
 
 
-def test_xformers_takes_the_joint_attention_too(pretend_xformers):
-    """Of image and text together, and the second one of the image alone: the same output and gradients."""
+def test_xformers_replaces_joint_attention_with_the_same_results(pretend_xformers):
+    """The model has attention over image and text, and a second one over the image alone."""
     torch.manual_seed(0)
     shape = {
         "num_attention_heads": 2,
