@@ -13,13 +13,13 @@ import gradio as gr
 
 from app.actions import datasets
 from app.jobs import previews, run_actions, runs
-from app.jobs.previews import Adapter, PreviewRequest
 from app.tabs.dataset import add_files
 from app.views import charts, files
 from app.views.records import AdapterFile
 from trainer import config
 from trainer.config import presets
 from trainer.errors import ConfigError, StateError, TrainerError
+from trainer.inference.request import SampleRequest, StackedAdapter
 
 MAX_LOSSES = 200
 
@@ -163,11 +163,11 @@ def draw(
     """Generates a sample with a run's adapter. Returns {"href"}."""
     previews.check_free()
     folder = runs.resolve(run)
-    adapter = Adapter(str(folder / _adapter_of(folder)["name"]), strength)
+    adapter = StackedAdapter(str(folder / _adapter_of(folder)["name"]), strength)
     settings = runs.settings(folder)
     image = engine.draw(
-        PreviewRequest(
-            base=settings.base.model_dump(exclude={"precision"}),
+        SampleRequest(
+            base=previews.preview_base(settings.base),
             caption_tokens=settings.dataset.caption_tokens,
             adapters=[adapter] if strength else [],
             prompt=prompt or settings.dataset.trigger,

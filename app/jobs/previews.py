@@ -9,12 +9,14 @@ import json
 import subprocess
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 from app.jobs import device, runs, trainer_process
+from trainer.config import Base
 from trainer.errors import TrainerError
+from trainer.inference.request import SampleRequest
 from trainer.runs import run_folder
 from trainer.runs.atomic_files import atomic_write
 
@@ -31,43 +33,31 @@ class PreviewError(TrainerError):
     """A sample could not be made."""
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter file and its strengths."""
-
-    file: str
-    strength: float
-    text_strength: float | None = None
-    """In the text encoders. None: the same as `strength`."""
-
-
-@dataclass(frozen=True)
-class PreviewRequest:
-    """Everything that determines a sample: the request to the process without its target file."""
-
-    base: dict[str, Any]
-    prompt: str
-    adapters: list[Adapter] = field(default_factory=list)
-    negative_prompt: str = ""
-    seed: int = 1
-    inference_steps: int = 20
-    guidance_scale: float = 7.0
-    width: int = 0
-    height: int = 0
-    sampler: str = "auto"
-    caption_tokens: int = 75
-
-    def key(self) -> str:
-        """Returns the name of the sample in the cache: a hash of the request and its files."""
-        files = [Path(adapter.file).stat() for adapter in self.adapters]
-        versions = [(file.st_size, file.st_mtime_ns) for file in files]
-        content = json.dumps([asdict(self), versions], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:32]
-
-
 def folder() -> Path:
     """Returns the folder of the samples and of the earlier prompts."""
     return run_folder.outputs_folder() / "cache" / "previews"
+
+
+def preview_base(base: Base, other_model: str = "") -> Base:
+    """Returns the base for samples: in the precision that suits the device now.
+
+    With another model, the settings that describe the file of the first one do not apply.
+    """
+    defaults = Base()
+    changes: dict[str, object] = {"precision": defaults.precision}
+    if other_model and other_model != base.model:
+        changes["model"] = other_model
+        for name in ("revision", "vae", "prediction", "zero_terminal_snr"):
+            changes[name] = getattr(defaults, name)
+    return base.model_copy(update=changes)
+
+
+def cache_key(request: SampleRequest) -> str:
+    """Returns the name of a sample in the cache: a hash of the request and its adapter files."""
+    files = [Path(adapter.file).stat() for adapter in request.adapters]
+    versions = [(file.st_size, file.st_mtime_ns) for file in files]
+    content = replace(request, target="").to_json() + json.dumps(versions)
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def check_free() -> None:
@@ -118,16 +108,17 @@ class PreviewEngine:
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def draw(self, request: PreviewRequest) -> Path:
+    def draw(self, request: SampleRequest) -> Path:
         """Makes a sample, which takes seconds, or finds it in the cache. Returns its file.
 
-        Raises PreviewError, with the message of the process if the process refused the request.
+        The target of the request is not used. Raises PreviewError, with the message of the process
+        if the process refused the request.
         """
-        target = folder() / f"{request.key()}.png"
+        target = folder() / f"{cache_key(request)}.png"
         if target.is_file():
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({**asdict(request), "target": str(target)}) + "\n"
+        line = replace(request, target=str(target)).to_json() + "\n"
         with self._lock:
             endings = self._endings
             reply = self._send(line)

@@ -9,13 +9,13 @@ from typing import Any
 import gradio as gr
 
 from app.jobs import previews, runs
-from app.jobs.previews import Adapter, PreviewRequest
 from app.jobs.ttl_cache import ttl_cached
 from app.page.html_view import drawn
 from app.page.live import LATEST, QUIET, Page
 from app.settings import form
 from app.views import labels
 from trainer.errors import TrainerError
+from trainer.inference.request import SampleRequest, StackedAdapter
 from trainer.runs import run_folder
 from trainer.runs.run_status import RunStatus
 
@@ -282,27 +282,19 @@ def _in_range(label: str, value: Any, largest: int) -> Any:
     return value
 
 
-def _request(values: dict[str, Any], save: str | None, strength: float) -> PreviewRequest:
+def _request(values: dict[str, Any], save: str | None, strength: float) -> SampleRequest:
     folder = runs.resolve(values["run"])
     if save is not None and save not in [value for _, value in _save_choices(folder)]:
         raise TrainerError("That save is not there any more; choose another.")
     run = runs.settings(folder)
     text_strength = _optional(values["text_strength"], "Strength in the text encoder")
     adapters = (
-        [Adapter(str(folder / save), round(strength, 4), text_strength)]
+        [StackedAdapter(str(folder / save), round(strength, 4), text_strength)]
         if save is not None and strength
         else []
     )
-    base = run.base.model_dump(exclude={"precision"})
-    if (other := str(values["base"] or "").strip()) and other != run.base.model:
-        base |= {
-            "model": other,
-            "revision": "",
-            "vae": "",
-            "prediction": "auto",
-            "zero_terminal_snr": "auto",
-        }
-    return PreviewRequest(
+    base = previews.preview_base(run.base, str(values["base"] or "").strip())
+    return SampleRequest(
         base=base,
         sampler=str(values["sampler"] or "auto"),
         caption_tokens=run.dataset.caption_tokens,
@@ -330,7 +322,7 @@ def _newest_file(folder: Path) -> str:
     return next((file for file in files if file and (folder / file).is_file()), "")
 
 
-def _stacked(values: dict[str, Any]) -> list[Adapter]:
+def _stacked(values: dict[str, Any]) -> list[StackedAdapter]:
     """The further adapters, which stay on the pictures of the base too, so that only the first one differs."""
     stacked = []
     for name in MORE:
@@ -343,14 +335,14 @@ def _stacked(values: dict[str, Any]) -> list[Adapter]:
             values[f"{name}_text_strength"], f"{name.capitalize()} adapter, in the text encoder"
         )
         stacked.append(
-            Adapter(
+            StackedAdapter(
                 str(runs.resolve(run) / file), float(values[f"{name}_strength"] or 0), text_strength
             )
         )
     return stacked
 
 
-def plan_compare(values: dict[str, Any]) -> list[tuple[str, PreviewRequest]]:
+def plan_compare(values: dict[str, Any]) -> list[tuple[str, SampleRequest]]:
     strength = _strength(values)
     return [
         ("Without the adapter", _request(values, None, 0)),
@@ -358,14 +350,14 @@ def plan_compare(values: dict[str, Any]) -> list[tuple[str, PreviewRequest]]:
     ]
 
 
-def plan_strengths(values: dict[str, Any]) -> list[tuple[str, PreviewRequest]]:
+def plan_strengths(values: dict[str, Any]) -> list[tuple[str, SampleRequest]]:
     return [
         (f"Strength {strength:g}", _request(values, values["save"], strength))
         for strength in STRENGTHS
     ]
 
 
-def plan_saves(values: dict[str, Any]) -> list[tuple[str, PreviewRequest]]:
+def plan_saves(values: dict[str, Any]) -> list[tuple[str, SampleRequest]]:
     folder, strength = runs.resolve(values["run"]), _strength(values)
     current = runs.status(folder)
     saved = [
@@ -379,7 +371,7 @@ def plan_saves(values: dict[str, Any]) -> list[tuple[str, PreviewRequest]]:
     ]
 
 
-def plan_sheet(values: dict[str, Any]) -> list[tuple[str, PreviewRequest]]:
+def plan_sheet(values: dict[str, Any]) -> list[tuple[str, SampleRequest]]:
     """Save x strength x prompt, all with the same seed: rows of one prompt and one strength, a column per save."""
     folder = runs.resolve(values["run"])
     prompts = [
@@ -406,7 +398,7 @@ def plan_sheet(values: dict[str, Any]) -> list[tuple[str, PreviewRequest]]:
     return sheet
 
 
-def elsewhere(request: PreviewRequest) -> list[str]:
+def elsewhere(request: SampleRequest) -> list[str]:
     """How to get the picture in other programs."""
     tags = " ".join(f"<lora:{Path(a.file).stem}:{a.strength:g}>" for a in request.adapters)
     sampler = "DPM++ 2M" if request.sampler == "auto" else request.sampler

@@ -45,7 +45,7 @@ def test_only_the_first_adapter_differs_from_the_base(values) -> None:
     assert (
         adapted.adapters[0].file.endswith("maya.safetensors")
         and adapted.sampler == "Euler a"
-        and base.key() != adapted.key()
+        and previews.cache_key(base) != previews.cache_key(adapted)
     )
     alike = preview.plan_compare(values | {"third": values["ink"]})[1][1]
     assert [(a.strength, a.text_strength) for a in alike.adapters] == [(1.0, None), (1.0, None)]
@@ -69,7 +69,7 @@ def test_a_sheet_is_save_by_strength_by_prompt(values) -> None:
         "a dog",
     }
     assert {request.seed for _, request in sheet} == {3} and len(
-        {request.key() for _, request in sheet}
+        {previews.cache_key(request) for _, request in sheet}
     ) == 30
     with pytest.raises(TrainerError, match="at most"):
         preview.plan_sheet(values | {"sheet_prompts": "\n".join("abcdefgh")})
@@ -77,8 +77,7 @@ def test_a_sheet_is_save_by_strength_by_prompt(values) -> None:
 
 def test_another_base_is_asked_for(values) -> None:
     assert (
-        preview.plan_compare(values | {"base": " someone/else "})[0][1].base["model"]
-        == "someone/else"
+        preview.plan_compare(values | {"base": " someone/else "})[0][1].base.model == "someone/else"
     )
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from app.jobs.previews import Adapter, PreviewEngine, PreviewError, PreviewRequest
+from app.jobs.previews import PreviewEngine, PreviewError, cache_key, preview_base
 from tests.browser.conftest import wait_for
+from trainer.config import Base
+from trainer.inference.request import SampleRequest, StackedAdapter
 
 FAKE = """
 import json, pathlib, sys
@@ -47,8 +49,8 @@ def engine(seen: Path) -> PreviewEngine:
     engine.end()
 
 
-def request(prompt: str, **changes) -> PreviewRequest:
-    return PreviewRequest(base={"model": "embedded", "revision": ""}, prompt=prompt, **changes)
+def request(prompt: str, **changes) -> SampleRequest:
+    return SampleRequest(prompt=prompt, **changes)
 
 
 def test_a_repeated_request_is_answered_from_the_cache(engine: PreviewEngine, seen: Path) -> None:
@@ -62,11 +64,22 @@ def test_a_repeated_request_is_answered_from_the_cache(engine: PreviewEngine, se
 def test_a_changed_adapter_file_is_another_request(engine: PreviewEngine, tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"1")
-    with_adapter = request("a cat", adapters=[Adapter(str(file), 0.8)])
-    key = with_adapter.key()
-    assert with_adapter.key() == key
+    with_adapter = request("a cat", adapters=[StackedAdapter(str(file), 0.8)])
+    key = cache_key(with_adapter)
+    assert cache_key(with_adapter) == key
     file.write_bytes(b"22")
-    assert with_adapter.key() != key
+    assert cache_key(with_adapter) != key
+
+
+def test_a_target_does_not_change_the_cache_key() -> None:
+    assert cache_key(request("a cat")) == cache_key(request("a cat", target="x.png"))
+
+
+def test_another_base_model_resets_what_describes_the_first_one() -> None:
+    base = Base(model="a/b", vae="x.safetensors", prediction="v", clip_skip=2)
+    assert preview_base(base) == base
+    other = preview_base(base.model_copy(update={"precision": "bf16"}), "c/d")
+    assert other == Base(model="c/d", clip_skip=2)
 
 
 def test_hostile_prompts_arrive_unchanged(engine: PreviewEngine, seen: Path) -> None:

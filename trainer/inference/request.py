@@ -3,6 +3,7 @@
 Works without torch.
 """
 
+import json
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -47,8 +48,8 @@ class SampleRequest:
     """How many tokens of the prompts are read. Use the setting of the adapter's training."""
 
     def to_json(self) -> str:
-        """Returns one line of JSON that `parse_request` reads."""
-        return _SCHEMA.dump_json(self).decode()
+        """Returns one line of JSON that `parse_request` reads, in ASCII."""
+        return json.dumps(_SCHEMA.dump_python(self, mode="json"))
 
 
 _SCHEMA = TypeAdapter(SampleRequest)
