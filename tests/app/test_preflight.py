@@ -234,7 +234,7 @@ def test_settings_of_another_trainer_fill_the_form(values) -> None:
         and shown["dataset.trigger"] == "zorbit"
     )
     assert "kohya" in tools["said"] and "color_aug" in tools["said"]
-    assert "no trainer" in train.take_settings('{"a": 1}', values)[0]["problem"]
+    assert "contains no settings" in train.take_settings('{"a": 1}', values)[0]["problem"]
     wrong = config.to_toml(train._read(values)).replace("\nrank = 8", "\nrank = -1")
     assert "adapter.rank" in train.take_settings(wrong, values)[0]["problem"]
 
