@@ -1,4 +1,4 @@
-"""How captions and prompts are read: clip skip and captions beyond 75 tokens, the same in training and in samples."""
+"""Captions and prompts are encoded alike in training and samples: clip skip, long captions."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def load(folder, caption_tokens=75, **base):
     return load_base(config.Base(model=str(folder), **base), torch.float32, caption_tokens)
 
 
-def test_clip_skip_reads_an_earlier_layer_with_the_last_norm_on_it(base_of):
+def test_clip_skip_reads_an_earlier_layer_with_the_final_norm(base_of):
     base = load(base_of("sd1"), clip_skip=2)
     whole = base.pipe.text_encoder
     shorter = CLIPTextModel(CLIPTextConfig(**whole.config.to_dict() | {"num_hidden_layers": 1}))
@@ -64,13 +64,13 @@ def test_clip_skip_reads_an_earlier_layer_with_the_last_norm_on_it(base_of):
         ),
     ],
 )
-def test_what_a_base_has_no_use_for_is_refused(base_of, kind, settings, words):
+def test_settings_that_a_base_cannot_use_are_refused(base_of, kind, settings, words):
     with pytest.raises(ModelError, match=words):
         load(base_of(kind), **settings)
 
 
 @pytest.mark.parametrize("chunks", [2, 3])
-def test_a_long_caption_is_cut_in_pieces_with_marks_of_their_own(base_of, chunks):
+def test_a_long_caption_is_split_into_chunks_with_start_and_end_tokens(base_of, chunks):
     tokenizer = load(base_of("sd1")).pipe.tokenizer
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     rows = token_ids(tokenizer, [LONG, "", "a"], chunks)
@@ -78,7 +78,7 @@ def test_a_long_caption_is_cut_in_pieces_with_marks_of_their_own(base_of, chunks
     assert rows.shape == (3 * chunks, 77) and rows[0, 0] == start and rows[0, -1] == end
     assert rows[0, 1:76].tolist() == words[:75] and rows[1, 1:76].tolist() == words[75:150]
     assert rows[chunks].tolist() == rows[chunks + 1].tolist() == [start] + [end] * 76, (
-        "an empty caption, and an empty rest"
+        "an empty caption, and an empty second chunk"
     )
     assert torch.equal(rows[2 * chunks], token_ids(tokenizer, ["a"])[0])
     assert torch.equal(token_ids(tokenizer, [LONG, "a"], 1)[1], rows[2 * chunks]) and torch.equal(
@@ -87,8 +87,8 @@ def test_a_long_caption_is_cut_in_pieces_with_marks_of_their_own(base_of, chunks
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_the_pieces_stand_side_by_side(base_of, kind):
-    """Each piece as if it were a prompt; the pooled embedding is the first piece's."""
+def test_the_embeddings_of_chunks_are_concatenated(base_of, kind):
+    """Each chunk is encoded like a prompt. The pooled embedding is the first chunk's."""
     base, plain = load(base_of(kind), caption_tokens=150), load(base_of(kind))
     words = base.pipe.tokenizer(LONG, add_special_tokens=False, truncation=False).input_ids
     pieces = [base.pipe.tokenizer.decode(words[:75]), base.pipe.tokenizer.decode(words[75:150])]
@@ -113,8 +113,8 @@ def test_the_pieces_stand_side_by_side(base_of, kind):
     [("sd1", 0.0), ("sd1", 1e-2), ("sdxl", 0.0)],
     ids=["cached", "trained", "sdxl"],
 )
-def test_training_sees_the_end_of_a_long_caption(base_of, tiny_run, tmp_path, kind, text_rate):
-    """Cached or encoded in each step, also beside the empty caption of a dropped one; the warning follows the setting."""
+def test_training_reads_the_end_of_a_long_caption(base_of, tiny_run, tmp_path, kind, text_rate):
+    """Also if text encoders run in every step, and beside dropped captions in a batch."""
     Image.effect_noise((16, 16), 80).save(tmp_path / "a.png")
     Image.effect_noise((16, 16), 90).save(tmp_path / "b.png")
     (tmp_path / "b.txt").write_text("short")
@@ -134,8 +134,7 @@ def test_training_sees_the_end_of_a_long_caption(base_of, tiny_run, tmp_path, ki
             folder = run_folder.create(run)
             session = setup.prepare(run, folder, events.EventLog(folder / "events.jsonl"))
             losses[tokens, tail] = [
-                sum(microbatch_losses(session, number)).item()
-                for number in range(6)
+                sum(microbatch_losses(session, number)).item() for number in range(6)
             ]
             warned[tokens] = [
                 w for w in run_status.read_status(folder).warnings if "their ends are not seen" in w
@@ -156,7 +155,9 @@ def test_training_sees_the_end_of_a_long_caption(base_of, tiny_run, tmp_path, ki
         ("sdxl", {"dataset.caption_tokens": 225}),
     ],
 )
-def test_a_run_its_samples_and_a_preview_read_alike(base_of, train_tiny, tmp_path, kind, settings):
+def test_a_run_its_samples_and_a_preview_encode_prompts_alike(
+    base_of, train_tiny, tmp_path, kind, settings
+):
     changes = {
         "base.model": str(base_of(kind)),
         "training.steps": 1,
@@ -178,14 +179,14 @@ def test_a_run_its_samples_and_a_preview_read_alike(base_of, train_tiny, tmp_pat
     assert written["ss_max_token_length"] == str(settings.get("dataset.caption_tokens", "None"))
 
 
-def test_the_settings_in_a_file_hold_no_path_of_a_vae():
+def test_settings_saved_in_a_file_contain_no_path_of_a_vae():
     run = config.replace(config.RunConfig(), {"base.vae": "/home/somebody/vae.safetensors"})
     assert "somebody" not in metadata.shared_config(
         run
     ) and "vae.safetensors" in metadata.shared_config(run)
 
 
-def test_conditioning_of_another_number_format_is_never_taken_from_the_cache_and_broken_one_never_kept(
+def test_conditioning_is_cached_per_number_format_and_never_if_not_finite(
     base_of,
 ):
     base = load(base_of("sd1"))
@@ -198,7 +199,7 @@ def test_conditioning_of_another_number_format_is_never_taken_from_the_cache_and
             encode_texts(base, ["a cat"], "hash")
 
 
-def test_conditioning_read_in_another_way_is_never_taken_from_the_cache(base_of):
+def test_conditioning_is_cached_per_clip_skip_and_caption_length(base_of):
     hashes = {
         setup.base_hashes(load(base_of("sd1"), **how))[1]
         for how in ({}, {"clip_skip": 2}, {"caption_tokens": 150})
