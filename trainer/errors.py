@@ -1,7 +1,7 @@
 """Errors that a user can act on.
 
-Each message says what is wrong, with the value found, and then what to do. Any exception that is
-not a `TrainerError` is a bug, and keeps its traceback.
+Each message contains what is wrong, with the value found, and then what to do. Any exception that
+is not a `TrainerError` is a bug, and keeps its traceback.
 """
 
 

@@ -109,7 +109,7 @@ GOLDEN_FINGERPRINTS = [
 
 @pytest.mark.parametrize(("changes", "expected"), GOLDEN_FINGERPRINTS)
 def test_the_fingerprint_of_an_old_run_never_changes(changes, expected):
-    """A checkpoint is resumed only if its fingerprint equals that of the settings."""
+    """A checkpoint is resumed only if its fingerprint equals the fingerprint of the settings."""
     assert config.fingerprint(config.replace(RunConfig(), changes)) == expected
 
 

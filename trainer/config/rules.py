@@ -22,7 +22,7 @@ class Rule(NamedTuple):
     is_broken: Callable[[RunConfig], object]
     """Returns something true if the settings contradict each other."""
     message: str | Callable[[RunConfig], str]
-    """What is wrong and what to do. In a text, {training.steps} stands for the value."""
+    """What is wrong and what to do. In a text, {training.steps} is replaced by the value."""
 
     def text(self, run: RunConfig) -> str:
         """Returns the message with the values of the run."""
@@ -76,8 +76,8 @@ def _factorized_init_rule(setting: str) -> Rule:
     """Returns the rule against a setting that scales or switches off the adapter's weights."""
     return Rule(
         lambda run: run.adapter.init in ("pissa", "olora") and getattr(run.adapter, setting),
-        f"adapter.{setting} does not go with adapter.init = {{adapter.init}}: without their "
-        "adapter, its layers are not those of the base. "
+        f"adapter.{setting} does not go with adapter.init = {{adapter.init}}, which moves a "
+        "part of the base model's weights into the adapter, so its layers need the whole adapter. "
         f"Set adapter.{setting} to 0, or adapter.init to default.",
     )
 

@@ -143,9 +143,9 @@ def _take_network(data: dict[str, Any]) -> Changes:
 def _take_layers(data: dict[str, Any], is_lycoris: bool) -> Changes:
     """Removes the settings that choose the layers of a network, and returns them as changes.
 
-    sd-scripts trains the layers of each Transformer2DModel, and with a `conv_dim` those of each
-    ResnetBlock2D and of the samplers too. LyCORIS trains all of them, except with its preset
-    attn-mlp.
+    sd-scripts trains the layers of each Transformer2DModel, and with a `conv_dim` also the
+    layers of each ResnetBlock2D and of the samplers. LyCORIS trains all of them, except with its
+    preset attn-mlp.
     """
     convolutions = is_lycoris
     if "conv_dim" in data:
@@ -181,7 +181,7 @@ def _resolve_learning_rates(data: dict[str, Any]) -> None:
 
 
 def _resolve_noise(data: dict[str, Any]) -> None:
-    """Keeps the numbers of the chosen kind of noise. The form saves those of both kinds."""
+    """Keeps the numbers of the chosen kind of noise. The form saves both kinds."""
     chosen = data.pop("noise_offset_type", None)
     if chosen == "Original":
         data.pop("multires_noise_iterations", None)

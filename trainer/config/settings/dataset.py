@@ -38,7 +38,7 @@ class Dataset(Section):
 
     crop: Literal["centre", "salient", "none"] = Field(default="centre", title="Crop mode")
     """Which part of an image is kept if its aspect ratio fits no bucket. centre: the middle.
-    salient: the part that stands out. none: the whole image, slightly squeezed. A crop set by
+    salient: the most striking part. none: the whole image, slightly squeezed. A crop set by
     hand on the Dataset tab overrides this."""
 
     caption_tokens: Literal[75, 150, 225] = Field(default=75, title="Max token length")

@@ -54,12 +54,12 @@ class Objective(Section):
     """With logit_normal: the width of the distribution."""
 
     min_timestep: int = Field(default=0, title="Min timestep", ge=0, le=999)
-    """Lowest timestep of training, where 1000 is pure noise. Raise it to leave details as they
-    are."""
+    """Lowest timestep of training, from 0 (clean image) to 1000 (pure noise). Raise it to leave
+    details as they are."""
 
     max_timestep: int = Field(default=1000, title="Max timestep", ge=1, le=1000)
-    """Highest timestep of training, where 1000 is pure noise. Lower it to leave the composition
-    as it is."""
+    """Highest timestep of training, from 0 (clean image) to 1000 (pure noise). Lower it to leave
+    the composition as it is."""
 
     noise_offset: float = Field(default=0.0, title="Noise offset", ge=0, le=1)
     """Shifts the noise of a whole image, so that the adapter can learn very dark or bright
