@@ -113,7 +113,7 @@ def test_what_is_dropped_on_the_header_finds_its_place(open_page, server, tmp_pa
     )
     page.get_by_role("tab", name="Library").click()
     drop(page, ("y.json", b'{"a": 1}'))
-    page.get_by_text("settings of no trainer").wait_for()
+    page.get_by_text("contains no settings of kohya_ss").wait_for()
     assert page.get_by_role("tab", name="Library").get_attribute("aria-selected") == "true", (
         "there is nothing to see on the Train tab"
     )
