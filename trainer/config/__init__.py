@@ -1,6 +1,9 @@
 """The settings of a run: declared, checked, read from files and written to them.
 
-This folder is the bottom of the engine. It imports only `trainer.errors`, and never torch.
+`settings/` declares every field, a module per section. `rules` checks several fields together,
+`parsers` reads lists written as text, `schema` lists the fields by path, and `io` reads and writes
+TOML and computes the fingerprint. This folder is the bottom of the engine: it imports only
+`trainer.errors`, and never torch.
 """
 
 from trainer.config.io import fingerprint, from_dict, load, parse, parse_setting, replace, to_toml
