@@ -198,7 +198,8 @@ def _image_checks(
         checks.append(check("warn", text, TO_DATASET))
     unusable = sum(issue.level == "error" for issue in issues)
     if unusable:
-        text = f"{unusable} files cannot be used and are left out; the Dataset tab shows why."
+        files = "1 file cannot" if unusable == 1 else f"{unusable} files cannot"
+        text = f"{files} be used in training; the Dataset tab shows why."
         checks.append(check("warn", text, TO_DATASET))
     return checks + _size_checks(run, items)
 

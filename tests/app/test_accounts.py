@@ -1,4 +1,4 @@
-"""Several people on one page: each sees their own datasets and runs, through routes, Gradio's queue and server functions alike."""
+"""Several persons on one page: routes, Gradio's queue and server functions separate their data."""
 
 import base64
 import hashlib
@@ -59,7 +59,7 @@ def run_of(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", PEOPLE)
-def test_files_of_runs_and_datasets_are_ones_own(client: TestClient, name: str) -> None:
+def test_file_routes_serve_only_the_files_of_the_person(client: TestClient, name: str) -> None:
     key = hashlib.sha256(b"one.png").hexdigest()[:24]
     assert (
         client.get(f"/runfile/{run_of(name)}/x.safetensors", headers=signed_in(name)).content
@@ -76,8 +76,8 @@ def test_files_of_runs_and_datasets_are_ones_own(client: TestClient, name: str) 
 
 
 def ask_queue(client: TestClient, name: str) -> str:
-    """What a person's page is filled with when it opens, and what its timer brings each second."""
-    headers, said = signed_in(name), ""
+    """Returns what a page receives when it opens, and from its timer."""
+    headers, received = signed_in(name), ""
     for event in client.get("/config", headers=headers).json()["dependencies"]:
         if (
             not any(target[1] in ("load", "tick") for target in event["targets"])
@@ -91,18 +91,20 @@ def ask_queue(client: TestClient, name: str) -> str:
             "session_hash": session,
         }
         assert client.post("/gradio_api/queue/join", json=call, headers=headers).status_code == 200
-        said += client.get(f"/gradio_api/queue/data?session_hash={session}", headers=headers).text
-    return said
+        received += client.get(
+            f"/gradio_api/queue/data?session_hash={session}", headers=headers
+        ).text
+    return received
 
 
-def test_the_page_shows_ones_own(client: TestClient) -> None:
+def test_the_page_shows_only_the_data_of_the_person(client: TestClient) -> None:
     for name in ("anna", "boris", "anna"):
         shown = ask_queue(client, name)
         assert f"run of {name}" in shown and f"set-{name}" in shown
         assert other(name) not in shown
 
 
-def test_server_functions_work_in_ones_own_folders(client: TestClient) -> None:
+def test_server_functions_use_the_folders_of_the_person(client: TestClient) -> None:
     for name in PEOPLE:
         headers = signed_in(name)
         components = client.get("/config", headers=headers).json()["components"]
@@ -123,24 +125,24 @@ def test_server_functions_work_in_ones_own_folders(client: TestClient) -> None:
         )
 
 
-def test_one_waits_for_the_training_of_another(
+def test_a_preview_waits_for_the_training_of_another_person(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "has_cuda", lambda: True)
     lock = run_lock.acquire(
         run_folder.outputs_root() / "users" / "boris" / "runs" / run_of("boris")
     )
-    workspace_user = accounts.user.set("anna")
+    token = accounts.user.set("anna")
     try:
         with pytest.raises(previews.PreviewError, match="busy with a training"):
             previews.check_free()
     finally:
-        accounts.user.reset(workspace_user)
+        accounts.user.reset(token)
         lock.release()
     previews.check_free()
 
 
-def test_the_device_is_shared_and_the_oldest_request_of_anyone_comes_first(
+def test_the_oldest_queued_run_of_all_persons_is_launched_first(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""The Library's own doings: names, tags, delete and undo, comparing, the model card, and pushing with a stand-in for the Hub."""
+"""The Library: names, tags, delete and restore, comparison, model card, and upload to the Hub."""
 
 from types import SimpleNamespace
 
@@ -23,28 +23,24 @@ def finished(outputs):
     return folder
 
 
-def test_names_and_tags(finished) -> None:
+def test_a_run_is_renamed_and_tagged(finished) -> None:
     library.describe(finished.name, "  Maya,  the cat ", ["cat", " cat ", "", "x" * 99])
-    assert (
-        run_notes.read_notes(finished) == {"name": "Maya, the cat", "tags": ["cat", "x" * 30]}
-        and run_notes.name_of(finished) == "Maya, the cat"
-    )
+    assert run_notes.read_notes(finished) == {"name": "Maya, the cat", "tags": ["cat", "x" * 30]}
+    assert run_notes.name_of(finished) == "Maya, the cat"
     card = run_cards.library_view()["cards"][0]
-    assert (
-        card["given"] == "Maya, the cat"
-        and card["trigger"] == "zorbit"
-        and card["base"] == "someone/model"
-    )
+    assert card["given"] == "Maya, the cat"
+    assert card["trigger"] == "zorbit"
+    assert card["base"] == "someone/model"
     (finished / run_notes.FILE).write_text("[]")
     assert run_notes.name_of(finished) == "maya"
 
 
-def test_delete_is_undone(finished) -> None:
+def test_a_deleted_run_is_restored_completely(finished) -> None:
     before = {path.name for path in finished.iterdir()}
     library.delete(finished.name)
-    assert not finished.exists() and "error" in library_tab.answered(library_tab.compare)(
-        {"first": finished.name, "second": finished.name}
-    )
+    assert not finished.exists()
+    compare = library_tab.answered(library_tab.compare)
+    assert "error" in compare({"first": finished.name, "second": finished.name})
     library.restore(finished.name)
     assert {path.name for path in finished.iterdir()} == before
     for wrong in ("../maya", "", None, "nothing"):
@@ -58,7 +54,7 @@ def test_delete_is_undone(finished) -> None:
         library.delete(finished.name)
 
 
-def test_of_two_deleted_runs_of_one_name_none_is_lost(finished) -> None:
+def test_two_deleted_runs_with_the_same_name_are_both_kept(finished) -> None:
     name, content = finished.name, (finished / "run.toml").read_bytes()
     for mark in ("first", "second"):
         finished.mkdir(exist_ok=True)
@@ -66,13 +62,15 @@ def test_of_two_deleted_runs_of_one_name_none_is_lost(finished) -> None:
         (finished / mark).touch()
         library.delete(name)
     assert {
-        path.name for path in library.removed_folder().glob("*/*") if path.name in ("first", "second")
+        path.name
+        for path in library.removed_folder().glob("*/*")
+        if path.name in ("first", "second")
     } == {"first", "second"}
     library.restore(name)
     assert (finished / "second").exists()
 
 
-def test_hundreds_of_runs_are_read_once(finished, monkeypatch) -> None:
+def test_the_curves_of_only_one_of_hundreds_of_runs_are_read_again(finished, monkeypatch) -> None:
     for number in range(300):
         log = events.EventLog(run_folder.create(runs.settings(finished)) / "events.jsonl")
         log.append(events.Launched(pid=1, version="", boot=""))
@@ -88,16 +86,19 @@ def test_hundreds_of_runs_are_read_once(finished, monkeypatch) -> None:
         preview._file_choices()
         assert runs.status(runs.shown()).step == 299
     assert sum(b"StepDone" in line for line in parsed) == 1
-    assert runs.status_without_curves(finished).seconds_per_step == runs.status(finished).seconds_per_step
+    assert (
+        runs.status_without_curves(finished).seconds_per_step
+        == runs.status(finished).seconds_per_step
+    )
 
 
-def test_the_same_losses_are_the_same_curve_however_long_a_run_was(outputs) -> None:
+def test_two_runs_with_the_same_losses_have_the_same_curve_whatever_their_length(outputs) -> None:
     short, long = (staged.stage(name, steps) for name, steps in (("short", 60), ("long", 100)))
     one, other = (side["loss"] for side in library.compare(short.name, long.name)["runs"])
     assert one == other[:60] and len(other) == 100
 
 
-def test_two_runs_side_by_side(finished) -> None:
+def test_a_comparison_has_the_changed_settings_and_samples_of_one_prompt(finished) -> None:
     other = staged.stage("other", 40, **{"adapter.rank": 4, "base.model": "someone/model"})
     found = library.compare(finished.name, other.name)
     assert [(each["label"], each["was"], each["now"]) for each in found["settings"]] == [
@@ -122,7 +123,7 @@ def test_two_runs_side_by_side(finished) -> None:
     )
 
 
-def test_the_model_card(finished) -> None:
+def test_the_model_card_names_base_trigger_and_file(finished) -> None:
     card = publishing.model_card(finished.name)
     assert (
         "base_model: someone/model" in card
@@ -133,8 +134,8 @@ def test_the_model_card(finished) -> None:
     assert "trained for 100 steps" in card and "(samples/000100-0.png)" in card
 
 
-def test_a_card_and_the_preview_tell_of_the_save_that_is_handed_out(finished) -> None:
-    """Of a run that began to memorise, and of one that was stopped: the file is an earlier save than the last."""
+def test_card_upload_and_preview_use_the_save_that_became_the_file(finished) -> None:
+    """The file of a run that began to memorise, or was stopped, is an earlier save."""
     for end in (
         events.Finished(100, "maya.safetensors", 60, 31.0, 60),
         events.Stopped(100, "maya.safetensors", 60),
@@ -161,7 +162,7 @@ def test_a_card_and_the_preview_tell_of_the_save_that_is_handed_out(finished) ->
 
 
 class Hub:
-    """Stands in for the Hub, which cannot be asked in a test."""
+    """Records what would be uploaded to the Hub."""
 
     def __init__(self):
         self.files = []
@@ -176,7 +177,7 @@ class Hub:
         self.files.append(path_in_repo)
 
 
-def test_pushing(finished) -> None:
+def test_adapter_samples_and_card_are_uploaded(finished) -> None:
     hub = Hub()
     publishing.push(finished.name, "me/maya", True, api=hub)
     assert (
@@ -189,7 +190,7 @@ def test_pushing(finished) -> None:
         publishing.push(finished.name, "maya", True, api=hub)
 
 
-def test_a_run_with_the_name_of_a_deleted_one_has_its_own_settings(finished) -> None:
+def test_a_new_run_with_the_name_of_a_deleted_one_has_new_settings(finished) -> None:
     assert runs.settings(finished).training.steps == 100
     library.delete(finished.name)
     again = staged.stage("maya", 10, total=50)

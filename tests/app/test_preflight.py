@@ -1,5 +1,6 @@
-"""Before the start: the line is right, what stands in the way is said, and each cure mends what it says."""
+"""Before the start: the estimate, the checks, and that each fix solves the problem it names."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
@@ -12,6 +13,8 @@ from app.settings import form, own_presets
 from app.tabs import train
 from trainer import config
 from trainer.config import presets
+from trainer.data import scan
+from trainer.data.issues import Issue
 from trainer.errors import ConfigError
 from trainer.training import estimate
 
@@ -20,7 +23,7 @@ GB = 10**9
 
 @pytest.fixture
 def values(outputs) -> dict:
-    """The form as a newcomer leaves it: an example, and the first recipe."""
+    """The form with an example dataset and the first preset."""
     name = datasets.add_example("subject")
     recipe = presets.load_preset("embedded-subject")
     shown = dict(zip(train._field_names(), train.show_settings(recipe.config), strict=True))
@@ -37,7 +40,7 @@ def values(outputs) -> dict:
 
 @pytest.fixture
 def memory(monkeypatch):
-    """Sets the device to a GPU of so many bytes."""
+    """Replaces the device by a GPU with a number of bytes."""
 
     def use(total: float) -> None:
         monkeypatch.setattr(device, "has_cuda", lambda: True)
@@ -46,11 +49,11 @@ def memory(monkeypatch):
     return use
 
 
-def cures(view: dict) -> dict[str, dict]:
+def fixes(view: dict) -> dict[str, dict]:
     return {each["cure"]["label"]: each["cure"] for each in view["checks"] if "cure" in each}
 
 
-def test_the_line_says_what_the_run_will_do(values) -> None:
+def test_the_estimate_shows_steps_time_and_memory(values) -> None:
     view = train.summary(values)
     run = train._read(values)
     steps = estimate.steps_for(run, [1] * 12)
@@ -65,34 +68,32 @@ def test_the_line_says_what_the_run_will_do(values) -> None:
     ) and view["checks"] == []
 
 
-def test_without_pictures_it_offers_them(values) -> None:
+def test_without_a_dataset_an_example_is_offered(values) -> None:
     view = train.summary(values | {"dataset.folder": None})
-    assert "steps" not in view and cures(view)["Take an example"]["example"] == "subject"
+    assert "steps" not in view and fixes(view)["Take an example"]["example"] == "subject"
     assert train.start(values | {"dataset.folder": None})["refused"] and runs.all_runs() == []
 
 
-def test_several_gpus_are_offered_where_they_are(values, memory, monkeypatch) -> None:
+def test_several_gpus_are_offered_only_if_the_machine_has_them(values, memory, monkeypatch) -> None:
     def is_shown() -> bool:
         with gr.Blocks():
             return train._advanced_form()[0]["training.devices"].visible
 
     memory(80 * GB)
     two = values | {"training.devices": 2}
-    assert not is_shown() and cures(train.summary(two))["Use 1"]["changes"] == {
+    assert not is_shown() and fixes(train.summary(two))["Use 1"]["changes"] == {
         "training.devices": 1
     }
     monkeypatch.setattr(device, "count", lambda: 2)
-    assert is_shown() and "Use 2" not in cures(train.summary(two))
+    assert is_shown() and "Use 2" not in fixes(train.summary(two))
     one_way, other = (estimate.memory(train._read(shown), "cuda").step for shown in (values, two))
     assert other < one_way
 
 
-def test_what_this_machine_lacks_does_not_stand_in_the_way_of_a_cluster(
-    values, monkeypatch, outputs
-) -> None:
+def test_a_cluster_can_train_what_this_machine_cannot(values, monkeypatch, outputs) -> None:
     wide = values | {"training.devices": 4, "base.quantization": "4bit"}
     monkeypatch.setattr(device, "trains_elsewhere", False)
-    assert "Keep the base whole" in cures(train.summary(wide))
+    assert "Keep the base whole" in fixes(train.summary(wide))
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # which the application sets
     create_app(ray="http://head:8265")
     assert not any(each["level"] == "bad" for each in train.summary(wide)["checks"])
@@ -100,7 +101,7 @@ def test_what_this_machine_lacks_does_not_stand_in_the_way_of_a_cluster(
         assert train._advanced_form()[0]["training.devices"].visible
 
 
-def test_fit_to_my_device_fits(values, memory) -> None:
+def test_the_memory_fix_makes_the_run_fit_and_keeps_the_batch(values, memory) -> None:
     big = values | {
         "base": train.SD15,
         "training.gradient_checkpointing": False,
@@ -108,21 +109,21 @@ def test_fit_to_my_device_fits(values, memory) -> None:
         "dataset.resolution": 512,
     }
     memory(80 * GB)
-    assert "Fit to my device" not in cures(train.summary(big))
+    assert "Fit to my device" not in fixes(train.summary(big))
     memory(6 * GB)
-    cure = cures(train.summary(big))["Fit to my device"]
+    cure = fixes(train.summary(big))["Fit to my device"]
     assert cure["changes"]["training.gradient_checkpointing"] is True
     mended = big | cure["changes"]
     assert (
-        "Fit to my device" not in cures(train.summary(mended))
+        "Fit to my device" not in fixes(train.summary(mended))
         and train.summary(mended)["memory"]["fits"]
     )
     assert mended["training.batch_size"] * mended["training.gradient_accumulation_steps"] == 8
 
 
-def test_a_fault_is_reset_by_one_click(values) -> None:
+def test_a_wrong_setting_is_reset_by_one_click(values) -> None:
     view = train.summary(values | {"adapter.rank": 0})
-    assert view["checks"][0]["level"] == "bad" and cures(view)["Reset it"]["reset"] == [
+    assert view["checks"][0]["level"] == "bad" and fixes(view)["Reset it"]["reset"] == [
         "adapter.rank"
     ]
     updates = dict(
@@ -138,36 +139,81 @@ def test_a_fault_is_reset_by_one_click(values) -> None:
         and updates["training.steps"] == updates["preset"]
     )
     both = values | {"training.learning_rate": 0, "training.text_encoder_learning_rate": 0}
-    assert "Back to the recipe" in cures(train.summary(both)) and "refused" in train.start(both)
+    assert "Back to the recipe" in fixes(train.summary(both)) and "refused" in train.start(both)
 
 
-def test_nothing_starts_that_must_fail_late(values, monkeypatch) -> None:
+def test_a_run_that_would_fail_later_cannot_start(values, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     view = train.start(values | {"base": train.OWN, "own_base": "nobody/no-such-model"})
     assert "downloads are switched off" in view["checks"][0]["text"] and "refused" in view
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
     full = train.start(values)
-    assert "refused" in full and cures(full)["Keep one save"]["changes"] == {"saving.saves": 1}
+    assert "refused" in full and fixes(full)["Keep one save"]["changes"] == {"saving.saves": 1}
     assert (
         "refused" in train.start(values | {"base": train.OWN, "own_base": "/nowhere"})
         and runs.all_runs() == []
     )
 
 
-def test_a_tracker_that_is_not_there_is_told_before(values, monkeypatch) -> None:
+def test_a_missing_tracker_package_is_reported_before_the_start(values, monkeypatch) -> None:
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     view = train.start(values | {"saving.tracking": "wandb"})
-    assert "refused" in view and cures(view)["Do without"]["changes"] == {"saving.tracking": "none"}
+    assert "refused" in view and fixes(view)["Do without"]["changes"] == {"saving.tracking": "none"}
 
 
-def test_many_pictures_are_seen_less_often() -> None:
+def test_far_more_images_than_the_preset_is_for_need_fewer_views() -> None:
     recipe = presets.load_preset("sd15-subject")
     found = preflight._length_checks(recipe.config, 120, recipe)
     assert found[0]["cure"]["changes"] == {"training.views_per_picture": 25}
     assert preflight._length_checks(recipe.config, 30, recipe) == []
 
 
-def test_what_was_changed_is_listed(values) -> None:
+def items(count: int, side: int, caption: str = "a cat") -> list[scan.DatasetItem]:
+    return [scan.DatasetItem(Path(f"{i}.png"), caption, side, side) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("side", "bucket_step", "suggested"),
+    [(300, 64, 256), (300, 8, 296), (100, 8, 96), (60, 64, None)],
+)
+def test_small_images_suggest_a_resolution_in_bucket_steps(side, bucket_step, suggested) -> None:
+    changes = {"dataset.resolution": 512, "dataset.bucket_step": bucket_step}
+    run = config.replace(config.RunConfig(), changes)
+    checks = preflight._size_checks(run, [*items(6, side), *items(5, 512)])
+    found = [check["cure"]["changes"]["dataset.resolution"] for check in checks]
+    assert found == ([suggested] if suggested else [])
+    if suggested:
+        config.replace(run, {"dataset.resolution": suggested})  # a valid setting
+    assert preflight._size_checks(run, [*items(5, side), *items(6, 512)]) == []
+    upscaled = config.replace(run, {"dataset.allow_upscale": True})
+    assert preflight._size_checks(upscaled, items(6, side)) == []
+
+
+def test_few_images_missing_captions_and_unusable_files_are_reported() -> None:
+    run = config.RunConfig()
+    issues = [Issue("a.png", "error", "x"), Issue("b.png", "note", "x")]
+    checks = preflight._image_checks(run, items(4, 512, caption=" "), issues)
+    assert [check["text"].split(":")[0].split(" have")[0] for check in checks] == [
+        "Only 4 images",
+        "4 of 4 images",
+        "1 file cannot be used in training; the Dataset tab shows why.",
+    ]
+    assert {check["cure"]["go"] for check in checks} == {"dataset"}
+    with_trigger = config.replace(run, {"dataset.trigger": "zorbit"})
+    assert preflight._image_checks(with_trigger, items(5, 512, caption=""), []) == []
+
+
+def test_a_run_that_fits_only_an_empty_gpu_gives_a_warning(values, monkeypatch) -> None:
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    monkeypatch.setattr(device, "usage", lambda: device.Usage(80 * GB, 80 * GB - 1, 0.0))
+    (check,) = train.summary(values)["checks"]
+    assert check["level"] == "warn"
+    assert "are free now" in check["text"]
+    monkeypatch.setattr(runs, "active", lambda: Path("a run"))
+    assert train.summary(values)["checks"] == [], "the active run frees its memory when it ends"
+
+
+def test_settings_that_differ_from_the_preset_are_listed(values) -> None:
     assert train.changes(values)["changed"] == []
     changed = train.changes(values | {"adapter.rank": 24, "training.gradient_checkpointing": True})[
         "changed"
@@ -178,7 +224,7 @@ def test_what_was_changed_is_listed(values) -> None:
     ]
 
 
-def test_own_recipes_are_kept_chosen_and_removed(values) -> None:
+def test_own_presets_are_saved_chosen_and_removed(values) -> None:
     radio, said = train.save_recipe("  My   faces ", values | {"adapter.rank": 24})
     name = radio.value
     assert (
@@ -197,7 +243,7 @@ def test_own_recipes_are_kept_chosen_and_removed(values) -> None:
     assert "problem" in train.save_recipe(" ", values)[1]
 
 
-def test_of_ones_own_recipes_no_other_is_replaced_and_a_damaged_one_is_left_out(values) -> None:
+def test_an_own_preset_replaces_only_its_title_and_a_damaged_one_is_skipped(values) -> None:
     run = train._read(values)
     names = [own_presets.save(title, run) for title in ("My style!", "My style?", "My style!")]
     assert (
@@ -213,7 +259,7 @@ def test_of_ones_own_recipes_no_other_is_replaced_and_a_damaged_one_is_left_out(
         own_presets.remove("own-My-style-3")
 
 
-def test_settings_go_out_and_come_back(values) -> None:
+def test_exported_settings_fill_the_form_again(values) -> None:
     text = train.export(values | {"adapter.rank": 24})["download"]["text"]
     run, _ = train.read_settings(text, values)
     assert run == train._read(values | {"adapter.rank": 24})
@@ -239,7 +285,7 @@ def test_settings_of_another_trainer_fill_the_form(values) -> None:
     assert "adapter.rank" in train.take_settings(wrong, values)[0]["problem"]
 
 
-def test_values_are_short_enough_for_a_button() -> None:
+def test_values_on_buttons_are_shortened() -> None:
     assert [form.short_text(value) for value in (True, 1e-4, ("a", "b"), "x" * 99)] == [
         "on",
         "0.0001",
