@@ -1,7 +1,8 @@
-"""The hostile corpus: odd and damaged pictures, captions, names and archives, each with the verdict it must get.
+"""The hostile corpus: odd and damaged images, captions, names and archives, with their verdicts.
 
-`python -m tests.corpus FOLDER` writes all of it. Each row gets a folder of its own: none can hide another.
-Everything is generated: no hostile file is kept in the repository. What a file system cannot hold raises `OSError`.
+`python -m tests.corpus FOLDER` writes all of it. Each row has a separate folder, so that no row
+hides another. Everything is generated, so the repository contains no hostile file. A row that the
+file system cannot hold raises `OSError`.
 """
 
 import io
@@ -18,26 +19,26 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms
 
-ACCEPT, SAID, SKIPPED, REFUSED = "accept", "accept, said", "skipped, said", "refused"
+ACCEPT, REPORTED, SKIPPED, REFUSED = "accept", "accept, reported", "skipped, reported", "refused"
 
 
 @dataclass(frozen=True)
 class Row:
-    """`make(folder)` writes the files and returns the path that the verdict is about."""
+    """Files with a verdict. `make(folder)` writes them and returns the path that it is about."""
 
     id: str
     table: str
     verdict: str
     make: Callable[[Path], Path]
     caption: str | None = None
-    """What the caption must be read as, where that is the point."""
+    """The caption that must be read, if the row is about it."""
 
 
 ROWS: list[Row] = []
 
 
 def photo(width: int = 96, height: int = 64, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    """A smooth picture with some noise, so that every encoder has something to write; seeds give pictures of different looks."""
+    """Returns a smooth image with some noise. Each seed gives a different one."""
     y, x = np.mgrid[0:height, 0:width]
     noise = np.random.default_rng(seed).integers(0, 40, (height, width))
     channels = [
@@ -58,17 +59,26 @@ JPG, PNG = encoded(photo(), "JPEG", quality=90), encoded(photo(), "PNG")
 WEBP = encoded(photo(), "WEBP")
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Returns the content of every file of a dataset, without this program's own folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".atelier" not in path.parts
+    }
+
+
 def add(
     table: str, row_id: str, verdict: str, make: Callable[[Path], Path], caption: str | None = None
 ) -> None:
     ROWS.append(Row(row_id, table, verdict, make, caption))
 
 
-# Pictures
+# Images
 
 
-def picture(row_id: str, verdict: str, name: str, data: bytes | Callable[[], bytes]) -> None:
-    """A row whose only file is a picture, captioned so that its caption is no finding."""
+def image_row(row_id: str, verdict: str, name: str, data: bytes | Callable[[], bytes]) -> None:
+    """Adds a row with one image, and a caption so that a missing one is not an issue."""
 
     def make(folder: Path) -> Path:
         path = folder / name
@@ -76,7 +86,7 @@ def picture(row_id: str, verdict: str, name: str, data: bytes | Callable[[], byt
         path.with_suffix(".txt").write_text("a picture", encoding="utf-8")
         return path
 
-    add("Pictures", row_id, verdict, make)
+    add("Images", row_id, verdict, make)
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:
@@ -98,7 +108,7 @@ def png(
 
 
 def zeros(size: int) -> bytes:
-    """`size` zero bytes, deflated, without ever holding them."""
+    """Returns `size` zero bytes, deflated, without ever holding them in memory."""
     packer, block = zlib.compressobj(1), bytes(2**20)
     return (
         b"".join(packer.compress(block[: min(2**20, size - at)]) for at in range(0, size, 2**20))
@@ -189,117 +199,122 @@ def heic() -> bytes:
 
 
 for kind, suffix, data in (("jpg", ".jpg", JPG), ("png", ".png", PNG), ("webp", ".webp", WEBP)):
-    picture(f"ok_{kind}", ACCEPT, f"x{suffix}", data)
-    picture(f"trunc_half_{kind}", SKIPPED, f"x{suffix}", data[: len(data) // 2])
-    picture(f"trunc_tail_{kind}", SKIPPED, f"x{suffix}", data[:-12])
-    picture(f"trunc_hdr_{kind}", SKIPPED, f"x{suffix}", data[:20])
-picture("bitrot_jpg", SAID, "x.jpg", flipped(JPG))
-picture("bitrot_png", SKIPPED, "x.png", flipped(PNG))
-# About 1 flip in 10 in a lossy WebP, and each in a lossless one, decodes to a wrong picture without a word.
-picture("bitrot_webp", SKIPPED, "x.webp", lambda: flipped(encoded(photo(512, 384), "WEBP")))
-picture("zero_bytes", SKIPPED, "x.png", b"")
-picture("spaces", SKIPPED, "x.png", b" " * 300)
-picture("jpg_named_png", ACCEPT, "x.png", JPG)
-picture("jpg_noext", SKIPPED, "x", JPG)
-picture(
+    image_row(f"ok_{kind}", ACCEPT, f"x{suffix}", data)
+    image_row(f"trunc_half_{kind}", SKIPPED, f"x{suffix}", data[: len(data) // 2])
+    image_row(f"trunc_tail_{kind}", SKIPPED, f"x{suffix}", data[:-12])
+    image_row(f"trunc_hdr_{kind}", SKIPPED, f"x{suffix}", data[:20])
+image_row("bitrot_jpg", REPORTED, "x.jpg", flipped(JPG))
+image_row("bitrot_png", SKIPPED, "x.png", flipped(PNG))
+# About 1 flip in 10 in a lossy WebP, and each in a lossless one, decodes without an error.
+image_row("bitrot_webp", SKIPPED, "x.webp", lambda: flipped(encoded(photo(512, 384), "WEBP")))
+image_row("zero_bytes", SKIPPED, "x.png", b"")
+image_row("spaces", SKIPPED, "x.png", b" " * 300)
+image_row("jpg_named_png", ACCEPT, "x.png", JPG)
+image_row("jpg_noext", SKIPPED, "x", JPG)
+image_row(
     "html_named_png", SKIPPED, "x.png", b"<!DOCTYPE html><html><script>alert(1)</script></html>"
 )
-picture(
+image_row(
     "svg_named_png",
     SKIPPED,
     "x.png",
     b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>",
 )
-picture(
+image_row(
     "eps_named_png",
     SKIPPED,
     "x.png",
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n",
 )
-picture("anim_gif", SAID, "x.gif", lambda: frames("GIF"))
-picture("anim_webp", SAID, "x.webp", lambda: frames("WEBP"))
-picture("anim_png", SAID, "x.png", lambda: frames("PNG"))
-picture("anim_avif", SAID, "x.avif", lambda: frames("AVIF"))
-picture("pages_tiff", SAID, "x.tif", lambda: frames("TIFF"))
-picture("png16_grey", ACCEPT, "x.png", lambda: png16(0))
-picture("png16_rgb", ACCEPT, "x.png", lambda: png16(2))
-picture("png16_rgba", ACCEPT, "x.png", lambda: png16(6))
-picture("tiff_float", SKIPPED, "x.tif", lambda: encoded(photo(mode="F"), "TIFF"))
-picture("tiff_int32", SKIPPED, "x.tif", lambda: encoded(photo(mode="I"), "TIFF"))
-picture("cmyk_jpg", ACCEPT, "x.jpg", lambda: encoded(photo(mode="CMYK"), "JPEG"))
-picture("palette_png", ACCEPT, "x.png", lambda: palette(None))
-picture("palette_trns_png", ACCEPT, "x.png", lambda: palette(bytes(range(0, 255, 5))))
-picture("palette_trns_bytes", ACCEPT, "x.png", lambda: palette(3))
-picture("rgba_hidden", ACCEPT, "x.png", hidden_magenta)
-picture("l_png", ACCEPT, "x.png", lambda: encoded(photo(mode="L"), "PNG"))
-picture("la_png", ACCEPT, "x.png", lambda: encoded(photo(mode="LA"), "PNG"))
-picture("one_bit_png", ACCEPT, "x.png", lambda: encoded(photo(mode="1"), "PNG"))
-picture("one_bit_bmp", ACCEPT, "x.bmp", lambda: encoded(photo(mode="1"), "BMP"))
-picture("rgba_webp", ACCEPT, "x.webp", lambda: hidden_magenta("WEBP"))
+image_row("anim_gif", REPORTED, "x.gif", lambda: frames("GIF"))
+image_row("anim_webp", REPORTED, "x.webp", lambda: frames("WEBP"))
+image_row("anim_png", REPORTED, "x.png", lambda: frames("PNG"))
+image_row("anim_avif", REPORTED, "x.avif", lambda: frames("AVIF"))
+image_row("pages_tiff", REPORTED, "x.tif", lambda: frames("TIFF"))
+image_row("png16_grey", ACCEPT, "x.png", lambda: png16(0))
+image_row("png16_rgb", ACCEPT, "x.png", lambda: png16(2))
+image_row("png16_rgba", ACCEPT, "x.png", lambda: png16(6))
+image_row("tiff_float", SKIPPED, "x.tif", lambda: encoded(photo(mode="F"), "TIFF"))
+image_row("tiff_int32", SKIPPED, "x.tif", lambda: encoded(photo(mode="I"), "TIFF"))
+image_row("cmyk_jpg", ACCEPT, "x.jpg", lambda: encoded(photo(mode="CMYK"), "JPEG"))
+image_row("palette_png", ACCEPT, "x.png", lambda: palette(None))
+image_row("palette_trns_png", ACCEPT, "x.png", lambda: palette(bytes(range(0, 255, 5))))
+image_row("palette_trns_bytes", ACCEPT, "x.png", lambda: palette(3))
+image_row("rgba_hidden", ACCEPT, "x.png", hidden_magenta)
+image_row("l_png", ACCEPT, "x.png", lambda: encoded(photo(mode="L"), "PNG"))
+image_row("la_png", ACCEPT, "x.png", lambda: encoded(photo(mode="LA"), "PNG"))
+image_row("one_bit_png", ACCEPT, "x.png", lambda: encoded(photo(mode="1"), "PNG"))
+image_row("one_bit_bmp", ACCEPT, "x.bmp", lambda: encoded(photo(mode="1"), "BMP"))
+image_row("rgba_webp", ACCEPT, "x.webp", lambda: hidden_magenta("WEBP"))
 for orientation in (0, 3, 4, 5, 8):
-    picture(
+    image_row(
         f"exif{orientation}_jpg", ACCEPT, "x.jpg", lambda value=orientation: oriented("JPEG", value)
     )
-picture("exif6_png", ACCEPT, "x.png", lambda: oriented("PNG", 6))
-picture("exif6_webp", ACCEPT, "x.webp", lambda: oriented("WEBP", 6))
-picture("exif6_tiff", ACCEPT, "x.tif", lambda: oriented("TIFF", 6))
-picture(
+image_row("exif6_png", ACCEPT, "x.png", lambda: oriented("PNG", 6))
+image_row("exif6_webp", ACCEPT, "x.webp", lambda: oriented("WEBP", 6))
+image_row("exif6_tiff", ACCEPT, "x.tif", lambda: oriented("TIFF", 6))
+image_row(
     "exif_garbage",
     ACCEPT,
     "x.jpg",
     lambda: encoded(photo(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f" + b"\xff" * 40),
 )
-picture("exif_gps", ACCEPT, "x.jpg", with_gps)
-picture("icc_srgb", ACCEPT, "x.jpg", lambda: encoded(photo(), "JPEG", icc_profile=profile("sRGB")))
-picture(
-    "icc_lab_in_rgb", SAID, "x.jpg", lambda: encoded(photo(), "JPEG", icc_profile=profile("LAB"))
+image_row("exif_gps", ACCEPT, "x.jpg", with_gps)
+image_row(
+    "icc_srgb", ACCEPT, "x.jpg", lambda: encoded(photo(), "JPEG", icc_profile=profile("sRGB"))
 )
-picture(
+image_row(
+    "icc_lab_in_rgb",
+    REPORTED,
+    "x.jpg",
+    lambda: encoded(photo(), "JPEG", icc_profile=profile("LAB")),
+)
+image_row(
     "icc_garbage",
-    SAID,
+    REPORTED,
     "x.jpg",
     lambda: encoded(photo(), "JPEG", icc_profile=b"not a profile" * 20),
 )
-picture(
+image_row(
     "ztxt_bomb",
     SKIPPED,
     "x.png",
     lambda: png(64, 64, png_chunk(b"zTXt", b"Comment\0\0" + zeros(64 * 2**20))),
 )
-picture(
+image_row(
     "bomb_1bit",
     SKIPPED,
     "x.png",
     lambda: png(50000, 50000, depth=1, colour=0, pixels=zeros(6251 * 50000)),
 )
-picture("bomb_header", SKIPPED, "x.png", lambda: png(13300, 13300, pixels=b""))
-picture("bomb_idat_extra", SKIPPED, "x.png", lambda: png(8, 8, pixels=zeros(64 * 2**20)))
-picture("tiny_1x1", SKIPPED, "x.png", lambda: encoded(photo(1, 1), "PNG"))
-picture("aspect_1_50", SAID, "x.png", lambda: encoded(photo(64, 3200), "PNG"))
-picture("zero_dim", SKIPPED, "x.png", lambda: png(0, 64))
-picture("avif", ACCEPT, "x.avif", lambda: encoded(photo(), "AVIF"))
-picture("heic", ACCEPT, "x.heic", heic)
-picture(
+image_row("bomb_header", SKIPPED, "x.png", lambda: png(13300, 13300, pixels=b""))
+image_row("bomb_idat_extra", SKIPPED, "x.png", lambda: png(8, 8, pixels=zeros(64 * 2**20)))
+image_row("tiny_1x1", SKIPPED, "x.png", lambda: encoded(photo(1, 1), "PNG"))
+image_row("aspect_1_50", REPORTED, "x.png", lambda: encoded(photo(64, 3200), "PNG"))
+image_row("zero_dim", SKIPPED, "x.png", lambda: png(0, 64))
+image_row("avif", ACCEPT, "x.avif", lambda: encoded(photo(), "AVIF"))
+image_row("heic", ACCEPT, "x.heic", heic)
+image_row(
     "psd_named_png",
     SKIPPED,
     "x.png",
     b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, 64, 64, 8, 3) + bytes(12) + bytes(64 * 192),
 )
-picture("jp2", SKIPPED, "x.png", lambda: encoded(photo(), "JPEG2000"))
-picture("jp2_named_jp2", SKIPPED, "x.jp2", lambda: encoded(photo(), "JPEG2000"))
-picture("mpo", ACCEPT, "x.jpg", lambda: frames("MPO"))
-picture("jpg_noeoi", SKIPPED, "x.jpg", JPG[:-2])
-picture("jpg_trailing_zip", ACCEPT, "x.jpg", lambda: JPG + zipped("evil.py"))
-picture("jpg_progressive", ACCEPT, "x.jpg", lambda: encoded(photo(), "JPEG", progressive=True))
-picture("jpg_scan_bomb", SKIPPED, "x.jpg", scan_bomb)
-picture("gif_many_frames", SAID, "x.gif", long_gif)
-picture(
+image_row("jp2", SKIPPED, "x.png", lambda: encoded(photo(), "JPEG2000"))
+image_row("jp2_named_jp2", SKIPPED, "x.jp2", lambda: encoded(photo(), "JPEG2000"))
+image_row("mpo", ACCEPT, "x.jpg", lambda: frames("MPO"))
+image_row("jpg_noeoi", SKIPPED, "x.jpg", JPG[:-2])
+image_row("jpg_trailing_zip", ACCEPT, "x.jpg", lambda: JPG + zipped("evil.py"))
+image_row("jpg_progressive", ACCEPT, "x.jpg", lambda: encoded(photo(), "JPEG", progressive=True))
+image_row("jpg_scan_bomb", SKIPPED, "x.jpg", scan_bomb)
+image_row("gif_many_frames", REPORTED, "x.gif", long_gif)
+image_row(
     "gif_frame_bigger",
     SKIPPED,
     "x.gif",
     lambda: (d := encoded(photo(mode="P"), "GIF"))[:6] + b"\xff" * 4 + d[10:],
 )
-picture(
+image_row(
     "bmp_lying",
     SKIPPED,
     "x.bmp",
@@ -307,7 +322,7 @@ picture(
 )
 
 
-@lambda make: add("Pictures", "dir_named_png", SKIPPED, make)
+@lambda make: add("Images", "dir_named_png", SKIPPED, make)
 def dir_named_png(folder: Path) -> Path:
     (folder / "x.png").mkdir()
     return folder / "x.png"
@@ -364,29 +379,29 @@ def caption(row_id: str, verdict: str, data: bytes, text: str | None = None) -> 
 
 
 CHINESE, RUSSIAN = "一只可爱的猫坐在窗台上，看着外面的雨", "Рыжая кошка сидит на окне"
-caption("cap_gbk", SAID, CHINESE.encode("gbk"), CHINESE)
-caption("cap_cp1251", SAID, RUSSIAN.encode("cp1251"), RUSSIAN)
-caption("cap_cp1252", SAID, "un café à l'été".encode("cp1252"), "un café à l'été")
+caption("cap_gbk", REPORTED, CHINESE.encode("gbk"), CHINESE)
+caption("cap_cp1251", REPORTED, RUSSIAN.encode("cp1251"), RUSSIAN)
+caption("cap_cp1252", REPORTED, "un café à l'été".encode("cp1252"), "un café à l'été")
 caption("cap_bom", ACCEPT, "a red cat".encode("utf-8-sig"), "a red cat")
-caption("cap_utf16_bom", SAID, "a red cat".encode("utf-16"), "a red cat")
-caption("cap_utf16_nobom", SAID, "a red cat".encode("utf-16-le"), "a red cat")
-caption("cap_utf32", SAID, "a red cat".encode("utf-32"), "a red cat")
+caption("cap_utf16_bom", REPORTED, "a red cat".encode("utf-16"), "a red cat")
+caption("cap_utf16_nobom", REPORTED, "a red cat".encode("utf-16-le"), "a red cat")
+caption("cap_utf32", REPORTED, "a red cat".encode("utf-32"), "a red cat")
 caption("cap_crlf", ACCEPT, b"a red cat\r\n", "a red cat")
 caption("cap_cr", ACCEPT, b"a red cat\ra blue dog\r", "a red cat, a blue dog")
 caption("cap_multiline", ACCEPT, b"a red cat.\non a mat\n\n", "a red cat. on a mat")
-caption("cap_empty", SAID, b"", "")
-caption("cap_blank", SAID, b" \n\t\n ", "")
-caption("cap_100k", SAID, b"a cat, " * 15_000)
+caption("cap_empty", REPORTED, b"", "")
+caption("cap_blank", REPORTED, b" \n\t\n ", "")
+caption("cap_100k", REPORTED, b"a cat, " * 15_000)
 caption("cap_10mb", SKIPPED, b"a cat, " * 1_500_000, "")
-caption("cap_nul", SAID, b"a red\0 cat\0", "a red cat")
-caption("cap_ctrl", SAID, b"a \x1b[31mred\x1b[0m\x07 cat", "a red cat")
-caption("cap_surrogate", SAID, b"a red \xed\xa0\x80cat", "a red cat")
-caption("cap_overlong", SAID, b"a red \xc0\xafcat", "a red cat")
+caption("cap_nul", REPORTED, b"a red\0 cat\0", "a red cat")
+caption("cap_ctrl", REPORTED, b"a \x1b[31mred\x1b[0m\x07 cat", "a red cat")
+caption("cap_surrogate", REPORTED, b"a red \xed\xa0\x80cat", "a red cat")
+caption("cap_overlong", REPORTED, b"a red \xc0\xafcat", "a red cat")
 caption("cap_rtl", ACCEPT, "\u202ea red\u202c cat \u200bקט".encode(), "a red cat קט")
 caption("cap_emoji", ACCEPT, "a 👩‍👩‍👧 family".encode(), "a 👩‍👩‍👧 family")
 
 
-@lambda make: add("Captions", "cap_dir", SAID, make, "")
+@lambda make: add("Captions", "cap_dir", REPORTED, make, "")
 def cap_dir(folder: Path) -> Path:
     (folder / "x.png").write_bytes(PNG)
     (folder / "x.txt").mkdir()
@@ -397,7 +412,7 @@ def cap_dir(folder: Path) -> Path:
 
 
 def named(row_id: str, verdict: str, *names: str, caption_name: str = "") -> None:
-    """A row of pictures of these names, the first being the subject, each with a caption."""
+    """Adds a row of captioned images with these names. The verdict is about the first."""
 
     def make(folder: Path) -> Path:
         for seed, name in enumerate(names):
@@ -412,21 +427,41 @@ def named(row_id: str, verdict: str, *names: str, caption_name: str = "") -> Non
 
 
 for row_id, name in {
-    "nm_unicode": "żółć データ.png", "nm_emoji": "cat 😀👩‍👩‍👧.png", "nm_rtl": "\u202egnp.exe.png",
+    "nm_unicode": "żółć データ.png",
+    "nm_emoji": "cat 😀👩‍👩‍👧.png",
+    "nm_rtl": "\u202egnp.exe.png",
     "nm_newline": "a\nb.png",
-    "nm_tab": "a\tb.png", "nm_dash": "-rf.png", "nm_dashdash": "--output_dir=x.png", "nm_squote": "it's.png",
-    "nm_dquote": 'a "cat".png', "nm_subst": "$(touch PWNED).png", "nm_backtick": "`touch PWNED`.png",
-    "nm_semicolon": "a; touch PWNED.png", "nm_amp": "a && b.png", "nm_pipe": "a|b.png", "nm_pct": "%2e%2e%2fx.png",
-    "nm_fmt": "%s%n{0}.png", "nm_html": "<img src=x onerror=alert(1)>.png", "nm_backslash": "..\\..\\x.png",
-    "nm_colon": "a:stream.png", "nm_con": "CON.png", "nm_trail_dot": "a...png", "nm_trail_space": "a .png",
-    "nm_lead_space": " a.png", "nm_255": "a" * 251 + ".png", "nm_255u": "ż" * 125 + "a.png", "nm_dots": "....png",
-    "nm_tilde": "~.png", "nm_dollar": "$HOME.png", "nm_nfc": "caf\u00e9.png",
-}.items():  # fmt: skip
+    "nm_tab": "a\tb.png",
+    "nm_dash": "-rf.png",
+    "nm_dashdash": "--output_dir=x.png",
+    "nm_squote": "it's.png",
+    "nm_dquote": 'a "cat".png',
+    "nm_subst": "$(touch PWNED).png",
+    "nm_backtick": "`touch PWNED`.png",
+    "nm_semicolon": "a; touch PWNED.png",
+    "nm_amp": "a && b.png",
+    "nm_pipe": "a|b.png",
+    "nm_pct": "%2e%2e%2fx.png",
+    "nm_fmt": "%s%n{0}.png",
+    "nm_html": "<img src=x onerror=alert(1)>.png",
+    "nm_backslash": "..\\..\\x.png",
+    "nm_colon": "a:stream.png",
+    "nm_con": "CON.png",
+    "nm_trail_dot": "a...png",
+    "nm_trail_space": "a .png",
+    "nm_lead_space": " a.png",
+    "nm_255": "a" * 251 + ".png",
+    "nm_255u": "ż" * 125 + "a.png",
+    "nm_dots": "....png",
+    "nm_tilde": "~.png",
+    "nm_dollar": "$HOME.png",
+    "nm_nfc": "caf\u00e9.png",
+}.items():
     named(row_id, ACCEPT, name)
-named("nm_badutf8", SAID, os.fsdecode(b"bad\xff\xfename.png"))
+named("nm_badutf8", REPORTED, os.fsdecode(b"bad\xff\xfename.png"))
 named("nm_nfd", ACCEPT, "cafe\u0301.png", "caf\u00e9.png")
 named("nm_case_lo", ACCEPT, "dup.png", "DUP.png")
-named("nm_case_up", SAID, "DUP.png", "dup.png")
+named("nm_case_up", REPORTED, "DUP.png", "dup.png")
 named("nm_png_txt", ACCEPT, "other.png", caption_name="other.png.txt")
 named("nm_png_txt2", ACCEPT, "other.v2.png", caption_name="other.v2.png.txt")
 named("nm_caption_ext", ACCEPT, "x.png", caption_name="x.caption")
@@ -463,7 +498,7 @@ def archive(
     entries: list[tuple[str, bytes]],
     change: Callable[[bytes], bytes] = bytes,
 ) -> None:
-    """A zip of good pictures, captions and `entries`; `change` damages its bytes."""
+    """Adds a zip of good images, captions and `entries`. `change` damages its bytes."""
 
     def make(folder: Path) -> Path:
         file = io.BytesIO()
@@ -493,14 +528,14 @@ def encrypted(data: bytes) -> bytes:
 
 
 def lie_about_size(data: bytes) -> bytes:
-    """Say 10 bytes, in both headers, of the last entry."""
+    """Changes the size of the last entry to 10 bytes, in both headers."""
     for signature, offset in ((b"PK\1\2", 24), (b"PK\3\4", 22)):
         data = patched(data, data.rindex(signature) + offset, struct.pack("<I", 10))
     return data
 
 
 def overlap(data: bytes) -> bytes:
-    """Let the second entry begin where the first does."""
+    """Makes the second entry start at the first."""
     second = data.index(b"PK\1\2", data.index(b"PK\1\2") + 4)
     return patched(data, second + 42, struct.pack("<I", 0))
 
@@ -520,10 +555,10 @@ archive(
     [("__MACOSX/._good.png", b"\0"), ("._good.png", b"\0"), (".DS_Store", b"\0")],
 )
 archive("zip_folders", ACCEPT, [("a/good.png", PNG), ("b/good.png", PNG), ("b/good.txt", b"a dog")])
-archive("zip_dup", SAID, [("good.png", JPG2), ("good.txt", b"a dog")])
-archive("zip_case", SAID, [("GOOD.png", JPG2), ("GOOD.txt", b"a dog")])
+archive("zip_dup", REPORTED, [("good.png", JPG2), ("good.txt", b"a dog")])
+archive("zip_case", REPORTED, [("GOOD.png", JPG2), ("GOOD.txt", b"a dog")])
 archive("zip_file_and_dir", REFUSED, [("a.png", PNG), ("a.png/b.png", PNG)])
-archive("zip_longname", SAID, [("ż" * 150 + ".png", PNG), ("ż" * 150 + ".txt", b"a dog")])
+archive("zip_longname", REPORTED, [("ż" * 150 + ".png", PNG), ("ż" * 150 + ".txt", b"a dog")])
 archive("zip_deep", SKIPPED, [("d/" * 2000 + "deep.png", PNG)])
 archive(
     "zip_pth",
@@ -556,7 +591,10 @@ def fifo_named_zip(folder: Path) -> Path:
 
 
 def build(root: Path) -> dict[str, Path | OSError]:
-    """Write every row below `root`. Returns per row the path its verdict is about, or why it cannot exist here."""
+    """Writes every row below `root`.
+
+    Returns the path that each row's verdict is about, or the reason why it cannot exist here.
+    """
     made: dict[str, Path | OSError] = {}
     for row in ROWS:
         folder = root / row.table.replace(" ", "_") / row.id
@@ -568,7 +606,7 @@ def build(root: Path) -> dict[str, Path | OSError]:
             ImportError,
             AttributeError,
         ) as error:  # AttributeError: no os.mkfifo on Windows
-            made[row.id] = OSError(f"{row.id} cannot be made here: {error}")
+            made[row.id] = OSError(f"{row.id} cannot be created here: {error}")
     return made
 
 

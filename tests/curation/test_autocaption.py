@@ -1,7 +1,8 @@
-"""Models caption a dataset: real classes with random weights, small enough to be made on the spot."""
+"""Captioning with models: real classes with random weights, small enough to create here."""
 
 import csv
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def blip(tmp_path_factory):
-    """A BLIP of two thin layers, saved as the published one is."""
+    """A BLIP with two thin layers, saved like the published one."""
     import torch
     from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipProcessor
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
@@ -66,7 +67,7 @@ def blip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def florence(tmp_path_factory):
-    """A Florence-2 of two thin stages, saved as the published one is."""
+    """A Florence-2 with two thin stages, saved like the published one."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
@@ -89,7 +90,7 @@ def florence(tmp_path_factory):
         tokenizer_object=tokenizer, extra_special_tokens={"image_token": "<image>"}, **special
     )
     images = CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False)
-    images.image_seq_length = 17  # 4 x 4 places and their mean
+    images.image_seq_length = 17  # 4 x 4 positions and their mean
     sizes = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
     layers = {
         f"{part}_{what}": size for part in ("encoder", "decoder") for what, size in sizes.items()
@@ -121,7 +122,7 @@ def florence(tmp_path_factory):
     model = Florence2ForConditionalGeneration(
         Florence2Config(text_config=text.to_dict(), vision_config=vision, image_token_id=4)
     )
-    with torch.no_grad():  # it should say words rather than end at once
+    with torch.no_grad():  # makes it write words instead of ending at once
         model.get_input_embeddings().weight[5:] *= 50
     model.save_pretrained(folder)
     Florence2Processor(images, fast).save_pretrained(folder)
@@ -142,7 +143,7 @@ SCORES = [0.99, 0.5, 0.6, 0.9, 0.4, 0.8, 0.1]
 
 @pytest.fixture(scope="module")
 def tagger(tmp_path_factory):
-    """An ONNX model whose scores are constants, plus how red the picture is for "sea"."""
+    """An ONNX model with constant scores, except that "sea" depends on how red the image is."""
     onnx = pytest.importorskip("onnx", reason="onnx, which makes the tiny tagger, is not installed")
     from onnx import TensorProto, helper
 
@@ -190,131 +191,135 @@ def events(dataset):
     return list(read_events(autocaption.job_folder(dataset) / "events.jsonl"))
 
 
-def test_sentences_go_to_pictures_without_a_caption_and_can_be_taken_back(blip, dataset):
-    said = []
-    assert caption_dataset(dataset, CaptionRequest(model=str(blip), prefix="maya"), said.append) == 2
+def test_images_without_a_caption_get_a_sentence_and_undo_removes_it(blip, dataset):
+    lines = []
+    request = CaptionRequest(model=str(blip), prefix="maya")
+    assert caption_dataset(dataset, request, lines.append) == 2
     written = captions(dataset)
-    assert written["1"] == "mine" and written["0"].startswith("maya, ")
+    assert written["1"] == "mine"
+    assert written["0"].startswith("maya, ")
     assert set(written["0"].removeprefix("maya, ").split()) <= set(WORDS)
-    kinds = [type(event) for event in events(dataset)]
-    assert kinds.count(Captioned) == 2 and kinds[-1] is CaptionsDone and Progress in kinds
-    assert events(dataset)[-1].written == 2 and events(dataset)[-1].kept == 1
+    assert lines == [f"{stem}.png: {written[stem]}" for stem in "02"]
+
+    log = events(dataset)
+    assert sum(isinstance(event, Captioned) for event in log) == 2
+    assert any(isinstance(event, Progress) for event in log)
+    assert isinstance(log[-1], CaptionsDone)
+    assert (log[-1].written, log[-1].kept, log[-1].stopped) == (2, 1, False)
+
     history.undo(dataset)
-    assert captions(dataset) == {"1": "mine"} and history.last(dataset) is None
+    assert captions(dataset) == {"1": "mine"}
+    assert history.last(dataset) is None
 
 
-def test_florence_is_asked_its_own_way(florence, dataset):
+def test_florence_gets_its_task_prompt(florence, dataset):
     assert caption_dataset(dataset, CaptionRequest(model=str(florence), overwrite=True)) == 3
     written = captions(dataset)
     assert all(text and set(text.split()) <= set(WORDS) for text in written.values()), written
 
 
-def test_tags_keep_their_thresholds(tagger, dataset):
-    caption_dataset(dataset, CaptionRequest(tagger=str(tagger), overwrite=True))
-    assert captions(dataset).keys() == {"0", "1", "2"} and "blue sky, " in captions(dataset)["1"]
-    red = Image.new("RGB", (40, 20), (255, 0, 0))
+def test_tags_come_from_the_image_in_order_of_their_score(tagger):
     describe = autocaption.load_tagger(tagger, CaptionRequest())
-    assert describe(red) == "sea, blue sky, red hat, ^_^"
+    assert describe(Image.new("RGB", (40, 20), (255, 0, 0))) == "sea, blue sky, red hat, ^_^"
     assert describe(Image.new("RGB", (40, 40), (0, 0, 255))) == "blue sky, red hat, ^_^"
-    picky = CaptionRequest(threshold=0.5, character_threshold=0.7, blacklist=("Red_Hat",))
-    assert autocaption.load_tagger(tagger, picky)(Image.new("RGB", (8, 8))) == "blue sky, maya"
 
 
-def test_both_make_one_caption(blip, tagger, dataset):
+def test_tags_have_thresholds_by_category_and_a_blacklist(tagger):
+    request = CaptionRequest(threshold=0.5, character_threshold=0.7, blacklist=("Red_Hat",))
+    describe = autocaption.load_tagger(tagger, request)
+    assert describe(Image.new("RGB", (8, 8))) == "blue sky, maya"
+
+
+def test_a_sentence_and_tags_become_one_caption(blip, tagger, dataset):
     caption_dataset(dataset, CaptionRequest(str(blip), str(tagger)))
     sentence, _, tags = captions(dataset)["0"].partition(", ")
-    assert sentence.split()[0] in WORDS and "blue sky" in tags
+    assert sentence.split()[0] in WORDS
+    assert "blue sky" in tags
 
 
-def test_the_command_is_the_job_and_stops_when_asked(tagger, dataset, monkeypatch, capsys):
-    assert (
-        main(
-            [
-                "caption",
-                str(dataset),
-                "--tagger",
-                str(tagger),
-                "--overwrite",
-                "--blacklist",
-                "sea, ^_^",
-            ]
-        )
-        == 0
-    )
+def test_the_command_writes_captions(tagger, dataset, capsys):
+    options = ["--tagger", str(tagger), "--overwrite", "--blacklist", "sea, ^_^"]
+    assert main(["caption", str(dataset), *options]) == 0
     assert "3 captions written" in capsys.readouterr().out
-    assert captions(dataset)["2"] == "blue sky, red hat"
+    assert captions(dataset) == dict.fromkeys("012", "blue sky, red hat")
+
+
+def test_a_stop_request_ends_the_job_after_the_current_image(tagger, dataset, monkeypatch):
     real = autocaption.describe
 
-    def asked_to_stop(*arguments):
+    def stop_and_describe(*arguments):
         run_requests.request(autocaption.job_folder(dataset), "stop")
         return real(*arguments)
 
-    monkeypatch.setattr(autocaption, "describe", asked_to_stop)
-    assert caption_dataset(dataset, CaptionRequest(tagger=str(tagger), overwrite=True, prefix="new")) == 1
-    assert events(dataset)[-1].stopped and captions(dataset)["1"] == "blue sky, red hat"
+    monkeypatch.setattr(autocaption, "describe", stop_and_describe)
+    request = CaptionRequest(tagger=str(tagger), overwrite=True)
+    assert caption_dataset(dataset, request) == 1
+    assert events(dataset)[-1].stopped
+    assert captions(dataset)["1"] == "mine"
 
 
-def test_only_one_job_at_a_time(tagger, dataset):
+def test_only_one_job_runs_at_a_time(tagger, dataset):
     folder = autocaption.job_folder(dataset)
     folder.mkdir()
     with run_lock.acquire(folder), pytest.raises(StateError):
         caption_dataset(dataset, CaptionRequest(tagger=str(tagger)))
 
 
-def test_a_model_that_says_nothing_takes_no_caption_away(blip, dataset, monkeypatch):
+def test_an_empty_result_keeps_the_existing_caption(blip, dataset, monkeypatch):
     monkeypatch.setattr(autocaption, "load_sentence_model", lambda folder: lambda image: "")
     assert caption_dataset(dataset, CaptionRequest(model=str(blip), overwrite=True)) == 0
-    assert (
-        captions(dataset) == {"1": "mine"}
-        and sum(isinstance(event, Warned) for event in events(dataset)) == 3
-    )
+    assert captions(dataset) == {"1": "mine"}
+    assert sum(isinstance(event, Warned) for event in events(dataset)) == 3
 
 
 @pytest.mark.parametrize(
-    ("wish", "says"),
+    ("request_changes", "message"),
     [
-        (CaptionRequest(), "No captioning model is given"),
-        (CaptionRequest(model="no/such-model"), "cannot be downloaded"),
-        (CaptionRequest(model="what is this"), "neither a folder nor"),
-        (CaptionRequest(model="EMPTY"), "not a captioning model"),
-        (CaptionRequest(tagger="EMPTY"), "not a tagger"),
+        ({}, "No captioning model is given"),
+        ({"model": "no/such-model"}, "cannot be downloaded"),
+        ({"model": "what is this"}, "neither a folder nor"),
+        ({"model": "EMPTY"}, "not a captioning model"),
+        ({"tagger": "EMPTY"}, "not a tagger"),
     ],
 )
-def test_no_model_is_a_sentence(dataset, tmp_path, wish, says):
-    (tmp_path / "EMPTY").mkdir()
-    wish = CaptionRequest(
-        **{
-            name: str(tmp_path / "EMPTY") if value == "EMPTY" else value
-            for name, value in vars(wish).items()
-        }
-    )
-    with pytest.raises(ModelError, match=says):
-        caption_dataset(dataset, wish)
-    assert isinstance(events(dataset)[-1], Failed) and captions(dataset) == {"1": "mine"}
+def test_a_model_that_cannot_be_used_is_an_error_message(
+    dataset, tmp_path, request_changes, message
+):
+    empty = tmp_path / "EMPTY"
+    empty.mkdir()
+    changes = {name: value.replace("EMPTY", str(empty)) for name, value in request_changes.items()}
+    with pytest.raises(ModelError, match=message):
+        caption_dataset(dataset, CaptionRequest(**changes))
+    assert isinstance(events(dataset)[-1], Failed)
+    assert captions(dataset) == {"1": "mine"}
 
 
-def test_without_onnxruntime_it_says_what_to_install(dataset, tagger, monkeypatch):
+def test_without_onnxruntime_the_error_names_the_package(dataset, tagger, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ModelError, match=r"pip install .lora-atelier\[tagger\]"):
         autocaption.load_tagger(tagger, CaptionRequest())
 
 
-def test_what_would_be_downloaded_is_counted(monkeypatch):
+def test_download_size_counts_only_needed_files(monkeypatch):
     from huggingface_hub import HfApi
 
-    class File:
-        def __init__(self, name, size):
-            self.rfilename, self.size = name, size
+    def with_files(sizes):
+        files = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
+        info = SimpleNamespace(siblings=files)
+        monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: info)
 
-    files = [
-        File("model.safetensors", 900),
-        File("config.json", 10),
-        File("pytorch_model.bin", 900),
-        File("onnx/model.onnx", 5),
-        File("README.md", 1),
-    ]
-    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: type("Info", (), {"siblings": files}))
+    with_files(
+        {
+            "model.safetensors": 900,
+            "config.json": 10,
+            "pytorch_model.bin": 900,
+            "onnx/model.onnx": 5,
+            "README.md": 1,
+        }
+    )
     assert autocaption.download_bytes("some/model") == 910
-    files[:] = [File("pytorch_model.bin", 900), File("config.json", 10)]
+    with_files({"model.onnx": 300, "selected_tags.csv": 20, "model.safetensors": 900})
+    assert autocaption.download_bytes("some/model") == 320
+    with_files({"pytorch_model.bin": 900, "config.json": 10})
     with pytest.raises(ModelError, match="safe format"):
         autocaption.download_bytes("some/model")

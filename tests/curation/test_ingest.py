@@ -1,4 +1,4 @@
-"""Dropped files arrive whole, paired, under safe names, or not at all and named."""
+"""Imports: files arrive whole, paired and with safe names, or not at all with an issue."""
 
 import io
 import json
@@ -60,14 +60,14 @@ def test_files_folders_and_zips_are_copied(source, tmp_path):
     assert (source / "single.jpg").read_bytes() == JPG
 
 
-def test_uploads_get_the_names_people_know_and_stay_paired(source, tmp_path):
+def test_uploads_get_the_names_that_users_know_and_stay_paired(source, tmp_path):
     uploads = [put(source, "0001", PNG), put(source, "0002", b"a cat"), put(source, "0003", JPG)]
     known = ["Ünï.png", "Ünï.txt", "10_cat/b.jpg"]
     assert import_files(zip(uploads, known, strict=True), tmp_path / "set") == []
     assert names(tmp_path / "set") == ["10_cat/b.jpg", "Ünï.png", "Ünï.txt"]
 
 
-def test_names_from_a_browser_lead_nowhere(source, tmp_path):
+def test_names_from_a_browser_never_leave_the_dataset(source, tmp_path):
     upload = put(source, "0001", PNG)
     for name in (
         "../../evil.png",
@@ -84,8 +84,8 @@ def test_names_from_a_browser_lead_nowhere(source, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "source"]
 
 
-def test_one_upload_may_have_several_names(source, tmp_path):
-    """An upload is kept by its content: two captions that say the same may be one file."""
+def test_one_upload_can_be_imported_with_several_names(source, tmp_path):
+    """Uploads are stored by content, so two equal captions may be one file."""
     words, first, second = (
         put(source, "0001", b"a photo"),
         put(source, "0002", PNG),
@@ -101,8 +101,8 @@ def test_one_upload_may_have_several_names(source, tmp_path):
     assert names(tmp_path / "set") == sorted(name for _, name in dropped)
 
 
-def test_names_that_become_one_lose_nothing(source, tmp_path):
-    """Folders that differ in what a file system refuses, and names that differ at the end of a long prompt."""
+def test_names_that_become_equal_lose_nothing(source, tmp_path):
+    """Folders may differ in a forbidden character, and names at the end of a long prompt."""
     prompt = "a portrait of a woman in a red dress, standing in a field of flowers, " * 2
     known = ["a?/1", "a*/1", *(f"set/{prompt}{number:03}" for number in range(3))]
     dropped = []
@@ -121,7 +121,7 @@ def test_names_that_become_one_lose_nothing(source, tmp_path):
     }
 
 
-def test_captions_of_long_names_may_come_later(source, tmp_path):
+def test_captions_of_long_names_can_be_imported_later(source, tmp_path):
     prompt = "a portrait of a woman in a red dress, standing in a field of flowers, " * 2
     pictures = [
         put(source, f"{number}.png", encoded(photo(seed=number), "PNG")) for number in range(3)
@@ -136,7 +136,7 @@ def test_captions_of_long_names_may_come_later(source, tmp_path):
     assert captions == {path.read_bytes(): f"caption {path.stem}" for path in pictures}
 
 
-def test_a_folder_that_came_file_by_file_is_treated_as_one(source, tmp_path):
+def test_a_folder_uploaded_file_by_file_is_imported_like_a_folder(source, tmp_path):
     deep = "/".join("abcdefghijklmnopq")
     left_out = ["set/.hidden/1.png", f"{deep}/1.png", "set/more.zip", "set/notes.md"]
     upload = put(source, "0001", PNG)
@@ -147,7 +147,7 @@ def test_a_folder_that_came_file_by_file_is_treated_as_one(source, tmp_path):
     assert sorted(issue.file for issue in issues) == sorted(left_out)
 
 
-def test_nothing_is_overwritten_and_pairs_keep_together(source, tmp_path):
+def test_nothing_is_overwritten_and_pairs_stay_together(source, tmp_path):
     target = tmp_path / "set"
     put(target, "a.png", encoded(photo(seed=1), "PNG"))
     put(target, "a.txt", b"old")
@@ -168,14 +168,14 @@ def test_importing_twice_adds_nothing(source, tmp_path):
     assert [(issue.file, issue.level) for issue in issues] == [("a.png", "note")]
 
 
-def test_masks_stay_with_their_pictures_whatever_the_names(source, tmp_path):
+def test_masks_stay_with_their_images_when_names_change(source, tmp_path):
     target, mask = tmp_path / "set", encoded(photo(mode="L"), "PNG")
     put(target, "a.png", encoded(photo(seed=1), "PNG"))
     put(source, "d/a.png", PNG)
     put(source, "d/a.mask.png", mask)
     put(source, "d/b?.png", encoded(photo(seed=2), "PNG"))
     put(source, "d/masks/b?.png", mask)
-    put(source, "d/bad.png", b"no picture")
+    put(source, "d/bad.png", b"no image")
     put(source, "d/bad.mask.png", mask)
     files = [path for path in sorted((source / "d").rglob("*")) if path.is_file()]
     issues = import_files(
@@ -189,21 +189,19 @@ def test_masks_stay_with_their_pictures_whatever_the_names(source, tmp_path):
     assert [issue.level for issue in issues if "bad" in issue.file] == ["error", "warning"]
 
 
-def test_captions_may_come_later_but_replace_none(source, tmp_path):
+def test_captions_can_be_imported_later_but_replace_none(source, tmp_path):
     target = tmp_path / "set"
     import_files(
         [put(source, "a.png", PNG), put(source, "b.png", JPG), put(source, "b.txt", b"old")], target
     )
-    issues = import_files(
-        [put(source, "a.txt", b"new a"), put(source, "b.txt", b"new b")], target
-    )
+    issues = import_files([put(source, "a.txt", b"new a"), put(source, "b.txt", b"new b")], target)
     assert (
         read_caption(target / "a.png")[0] == "new a" and read_caption(target / "b.png")[0] == "old"
     )
     assert [issue.file for issue in issues] == ["b.txt"]
 
 
-def test_captions_that_came_first_get_their_pictures(source, tmp_path):
+def test_captions_imported_first_get_their_images(source, tmp_path):
     target = tmp_path / "set"
     import_files(
         [
@@ -213,18 +211,21 @@ def test_captions_that_came_first_get_their_pictures(source, tmp_path):
         ],
         target,
     )
-    put(source, "d/b.png", JPG)  # comes with its caption once more
+    put(source, "d/b.png", JPG)  # with the same caption again
     assert import_files([put(source, "a.png", PNG), source / "d"], target) == []
     import_files(
         [put(source, "c.png", encoded(photo(seed=3), "PNG")), put(source, "c.txt", b"another")],
         target,
     )
-    captions = {item.path.name: item.caption for item in scan_dataset(target, config.Dataset(resolution=64, bucket_step=8))[0]}
+    captions = {
+        item.path.name: item.caption
+        for item in scan_dataset(target, config.Dataset(resolution=64, bucket_step=8))[0]
+    }
     assert captions == {"a.png": "cat a", "b.png": "cat b", "c-2.png": "another"}
     assert (target / "c.txt").read_bytes() == b"cat c", "nothing is overwritten"
 
 
-def test_a_picture_takes_no_caption_of_another(source, tmp_path):
+def test_an_image_never_gets_the_caption_of_another(source, tmp_path):
     target = tmp_path / "set"
     import_files([put(source, "a.png", PNG), put(source, "a.txt", b"cat a")], target)
     import_files([put(source, "b.png", JPG), put(source, "b.caption", b"cat b")], target)
@@ -232,11 +233,14 @@ def test_a_picture_takes_no_caption_of_another(source, tmp_path):
     import_files([(other, "a.jpg"), (other, "b.jpg")], target)
     lone = put(
         source, "0002", b"cat c"
-    )  # a file name of Linux, of the same import: no caption that waited
+    )  # a name that only Linux allows, in the same import: not an earlier caption
     import_files(
         [(lone, "c*.txt"), (put(source, "0003", encoded(photo(seed=4), "PNG")), "c?.png")], target
     )
-    captions = {item.path.name: item.caption for item in scan_dataset(target, config.Dataset(resolution=64, bucket_step=8))[0]}
+    captions = {
+        item.path.name: item.caption
+        for item in scan_dataset(target, config.Dataset(resolution=64, bucket_step=8))[0]
+    }
     assert captions == {
         "a.png": "cat a",
         "b.png": "cat b",
@@ -247,8 +251,8 @@ def test_a_picture_takes_no_caption_of_another(source, tmp_path):
 
 
 @pytest.mark.parametrize("first", [".txt", ".png"])
-def test_accents_are_one_letter_or_two(source, tmp_path, first):
-    """A picture from a Mac, and its caption, or its row, written elsewhere."""
+def test_composed_and_decomposed_accents_are_one_name(source, tmp_path, first):
+    """The image may come from a Mac, and its caption or metadata row from elsewhere."""
     dropped = [
         (put(source, "0001", b"a cat"), "\u00e9.txt"),
         (put(source, "0002", PNG), "e\u0301.png"),
@@ -257,18 +261,19 @@ def test_accents_are_one_letter_or_two(source, tmp_path, first):
     dropped += [(put(source, "0004", JPG), "a\u0300.jpg"), (row, "metadata.jsonl")]
     import_files(sorted(dropped, key=lambda pair: not pair[1].endswith(first)), tmp_path / "set")
     captions = {
-        item.path.name: item.caption for item in scan_dataset(tmp_path / "set", config.Dataset(resolution=64, bucket_step=8))[0]
+        item.path.name: item.caption
+        for item in scan_dataset(tmp_path / "set", config.Dataset(resolution=64, bucket_step=8))[0]
     }
     assert captions == {"\u00e9.png": "a cat", "\u00e0.jpg": "a dog"}
 
 
-def test_only_pictures_of_the_same_size_are_compared(source, tmp_path, monkeypatch):
+def test_only_images_of_the_same_size_are_hashed(source, tmp_path, monkeypatch):
     target, read = tmp_path / "set", []
     import_files([put(source, "a.png", PNG), put(source, "b.jpg", JPG)], target)
     sha256 = import_copy._sha256
     monkeypatch.setattr(import_copy, "_sha256", lambda path: read.append(path.name) or sha256(path))
     issues = import_files(
-        [put(source, "c.png", PNG), put(source, "d.png", PNG), put(source, "e.bmp", b"no picture")],
+        [put(source, "c.png", PNG), put(source, "d.png", PNG), put(source, "e.bmp", b"no image")],
         target,
     )
     assert read == ["a.png"] and [issue.file for issue in issues] == [
@@ -278,14 +283,14 @@ def test_only_pictures_of_the_same_size_are_compared(source, tmp_path, monkeypat
     ]
 
 
-def test_known_picture_under_another_name_gets_its_caption(source, tmp_path):
+def test_a_known_image_with_another_name_gets_the_new_caption(source, tmp_path):
     target = tmp_path / "set"
     import_files([put(source, "a.png", PNG)], target)
     import_files([put(source, "other.png", PNG), put(source, "other.txt", b"a cat")], target)
     assert names(target) == ["a.png", "a.txt"]
 
 
-def test_metadata_follows_renamed_pictures(source, tmp_path):
+def test_metadata_follows_renamed_images(source, tmp_path):
     put(tmp_path / "set", "data/a.png", encoded(photo(seed=1), "PNG"))
     folder = source / "data"
     put(folder, "a.png", PNG)
@@ -297,13 +302,14 @@ def test_metadata_follows_renamed_pictures(source, tmp_path):
     put(folder, "metadata.jsonl", "\n".join(rows).encode())
     issues = import_files([folder], tmp_path / "set")
     captions = {
-        item.path.name: item.caption for item in scan_dataset(tmp_path / "set", config.Dataset(resolution=64, bucket_step=8))[0]
+        item.path.name: item.caption
+        for item in scan_dataset(tmp_path / "set", config.Dataset(resolution=64, bucket_step=8))[0]
     }
     assert captions == {"a.png": "", "a-2.png": "one", "b.png": "two", "c.jpg": "from txt"}
     assert "2 of its 3 captions" in issues[-1].message
 
 
-def test_what_is_not_kept_is_named(source, tmp_path):
+def test_files_that_are_not_imported_are_reported(source, tmp_path):
     for name in (
         "x.py",
         "x.pth",
@@ -344,7 +350,7 @@ def test_a_link_inside_the_dataset_is_not_written_through(source, tmp_path):
     assert "leaves the dataset" in issues[0].message
 
 
-def test_zip_limits_count_real_bytes(source, tmp_path, monkeypatch):
+def test_zip_limits_apply_to_unpacked_bytes(source, tmp_path, monkeypatch):
     with zipfile.ZipFile(source / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for number in range(5):
             archive.writestr(f"{number}.txt", bytes(1000))
@@ -352,9 +358,7 @@ def test_zip_limits_count_real_bytes(source, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(import_zip, limit, value)
             issues = import_files([source / "x.zip"], tmp_path / limit)
-        assert [issue.level for issue in issues] == ["error"] and not names(
-            tmp_path / limit
-        ), limit
+        assert [issue.level for issue in issues] == ["error"] and not names(tmp_path / limit), limit
 
 
 def test_zip_names_in_utf8_without_the_flag(source, tmp_path):
@@ -368,7 +372,7 @@ def test_zip_names_in_utf8_without_the_flag(source, tmp_path):
     assert names(tmp_path / "set") == ["żółć.png"]
 
 
-def test_full_disk_is_one_sentence_and_leaves_no_part(source, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_error_and_leaves_no_partial_file(source, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -378,7 +382,7 @@ def test_full_disk_is_one_sentence_and_leaves_no_part(source, tmp_path, monkeypa
     assert names(tmp_path / "set") == []
 
 
-def test_damage_in_one_zip_does_not_stop_the_rest(source, tmp_path):
+def test_a_damaged_zip_does_not_stop_the_rest(source, tmp_path):
     issues = import_files(
         [put(source, "bad.zip", b"PK\3\4"), put(source, "a.png", PNG)], tmp_path / "set"
     )

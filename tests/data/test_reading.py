@@ -19,9 +19,8 @@ from trainer.runs import events, run_folder, run_status
 from trainer.training import setup
 from trainer.training.step.losses import microbatch_losses
 
-LONG = (
-    "stars " * 15 + "moon! " * 19
-)  # 170 tokens, one a letter, with the tiny tokenizer; the 75th ends a word
+# 170 tokens with the tiny tokenizer, one per letter. The 75th ends a word.
+LONG = "stars " * 15 + "moon! " * 19
 
 
 @pytest.fixture(scope="module")
