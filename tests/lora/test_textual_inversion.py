@@ -108,7 +108,9 @@ def test_it_starts_as_the_words_it_is_said_to(tiny_run, tiny_base):
     assert len(ids) == 3 and torch.equal(
         textual_inversion.new_trigger_embedding(run, base).rows["text_encoder"], table[ids]
     )
-    worn = textual_inversion.with_embeddings(base, [textual_inversion.new_trigger_embedding(run, base)])
+    worn = textual_inversion.with_embeddings(
+        base, [textual_inversion.new_trigger_embedding(run, base)]
+    )
     as_dog = base.encode(["a dog here"])["prompt_embeds"]
     assert torch.equal(worn.encode(["a MAYA here"])["prompt_embeds"], as_dog)
 
@@ -235,9 +237,13 @@ def test_the_page_hands_it_out_and_a_run_goes_on_from_it(learned, tiny_run):
     run = tiny_run(PIVOTAL | on)
     base = load_base(run.base, torch.float32)
     saved = load_file(learned / "tiny-embedding.safetensors")["emb_params"]
-    assert torch.equal(textual_inversion.new_trigger_embedding(run, base).rows["text_encoder"], saved)
+    assert torch.equal(
+        textual_inversion.new_trigger_embedding(run, base).rows["text_encoder"], saved
+    )
     with pytest.raises(ConfigError, match="has 2"):
-        textual_inversion.new_trigger_embedding(config.replace(run, {"adapter.trigger_vectors": 3}), base)
+        textual_inversion.new_trigger_embedding(
+            config.replace(run, {"adapter.trigger_vectors": 3}), base
+        )
 
 
 def test_an_interrupted_run_goes_on_to_the_same_word(learned, tmp_path, monkeypatch):

@@ -220,7 +220,9 @@ def test_every_layer_of_a_stable_diffusion_3_is_told_from_another(tmp_path, caps
         tmp_path / "e.safetensors",
     )
     file = read_adapter(tmp_path / "e.safetensors")
-    assert code == 0 and "dialect:              diffusers" in out and file.file_format == "diffusers"
+    assert (
+        code == 0 and "dialect:              diffusers" in out and file.file_format == "diffusers"
+    )
     assert {module.component for module in file.modules} == {
         "transformer",
         "text_encoder",
