@@ -5,6 +5,7 @@ from PIL import Image, ImageFilter
 
 from tests.corpus import encoded, hidden_magenta, oriented, photo, png16, profile
 from trainer import config
+from trainer.cli.main import main
 from trainer.data import checks, token_count
 from trainer.data.scan import scan_dataset
 from trainer.models.model_files import EMBEDDED_FOLDER
@@ -230,3 +231,29 @@ def test_tokens_are_counted_with_the_tokenizer_of_the_base(tmp_path):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     assert token_count.counter(tmp_path)(texts) == expected
     assert token_count.counter(None)(["a red, cat"]) == [4]
+
+
+# Callers
+
+
+def test_check_command_uses_the_settings_of_the_run(tmp_path, capsys):
+    write(tmp_path, "strip.png", sharp(1, (1024, 256)))
+    options = ["check", str(tmp_path), "--resolution", "256"]
+    assert main(options) == 0
+    assert "[narrow]" in capsys.readouterr().out
+    assert main([*options, "--set", "dataset.max_aspect=4"]) == 0
+    assert "[narrow]" not in capsys.readouterr().out
+
+
+def test_check_command_uses_the_bucket_step_of_the_presets(tmp_path, capsys):
+    """At 64 pixels the presets have steps of 8, in which a 3:2 image is not cropped much."""
+    write(tmp_path, "photo.png", sharp(1, (384, 256)))
+    assert main(["check", str(tmp_path), "--resolution", "64"]) == 0
+    assert "[narrow]" not in capsys.readouterr().out
+
+
+def test_dataset_tab_sends_every_setting_that_a_scan_uses():
+    from app.actions import dataset_scans
+    from app.tabs import dataset
+
+    assert dataset.SETTINGS == dataset_scans.SETTINGS

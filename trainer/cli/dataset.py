@@ -28,6 +28,14 @@ def _add_check(commands: Commands) -> None:
     check.add_argument("dataset", type=Path)
     check.add_argument("--resolution", type=int, default=512)
     check.add_argument("--trigger", default="")
+    check.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="a setting of the run to check by, such as dataset.max_aspect=4; can be repeated",
+    )
     check.add_argument("--json", action="store_true")
     check.add_argument(
         "--fix",
@@ -97,11 +105,19 @@ def check_command(options: argparse.Namespace) -> int:
 def _scan(options: argparse.Namespace) -> "Scan":
     from trainer.data.scan import scan_dataset
 
+    return scan_dataset(options.dataset, _settings(options))
+
+
+def _settings(options: argparse.Namespace) -> config.Dataset:
+    """Returns the settings to check by. Raises ConfigError if one of them is invalid."""
+    changes = dict(config.parse_setting(text) for text in options.settings)
+    settings = config.replace(config.RunConfig(), changes).dataset
+    update = {"resolution": options.resolution, "trigger": options.trigger}
+    if "dataset.bucket_step" not in changes:
+        # As in the presets: 64 at 512 pixels and above, 8 at 64.
+        update["bucket_step"] = min(64, max(8, options.resolution // 64 * 8))
     # model_copy accepts any resolution. The settings of a run accept only multiples of 8.
-    settings = config.Dataset().model_copy(
-        update={"resolution": options.resolution, "trigger": options.trigger}
-    )
-    return scan_dataset(options.dataset, settings)
+    return settings.model_copy(update=update)
 
 
 def _undo(dataset: Path) -> None:
@@ -125,7 +141,8 @@ def _fix(options: argparse.Namespace, kind_and_fix: str) -> None:
     if not issues:
         return
     fix = fix or fixes.FIXES_FOR_KIND[kind][0]
-    count = fixes.apply(options.dataset, issues, fix)
+    limit = _settings(options).caption_tokens
+    count = fixes.apply(options.dataset, issues, fix, limit=limit)
     print(f"{fixes.FIXES[fix].label}: {count} files changed.", file=sys.stderr)
 
 
