@@ -1,6 +1,8 @@
-"""Checkpoints in Stability's single-file layout, written out from its own model code (openaimodel.py, model.py, OpenCLIP's transformer.py).
+"""Tiny and full-size models in Stability's single-file layout.
 
-Nothing here comes from the program or from diffusers, so both are measured against it. Shapes only, until `write_checkpoint` fills them.
+The names and shapes follow Stability's model code (openaimodel.py, model.py, mmdit.py) and
+OpenCLIP's transformer.py. Nothing comes from the program or from diffusers, so both are tested
+against it. `write_single_file` fills the shapes with random numbers.
 """
 
 from collections.abc import Iterator
@@ -31,6 +33,37 @@ def norm(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{name}.bias", (width,)
 
 
+def unet_resnet(name: str, into: int, out: int, time: int) -> Shapes:
+    shapes: Shapes = dict(norm(f"{name}.in_layers.0", into))
+    shapes.update(conv(f"{name}.in_layers.2", out, into))
+    shapes.update(linear(f"{name}.emb_layers.1", out, time))
+    shapes.update(norm(f"{name}.out_layers.0", out))
+    shapes.update(conv(f"{name}.out_layers.3", out, out))
+    if into != out:
+        shapes.update(conv(f"{name}.skip_connection", out, into, 1))
+    return shapes
+
+
+def unet_transformer(name: str, width: int, depth: int, context: int, linear_proj: bool) -> Shapes:
+    shapes: Shapes = dict(norm(f"{name}.norm", width))
+    for projection in (f"{name}.proj_in", f"{name}.proj_out"):
+        shapes.update(
+            linear(projection, width, width) if linear_proj else conv(projection, width, width, 1)
+        )
+    for number in range(depth):
+        block = f"{name}.transformer_blocks.{number}"
+        for attention, source in (("attn1", width), ("attn2", context)):
+            shapes.update(linear(f"{block}.{attention}.to_q", width, width, bias=False))
+            shapes.update(linear(f"{block}.{attention}.to_k", width, source, bias=False))
+            shapes.update(linear(f"{block}.{attention}.to_v", width, source, bias=False))
+            shapes.update(linear(f"{block}.{attention}.to_out.0", width, width))
+        shapes.update(linear(f"{block}.ff.net.0.proj", 8 * width, width))
+        shapes.update(linear(f"{block}.ff.net.2", width, 4 * width))
+        for layer in (1, 2, 3):
+            shapes.update(norm(f"{block}.norm{layer}", width))
+    return shapes
+
+
 def unet(
     width=32,
     multiples=(1, 2),
@@ -41,77 +74,52 @@ def unet(
     label=0,
     channels=4,
 ) -> Shapes:
+    """Returns the shapes of a UNet.
+
+    A level has `width` times its multiple channels, `res_blocks` layers, and transformers of its
+    depth. `label` is the width of the size embedding, or 0.
+    """
+    time, levels = 4 * width, list(enumerate(multiples))
     shapes: Shapes = {}
-    time = 4 * width
 
-    def resnet(name, into, out):
-        shapes.update(
-            [
-                *norm(f"{name}.in_layers.0", into),
-                *conv(f"{name}.in_layers.2", out, into),
-                *linear(f"{name}.emb_layers.1", out, time),
-            ]
-        )
-        shapes.update([*norm(f"{name}.out_layers.0", out), *conv(f"{name}.out_layers.3", out, out)])
-        if into != out:
-            shapes.update(conv(f"{name}.skip_connection", out, into, 1))
-
-    def transformer(name, c, depth):
-        project = linear if linear_proj else lambda n, o, i: conv(n, o, i, 1)
-        shapes.update(
-            [
-                *norm(f"{name}.norm", c),
-                *project(f"{name}.proj_in", c, c),
-                *project(f"{name}.proj_out", c, c),
-            ]
-        )
-        for d in range(depth):
-            block = f"{name}.transformer_blocks.{d}"
-            for attention, source in (("attn1", c), ("attn2", context)):
-                shapes.update(linear(f"{block}.{attention}.to_q", c, c, bias=False))
-                shapes.update(linear(f"{block}.{attention}.to_k", c, source, bias=False))
-                shapes.update(linear(f"{block}.{attention}.to_v", c, source, bias=False))
-                shapes.update(linear(f"{block}.{attention}.to_out.0", c, c))
-            shapes.update(
-                [
-                    *linear(f"{block}.ff.net.0.proj", 8 * c, c),
-                    *linear(f"{block}.ff.net.2", c, 4 * c),
-                ]
-            )
-            for n in (1, 2, 3):
-                shapes.update(norm(f"{block}.norm{n}", c))
+    def transformer(name: str, channels: int, depth: int) -> None:
+        if depth:
+            shapes.update(unet_transformer(name, channels, depth, context, linear_proj))
 
     shapes.update([*linear("time_embed.0", time, width), *linear("time_embed.2", time, time)])
     if label:
         shapes.update([*linear("label_emb.0.0", time, label), *linear("label_emb.0.2", time, time)])
     shapes.update(conv("input_blocks.0.0", width, channels))
-    number, now, kept = 1, width, [width]
-    for level, multiple in enumerate(multiples):
+
+    # Down: every input block's output is also an input of an output block.
+    number, now, skips = 1, width, [width]
+    for level, multiple in levels:
         for _ in range(res_blocks):
-            resnet(f"input_blocks.{number}.0", now, width * multiple)
+            shapes.update(unet_resnet(f"input_blocks.{number}.0", now, width * multiple, time))
             now = width * multiple
-            if depths[level]:
-                transformer(f"input_blocks.{number}.1", now, depths[level])
-            kept.append(now)
+            transformer(f"input_blocks.{number}.1", now, depths[level])
+            skips.append(now)
             number += 1
         if level < len(multiples) - 1:
             shapes.update(conv(f"input_blocks.{number}.0.op", now, now))
-            kept.append(now)
+            skips.append(now)
             number += 1
-    resnet("middle_block.0", now, now)
+
+    shapes.update(unet_resnet("middle_block.0", now, now, time))
     transformer("middle_block.1", now, max(1, depths[-1]))
-    resnet("middle_block.2", now, now)
+    shapes.update(unet_resnet("middle_block.2", now, now, time))
+
+    # Up
     number = 0
-    for level, multiple in reversed(list(enumerate(multiples))):
-        for i in range(res_blocks + 1):
-            resnet(f"output_blocks.{number}.0", now + kept.pop(), width * multiple)
-            now = width * multiple
-            if depths[level]:
-                transformer(f"output_blocks.{number}.1", now, depths[level])
-            if level and i == res_blocks:
-                shapes.update(
-                    conv(f"output_blocks.{number}.{2 if depths[level] else 1}.conv", now, now)
-                )
+    for level, multiple in reversed(levels):
+        for layer in range(res_blocks + 1):
+            out = width * multiple
+            shapes.update(unet_resnet(f"output_blocks.{number}.0", now + skips.pop(), out, time))
+            now = out
+            transformer(f"output_blocks.{number}.1", now, depths[level])
+            if level and layer == res_blocks:
+                slot = 2 if depths[level] else 1
+                shapes.update(conv(f"output_blocks.{number}.{slot}.conv", now, now))
             number += 1
     shapes.update([*norm("out.0", width), *conv("out.2", 4, width)])
     return shapes
@@ -164,7 +172,7 @@ def vae(width=32, multiples=(1, 2), res_blocks=1, latents=4) -> Shapes:
 
 
 def clip(width=32, layers=2, inner=48) -> Shapes:
-    """OpenAI's text encoder, as transformers names it."""
+    """Returns the shapes of OpenAI's text encoder, under transformers' names."""
     shapes: Shapes = {
         "text_model.embeddings.token_embedding.weight": (49408, width),
         "text_model.embeddings.position_embedding.weight": (77, width),
@@ -182,6 +190,7 @@ def clip(width=32, layers=2, inner=48) -> Shapes:
 
 
 def open_clip(width=48, layers=2, inner=64) -> Shapes:
+    """Returns the shapes of OpenCLIP's text encoder, under its own names."""
     shapes: Shapes = {
         "token_embedding.weight": (49408, width),
         "positional_embedding": (77, width),
@@ -214,7 +223,11 @@ def open_clip(width=48, layers=2, inner=64) -> Shapes:
 
 
 def mmdit(width=64, layers=2, context=80, pooled=96, side=8, qk_norm=False, second=()) -> Shapes:
-    """Of Stable Diffusion 3 (mmdit.py of its reference code): the last block does nothing more for the text."""
+    """Returns the shapes of the transformer of Stable Diffusion 3.
+
+    Its last block discards the text, so it has no text output and MLP. `second` contains the
+    numbers of the blocks with a second attention over the image.
+    """
     shapes: Shapes = {"pos_embed": (1, side * side, width)}
     shapes.update(
         [*conv("x_embedder.proj", width, 16, 2), *linear("context_embedder", width, context)]
@@ -262,16 +275,21 @@ def mmdit(width=64, layers=2, context=80, pooled=96, side=8, qk_norm=False, seco
 
 
 def whole(parts: dict[str, Shapes]) -> Shapes:
-    return {
-        prefix + name: shape for prefix, shapes in parts.items() for name, shape in shapes.items()
-    }
+    """Returns the shapes of a whole file from those of its parts by prefix."""
+    joined: Shapes = {}
+    for prefix, shapes in parts.items():
+        joined |= {prefix + name: shape for name, shape in shapes.items()}
+    return joined
 
 
 CLIP_L, CLIP_G = "text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer."
 
 
 def sd3(**denoiser: Any) -> dict[str, Shapes]:
-    """Of the edition with both CLIP encoders; its VAE has no convolutions around the latents."""
+    """Returns the shapes of the edition with both CLIP encoders, by prefix.
+
+    Its VAE has no convolutions around the latents.
+    """
     plain_vae = {name: shape for name, shape in vae(latents=16).items() if "quant_conv" not in name}
     first = clip(32) | {"text_projection.weight": (32, 32)}
     return {
@@ -322,6 +340,7 @@ FULL = {
 def filled(
     shapes: Shapes, seed: int = 0, dtype: torch.dtype = torch.float16
 ) -> dict[str, torch.Tensor]:
+    """Returns random tensors of these shapes; the weights of norms are around 1."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in shapes.items():
@@ -338,7 +357,10 @@ def write_single_file(
     metadata: dict[str, str] | None = None,
     **more: torch.Tensor,
 ) -> Path:
-    """A tiny checkpoint; `more` are tensors beside it, such as the marker v_pred."""
+    """Writes a tiny model of a kind in TINY and returns the path.
+
+    Tensors whose names start with `without` are omitted. `more` are added or replaced.
+    """
     tensors = {
         name: tensor
         for name, tensor in filled(whole(TINY[kind])).items()

@@ -315,10 +315,10 @@ def test_zero_terminal_snr_rescales_the_schedule_as_in_the_paper(tiny_base):
 
 
 def test_the_page_counts_parameters_and_chooses_presets_by_the_header(single_file_of, tiny_run):
-    from app.tabs.train import SD15, SDXL, _kind_of
+    from app.tabs.train_form import SD15, SDXL, _base_of_same_kind
 
-    assert _kind_of(str(single_file_of("sd1"))) == SD15
-    assert _kind_of(str(single_file_of("sdxl"))) == SDXL
+    assert _base_of_same_kind(str(single_file_of("sd1"))) == SD15
+    assert _base_of_same_kind(str(single_file_of("sdxl"))) == SDXL
     run = tiny_run(
         {
             "base.model": str(single_file_of("sdxl")),

@@ -13,7 +13,7 @@ from trainer.models.model_files import BaseFiles
 class StableDiffusion2(LatentDiffusion):
     """Differs from 1.x by the linear layers around its attention.
 
-    They have weights of 2 dimensions where 1.x has convolutions with 4.
+    Their weights have 2 dimensions. The convolutions of 1.x have 4.
     """
 
     name = "Stable Diffusion 2.x"

@@ -25,10 +25,9 @@ from trainer.models.pipelines import ALL_PARTS
 from trainer.runs.events import Progress
 
 PART_FILES = ("*.json", "merges.txt", "*.model", "*.safetensors")
-MODEL_FILES = [
-    "model_index.json",
-    *(f"{part}/{pattern}" for part in sorted(ALL_PARTS) for pattern in PART_FILES),
-]
+MODEL_FILES = ["model_index.json"]
+for part in sorted(ALL_PARTS):
+    MODEL_FILES += [f"{part}/{pattern}" for pattern in PART_FILES]
 """Patterns of the files of a base model: the folders of its components, without code and pickles.
 Repositories also contain single files, other formats and older VAEs."""
 VAE_FILES = ["config.json", "*.safetensors"]
@@ -40,7 +39,7 @@ Report = Callable[[Progress], Any]
 def wanted_files(names: Collection[str], patterns: Collection[str] = MODEL_FILES) -> list[str]:
     """Returns the files of a repository that are loaded.
 
-    An fp16 edition is taken only if there is no other edition. The file that matches the first
+    An fp16 edition is taken only if it is the only one. The file that matches the first
     pattern comes last: it marks a complete download, so an interrupted one is continued.
     """
     matching = [name for name in sorted(names) if _matches(name, patterns)]
