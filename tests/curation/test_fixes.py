@@ -173,7 +173,7 @@ def test_a_fix_that_cannot_be_applied_changes_nothing(folder):
     before = files_of(folder)
     with pytest.raises(DatasetError, match=r"a\.png already exists"):
         fix(folder, "rotated", "reencode")
-    with pytest.raises(DatasetError, match="no fix named prayer"):
+    with pytest.raises(DatasetError, match="Unknown fix prayer"):
         fixes.apply(folder, [], "prayer")
     assert files_of(folder) == before
 

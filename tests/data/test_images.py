@@ -141,7 +141,7 @@ def test_error_messages_name_the_file(tmp_path, open_bytes):
         with pytest.raises(DatasetError, match=r"^we\\nird\.png .*: .*\.$"):
             open_bytes(data, "we\nird.png")
     for missing in (open_image, image_size):
-        with pytest.raises(DatasetError, match="gone.png is no longer there"):
+        with pytest.raises(DatasetError, match="gone.png does not exist any more"):
             missing(tmp_path / "gone.png")
     with pytest.raises(DatasetError, match="is a folder"):
         open_image(tmp_path)

@@ -354,11 +354,11 @@ def _remote_files(model: str) -> list[tuple[str, int]]:
         raise ModelError(_download_failed(model, error)) from error
     sizes = {file.rfilename: file.size or 0 for file in siblings}
     patterns = TAGGER_FILES if "selected_tags.csv" in sizes else SENTENCE_MODEL_FILES
-    needed = [
-        (name, size)
-        for name, size in sizes.items()
-        if "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)
-    ]
+    needed = []
+    for name, size in sizes.items():
+        is_needed = any(fnmatch(name, pattern) for pattern in patterns)
+        if is_needed and "/" not in name:  # subfolders hold other formats of the same weights
+            needed.append((name, size))
     if not any(name.endswith((".safetensors", ".onnx")) for name, _ in needed):
         raise ModelError(
             f"{model} has no weights in a safe format (safetensors or ONNX): choose another model."

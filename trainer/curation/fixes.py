@@ -101,11 +101,10 @@ def apply(
     """Applies a fix to the files of these issues, as one change in the history.
 
     Returns the number of files that changed. Issues that the fix is not for are skipped. `limit`
-    is `dataset.caption_tokens`. Raises `DatasetError` if there is no such fix, or if it changes
-    nothing.
+    is `dataset.caption_tokens`. Raises `DatasetError` if the fix is unknown or changes nothing.
     """
     if name not in FIXES:
-        raise DatasetError(f"There is no fix named {name}; choose one of {', '.join(FIXES)}.")
+        raise DatasetError(f"Unknown fix {name}: choose one of {', '.join(FIXES)}.")
     fix, files = FIXES[name], _Dataset(Path(dataset), tokenizer, limit)
     edits: dict[Path, Edit] = {}
     for issue in issues:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -76,7 +77,7 @@ class DatasetImport:
         self.by_hash: dict[str, Path] = {}
         """The same by SHA-256, of the sizes compared so far."""
         self.saved: dict[tuple[tuple[str, ...], str], Path] = {}
-        """Where the image of each `SourceFile.key` is now."""
+        """The path in the dataset of each image, by `SourceFile.key`."""
         self._read_dataset()
 
     def run(self, files: Sequence[SourceFile]) -> None:
@@ -130,7 +131,7 @@ class DatasetImport:
                 group = _Group()
                 same_stem.append(group)
             group.files[ending] = file
-        return [group for same_stem in groups.values() for group in same_stem]
+        return list(itertools.chain.from_iterable(groups.values()))
 
     # Copying a group
 
@@ -154,7 +155,7 @@ class DatasetImport:
         self._save_all(group, contents, stem)
 
     def _read_images(self, group: _Group, contents: dict[str, bytes]) -> Path | None:
-        """Adds the new images to `contents`. Returns the last one that was there before."""
+        """Adds the new images to `contents`. Returns the last one that the dataset had already."""
         duplicate = None
         for ending, file in group.images.items():
             try:
@@ -174,7 +175,7 @@ class DatasetImport:
         return duplicate
 
     def _existing_image(self, data: bytes) -> Path | None:
-        """Returns an identical image that was there before. Hashes only those of its size, once."""
+        """Returns an identical image of the dataset. Hashes only images of the same size, once."""
         for path in self.by_size.pop(len(data), []):
             # An import may take minutes, and the user may remove files meanwhile.
             with contextlib.suppress(FileNotFoundError):

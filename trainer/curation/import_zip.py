@@ -177,7 +177,7 @@ def _refuse_size(infos: list[zipfile.ZipInfo]) -> None:
 
 
 def _refuse_overlap(infos: list[zipfile.ZipInfo], end: int) -> None:
-    """Raises `DatasetError` if entries share bytes. `end` is where the central directory starts."""
+    """Raises `DatasetError` if entries share bytes. `end` is the start of the central directory."""
     for info in sorted(infos, key=lambda info: info.header_offset, reverse=True):
         encoding = "utf-8" if info.flag_bits & _FLAG_UTF8 else "cp437"
         name_bytes = len(info.orig_filename.encode(encoding, "replace"))

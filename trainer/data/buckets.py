@@ -108,7 +108,7 @@ def choose_crop(
 
 
 def _crop_start(centre: float, whole: int, part: int) -> int:
-    """Returns where `part` of `whole` pixels starts so that `centre` is as central as possible."""
+    """Returns the start of `part` of `whole` pixels that puts `centre` nearest to its middle."""
     return min(max(math.floor(centre * whole - part / 2), 0), whole - part)
 
 

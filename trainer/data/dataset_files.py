@@ -185,8 +185,9 @@ def about_unused_files(
 
     Files that have nothing to do with images share one issue per suffix.
     """
-    captions = {candidate for image in images for candidate in caption_candidates(image)}
-    used = images | masks | captions
+    used = images | masks
+    for image in images:
+        used.update(caption_candidates(image))
     issues: list[Issue] = []
     strangers: dict[str, list[Path]] = {}
     for path in files:

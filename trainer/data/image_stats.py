@@ -212,14 +212,14 @@ def near_duplicates(
 
 
 def focus_of(grey: Image.Image) -> tuple[float, float]:
-    """Returns the centre of what stands out, from left and top, 0 to 1.
+    """Returns the centre of the salient part of an image, from left and top, 0 to 1.
 
     The saliency is the part of the spectrum that its surroundings do not predict (Hou and Zhang
     2007, CVPR, "Saliency Detection: A Spectral Residual Approach"), at 64 x 64, smoothed. The
     centre is weighted by its square. The method does not recognise faces.
     """
     pixels = np.asarray(grey.resize((64, 64), Image.Resampling.BOX), dtype=np.float64)
-    if pixels.std() < 1:  # a plain image, in which only rounding errors would stand out
+    if pixels.std() < 1:  # a plain image, in which only rounding errors would be salient
         return 0.5, 0.5
     spectrum = np.fft.fft2(pixels)
     log_size = np.log(np.abs(spectrum) + 1e-6)

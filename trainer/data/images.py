@@ -95,7 +95,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def open_alpha(path: Path) -> Image.Image:
-    """Returns the opacity of each pixel: upright, 8-bit grey, 255 where the image is opaque."""
+    """Returns the opacity of each pixel: upright, 8-bit grey, 255 for opaque."""
     with _named_errors(path):
         image = open_allowed(io.BytesIO(read_image(path)))
         refuse_bad_size(image)
@@ -156,7 +156,7 @@ def _named_errors(path: Path) -> Iterator[None]:
         raise DatasetError(f"{name} {error}.") from None
     except FileNotFoundError:
         raise DatasetError(
-            f"{name} is no longer there: restore it or scan the folder again."
+            f"{name} does not exist any more: restore it or scan the folder again."
         ) from None
     except PermissionError:
         raise DatasetError(f"{name} cannot be read: change its permissions.") from None

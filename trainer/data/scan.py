@@ -92,8 +92,7 @@ def scan_dataset(
     issues += about_case_duplicates(folder, images)
 
     # Read each image and its caption.
-    items: list[DatasetItem] = []
-    usable: list[tuple[str, ImageStats]] = []
+    usable: list[_UsableImage] = []
     centres = read_crop_centres(folder)
     for path, stats in zip(images, stats_of_all(images, progress), strict=True):
         file = relative(path, folder)
@@ -102,34 +101,65 @@ def scan_dataset(
             issues.append(Issue(file, "error", message, "unreadable"))
             continue
         caption, caption_issues = caption_of(path, folder, metadata, settings.caption_wildcards)
-        item = DatasetItem(
-            path,
-            caption,
-            stats.width,
-            stats.height,
-            repeats=_repeats_by_name(path, folder),
-            sha256=stats.sha256,
-            mask=masks.get(path),
-            focus=stats.focus,
-            crop_centre=centres.get(stem_of(path)),
-        )
+        item = _item(path, folder, stats, caption, masks.get(path), centres.get(stem_of(path)))
         crop = crop_of(item, settings)
         issues += checks.about_image(file, path.name, stats, crop, settings) + caption_issues
-        items.append(item)
-        usable.append((file, stats))
-    issues += metadata.issues
+        usable.append(_UsableImage(file, item, stats))
 
     # Compare the images and captions with each other.
-    captions = [(file, item.caption) for (file, _), item in zip(usable, items, strict=True)]
-    captioned = {file for file, caption in captions if caption}
-    issues += checks.about_duplicates(usable, captioned)
-    issues += checks.about_mixed_sizes(usable, settings)
-    issues += checks.about_captions(captions, settings, token_count.counter(tokenizer))
+    issues += metadata.issues
+    issues += _about_all(usable, settings, tokenizer)
     issues += _about_repeats(folder, images)
-    if not items:
+    if not usable:
         raise DatasetError(_nothing_usable(folder, issues))
-    items = [replace(item, caption=with_trigger(item.caption, settings.trigger)) for item in items]
-    return Scan(items, issues)
+    return Scan([_with_trigger(image.item, settings.trigger) for image in usable], issues)
+
+
+class _UsableImage(NamedTuple):
+    file: str
+    """The printable path."""
+    item: DatasetItem
+    """With the caption as in the file, without the trigger word."""
+    stats: ImageStats
+
+
+def _item(
+    path: Path,
+    folder: Path,
+    stats: ImageStats,
+    caption: str,
+    mask: Path | None,
+    crop_centre: Centre | None,
+) -> DatasetItem:
+    return DatasetItem(
+        path,
+        caption,
+        stats.width,
+        stats.height,
+        repeats=1 if path.parent == folder else repeats_of_folder(path.parent),
+        sha256=stats.sha256,
+        mask=mask,
+        focus=stats.focus,
+        crop_centre=crop_centre,
+    )
+
+
+def _about_all(
+    usable: list[_UsableImage], settings: config.Dataset, tokenizer: Path | None
+) -> list[Issue]:
+    """Returns the issues that concern several images or captions."""
+    images = [(image.file, image.stats) for image in usable]
+    captions = [(image.file, image.item.caption) for image in usable]
+    captioned = {file for file, caption in captions if caption}
+    return [
+        *checks.about_duplicates(images, captioned),
+        *checks.about_mixed_sizes(images, settings),
+        *checks.about_captions(captions, settings, token_count.counter(tokenizer)),
+    ]
+
+
+def _with_trigger(item: DatasetItem, trigger: str) -> DatasetItem:
+    return replace(item, caption=with_trigger(item.caption, trigger))
 
 
 def _nothing_usable(folder: Path, issues: list[Issue]) -> str:
@@ -147,25 +177,19 @@ def _nothing_usable(folder: Path, issues: list[Issue]) -> str:
 # Repeats
 
 
-def _repeats_of_folder(folder: Path) -> int:
+def repeats_of_folder(folder: Path) -> int:
     """Returns the repeats in a folder's name, as in `10_cat`, or 1."""
     match = re.match(r"(\d{1,9})_.", folder.name)
     repeats = int(match[1]) if match else 1
     return repeats if 1 <= repeats <= MAX_REPEATS else 1
 
 
-def _repeats_by_name(path: Path, dataset: Path) -> int:
-    return 1 if path.parent == dataset else _repeats_of_folder(path.parent)
-
-
 def _about_repeats(dataset: Path, images: list[Path]) -> list[Issue]:
     issues = []
     for parent in dict.fromkeys(path.parent for path in images):
-        repeats = 1 if parent == dataset else _repeats_of_folder(parent)
+        repeats = 1 if parent == dataset else repeats_of_folder(parent)
         if repeats > 1:
-            message = (
-                f"Each image counts {repeats} times: the folder's name sets {repeats} repeats."
-            )
+            message = f"The name of the folder sets {repeats} repeats of each image in it."
             issues.append(Issue(relative(parent, dataset), "note", message))
     return issues
 
@@ -182,8 +206,8 @@ def override_repeats(
     missing = [name for name in chosen if name not in folders]
     if missing:
         raise DatasetError(
-            f"dataset.repeats: there is no folder {printable(missing[0])} with images in "
-            f"{printable(folder)}."
+            f"dataset.repeats: {printable(folder)} has no folder {printable(missing[0])} "
+            "with images."
         )
     return [
         replace(item, repeats=chosen.get(name, item.repeats))
