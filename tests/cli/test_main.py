@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,44 @@ def test_train_sample_info_and_check(tiny_run, tiny_base, tiny_dataset, tmp_path
     assert json.loads(capsys.readouterr().out)["trigger"] == "zorbit"
     assert run("check", tiny_dataset, "--json") == 0
     assert json.loads(capsys.readouterr().out)["pictures"] == 4
+
+
+def test_processes_of_torchrun_train_one_run_together(tiny_run, tmp_path):
+    """Only rank 0 creates a run folder; the others receive its path."""
+    file = tmp_path / "run.toml"
+    changes = {"name": "żółć", "training.steps": 2, "saving.saves": 1}
+    file.write_text(config.to_toml(tiny_run(changes)))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        command = [sys.executable, "-m", "trainer", "train", str(file)]
+        processes.append(
+            subprocess.Popen(
+                command,
+                env=environment,
+                cwd=ROOT,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    (folder,) = run_folder.list_runs()
+    assert run_status.read_status(folder).state == "finished"
 
 
 def test_info_prints_labels_for_people_and_keeps_the_json_keys(train_tiny, capsys):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from trainer.cli.run_options import Commands
 from trainer.runs import run_folder
+from trainer.training.runner import run_in
 
 
 def add_commands(commands: Commands) -> None:
@@ -18,8 +19,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def demo_command(options: argparse.Namespace) -> int:
-    # Imports torch, which would slow `--help` down.
+    # Imports numpy and PIL, which would slow `--help` down.
     from trainer.cli.demo_report import demo
-    from trainer.training.runner import run_in
 
     return demo(options.output or run_folder.runs_folder(), run_in)

@@ -7,6 +7,7 @@ from typing import TypeAlias
 from trainer import config
 from trainer.config import presets
 from trainer.errors import ConfigError
+from trainer.training.runner import with_whole_paths
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """The commands of the parser, which `add_commands` adds to. argparse has no public name for it."""
@@ -52,9 +53,6 @@ def read_run(options: argparse.Namespace) -> config.RunConfig:
 
     Raises ConfigError also if they name no dataset.
     """
-    # Imports torch, which would slow `--help` down.
-    from trainer.training.runner import with_whole_paths
-
     run = read_settings(options)
     if not run.dataset.folder:
         raise ConfigError("No dataset: pass --dataset DIR, or set dataset.folder in the file.")

@@ -9,6 +9,7 @@ from trainer.errors import ConfigError
 from trainer.runs import run_folder
 from trainer.runs.events import Progress
 from trainer.training import launch
+from trainer.training.runner import run_in
 
 
 def add_commands(commands: Commands) -> None:
@@ -55,12 +56,10 @@ def _describe_settings() -> str:
 
 
 def train_command(options: argparse.Namespace) -> int:
-    # Commands import torch, which would slow `--help` down.
-    from trainer.training.runner import run_in
-
     run = read_run(options)
     if not launch.is_one_of_several():
         return run_in(run_folder.create(run))
+    # Imports torch, which would slow `--help` down.
     from trainer.training.distributed import join
 
     # Started by torchrun: rank 0 creates the run folder, and all ranks agree on its path.
@@ -70,8 +69,6 @@ def train_command(options: argparse.Namespace) -> int:
 
 
 def resume_command(options: argparse.Namespace) -> int:
-    from trainer.training.runner import run_in
-
     return run_in(options.folder)
 
 

@@ -24,6 +24,8 @@ from trainer.errors import ConfigError, ProcessLost
 
 TIMEOUT = timedelta(hours=24)
 """How long other ranks wait for rank 0, which may be caching a large dataset."""
+MAX_TEXT_BYTES = 4096
+"""The limit of a path in Linux."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,21 @@ class World:
         if self.size == 1:
             return value
         return bool(self._from_main(torch.tensor([int(value)]))[0])
+
+    def agree_on_text(self, text: str) -> str:
+        """Returns rank 0's text, of at most MAX_TEXT_BYTES in UTF-8, on every rank.
+
+        Raises ProcessLost.
+        """
+        if self.size == 1:
+            return text
+        # A buffer of one size for all ranks: the length, then the bytes.
+        content = text.encode("utf-8")
+        buffer = torch.zeros(1 + MAX_TEXT_BYTES, dtype=torch.int64)
+        buffer[0] = len(content)
+        buffer[1 : 1 + len(content)] = torch.tensor(list(content), dtype=torch.int64)
+        length, *received = self._from_main(buffer).tolist()
+        return bytes(received[:length]).decode("utf-8")
 
     @contextmanager
     def main_first(self) -> Iterator[None]:

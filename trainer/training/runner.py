@@ -17,7 +17,6 @@ from filelock import FileLock, Timeout
 from trainer import __version__, config
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, StateError, TrainerError
-from trainer.models.device import is_out_of_memory
 from trainer.runs import (
     cache_limits,
     error_messages,
@@ -246,6 +245,7 @@ def _report_failure(
 
     The traceback of an error that is not a TrainerError goes to the log too.
     """
+    from trainer.models.device import is_out_of_memory
     from trainer.training import oom_fallbacks
 
     text = oom_fallbacks.advice(run) if is_out_of_memory(error) else error_messages.explain(error)

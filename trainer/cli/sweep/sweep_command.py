@@ -10,6 +10,7 @@ from trainer.cli.sweep.results import write_results
 from trainer.errors import ConfigError
 from trainer.runs import run_requests, run_status
 from trainer.training import launch
+from trainer.training.runner import STOPPED, run_in
 
 NOT_FINISHED = ("new", "queued", "stopped", "interrupted", "failed")
 
@@ -51,9 +52,6 @@ def sweep_command(options: argparse.Namespace) -> int:
             f"When they are done: python -m trainer sweep {folder}"
         )
         return 0
-    # Imports torch, which would slow `--help` down.
-    from trainer.training.runner import STOPPED, run_in
-
     code = train(folder, run_in, STOPPED)
     print(f"\n{write_results(folder)}\n\n{folder / 'results.md'}")
     return code
