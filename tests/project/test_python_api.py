@@ -1,4 +1,4 @@
-"""`from trainer import RunConfig, run`: what a script or a notebook uses."""
+"""`from trainer import RunConfig, run`, as scripts and notebooks use it."""
 
 import gc
 import subprocess
@@ -19,36 +19,41 @@ from trainer.training.runner import run_in
 ROOT = Path(__file__).parents[2]
 
 
-def test_importing_the_engine_reads_no_torch():
-    code = "import sys; from trainer import RunConfig, run; RunConfig(); print([m for m in ('torch', 'diffusers') if m in sys.modules])"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
-        ).stdout.strip()
-        == "[]"
+def test_importing_the_engine_loads_no_torch():
+    code = (
+        "import sys\n"
+        "from trainer import RunConfig, run\n"
+        "RunConfig()\n"
+        "print([name for name in ('torch', 'diffusers') if name in sys.modules])"
     )
-    assert set(trainer.__all__) <= {name for name in trainer.__all__ if getattr(trainer, name)}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert ended.stdout.strip() == "[]"
+
+
+def test_every_public_name_can_be_imported_and_no_other():
+    assert all(getattr(trainer, name) is not None for name in trainer.__all__)
     with pytest.raises(ImportError):
         from trainer import nothing_of_that_name  # noqa: F401
 
 
-def test_a_run_gives_its_files_and_tells_how_far_it_is(tiny_run, capsys):
-    told = []
-    result = run(tiny_run(), progress=told.append)
-    assert isinstance(tiny_run(), RunConfig) and result.status.state == "finished"
-    assert result.adapter == result.folder / "tiny.safetensors" and result.adapter.is_file()
-    assert (
-        [event.step for event in told if isinstance(event, StepDone)]
-        == [step for step, _ in result.status.losses]
-        == [1, 2, 3, 4, 5, 6]
-    )
-    assert "step" not in capsys.readouterr().out, "the callback stands in place of the bar"
+def test_a_run_returns_its_files_and_reports_its_events(tiny_run, capsys):
+    events = []
+    result = run(tiny_run(), progress=events.append)
+    assert result.status.state == "finished"
+    assert result.adapter == result.folder / "tiny.safetensors"
+    assert result.adapter.is_file()
+    steps = [event.step for event in events if isinstance(event, StepDone)]
+    assert steps == [step for step, _ in result.status.losses] == [1, 2, 3, 4, 5, 6]
+    assert "step" not in capsys.readouterr().out, "the callback replaces the progress bar"
 
 
-def test_it_stops_goes_on_and_runs_beside_the_main_thread(tiny_run):
+def test_a_run_in_a_thread_can_be_stopped_and_resumed(tiny_run):
     def stop_after_two(event):
         if isinstance(event, StepDone) and event.step == 2:
-            run_requests.request(next(iter(run_folder.list_runs())), "stop")
+            (folder,) = run_folder.list_runs()
+            run_requests.request(folder, "stop")
 
     results = []
     thread = threading.Thread(
@@ -57,24 +62,21 @@ def test_it_stops_goes_on_and_runs_beside_the_main_thread(tiny_run):
     thread.start()
     thread.join()
     (stopped,) = results
-    assert (stopped.status.state, stopped.status.step, stopped.adapter.name) == (
-        "stopped",
-        2,
-        "tiny.safetensors",
-    )
+    assert (stopped.status.state, stopped.status.step) == ("stopped", 2)
+    assert stopped.adapter.name == "tiny.safetensors"
     assert run(stopped.folder).status.state == "finished"
 
 
-def test_a_run_leaves_the_queue_only_when_it_is_seen_at_work(tiny_run):
-    """Else the page, which looks each moment, would end it as one that a person has taken out."""
+def test_a_run_leaves_the_queue_after_its_first_event(tiny_run):
+    """Without that event the page would believe that a person removed it from the queue."""
     folder = run_folder.create(tiny_run())
     run_requests.request(folder, "queued")
     seen = []
 
     def look(event):
-        seen.append(
-            (run_requests.requested(folder, "queued"), run_status.read_status(folder).launched_at > 0)
-        )
+        is_queued = run_requests.requested(folder, "queued")
+        is_launched = run_status.read_status(folder).launched_at > 0
+        seen.append((is_queued, is_launched))
         if len(seen) == 2:
             raise TrainerError("enough")
 
@@ -84,34 +86,32 @@ def test_a_run_leaves_the_queue_only_when_it_is_seen_at_work(tiny_run):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_run_leaves_no_model_behind(tiny_run, monkeypatch, fails):
-    """The next one of a sweep or a notebook needs the room."""
+def test_a_run_leaves_no_model_in_memory(tiny_run, monkeypatch, fails):
+    """The next run of a sweep or a notebook needs the memory."""
     from trainer.training import loop
 
-    left, prepare = [], loop.prepare
+    models, prepare = [], loop.prepare
 
-    def prepared(*values):
+    def prepare_and_watch(*values):
         session = prepare(*values)
-        left.append(weakref.ref(session.model.base.denoiser))
+        models.append(weakref.ref(session.model.base.denoiser))
         if fails:
             raise TrainerError("enough")
         return session
 
-    monkeypatch.setattr(loop, "prepare", prepared)
+    monkeypatch.setattr(loop, "prepare", prepare_and_watch)
+    folder = run_folder.create(tiny_run({"training.steps": 1, "saving.saves": 1}))
     gc.disable()
     try:
-        assert run_in(run_folder.create(tiny_run({"training.steps": 1, "saving.saves": 1}))) == int(
-            fails
-        )
-        assert left[0]() is None
+        assert run_in(folder) == int(fails)
+        (model,) = models
+        assert model() is None
     finally:
         gc.enable()
 
 
-def test_what_goes_wrong_is_raised_as_a_sentence(tiny_run, tmp_path):
+def test_a_missing_dataset_is_an_error_with_a_message(tiny_run, tmp_path):
     with pytest.raises(ConfigError, match="dataset.folder"):
         run(RunConfig())
-    with pytest.raises(
-        TrainerError, match=r"no such folder|is not a folder|does not exist|no pictures"
-    ):
+    with pytest.raises(TrainerError, match="nothing is not a folder"):
         run(tiny_run({"dataset.folder": str(tmp_path / "nothing")}))
