@@ -33,4 +33,4 @@ def separate() -> None:
 def all_runs_folders() -> list[Path]:
     """Returns the runs folders of everyone, because all of them share the device."""
     root = run_folder.outputs_root()
-    return [root / "runs", *sorted((root / run_folder.USERS_FOLDER_FOLDER).glob("*/runs"))]
+    return [root / "runs", *sorted((root / run_folder.USERS_FOLDER).glob("*/runs"))]

@@ -165,7 +165,7 @@ def test_a_thumbnail_is_in_the_finished_file_only_on_request(train_tiny, include
 @pytest.fixture(scope="module")
 def run_with_thumbnail(tmp_path_factory, tiny_base, tiny_dataset):
     """Returns the folder and status of a short run whose file has a thumbnail."""
-    from trainer.runs import run_folder, run_status
+    from trainer.runs import run_folder
     from trainer.training.runner import run_in
 
     patch = pytest.MonkeyPatch()
