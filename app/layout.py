@@ -1,22 +1,26 @@
-"""Builds the page out of `TABS`. A new tab is a file in `tabs/` and its name here."""
+"""Builds the page from its tabs. A new tab is a module in `tabs/` and three lines here."""
 
 from html import escape
+from typing import Any
 
 import gradio as gr
 
-from app import api
+from app import api, gradio_compat
 from app.jobs.previews import PreviewEngine
 from app.page.html_view import drawn, read_static
-from app.page.live import QUIET, Page, answer_for_ourselves
-from app.tabs import dataset, library, preview, train
+from app.page.live import INTERVAL, PRIVATE, Page
+from app.tabs import dataset, library, preview, train, train_actions
+from app.tabs.train import TrainTab
 from app.views.header import header_view
 
 TABS = (dataset, train, preview, library)
-MAX_WAITING = 200  # events in the queue; more are refused
+MAX_WAITING = 200
+"""Events in the queue. Further ones are refused."""
 
 
 def build(engine: PreviewEngine, device: str) -> gr.Blocks:
-    answer_for_ourselves()
+    """Returns the page. `device` is the name of the device that trains."""
+    gradio_compat.accept_any_choice()
     with gr.Blocks(
         title="LoRA Atelier", analytics_enabled=False, delete_cache=(3600, 86400)
     ) as blocks:
@@ -24,69 +28,83 @@ def build(engine: PreviewEngine, device: str) -> gr.Blocks:
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabs:
             page = Page(tabs, engine, device)
             page.follow(heading, lambda: header_view(device))
-            parts, panes = {}, []
+            built, panes = {}, []
             for number, tab in enumerate(TABS, 1):
                 with gr.Tab(f"{number}  {tab.TITLE}", id=tab.ID, elem_id=f"tab-{tab.ID}") as pane:
-                    parts[tab.ID] = tab.build(page)
+                    built[tab.ID] = tab.build(page)
                     panes.append(pane)
-        for tab in TABS:
-            tab.connect(page, parts[tab.ID], parts)
-        heading.go_train(lambda: gr.Tabs(selected="train"), None, tabs, **QUIET)
-        _refill(heading, tabs, parts["train"])
+        dataset.connect(page, built["dataset"], built["train"])
+        preview.connect(page, built["preview"])
+        library.connect(page, built["library"], built["preview"], built["train"])
+        _connect_train(page, built["train"], built["preview"])
+        heading.go_train(lambda: gr.Tabs(selected="train"), None, tabs, **PRIVATE)
+        _take_dropped_settings(heading, tabs, built["train"])
         _remember_tab(panes)
         api.build(engine)
         _load(blocks, page)
-        _follow(blocks, page)
+        _poll(blocks, page)
     return blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=4)
 
 
-def _refill(heading: gr.HTML, tabs: gr.Tabs, form: dict) -> None:
-    """A finished adapter or a file of settings, dropped anywhere, is the form of the Train tab again."""
+def _connect_train(page: Page, tab: TrainTab, other: preview.PreviewTab) -> None:
+    """Connects the Train tab with the tabs that it opens."""
 
-    def refilled(event: gr.EventData, *values) -> list:
-        said, *fields = form["take_settings"](event.text, *values)
-        if "problem" in said:  # the tab stays, and the sentence is seen on each
-            gr.Warning(escape(said["problem"]), title="The dropped file")
+    def open_preview(event: gr.EventData) -> list[Any]:
+        return [gr.Tabs(selected="preview"), *preview.choose_run(event.run)]
+
+    tab.progress.open_preview(open_preview, None, [page.tabs, *other.run_outputs], **PRIVATE)
+    tab.fields["dataset.folder"].change(**tab.line_update)
+    tab.line.go_dataset(lambda: gr.Tabs(selected="dataset"), None, page.tabs, **PRIVATE)
+
+
+def _take_dropped_settings(heading: gr.HTML, tabs: gr.Tabs, tab: TrainTab) -> None:
+    """Fills the form from a finished adapter or a settings file dropped anywhere on the page."""
+    outputs = [tabs, tab.message, *tab.inputs]
+
+    def take(event: gr.EventData, *values: Any) -> list[Any]:
+        message, *fields = train_actions.take_settings(event.text, tab.by_name(values))
+        if "problem" in message:
+            # The open tab stays, so the message must be visible on every tab.
+            gr.Warning(escape(message["problem"]), title="The dropped file")
             return [gr.skip()] * len(outputs)
-        return [gr.Tabs(selected="train"), said, *fields]
+        return [gr.Tabs(selected="train"), message, *fields]
 
-    outputs = [tabs, form["said"], *form["outputs"]]
-    heading.refill(refilled, form["outputs"], outputs, **QUIET).then(**form["line_update"])
+    heading.refill(take, tab.inputs, outputs, **PRIVATE).then(**tab.line_update)
 
 
 def _remember_tab(panes: list[gr.Tab]) -> None:
-    """The open tab is in the address, so that a reload or a reconnection comes back to it."""
+    """Writes the open tab into the address, so that a reload comes back to it."""
     for tab, pane in zip(TABS, panes, strict=True):
-        pane.select(
-            None,
-            js=f"() => {{ if (window.atelierOpened) history.replaceState(null, '', '?tab={tab.ID}') }}",
-        )
+        change = f"history.replaceState(null, '', '?tab={tab.ID}')"
+        pane.select(None, js=f"() => {{ if (window.atelierOpened) {change} }}")
 
 
 def _load(blocks: gr.Blocks, page: Page) -> None:
-    def opened(request: gr.Request):
+    """Fills the page when a browser opens it."""
+
+    def open_tab(request: gr.Request) -> Any:
         wanted = request.query_params.get("tab")
         return gr.Tabs(selected=wanted) if wanted in {tab.ID for tab in TABS} else gr.skip()
 
-    # The first tab selects itself while the page is built; only what comes after the link was followed goes into the address.
-    following = blocks.load(opened, None, page.tabs, **QUIET)
-    following.then(None, js="() => { window.atelierOpened = true }")
+    # The first tab selects itself while the page is built. Only later changes go into the address.
+    opening = blocks.load(open_tab, None, page.tabs, **PRIVATE)
+    opening.then(None, js="() => { window.atelierOpened = true }")
     blocks.load(None, js=read_static("keys.js"))
-    for handler, outputs, then in page.loads:
-        filling = blocks.load(handler, None, outputs, **QUIET)
-        if then:
-            filling.then(**then)
+    for load in page.loads:
+        filling = blocks.load(load.handler, None, load.outputs, **PRIVATE)
+        if load.then:
+            filling.then(**load.then)
 
 
-def _follow(blocks: gr.Blocks, page: Page) -> None:
+def _poll(blocks: gr.Blocks, page: Page) -> None:
+    """Sends the data of the views that changed, to every open window."""
     sent = gr.State({})
-    outputs = [sent, *(live.component for live in page.live)]
-    follow = {
+    event: dict[str, Any] = {
         "fn": page.tick,
         "inputs": sent,
-        "outputs": outputs,
-        **QUIET,
+        "outputs": [sent, *(live.component for live in page.live)],
+        **PRIVATE,
         "concurrency_limit": None,
     }
-    blocks.load(**follow)
-    gr.Timer(1.0).tick(**follow)
+    blocks.load(**event)
+    gr.Timer(INTERVAL).tick(**event)

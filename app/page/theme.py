@@ -1,4 +1,4 @@
-"""One calm look: warm paper, ink, and a deep green for what one presses. No font or file is fetched from anywhere."""
+"""The theme: warm paper, ink, and deep green for buttons. It fetches no font or file."""
 
 import gradio as gr
 from gradio.themes.utils import colors, sizes
@@ -8,7 +8,8 @@ MONO = ["ui-monospace", "SFMono-Regular", "Consolas", "monospace"]
 
 
 def make_theme() -> gr.themes.Base:
-    # The defaults of the subdued texts fail the contrast of WCAG AA (2.56:1); these pass in light and dark.
+    """Returns the theme with its colours for light and dark mode."""
+    # Gradio's subdued text colours fail the contrast of WCAG AA (2.56:1). These pass in both modes.
     return gr.themes.Default(
         primary_hue=colors.teal,
         neutral_hue=colors.stone,

@@ -1,7 +1,9 @@
-"""Dataset tab: pictures come in, the doctor looks at them, captions, crops and masks are edited beside them."""
+"""Dataset tab: adding images, their issues, captions, crops and masks."""
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from app.actions import (
     datasets,
 )
 from app.page.html_view import drawn
-from app.page.live import LATEST, QUIET, Page
+from app.page.live import KEEP_LATEST, PRIVATE, Page
+from app.tabs.train import TrainTab
+from app.tabs.train_form import OWN, Updates, choose_dataset
 from trainer.errors import DatasetError, TrainerError
 from trainer.runs import run_folder
 
@@ -27,13 +31,28 @@ SETTINGS = (
     "allow_upscale",
     "crop",
     "trigger",
-)  # of the Train tab, that decide what is seen of a picture
+    "caption_tokens",
+)
+"""The settings of the Train tab that decide what is seen of an image and its caption."""
+
+Answer = Mapping[str, object]
+"""The answer of a server function, as JSON. The key "error" contains a message."""
+Handler = Callable[[dict[str, Any]], Answer]
 
 
-def build(page: Page) -> dict[str, Any]:
+@dataclass(frozen=True)
+class DatasetTab:
+    """The parts of the tab that events use."""
+
+    chosen: gr.Dropdown
+    grid: gr.HTML
+
+
+def build(page: Page) -> DatasetTab:
+    """Builds the list of datasets, and the view with everything below it."""
     with gr.Row(elem_classes="at-toolbar"):
         chosen = gr.Dropdown(
-            _names(),
+            datasets.names(),
             label="Dataset",
             info="Choose one, or type a new name and press Enter.",
             allow_custom_value=True,
@@ -41,7 +60,7 @@ def build(page: Page) -> dict[str, Any]:
             scale=0,
             min_width=340,
         )
-    served = [
+    handlers: list[Handler] = [
         add_files,
         add_example,
         add_mask,
@@ -49,90 +68,87 @@ def build(page: Page) -> dict[str, Any]:
         copy_dataset,
         remove_dataset,
         restore_dataset,
-    ]
-    served += [
         dataset_view.view,
+        dataset_view.crops_overview,
         dataset_changes.save_caption,
         dataset_changes.preview_edit,
         dataset_changes.apply_edit,
         dataset_changes.cure,
         dataset_changes.undo,
-    ]
-    served += [
         dataset_changes.remove_picture,
         dataset_changes.move_crop,
         dataset_changes.save_mask,
-        dataset_view.crops_overview,
+        caption_start,
+        caption_stop,
+        caption_status,
+        caption_size,
     ]
-    served += [caption_start, caption_stop, caption_status, caption_size]
     grid = drawn(
         "dataset",
         "picture",
         "dataset_tools",
         elem_id="dataset-view",
-        server_functions=[_guarded(function) for function in served],
+        server_functions=[with_messages(handler) for handler in handlers],
     )
+    return DatasetTab(chosen, grid)
 
-    return {"chosen": chosen, "grid": grid}
 
+def connect(page: Page, tab: DatasetTab, train: TrainTab) -> None:
+    """Connects the tab with the Train tab.
 
-def connect(page: Page, own: dict, others: dict[str, dict]) -> None:
-    """A changed dataset is shown here and chosen in the Train tab; the settings there decide what is seen of each picture."""
-    train, chosen = others["train"], own["chosen"]
-    fields = [
-        train["fields"][name]
-        for name in ("base", "own_base", *(f"dataset.{name}" for name in SETTINGS))
-    ]
+    A changed dataset is shown here and selected there. The settings there decide which part of each
+    image is seen here.
+    """
+    names = ("base", "own_base", *(f"dataset.{name}" for name in SETTINGS))
+    fields = [train.fields[name] for name in names]
+    inputs = [tab.chosen, *fields]
+    outputs = [tab.chosen, tab.grid]
 
-    def settings(values: tuple) -> dict:
-        base, own_base, *rest = values
-        return {
-            "base": own_base if base == "own" else base,
-            **dict(zip(SETTINGS, rest, strict=True)),
-        }
+    def changed(event: gr.EventData, *values: Any) -> Updates:
+        return [*show(event.name, _settings(values)), *choose_dataset(event.name)]
 
-    def changed(event: gr.EventData, *values) -> list:
-        return [*show(event.name, settings(values)), *train["choose_dataset"](event.name)]
-
-    def shown(name: str, *values) -> list:
-        return show(name, settings(values))
+    def shown(name: str, *values: Any) -> Updates:
+        return show(name, _settings(values))
 
     page.on_load(
-        lambda: show(next(iter(datasets.names()), ""), {})[0],
-        [chosen],
-        then={"fn": shown, "inputs": [chosen, *fields], "outputs": [chosen, own["grid"]], **QUIET},
+        lambda: show(next(iter(datasets.names()), ""), {})[:1],
+        [tab.chosen],
+        then={"fn": shown, "inputs": inputs, "outputs": outputs, **PRIVATE},
     )
-    both = [chosen, own["grid"], *train["dataset_outputs"]]
-    own["grid"].change_dataset(changed, fields, both, **LATEST)
-    chosen.input(shown, [chosen, *fields], [chosen, own["grid"]], **LATEST)
-    chosen.input(
-        lambda name: train["choose_dataset"](_known(name)),
-        chosen,
-        train["dataset_outputs"],
-        **LATEST,
+    tab.grid.change_dataset(changed, fields, [*outputs, *train.dataset_outputs], **KEEP_LATEST)
+    tab.chosen.input(shown, inputs, outputs, **KEEP_LATEST)
+    tab.chosen.input(
+        lambda name: choose_dataset(_existing(name)),
+        tab.chosen,
+        train.dataset_outputs,
+        **KEEP_LATEST,
     )
-    # Without a name: a dataset that is just being chosen must not be put back by the trigger word that it brings along.
-    settled = {
-        "fn": lambda *values: {"settings": settings(values)},
-        "inputs": fields,
-        "outputs": own["grid"],
-        **LATEST,
-    }
-    gr.on([field.change for field in fields], **settled)
-    own["grid"].go_train(lambda: gr.Tabs(selected="train"), None, page.tabs, **QUIET)
+    # This update contains no name. Selecting a dataset also changes the trigger word, and its event
+    # must not bring back the dataset that was selected before.
+    gr.on(
+        [field.change for field in fields],
+        lambda *values: {"settings": _settings(values)},
+        fields,
+        tab.grid,
+        **KEEP_LATEST,
+    )
+    tab.grid.go_train(lambda: gr.Tabs(selected="train"), None, page.tabs, **PRIVATE)
 
 
-def _names() -> list[str]:
-    return datasets.names()
+def _settings(values: tuple[Any, ...]) -> dict[str, Any]:
+    base, own_base, *rest = values
+    model = own_base if base == OWN else base
+    return {"base": model, **dict(zip(SETTINGS, rest, strict=True))}
 
 
-def _known(name: object) -> str:
+def _existing(name: object) -> str:
+    """Returns the name of a dataset, or "" if there is none."""
     slug = run_folder.slug(str(name or ""))
     return slug if slug in datasets.names() else ""
 
 
-def show(name: object, settings: dict) -> list:
-    """Updates of the list and the view for a dataset, which need not exist yet."""
+def show(name: object, settings: dict[str, Any]) -> Updates:
+    """Returns updates of the list and the view for a dataset, which may not exist yet."""
     slug = run_folder.slug(str(name)) if name else "my-dataset"
     choices = datasets.names()
     view = {
@@ -145,69 +161,65 @@ def show(name: object, settings: dict) -> list:
     return [gr.Dropdown(choices if slug in choices else [slug, *choices], value=slug), view]
 
 
-def _guarded(
-    handle: Callable[[dict], Mapping[str, object]],
-) -> Callable[[dict], Mapping[str, object]]:
-    """A server function whose TrainerErrors reach the browser as sentences."""
+def with_messages(handle: Handler) -> Handler:
+    """Returns a server function that sends the messages of errors to the browser."""
 
-    def guarded(data):
+    @wraps(handle)
+    def answer(data: Any) -> Answer:
         if not isinstance(data, dict):
-            return {"error": "The request could not be understood; reload the page."}
+            return {"error": "The request could not be read. Reload the page."}
         try:
             return handle(data)
         except TrainerError as error:
             return {"error": str(error)}
         except OSError as error:
-            return {"error": f"The file could not be written or read: {error.strerror}."}
+            return {"error": f"A file could not be written or read: {error.strerror}."}
 
-    guarded.__name__ = handle.__name__
-    return guarded
+    return answer
 
 
-def add_files(data: dict) -> dict:
-    """Uploaded files become part of a dataset: {"dataset", "files": [{"path": where Gradio put it, "name": as dropped, with folders}]}.
+def add_files(data: dict[str, Any]) -> Answer:
+    """Adds uploaded files to a dataset.
 
-    Uploads are deleted last: Gradio keeps files of one content and name once, so two of the list may be one upload.
+    `data` is {"dataset", "files": [{"path", "name"}]}: the path of the upload, and the name as it
+    was dropped, with its folders.
     """
     dropped = []
     for file in data.get("files", []):
         upload = _upload(file.get("path"))
-        dropped.append(
-            (upload, str(file.get("name") or upload.name).replace("\\", "/").replace("\0", ""))
-        )
+        name = str(file.get("name") or upload.name)
+        dropped.append((upload, name.replace("\\", "/").replace("\0", "")))
     if not dropped:
         raise DatasetError("Nothing was dropped.")
-    slug, findings = datasets.add(str(data.get("dataset") or ""), dropped)
+    slug, issues = datasets.add(str(data.get("dataset") or ""), dropped)
+    # Deleted last: Gradio stores equal files once, so two files of the list may be one upload.
     for upload, _ in dropped:
         upload.unlink(missing_ok=True)
     return {
         "name": slug,
         "messages": [
-            {"file": finding.file, "level": finding.level, "text": finding.message}
-            for finding in findings
+            {"file": issue.file, "level": issue.level, "text": issue.message} for issue in issues
         ],
     }
 
 
 def _upload(path: object) -> Path:
-    """A file that came through Gradio's upload route, and no other."""
-    upload, uploads = Path(str(path)), Path(os.environ["GRADIO_TEMP_DIR"])
-    if (
-        not isinstance(path, str)
-        or "\0" in path
-        or not upload.is_file()
-        or not upload.resolve().is_relative_to(uploads.resolve())
-    ):
-        raise DatasetError("A dropped file did not arrive; drop it again.")
-    return upload
+    """Returns the path of a file that came through the upload route. Refuses all others."""
+    uploads = Path(os.environ["GRADIO_TEMP_DIR"]).resolve()
+    if isinstance(path, str) and "\0" not in path:
+        upload = Path(path)
+        if upload.is_file() and upload.resolve().is_relative_to(uploads):
+            return upload
+    raise DatasetError("A dropped file did not arrive. Drop it again.")
 
 
-def add_example(data: dict) -> dict:
+def add_example(data: dict[str, Any]) -> Answer:
+    """Adds one of the example datasets."""
     return {"name": datasets.add_example(data.get("example")), "messages": []}
 
 
-def add_mask(data: dict) -> Mapping[str, object]:
-    """An uploaded picture becomes the mask of `file`."""
+def add_mask(data: dict[str, Any]) -> Answer:
+    """Makes an uploaded image the mask of `file`."""
     upload = _upload(data.get("path"))
     try:
         return dataset_changes.put_mask(data, upload.read_bytes(), Path(upload.name))
@@ -215,34 +227,42 @@ def add_mask(data: dict) -> Mapping[str, object]:
         upload.unlink(missing_ok=True)
 
 
-def rename_dataset(data: dict) -> dict:
+def rename_dataset(data: dict[str, Any]) -> Answer:
+    """Renames a dataset."""
     return {"name": dataset_folders.rename(data.get("dataset"), data.get("to"))}
 
 
-def copy_dataset(data: dict) -> dict:
+def copy_dataset(data: dict[str, Any]) -> Answer:
+    """Copies a dataset under a new name."""
     return {"name": dataset_folders.duplicate(data.get("dataset"))}
 
 
-def remove_dataset(data: dict) -> dict:
+def remove_dataset(data: dict[str, Any]) -> Answer:
+    """Moves a dataset to the trash and returns the one to show next."""
     kept = dataset_folders.remove(data.get("dataset"))
     return {"name": next(iter(datasets.names()), ""), "kept": kept}
 
 
-def restore_dataset(data: dict) -> dict:
+def restore_dataset(data: dict[str, Any]) -> Answer:
+    """Restores a dataset from the trash."""
     return {"name": dataset_folders.restore(data.get("kept"))}
 
 
-def caption_start(data: dict) -> Mapping[str, object]:
+def caption_start(data: dict[str, Any]) -> Answer:
+    """Starts captioning by a model."""
     return captioning.start(data)
 
 
-def caption_stop(data: dict) -> Mapping[str, object]:
+def caption_stop(data: dict[str, Any]) -> Answer:
+    """Stops captioning."""
     return captioning.stop(data)
 
 
-def caption_status(data: dict) -> Mapping[str, object]:
+def caption_status(data: dict[str, Any]) -> Answer:
+    """Returns the progress of captioning."""
     return captioning.status(data)
 
 
-def caption_size(data: dict) -> Mapping[str, object]:
+def caption_size(data: dict[str, Any]) -> Answer:
+    """Returns the size of the models that captioning would download."""
     return captioning.download_size(data)

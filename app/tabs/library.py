@@ -1,6 +1,7 @@
-"""Library tab: every run as a card, to find, compare, download, preview, repeat, share or delete."""
+"""Library tab: every run as a card, to find, compare, download, preview, share or delete."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -9,42 +10,73 @@ import gradio as gr
 from app.actions import adapter_tools, library, publishing
 from app.jobs import runs
 from app.page.html_view import drawn
-from app.page.live import QUIET, Page
-from app.tabs.train import act
+from app.page.live import PRIVATE, Page
+from app.tabs.preview import PreviewTab, choose_run
+from app.tabs.train import TrainTab
+from app.tabs.train_actions import act
+from app.tabs.train_form import Updates, show_settings
 from app.views import formatting, run_cards
 from trainer.errors import TrainerError
 from trainer.runs import cache_limits
 
 ID, TITLE = "library", "Library"
 
+Answer = Mapping[str, object]
+"""The answer of a server function, as JSON. The key "error" contains a message."""
+Handler = Callable[[dict[str, Any]], Answer]
 
-def build(page: Page) -> dict[str, Any]:
-    handlers = [
-        answered(handle)
-        for handle in (
-            describe,
-            delete,
-            restore,
-            compare,
-            model_card,
-            push,
-            look_into,
-            make_file,
-            tool_state,
-        )
+
+@dataclass(frozen=True)
+class LibraryTab:
+    """The parts of the tab that events use."""
+
+    cards: gr.HTML
+
+
+def build(page: Page) -> LibraryTab:
+    """Builds the cards, which follow the run folders."""
+    handlers: list[Handler] = [
+        describe,
+        delete,
+        restore,
+        compare,
+        model_card,
+        push,
+        look_into,
+        make_file,
+        tool_state,
     ]
-    cards = drawn("library", elem_id="library-view", server_functions=[act, clear_cache, *handlers])
+    cards = drawn(
+        "library",
+        elem_id="library-view",
+        server_functions=[act, clear_cache, *map(with_messages, handlers)],
+    )
     page.follow(cards, run_cards.library_view)
-    return {"cards": cards}
+    return LibraryTab(cards)
 
 
-def answered(
-    handle: Callable[[dict], Mapping[str, object]],
-) -> Callable[[dict], Mapping[str, object]]:
-    """A server function whose TrainerErrors reach the browser as sentences."""
+def connect(page: Page, tab: LibraryTab, preview: PreviewTab, train: TrainTab) -> None:
+    """Connects the buttons that open a run in the Preview or the Train tab."""
+
+    def open_preview(event: gr.EventData) -> Updates:
+        return [gr.Tabs(selected="preview"), *choose_run(event.run)]
+
+    def train_again(event: gr.EventData) -> Updates:
+        run = runs.settings(runs.resolve(event.run))
+        return [gr.Tabs(selected="train"), *show_settings(run)]
+
+    tab.cards.open_preview(open_preview, None, [page.tabs, *preview.run_outputs], **PRIVATE)
+    tab.cards.train_again(train_again, None, [page.tabs, *train.inputs], **PRIVATE).then(
+        **train.line_update
+    )
+    tab.cards.go_train(lambda: gr.Tabs(selected="train"), None, page.tabs, **PRIVATE)
+
+
+def with_messages(handle: Handler) -> Handler:
+    """Returns a server function that sends the messages of errors to the browser."""
 
     @wraps(handle)
-    def answer(data):
+    def answer(data: Any) -> Answer:
         try:
             return handle(data if isinstance(data, dict) else {})
         except TrainerError as error:
@@ -53,30 +85,36 @@ def answered(
     return answer
 
 
-def describe(data: dict) -> dict:
+def describe(data: dict[str, Any]) -> Answer:
+    """Sets name and tags of a run."""
     library.describe(data.get("run"), data.get("name"), data.get("tags"))
     return {"ok": True}
 
 
-def delete(data: dict) -> dict:
+def delete(data: dict[str, Any]) -> Answer:
+    """Moves a run to the trash."""
     library.delete(data.get("run"))
     return {"ok": True}
 
 
-def restore(data: dict) -> dict:
+def restore(data: dict[str, Any]) -> Answer:
+    """Restores a run from the trash."""
     library.restore(data.get("run"))
     return {"ok": True}
 
 
-def compare(data: dict) -> Mapping[str, object]:
+def compare(data: dict[str, Any]) -> Answer:
+    """Returns two runs side by side."""
     return library.compare(data.get("first"), data.get("second"))
 
 
-def model_card(data: dict) -> dict:
+def model_card(data: dict[str, Any]) -> Answer:
+    """Returns the model card of a run as Markdown."""
     return {"text": publishing.model_card(data.get("run"))}
 
 
-def push(data: dict) -> dict:
+def push(data: dict[str, Any]) -> Answer:
+    """Uploads a run to the Hugging Face Hub and returns its address."""
     return {
         "address": publishing.push(
             data.get("run"), data.get("repository"), data.get("private") is True
@@ -84,39 +122,23 @@ def push(data: dict) -> dict:
     }
 
 
-def look_into(data: dict) -> dict:
+def look_into(data: dict[str, Any]) -> Answer:
+    """Starts to read what the adapter of a run contains."""
     return {"job": adapter_tools.look(data.get("run"))}
 
 
-def make_file(data: dict) -> dict:
+def make_file(data: dict[str, Any]) -> Answer:
+    """Starts to make another file from the adapter of a run."""
     return {"job": adapter_tools.make(data.get("run"), data)}
 
 
-def tool_state(data: dict) -> Mapping[str, object]:
+def tool_state(data: dict[str, Any]) -> Answer:
+    """Returns the progress of `look_into` or `make_file`."""
     return adapter_tools.state(data.get("job"))
 
 
-def clear_cache(data: dict) -> dict:
-    """Latents, embeddings, thumbnails and previews go; they are made anew when they are needed."""
+def clear_cache(data: dict[str, Any]) -> Answer:
+    """Deletes cached latents, embeddings, thumbnails and previews."""
     freed = cache_limits.clear()
     run_cards.cache_size.forget()
     return {"text": f"{formatting.file_size(freed)} freed"}
-
-
-def connect(page: Page, own: dict, others: dict[str, dict]) -> None:
-    preview, train = others["preview"], others["train"]
-
-    def open_preview(event: gr.EventData) -> list:
-        return [gr.Tabs(selected="preview"), *preview["choose_run"](event.run)]
-
-    def train_again(event: gr.EventData) -> list:
-        return [
-            gr.Tabs(selected="train"),
-            *train["show_settings"](runs.settings(runs.resolve(event.run))),
-        ]
-
-    own["cards"].open_preview(open_preview, None, [page.tabs, *preview["run_outputs"]], **QUIET)
-    own["cards"].train_again(train_again, None, [page.tabs, *train["outputs"]], **QUIET).then(
-        **train["line_update"]
-    )
-    own["cards"].go_train(lambda: gr.Tabs(selected="train"), None, page.tabs, **QUIET)

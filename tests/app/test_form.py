@@ -8,7 +8,7 @@ import gradio as gr
 import pytest
 
 from app.settings import form
-from app.tabs import train
+from app.tabs import train_form
 from trainer import config
 from trainer.config import RunConfig, presets
 
@@ -18,14 +18,14 @@ APP = Path(form.__file__).parents[1]
 @pytest.fixture(scope="module")
 def fields() -> dict[str, Any]:
     with gr.Blocks():
-        return train._settings_form() | train._advanced_form()[0]
+        return train_form.basic_widgets() | train_form.advanced_widgets()[0]
 
 
 def test_every_field_has_a_widget(fields: dict[str, Any]) -> None:
     names = {"base.model": "base"}
     for path in form.all_fields():
         assert names.get(path, path) in fields, path
-    assert list(fields) == train._field_names()
+    assert list(fields) == train_form.field_names()
 
 
 def test_label_help_and_default_of_a_widget_come_from_its_field() -> None:
@@ -134,11 +134,11 @@ def test_the_settings_of_a_run_fill_the_form(
     monkeypatch.setenv("ATELIER_OUTPUTS", str(tmp_path))
     changes = {"name": "x", "training.steps": 7}
     run = config.replace(presets.load_preset("embedded-style").config, changes)
-    shown = dict(zip(train._field_names(), train.show_settings(run), strict=True))
+    shown = dict(zip(train_form.field_names(), train_form.show_settings(run), strict=True))
     assert shown["name"] == "x" and shown["training.steps"] == 7 and shown["base"] == "embedded"
     other = config.replace(run, {"base.model": "someone/model"})
-    shown = dict(zip(train._field_names(), train.show_settings(other), strict=True))
-    assert shown["base"] == train.OWN
+    shown = dict(zip(train_form.field_names(), train_form.show_settings(other), strict=True))
+    assert shown["base"] == train_form.OWN
 
 
 def test_no_help_is_repeated_in_the_code_of_the_page() -> None:
@@ -152,22 +152,22 @@ def test_no_help_is_repeated_in_the_code_of_the_page() -> None:
 def test_presets_suit_the_kind_of_the_base_model(tmp_path: Path):
     from tests.tiny import save_tiny_base
 
-    assert {preset.config.base.model for preset in train.recipes_for("embedded")} == {"embedded"}
+    assert {preset.config.base.model for preset in train_form.presets_for("embedded")} == {"embedded"}
     named = {
-        "": train.SD15,
-        "someone/realistic": train.SD15,
-        "someone/juggernautXL": train.SDXL,
-        "/nowhere": train.SD15,
+        "": train_form.SD15,
+        "someone/realistic": train_form.SD15,
+        "someone/juggernautXL": train_form.SDXL,
+        "/nowhere": train_form.SD15,
     }
     named |= {
-        "stabilityai/stable-diffusion-3.5-large": train.SD35M,
-        "someone/stable-diffusion-2-1-base": train.SD21,
+        "stabilityai/stable-diffusion-3.5-large": train_form.SD35M,
+        "someone/stable-diffusion-2-1-base": train_form.SD21,
     }
     for own, base in named.items():
-        assert {preset.config.base.model for preset in train.recipes_for(train.OWN, own)} == {
+        assert {preset.config.base.model for preset in train_form.presets_for(train_form.OWN, own)} == {
             base
         }, own
-    for kind, base in {"sd1": train.SD15, "sd2": train.SD21, "sd35-medium": train.SD35M}.items():
+    for kind, base in {"sd1": train_form.SD15, "sd2": train_form.SD21, "sd35-medium": train_form.SD35M}.items():
         folder = save_tiny_base(tmp_path / f"xl-in-name-only-{kind}", kind=kind)
-        assert train.recipes_for(train.OWN, str(folder))[0].config.base.model == base
-    assert set(train.BASE_TITLES) == {base for _, base in train._base_choices()} - {train.OWN}
+        assert train_form.presets_for(train_form.OWN, str(folder))[0].config.base.model == base
+    assert set(train_form.BASE_TITLES) == {base for _, base in train_form.base_choices()} - {train_form.OWN}

@@ -8,7 +8,7 @@ from huggingface_hub.errors import HFValidationError
 from app.actions import library, publishing
 from app.jobs import runs
 from app.tabs import library as library_tab
-from app.tabs import preview
+from app.tabs import preview_plans
 from app.views import files, run_cards, run_notes
 from tests.browser import staged
 from trainer.errors import TrainerError
@@ -39,7 +39,7 @@ def test_a_deleted_run_is_restored_completely(finished) -> None:
     before = {path.name for path in finished.iterdir()}
     library.delete(finished.name)
     assert not finished.exists()
-    compare = library_tab.answered(library_tab.compare)
+    compare = library_tab.with_messages(library_tab.compare)
     assert "error" in compare({"first": finished.name, "second": finished.name})
     library.restore(finished.name)
     assert {path.name for path in finished.iterdir()} == before
@@ -82,8 +82,8 @@ def test_the_curves_of_only_one_of_hundreds_of_runs_are_read_again(finished, mon
     monkeypatch.setattr(events, "parse_event", lambda line: parsed.append(line) or parse(line))
     for _ in range(2):
         runs.latest.forget()
-        preview._file_choices.forget()
-        preview._file_choices()
+        preview_plans.file_choices.forget()
+        preview_plans.file_choices()
         assert runs.status(runs.shown()).step == 299
     assert sum(b"StepDone" in line for line in parsed) == 1
     assert (
@@ -149,8 +149,8 @@ def test_card_upload_and_preview_use_the_save_that_became_the_file(finished) -> 
         )
         publishing.push(finished.name, "me/maya", True, api=hub)
         assert hub.files == ["maya.safetensors", "samples/000060-0.png", "README.md"]
-        assert preview._save_choices(finished)[0] == (
-            "The finished file (step 60)",
+        assert preview_plans.save_choices(finished)[0] == (
+            "Finished file (step 60)",
             "maya.safetensors",
         )
         assert files.adapter_file(finished, runs.status(finished))["name"] == "maya.safetensors"

@@ -10,7 +10,7 @@ from app.actions import datasets, preflight, run_estimate
 from app.jobs import device, runs
 from app.server import create_app
 from app.settings import form, own_presets
-from app.tabs import train
+from app.tabs import train_actions, train_form
 from trainer import config
 from trainer.config import presets
 from trainer.data import scan
@@ -26,7 +26,7 @@ def values(outputs) -> dict:
     """The form with an example dataset and the first preset."""
     name = datasets.add_example("subject")
     recipe = presets.load_preset("embedded-subject")
-    shown = dict(zip(train._field_names(), train.show_settings(recipe.config), strict=True))
+    shown = dict(zip(train_form.field_names(), train_form.show_settings(recipe.config), strict=True))
     own = {
         "base": "embedded",
         "own_base": "",
@@ -54,8 +54,8 @@ def fixes(view: dict) -> dict[str, dict]:
 
 
 def test_the_estimate_shows_steps_time_and_memory(values) -> None:
-    view = train.summary(values)
-    run = train._read(values)
+    view = train_actions.summary(values)
+    run = train_form.read_form(values)
     steps = estimate.steps_for(run, [1] * 12)
     assert (
         view["sum"] == "11 images × 100 views in batches of 4 = "
@@ -69,67 +69,67 @@ def test_the_estimate_shows_steps_time_and_memory(values) -> None:
 
 
 def test_without_a_dataset_an_example_is_offered(values) -> None:
-    view = train.summary(values | {"dataset.folder": None})
+    view = train_actions.summary(values | {"dataset.folder": None})
     assert "steps" not in view and fixes(view)["Take an example"]["example"] == "subject"
-    assert train.start(values | {"dataset.folder": None})["refused"] and runs.all_runs() == []
+    assert train_actions.start(values | {"dataset.folder": None})["refused"] and runs.all_runs() == []
 
 
 def test_several_gpus_are_offered_only_if_the_machine_has_them(values, memory, monkeypatch) -> None:
     def is_shown() -> bool:
         with gr.Blocks():
-            return train._advanced_form()[0]["training.devices"].visible
+            return train_form.advanced_widgets()[0]["training.devices"].visible
 
     memory(80 * GB)
     two = values | {"training.devices": 2}
-    assert not is_shown() and fixes(train.summary(two))["Use 1"]["changes"] == {
+    assert not is_shown() and fixes(train_actions.summary(two))["Use 1"]["changes"] == {
         "training.devices": 1
     }
     monkeypatch.setattr(device, "count", lambda: 2)
-    assert is_shown() and "Use 2" not in fixes(train.summary(two))
-    one_way, other = (estimate.memory(train._read(shown), "cuda").step for shown in (values, two))
+    assert is_shown() and "Use 2" not in fixes(train_actions.summary(two))
+    one_way, other = (estimate.memory(train_form.read_form(shown), "cuda").step for shown in (values, two))
     assert other < one_way
 
 
 def test_a_cluster_can_train_what_this_machine_cannot(values, monkeypatch, outputs) -> None:
     wide = values | {"training.devices": 4, "base.quantization": "4bit"}
     monkeypatch.setattr(device, "trains_elsewhere", False)
-    assert "Keep the base whole" in fixes(train.summary(wide))
+    assert "Keep the base whole" in fixes(train_actions.summary(wide))
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # which the application sets
     create_app(ray="http://head:8265")
-    assert not any(each["level"] == "bad" for each in train.summary(wide)["checks"])
+    assert not any(each["level"] == "bad" for each in train_actions.summary(wide)["checks"])
     with gr.Blocks():
-        assert train._advanced_form()[0]["training.devices"].visible
+        assert train_form.advanced_widgets()[0]["training.devices"].visible
 
 
 def test_the_memory_fix_makes_the_run_fit_and_keeps_the_batch(values, memory) -> None:
     big = values | {
-        "base": train.SD15,
+        "base": train_form.SD15,
         "training.gradient_checkpointing": False,
         "training.batch_size": 8,
         "dataset.resolution": 512,
     }
     memory(80 * GB)
-    assert "Fit to my device" not in fixes(train.summary(big))
+    assert "Fit to my device" not in fixes(train_actions.summary(big))
     memory(6 * GB)
-    cure = fixes(train.summary(big))["Fit to my device"]
+    cure = fixes(train_actions.summary(big))["Fit to my device"]
     assert cure["changes"]["training.gradient_checkpointing"] is True
     mended = big | cure["changes"]
     assert (
-        "Fit to my device" not in fixes(train.summary(mended))
-        and train.summary(mended)["memory"]["fits"]
+        "Fit to my device" not in fixes(train_actions.summary(mended))
+        and train_actions.summary(mended)["memory"]["fits"]
     )
     assert mended["training.batch_size"] * mended["training.gradient_accumulation_steps"] == 8
 
 
 def test_a_wrong_setting_is_reset_by_one_click(values) -> None:
-    view = train.summary(values | {"adapter.rank": 0})
+    view = train_actions.summary(values | {"adapter.rank": 0})
     assert view["checks"][0]["level"] == "bad" and fixes(view)["Reset it"]["reset"] == [
         "adapter.rank"
     ]
     updates = dict(
         zip(
-            train._field_names(),
-            train.reset(SimpleNamespace(paths=["adapter.rank", "preset"]), values["preset"]),
+            train_form.field_names(),
+            train_actions.reset(SimpleNamespace(paths=["adapter.rank", "preset"]), values["preset"]),
             strict=True,
         )
     )
@@ -139,25 +139,25 @@ def test_a_wrong_setting_is_reset_by_one_click(values) -> None:
         and updates["training.steps"] == updates["preset"]
     )
     both = values | {"training.learning_rate": 0, "training.text_encoder_learning_rate": 0}
-    assert "Back to the recipe" in fixes(train.summary(both)) and "refused" in train.start(both)
+    assert "Back to the preset" in fixes(train_actions.summary(both)) and "refused" in train_actions.start(both)
 
 
 def test_a_run_that_would_fail_later_cannot_start(values, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    view = train.start(values | {"base": train.OWN, "own_base": "nobody/no-such-model"})
+    view = train_actions.start(values | {"base": train_form.OWN, "own_base": "nobody/no-such-model"})
     assert "downloads are switched off" in view["checks"][0]["text"] and "refused" in view
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
-    full = train.start(values)
+    full = train_actions.start(values)
     assert "refused" in full and fixes(full)["Keep one save"]["changes"] == {"saving.saves": 1}
     assert (
-        "refused" in train.start(values | {"base": train.OWN, "own_base": "/nowhere"})
+        "refused" in train_actions.start(values | {"base": train_form.OWN, "own_base": "/nowhere"})
         and runs.all_runs() == []
     )
 
 
 def test_a_missing_tracker_package_is_reported_before_the_start(values, monkeypatch) -> None:
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
-    view = train.start(values | {"saving.tracking": "wandb"})
+    view = train_actions.start(values | {"saving.tracking": "wandb"})
     assert "refused" in view and fixes(view)["Do without"]["changes"] == {"saving.tracking": "none"}
 
 
@@ -206,16 +206,16 @@ def test_few_images_missing_captions_and_unusable_files_are_reported() -> None:
 def test_a_run_that_fits_only_an_empty_gpu_gives_a_warning(values, monkeypatch) -> None:
     monkeypatch.setattr(device, "has_cuda", lambda: True)
     monkeypatch.setattr(device, "usage", lambda: device.Usage(80 * GB, 80 * GB - 1, 0.0))
-    (check,) = train.summary(values)["checks"]
+    (check,) = train_actions.summary(values)["checks"]
     assert check["level"] == "warn"
     assert "are free now" in check["text"]
     monkeypatch.setattr(runs, "active", lambda: Path("a run"))
-    assert train.summary(values)["checks"] == [], "the active run frees its memory when it ends"
+    assert train_actions.summary(values)["checks"] == [], "the active run frees its memory when it ends"
 
 
 def test_settings_that_differ_from_the_preset_are_listed(values) -> None:
-    assert train.changes(values)["changed"] == []
-    changed = train.changes(values | {"adapter.rank": 24, "training.gradient_checkpointing": True})[
+    assert train_actions.changes(values)["changed"] == []
+    changed = train_actions.changes(values | {"adapter.rank": 24, "training.gradient_checkpointing": True})[
         "changed"
     ]
     assert [(each["label"], each["was"], each["now"]) for each in changed] == [
@@ -225,7 +225,7 @@ def test_settings_that_differ_from_the_preset_are_listed(values) -> None:
 
 
 def test_own_presets_are_saved_chosen_and_removed(values) -> None:
-    radio, said = train.save_recipe("  My   faces ", values | {"adapter.rank": 24})
+    radio, said = train_actions.save_preset("  My   faces ", values | {"adapter.rank": 24})
     name = radio.value
     assert (
         said["own"] and name == "own-My-faces" and own_presets.own()[name].config.adapter.rank == 24
@@ -233,18 +233,18 @@ def test_own_presets_are_saved_chosen_and_removed(values) -> None:
     assert own_presets.own()[name].config.dataset.folder == "" and name in [
         value for _, value in radio.choices
     ]
-    assert train.choose_recipe(name)[train.advanced_paths().index("adapter.rank")] == 24
-    assert train.start(values | {"preset": name}).get("refused") is None
+    assert train_form.choose_preset(name)[train_form.advanced_paths().index("adapter.rank")] == 24
+    assert train_actions.start(values | {"preset": name}).get("refused") is None
     assert name not in [
-        value for _, value in train.remove_recipe(values | {"preset": name})[0].choices
+        value for _, value in train_actions.remove_preset(values | {"preset": name})[0].choices
     ]
     with pytest.raises(ConfigError):
         own_presets.remove("embedded-subject")
-    assert "problem" in train.save_recipe(" ", values)[1]
+    assert "problem" in train_actions.save_preset(" ", values)[1]
 
 
 def test_an_own_preset_replaces_only_its_title_and_a_damaged_one_is_skipped(values) -> None:
-    run = train._read(values)
+    run = train_form.read_form(values)
     names = [own_presets.save(title, run) for title in ("My style!", "My style?", "My style!")]
     assert (
         names == ["own-My-style", "own-My-style-2", "own-My-style"] and len(own_presets.own()) == 2
@@ -260,29 +260,29 @@ def test_an_own_preset_replaces_only_its_title_and_a_damaged_one_is_skipped(valu
 
 
 def test_exported_settings_fill_the_form_again(values) -> None:
-    text = train.export(values | {"adapter.rank": 24})["download"]["text"]
-    run, _ = train.read_settings(text, values)
-    assert run == train._read(values | {"adapter.rank": 24})
+    text = train_actions.export(values | {"adapter.rank": 24})["download"]["text"]
+    run, _ = train_actions.read_settings(text, values)
+    assert run == train_form.read_form(values | {"adapter.rank": 24})
     shown = dict(
-        zip(["tools", *train._field_names()], train.take_settings(text, values), strict=True)
+        zip(["tools", *train_form.field_names()], train_actions.take_settings(text, values), strict=True)
     )
     assert shown["adapter.rank"] == 24 and shown["dataset.folder"].value == values["dataset.folder"]
 
 
 def test_settings_of_another_trainer_fill_the_form(values) -> None:
-    tools, *fields = train.take_settings(
+    tools, *fields = train_actions.take_settings(
         '{"network_dim": 32, "network_alpha": 8, "learning_rate": 1e-4, "color_aug": true}', values
     )
-    shown = dict(zip(train._field_names(), fields, strict=True))
+    shown = dict(zip(train_form.field_names(), fields, strict=True))
     assert (
         shown["adapter.rank"] == 32
         and shown["adapter.alpha"] == 8
         and shown["dataset.trigger"] == "zorbit"
     )
     assert "kohya" in tools["said"] and "color_aug" in tools["said"]
-    assert "contains no settings" in train.take_settings('{"a": 1}', values)[0]["problem"]
-    wrong = config.to_toml(train._read(values)).replace("\nrank = 8", "\nrank = -1")
-    assert "adapter.rank" in train.take_settings(wrong, values)[0]["problem"]
+    assert "contains no settings" in train_actions.take_settings('{"a": 1}', values)[0]["problem"]
+    wrong = config.to_toml(train_form.read_form(values)).replace("\nrank = 8", "\nrank = -1")
+    assert "adapter.rank" in train_actions.take_settings(wrong, values)[0]["problem"]
 
 
 def test_values_on_buttons_are_shortened() -> None:

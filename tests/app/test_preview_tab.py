@@ -3,7 +3,7 @@
 import pytest
 
 from app.jobs import previews, runs
-from app.tabs import preview
+from app.tabs import preview, preview_plans
 from tests.browser import staged
 from trainer.errors import TrainerError
 
@@ -37,7 +37,7 @@ def values(outputs) -> dict:
 
 
 def test_only_the_first_adapter_differs_from_the_base(values) -> None:
-    (_, base), (_, adapted) = preview.plan_compare(
+    (_, base), (_, adapted) = preview_plans.plan_compare(
         values | {"second": values["ink"], "second_text_strength": "0.2", "text_strength": "0.5"}
     )
     assert [(a.strength, a.text_strength) for a in base.adapters] == [(0.6, 0.2)]
@@ -47,23 +47,23 @@ def test_only_the_first_adapter_differs_from_the_base(values) -> None:
         and adapted.sampler == "Euler a"
         and previews.cache_key(base) != previews.cache_key(adapted)
     )
-    alike = preview.plan_compare(values | {"third": values["ink"]})[1][1]
+    alike = preview_plans.plan_compare(values | {"third": values["ink"]})[1][1]
     assert [(a.strength, a.text_strength) for a in alike.adapters] == [(1.0, None), (1.0, None)]
-    with pytest.raises(TrainerError, match="is no number"):
-        preview.plan_compare(values | {"text_strength": "much"})
+    with pytest.raises(TrainerError, match="is not a number"):
+        preview_plans.plan_compare(values | {"text_strength": "much"})
     with pytest.raises(
-        TrainerError, match="Second adapter, in the text encoder: much is no number"
+        TrainerError, match="Second adapter, in the text encoder: much is not a number"
     ):
-        preview.plan_compare(values | {"second": values["ink"], "second_text_strength": "much"})
-    with pytest.raises(TrainerError, match="not there any more"):
-        preview.plan_compare(values | {"third": "../../x/y.safetensors"})
+        preview_plans.plan_compare(values | {"second": values["ink"], "second_text_strength": "much"})
+    with pytest.raises(TrainerError, match="no longer exists"):
+        preview_plans.plan_compare(values | {"third": "../../x/y.safetensors"})
     for wrong in ({"strength": None}, {"strength": 7}, {"seed": -5}, {"seed": 2**32}):
-        with pytest.raises(TrainerError, match="(Strength|Seed) is a number from 0 to"):
-            preview.plan_compare(values | wrong)
+        with pytest.raises(TrainerError, match="(Strength|Seed) must be a number from 0 to"):
+            preview_plans.plan_compare(values | wrong)
 
 
 def test_a_sheet_is_save_by_strength_by_prompt(values) -> None:
-    sheet = preview.plan_sheet(values | {"sheet_prompts": "a cat\n\n a dog "})
+    sheet = preview_plans.plan_sheet(values | {"sheet_prompts": "a cat\n\n a dog "})
     assert len(sheet) == 2 * 3 * 5 and {request.prompt for _, request in sheet} == {
         "a cat",
         "a dog",
@@ -72,17 +72,17 @@ def test_a_sheet_is_save_by_strength_by_prompt(values) -> None:
         {previews.cache_key(request) for _, request in sheet}
     ) == 30
     with pytest.raises(TrainerError, match="at most"):
-        preview.plan_sheet(values | {"sheet_prompts": "\n".join("abcdefgh")})
+        preview_plans.plan_sheet(values | {"sheet_prompts": "\n".join("abcdefgh")})
 
 
 def test_another_base_is_asked_for(values) -> None:
     assert (
-        preview.plan_compare(values | {"base": " someone/else "})[0][1].base.model == "someone/else"
+        preview_plans.plan_compare(values | {"base": " someone/else "})[0][1].base.model == "someone/else"
     )
 
 
 def test_how_to_get_it_elsewhere(values) -> None:
-    a1111, comfy = preview.elsewhere(preview.plan_compare(values | {"text_strength": " 0.5"})[1][1])
+    a1111, comfy = preview_plans.other_programs(preview_plans.plan_compare(values | {"text_strength": " 0.5"})[1][1])
     assert "<lora:maya:1>" in a1111 and "Euler a" in a1111 and "seed 3" in a1111
     assert "maya.safetensors (strength_model 1, strength_clip 0.5)" in comfy
 

@@ -228,7 +228,7 @@ def test_the_preview_goes_on_to_the_newest_save(
         )
         staged.finish(folder)
         page.wait_for_function(
-            "document.querySelector('#preview-save input').value.startsWith('The finished file')"
+            "document.querySelector('#preview-save input').value.startsWith('Finished file')"
         )
 
 

@@ -146,7 +146,7 @@ def compare_at_strength(page, server) -> Image.Image:
         f"document.querySelector('#preview-prompt textarea')?.value === '{PROMPT}'"
     )
     page.wait_for_function(
-        "document.querySelector('#preview-save input').value.startsWith('The finished file')"
+        "document.querySelector('#preview-save input').value.startsWith('Finished file')"
     )
     page.locator("#preview-strength input[type=range]").focus()
     page.keyboard.press("ArrowRight")

@@ -314,11 +314,15 @@ def test_zero_terminal_snr_rescales_the_schedule_as_in_the_paper(tiny_base):
 # Descriptions
 
 
-def test_the_page_counts_parameters_and_chooses_presets_by_the_header(single_file_of, tiny_run):
-    from app.tabs.train_form import SD15, SDXL, _base_of_same_kind
+def test_the_page_offers_presets_for_the_family_of_a_single_file(single_file_of):
+    from app.tabs import train_form
 
-    assert _base_of_same_kind(str(single_file_of("sd1"))) == SD15
-    assert _base_of_same_kind(str(single_file_of("sdxl"))) == SDXL
+    for kind, model in {"sd1": train_form.SD15, "sdxl": train_form.SDXL}.items():
+        presets = train_form.presets_for(train_form.OWN, str(single_file_of(kind)))
+        assert {preset.config.base.model for preset in presets} == {model}
+
+
+def test_trainable_parameters_are_counted_from_the_header(single_file_of, tiny_run):
     run = tiny_run(
         {
             "base.model": str(single_file_of("sdxl")),
