@@ -293,10 +293,10 @@ def test_vectors_that_no_encoder_reads_are_refused(bases, tiny_run, monkeypatch)
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"adapter.trigger_vectors": 1}, "set dataset.trigger"),
-        ({"adapter.trigger_vectors": 1, "dataset.trigger": " "}, "set dataset.trigger"),
-        ({"adapter.trigger_init": "dog"}, "set adapter.trigger_vectors"),
-        (WORD | {"training.trigger_learning_rate": 0.0}, "learn nothing"),
+        ({"adapter.trigger_vectors": 1}, "Set dataset.trigger"),
+        ({"adapter.trigger_vectors": 1, "dataset.trigger": " "}, "Set dataset.trigger"),
+        ({"adapter.trigger_init": "dog"}, "is the start of adapter.trigger_vectors"),
+        (WORD | {"training.trigger_learning_rate": 0.0}, "learns nothing"),
         (
             WORD | {"training.optimizer": "prodigy", "training.learning_rate": 1.0},
             "trigger_learning_rate",

@@ -185,7 +185,7 @@ def test_more_processes_than_images_in_a_step_are_refused(trained):
     folder, codes = trained["too many"]
     assert (
         codes == [[1, 1]]
-        and "cannot share a step of 1 pictures" in run_status.read_status(folder).message
+        and "cannot share a step of 1 images" in run_status.read_status(folder).message
     )
 
 
