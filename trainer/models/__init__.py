@@ -1,5 +1,5 @@
-"""Base models before any family's arithmetic: finding, checking, downloading and running them.
+"""Base models without the arithmetic of a family: finding, checking, downloading and running them.
 
-`model_files`, `single_file`, `safetensors_header` and `hub` work without torch, so the page may
-import them. Imports `trainer.config` and `trainer.runs`.
+`attention`, `cpu_conv`, `device`, `libraries`, `quantization` and `seeds` need torch. All other
+modules work without it, so the page may import them. Imports `trainer.config` and `trainer.runs`.
 """
