@@ -12,8 +12,8 @@ from typing import Any, ParamSpec, TypeVar
 import gradio as gr
 
 from app.actions import datasets
+from app.actions.uploads import add_files
 from app.jobs import previews, run_actions, runs
-from app.tabs.dataset import add_files
 from app.views import charts, files
 from app.views.records import AdapterFile
 from trainer import config

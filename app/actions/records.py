@@ -136,6 +136,21 @@ class PreflightView(TypedDict, total=False):
 # Dataset
 
 
+class FileMessage(TypedDict):
+    """A message about a file that was added."""
+
+    file: str
+    level: str
+    """error, warning or note"""
+    text: str
+
+
+class AddedFiles(TypedDict):
+    name: str
+    """The dataset."""
+    messages: list[FileMessage]
+
+
 class Undoable(TypedDict):
     undo: str
     """What Undo would take back, "" if nothing."""

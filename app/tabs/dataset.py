@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -13,27 +12,19 @@ from app.actions import (
     captioning,
     dataset_changes,
     dataset_folders,
+    dataset_scans,
     dataset_view,
     datasets,
+    uploads,
 )
 from app.page.html_view import drawn
 from app.page.live import KEEP_LATEST, PRIVATE, Page
 from app.tabs.train import TrainTab
 from app.tabs.train_form import OWN, Updates, choose_dataset
-from trainer.errors import DatasetError, TrainerError
+from trainer.errors import TrainerError
 from trainer.runs import run_folder
 
 ID, TITLE = "dataset", "Dataset"
-SETTINGS = (
-    "resolution",
-    "bucket_step",
-    "max_aspect",
-    "allow_upscale",
-    "crop",
-    "trigger",
-    "caption_tokens",
-)
-"""The settings of the Train tab that decide what is seen of an image and its caption."""
 
 Answer = Mapping[str, object]
 """The answer of a server function, as JSON. The key "error" contains a message."""
@@ -61,9 +52,9 @@ def build(page: Page) -> DatasetTab:
             min_width=340,
         )
     handlers: list[Handler] = [
-        add_files,
+        uploads.add_files,
         add_example,
-        add_mask,
+        uploads.add_mask,
         rename_dataset,
         copy_dataset,
         remove_dataset,
@@ -99,7 +90,7 @@ def connect(page: Page, tab: DatasetTab, train: TrainTab) -> None:
     A changed dataset is shown here and selected there. The settings there decide which part of each
     image is seen here.
     """
-    names = ("base", "own_base", *(f"dataset.{name}" for name in SETTINGS))
+    names = ("base", "own_base", *(f"dataset.{name}" for name in dataset_scans.SETTINGS))
     fields = [train.fields[name] for name in names]
     inputs = [tab.chosen, *fields]
     outputs = [tab.chosen, tab.grid]
@@ -138,7 +129,7 @@ def connect(page: Page, tab: DatasetTab, train: TrainTab) -> None:
 def _settings(values: tuple[Any, ...]) -> dict[str, Any]:
     base, own_base, *rest = values
     model = own_base if base == OWN else base
-    return {"base": model, **dict(zip(SETTINGS, rest, strict=True))}
+    return {"base": model, **dict(zip(dataset_scans.SETTINGS, rest, strict=True))}
 
 
 def _existing(name: object) -> str:
@@ -178,53 +169,9 @@ def with_messages(handle: Handler) -> Handler:
     return answer
 
 
-def add_files(data: dict[str, Any]) -> Answer:
-    """Adds uploaded files to a dataset.
-
-    `data` is {"dataset", "files": [{"path", "name"}]}: the path of the upload, and the name as it
-    was dropped, with its folders.
-    """
-    dropped = []
-    for file in data.get("files", []):
-        upload = _upload(file.get("path"))
-        name = str(file.get("name") or upload.name)
-        dropped.append((upload, name.replace("\\", "/").replace("\0", "")))
-    if not dropped:
-        raise DatasetError("Nothing was dropped.")
-    slug, issues = datasets.add(str(data.get("dataset") or ""), dropped)
-    # Deleted last: Gradio stores equal files once, so two files of the list may be one upload.
-    for upload, _ in dropped:
-        upload.unlink(missing_ok=True)
-    return {
-        "name": slug,
-        "messages": [
-            {"file": issue.file, "level": issue.level, "text": issue.message} for issue in issues
-        ],
-    }
-
-
-def _upload(path: object) -> Path:
-    """Returns the path of a file that came through the upload route. Refuses all others."""
-    uploads = Path(os.environ["GRADIO_TEMP_DIR"]).resolve()
-    if isinstance(path, str) and "\0" not in path:
-        upload = Path(path)
-        if upload.is_file() and upload.resolve().is_relative_to(uploads):
-            return upload
-    raise DatasetError("A dropped file did not arrive. Drop it again.")
-
-
 def add_example(data: dict[str, Any]) -> Answer:
     """Adds one of the example datasets."""
     return {"name": datasets.add_example(data.get("example")), "messages": []}
-
-
-def add_mask(data: dict[str, Any]) -> Answer:
-    """Makes an uploaded image the mask of `file`."""
-    upload = _upload(data.get("path"))
-    try:
-        return dataset_changes.put_mask(data, upload.read_bytes(), Path(upload.name))
-    finally:
-        upload.unlink(missing_ok=True)
 
 
 def rename_dataset(data: dict[str, Any]) -> Answer:

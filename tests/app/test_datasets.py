@@ -7,8 +7,8 @@ import zipfile
 import pytest
 
 from app.actions import dataset_changes, dataset_folders, dataset_view, datasets
+from app.actions.uploads import add_files
 from app.jobs import run_actions, runs
-from app.tabs.dataset import add_files
 from tests.app.conftest import ask, png
 from trainer import config
 from trainer.errors import DatasetError, StateError

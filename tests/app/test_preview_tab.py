@@ -1,4 +1,4 @@
-"""What the Preview tab asks the engine for: stacks, sheets, another base; and what it tells about a picture."""
+"""The requests of the Preview tab: several adapters, sheets, another base, other programs."""
 
 import pytest
 
