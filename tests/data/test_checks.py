@@ -106,6 +106,10 @@ def test_a_coarse_bucket_step_is_reported_as_the_reason(tmp_path):
     message = issue_of("narrow", tmp_path, at(256, bucket_step=256)).message
     assert "67 %" in message
     assert "dataset.bucket_step = 256 " in message
+    write(tmp_path, "photo.png", sharp(1, (1024, 256)))
+    message = issue_of("narrow", tmp_path, at(256, bucket_step=256, max_aspect=8.0)).message
+    assert "25 %" in message
+    assert "dataset.bucket_step = 256 " in message
 
 
 def test_share_reported_is_the_share_that_is_trained(tmp_path):
@@ -250,10 +254,3 @@ def test_check_command_uses_the_bucket_step_of_the_presets(tmp_path, capsys):
     write(tmp_path, "photo.png", sharp(1, (384, 256)))
     assert main(["check", str(tmp_path), "--resolution", "64"]) == 0
     assert "[narrow]" not in capsys.readouterr().out
-
-
-def test_dataset_tab_sends_every_setting_that_a_scan_uses():
-    from app.actions import dataset_scans
-    from app.tabs import dataset
-
-    assert dataset.SETTINGS == dataset_scans.SETTINGS
