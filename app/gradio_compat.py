@@ -12,6 +12,9 @@ from typing import Any
 
 CHECKED_VERSION = "6.31.0"
 
+SCRIPT_ROUTE = "/atelier/"
+"""Our scripts and styles. Gradio uses `/static/` and `/assets/` itself."""
+
 UPLOAD_ROUTE = "/gradio_api/upload"
 VIEW_CALL_ROUTE = "/gradio_api/component_server"
 FILE_ROUTES = ("/gradio_api/file=", "/gradio_api/file/", "/file=")

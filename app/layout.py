@@ -1,5 +1,6 @@
 """Builds the page from its tabs. A new tab is a module in `tabs/` and three lines here."""
 
+import json
 from html import escape
 from typing import Any
 
@@ -7,7 +8,7 @@ import gradio as gr
 
 from app import api, gradio_compat
 from app.jobs.previews import PreviewEngine
-from app.page.html_view import drawn, read_static
+from app.page.html_view import html_view, script_url
 from app.page.live import INTERVAL, PRIVATE, Page
 from app.tabs import dataset, library, preview, train, train_actions
 from app.tabs.train import TrainTab
@@ -24,7 +25,12 @@ def build(engine: PreviewEngine, device: str) -> gr.Blocks:
     with gr.Blocks(
         title="LoRA Atelier", analytics_enabled=False, delete_cache=(3600, 86400)
     ) as blocks:
-        heading = drawn("header", data={"device": device, "text": "Idle"}, elem_id="header")
+        heading = html_view(
+            "header",
+            data={"device": device, "text": "Idle"},
+            elem_id="header",
+            events=("go_train", "refill"),
+        )
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as tabs:
             page = Page(tabs, engine, device)
             page.follow(heading, lambda: header_view(device))
@@ -89,7 +95,8 @@ def _load(blocks: gr.Blocks, page: Page) -> None:
     # The first tab selects itself while the page is built. Only later changes go into the address.
     opening = blocks.load(open_tab, None, page.tabs, **PRIVATE)
     opening.then(None, js="() => { window.atelierOpened = true }")
-    blocks.load(None, js=read_static("keys.js"))
+    keys = json.dumps(script_url("keys.js"))
+    blocks.load(None, js=f"() => {{ import({keys}).then((keys) => keys.install()) }}")
     for load in page.loads:
         filling = blocks.load(load.handler, None, load.outputs, **PRIVATE)
         if load.then:

@@ -20,13 +20,11 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import accounts, gradio_compat
-from app.gradio_compat import UPLOAD_ROUTE, VIEW_CALL_ROUTE
+from app.gradio_compat import SCRIPT_ROUTE, UPLOAD_ROUTE, VIEW_CALL_ROUTE
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 OWN_ROUTES = ("/thumb/", "/mask/", "/datasetfile/", "/runfile/", "/previewfile/")
 """The routes of `app.server` that serve files of datasets and runs."""
-SCRIPT_ROUTE = "/atelier/"
-"""The route of our scripts and styles (`app/static`)."""
 FILE_ROUTES = (*gradio_compat.FILE_ROUTES, *OWN_ROUTES)
 
 BODY_LIMIT = 2 * 1024**2

@@ -1,10 +1,12 @@
 """The web application: access control, the files of runs and datasets, and Gradio."""
 
+import json
 import mimetypes
 import os
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
@@ -72,6 +74,7 @@ def create_app(
     if separate:
         accounts.separate()
     app.add_middleware(Guard, passwords=passwords, disk=outputs, separate=separate)
+    _add_script_route(app)
     _add_file_routes(app)
     mounted: FastAPI = gr.mount_gradio_app(
         app,
@@ -89,6 +92,27 @@ def create_app(
         pwa=False,
     )
     return mounted
+
+
+def _add_script_route(app: FastAPI) -> None:
+    """Adds the route of our scripts. Their address contains a version, so browsers keep them."""
+    forever = {"cache-control": "public, max-age=31536000, immutable"}
+
+    @app.get(gradio_compat.SCRIPT_ROUTE + "{version}/gradio.js")
+    def selectors(version: str) -> Response:
+        text = f"export const SELECTORS = {json.dumps(dict(gradio_compat.SELECTORS))};\n"
+        return Response(text, media_type="text/javascript", headers=forever)
+
+    @app.get(gradio_compat.SCRIPT_ROUTE + "{version}/{name:path}")
+    def script(version: str, name: str) -> Response:
+        if name not in _scripts():
+            return not_found()
+        return FileResponse(STATIC / name, media_type="text/javascript", headers=forever)
+
+
+@cache
+def _scripts() -> frozenset[str]:
+    return frozenset(path.relative_to(STATIC).as_posix() for path in STATIC.rglob("*.js"))
 
 
 def _add_file_routes(app: FastAPI) -> None:

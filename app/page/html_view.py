@@ -1,40 +1,78 @@
-"""Views that the browser draws: Python sends plain data, a script in `static/` turns it into elements.
+"""Views that the browser draws: Python sends JSON, a script in `static/views` makes elements of it.
 
-User text only ever becomes a text node. (Gradio evaluates what an `html_template` renders as a JavaScript
-template literal, so a caption put there would run as code; the templates here are therefore constant.)
+Texts of people only ever become text nodes. Gradio evaluates a rendered `html_template` as a
+JavaScript template literal, so a caption in it would run as code. The template here is constant.
 """
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from app import gradio_compat
+
 STATIC = Path(__file__).parents[1] / "static"
+
+Handler = Callable[[Any], Any]
+"""A server function: takes and returns JSON."""
 
 
 @cache
-def read_static(name: str) -> str:
-    return (STATIC / name).read_text(encoding="utf-8")
+def static_version() -> str:
+    """Returns a hash of all scripts, so that browsers can cache each version forever."""
+    digest = hashlib.sha256(json.dumps(dict(gradio_compat.SELECTORS)).encode())
+    for path in sorted(STATIC.rglob("*")):
+        if path.is_file():
+            digest.update(path.relative_to(STATIC).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
-def drawn(
+def script_url(name: str) -> str:
+    """Returns the address of a script below `static`, such as "views/header.js"."""
+    return f"{gradio_compat.SCRIPT_ROUTE}{static_version()}/{name}"
+
+
+def html_view(
     script: str,
-    *more: str,
-    data: Any = None,
+    *,
     elem_id: str,
-    server_functions: list[Callable] | None = None,
+    data: Any = None,
+    events: Sequence[str] = (),
+    server_functions: Sequence[Handler] = (),
     constant: Any = None,
 ) -> gr.HTML:
-    """A view drawn by `static/<script>.js` and the scripts it uses from JSON-like data; `constant` never changes, there as CONSTANT."""
-    parts = "".join(read_static(f"{name}.js") for name in ("common", *more, script))
+    """Returns a component that `static/views/<script>.js` draws.
+
+    The script exports `mount(gradio)`. `gradio` contains `element`, `props`, `trigger`, `server`,
+    `upload` and `watch` of Gradio, and `constant`.
+
+    This is a function and not a subclass of `gr.HTML`: Gradio 6.31 writes a stub file beside the
+    module of every subclass, and creates copies of it with the arguments of `gr.HTML`.
+
+    Args:
+        script: Name of the script.
+        data: The first data, which `props.value` contains. Without data the view stays empty.
+        events: Names of the events that the script triggers. Each becomes a method that connects a
+            handler, such as `view.go_train(...)`.
+        server_functions: Functions that the script calls by their names, as `server.name(data)`.
+        constant: JSON that never changes.
+    """
+    # Gradio offers an event only if its quoted name is part of this text.
+    js_on_load = (
+        f"const events = {json.dumps(list(events))};\n"
+        f"const constant = {json.dumps(constant)};\n"
+        f"import({json.dumps(script_url(f'views/{script}.js'))}).then((view) =>\n"
+        "  view.mount({ element, props, trigger, server, upload, watch, constant }));"
+    )
     return gr.HTML(
         data,
         html_template='<div class="atelier"></div>',
         apply_default_css=False,
         elem_id=elem_id,
-        js_on_load=f"const CONSTANT = {json.dumps(constant)};\n{parts}",
-        server_functions=server_functions,
+        js_on_load=js_on_load,
+        server_functions=list(server_functions) or None,
     )

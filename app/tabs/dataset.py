@@ -17,7 +17,7 @@ from app.actions import (
     datasets,
     uploads,
 )
-from app.page.html_view import drawn
+from app.page.html_view import html_view
 from app.page.live import KEEP_LATEST, PRIVATE, Page
 from app.tabs.train import TrainTab
 from app.tabs.train_form import OWN, Updates, choose_dataset
@@ -74,11 +74,10 @@ def build(page: Page) -> DatasetTab:
         caption_status,
         caption_size,
     ]
-    grid = drawn(
+    grid = html_view(
         "dataset",
-        "picture",
-        "dataset_tools",
         elem_id="dataset-view",
+        events=("change_dataset", "go_train"),
         server_functions=[with_messages(handler) for handler in handlers],
     )
     return DatasetTab(chosen, grid)

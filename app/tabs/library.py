@@ -9,7 +9,7 @@ import gradio as gr
 
 from app.actions import adapter_tools, library, publishing
 from app.jobs import runs
-from app.page.html_view import drawn
+from app.page.html_view import html_view
 from app.page.live import PRIVATE, Page
 from app.tabs.preview import PreviewTab, choose_run
 from app.tabs.train import TrainTab
@@ -46,9 +46,10 @@ def build(page: Page) -> LibraryTab:
         make_file,
         tool_state,
     ]
-    cards = drawn(
+    cards = html_view(
         "library",
         elem_id="library-view",
+        events=("open_preview", "train_again", "go_train"),
         server_functions=[act, clear_cache, *map(with_messages, handlers)],
     )
     page.follow(cards, run_cards.library_view)

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from app.jobs import previews, runs
-from app.page.html_view import drawn
+from app.page.html_view import html_view
 from app.page.live import KEEP_LATEST, PRIVATE, Page
 from app.settings import form
 from app.tabs import preview_plans as plans
@@ -53,7 +53,9 @@ def build(page: Page) -> PreviewTab:
                 saves = gr.Button("Saves grid", elem_id="grid-saves")
             advanced, sheet, earlier = _advanced()
         with gr.Column(scale=3, min_width=330):
-            images = drawn("preview", elem_id="preview-view")
+            images = html_view(
+                "preview", elem_id="preview-view", events=("go_train", "stop_drawing")
+            )
     tab = PreviewTab(fields | advanced, images)
     new_seed.click(lambda: random.randrange(2**31), None, tab.fields["seed"], **PRIVATE)
     earlier.input(lambda text: text, earlier, tab.fields["prompt"], **KEEP_LATEST)

@@ -8,7 +8,7 @@ import gradio as gr
 
 from app.actions import datasets
 from app.actions.records import PreflightView
-from app.page.html_view import drawn
+from app.page.html_view import html_view
 from app.page.live import KEEP_LATEST, PRIVATE, Page
 from app.tabs import train_actions, train_form
 from app.tabs.train_form import Updates, advanced_paths, choose_base, choose_dataset
@@ -68,19 +68,30 @@ def build(page: Page) -> TrainTab:
     with gr.Row(elem_classes="at-columns"):
         with gr.Column(scale=2, min_width=330):
             basic = train_form.basic_widgets()
-            message = drawn("said", elem_id="said")
-            line = drawn("estimate", elem_id="estimate")
+            message = html_view("said", elem_id="said")
+            line = html_view(
+                "estimate",
+                elem_id="estimate",
+                events=("cure", "take_base", "take_example", "reset", "go_dataset"),
+            )
             start = gr.Button(
                 "Start training", variant="primary", size="lg", elem_id="start-training"
             )
             advanced, tools = train_form.advanced_widgets()
         with gr.Column(scale=3, min_width=330):
-            handlers = [train_actions.act, train_actions.read_log]
-            progress = drawn("progress", elem_id="progress", server_functions=handlers)
-            curve = drawn("curve", elem_id="curve")
-            samples = drawn("samples", elem_id="samples")
-            handlers = [train_actions.shrink, train_actions.shrunk]
-            learned = drawn("learned", elem_id="learned", server_functions=handlers)
+            progress = html_view(
+                "progress",
+                elem_id="progress",
+                events=("open_preview",),
+                server_functions=[train_actions.act, train_actions.read_log],
+            )
+            curve = html_view("curve", elem_id="curve")
+            samples = html_view("samples", elem_id="samples")
+            learned = html_view(
+                "learned",
+                elem_id="learned",
+                server_functions=[train_actions.shrink, train_actions.shrunk],
+            )
     page.follow(progress, progress_view)
     page.follow(curve, charts.curve_view)
     page.follow(samples, samples_view)

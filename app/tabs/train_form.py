@@ -11,7 +11,7 @@ import gradio as gr
 
 from app.actions import datasets
 from app.jobs import device
-from app.page.html_view import drawn
+from app.page.html_view import html_view
 from app.settings import form, own_presets
 from trainer import config
 from trainer.config import EMBEDDED, RunConfig, presets
@@ -124,7 +124,19 @@ def advanced_widgets() -> tuple[dict[str, Any], gr.HTML]:
     fields: dict[str, Any] = {}
     first = next(iter(presets.load_presets().values())).config
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-        tools = drawn("advanced", data={}, elem_id="advanced-tools", constant=_search_index())
+        tools = html_view(
+            "advanced",
+            data={},
+            elem_id="advanced-tools",
+            events=(
+                "reset",
+                "save_recipe",
+                "remove_recipe",
+                "export_settings",
+                "import_settings",
+            ),
+            constant=_search_index(),
+        )
         for section in dict.fromkeys(path.partition(".")[0] for path in advanced_paths()):
             with (
                 gr.Accordion(SECTION_TITLES[section], open=False, elem_id=f"section-{section}"),

@@ -1,0 +1,250 @@
+// What the finished adapter is: where it changes the base, a bar a block; how much of its rank it uses, and a smaller file by one click.
+
+import { el, notice } from "../lib/dom.js";
+import { connect } from "../lib/view.js";
+
+export function mount(gradio) {
+  const { drawWith, ask } = connect(gradio);
+  const memory = { run: "", busy: "", problem: "", made: null };
+
+  drawWith((root, view) => {
+    if (!view.run || !view.blocks.length) {
+      root.replaceChildren();
+      memory.run = "";
+      return;
+    }
+    if (memory.run !== view.run)
+      Object.assign(memory, { run: view.run, busy: "", problem: "", made: null });
+    const again = () =>
+      root.replaceChildren(
+        el(
+          "section",
+          { class: "at-panel at-learned", "aria-label": "What it learned" },
+          el("h3", {}, "Where it learned"),
+          where(view.blocks),
+          view.rank > 1
+            ? [
+                el("h3", {}, "How much of its rank it uses"),
+                spectrum(view),
+                smaller(view, again),
+                byModule(view.modules),
+              ]
+            : null,
+        ),
+      );
+    again();
+  });
+
+  /** Bars from the first block that the picture goes through to the last; the text encoders after them. */
+  function where(blocks) {
+    const most = Math.max(...blocks.map(([, norm]) => norm), 1e-12),
+      width = 640,
+      low = 112;
+    const slant = blocks.length > 8,
+      height = slant ? 185 : 150,
+      inset = slant ? 30 : 0,
+      wide = (width - inset) / blocks.length; // beside each other more names do not fit a phone
+    const strongest = blocks.reduce((one, other) => (other[1] > one[1] ? other : one));
+    return el(
+      "figure",
+      { class: "at-curve" },
+      el(
+        "svg",
+        {
+          viewBox: `0 0 ${width} ${height}`,
+          role: "img",
+          "aria-label": `Size of the change by block: ${blocks.map(([name, norm]) => `${name} ${norm.toPrecision(2)}`).join(", ")}`,
+        },
+        el("line", { class: "at-rule", x1: 0, x2: width, y1: low, y2: low }),
+        blocks.map(([name, norm], place) => {
+          const x = inset + wide * (place + 0.5),
+            top = low - (100 * norm) / most;
+          return el(
+            "g",
+            {},
+            el(
+              "line",
+              {
+                class: name.startsWith("text") ? "at-bar-text" : "at-bar-block",
+                x1: x,
+                x2: x,
+                y1: low,
+                y2: Math.min(top, low - 1),
+                "stroke-width": Math.min(44, 0.7 * wide),
+              },
+              el("title", {}, `${name}: ${norm.toPrecision(3)}`),
+            ),
+            el(
+              "text",
+              slant
+                ? {
+                    x,
+                    y: low + 12,
+                    "text-anchor": "end",
+                    transform: `rotate(-45 ${x} ${low + 12})`,
+                  }
+                : { x, y: low + 20, "text-anchor": "middle" },
+              name,
+            ),
+          );
+        }),
+      ),
+      el(
+        "figcaption",
+        { class: "at-hint" },
+        `Size of the change (norm of delta W) in each block, from the way in to the way out; most in ${strongest[0]}.`,
+      ),
+    );
+  }
+
+  /** What is kept with each further rank. */
+  function spectrum(view) {
+    const width = 640,
+      height = 120,
+      left = 62,
+      low = 92;
+    let sum = 0;
+    const kept = [[0, 0], ...view.spectrum.map((share, place) => [place + 1, (sum += share)])];
+    const x = (rank) => left + ((width - left - 16) * rank) / view.rank,
+      y = (share) => low - 80 * share;
+    const marks = [...new Set([view.enough["95"], view.enough["99"], view.rank])].filter(
+      (rank, place, all) => !place || x(rank) - x(all[place - 1]) > 30,
+    );
+    return el(
+      "figure",
+      { class: "at-curve" },
+      el(
+        "svg",
+        {
+          viewBox: `0 0 ${width} ${height}`,
+          role: "img",
+          "aria-label": `Rank ${view.enough["95"]} keeps 95 %, rank ${view.enough["99"]} keeps 99 % of what was learned`,
+        },
+        [0.5, 1].map((share) =>
+          el(
+            "g",
+            {},
+            el("line", { class: "at-rule", x1: left, x2: width - 16, y1: y(share), y2: y(share) }),
+            el("text", { x: left - 6, y: y(share) + 4, "text-anchor": "end" }, `${100 * share} %`),
+          ),
+        ),
+        el("polyline", {
+          class: "at-smooth",
+          points: kept
+            .map(([rank, share]) => `${x(rank).toFixed(1)},${y(share).toFixed(1)}`)
+            .join(" "),
+        }),
+        ["95", "99"].map((share) =>
+          el(
+            "circle",
+            {
+              class: "at-valid-dot",
+              cx: x(view.enough[share]),
+              cy: y(kept[view.enough[share]][1]),
+              r: 4,
+            },
+            el("title", {}, `${share} % at rank ${view.enough[share]}`),
+          ),
+        ),
+        marks.map((rank) =>
+          el("text", { x: x(rank), y: height - 8, "text-anchor": "middle" }, String(rank)),
+        ),
+      ),
+      el(
+        "figcaption",
+        { class: "at-hint" },
+        `Kept of what was learned (squared singular values), by rank. Rank ${view.enough["95"]} would have kept 95 %, rank ${view.enough["99"]} 99 % of the ${view.rank} there are.`,
+      ),
+    );
+  }
+
+  function smaller(view, again) {
+    const rank = view.enough["99"];
+    if (rank >= view.rank)
+      return el(
+        "p",
+        { class: "at-hint" },
+        "It uses all of its rank; a smaller file would lose something.",
+      );
+    const make = async () => {
+      Object.assign(memory, { busy: "Making the file…", problem: "", made: null });
+      again();
+      let answer = await ask("shrink", { run: view.run, rank }, (text) => {
+        memory.problem = text;
+      });
+      for (const job = answer.job; !answer.error; ) {
+        answer = await ask("shrunk", { job }, (text) => {
+          memory.problem = text;
+        });
+        if (!answer.progress) break;
+        await new Promise((resolve) => setTimeout(resolve, 700));
+      }
+      if (memory.run !== view.run) return; // another run is shown by now
+      memory.busy = "";
+      if (!answer.error) memory.made = answer;
+      again();
+    };
+    return el(
+      "div",
+      { class: "at-row" },
+      el(
+        "button",
+        { type: "button", class: "at-button", disabled: Boolean(memory.busy), onclick: make },
+        `Make a file of rank ${rank}`,
+      ),
+      memory.busy ? el("span", { class: "at-hint", role: "status" }, memory.busy) : null,
+      memory.problem ? notice(memory.problem, "bad") : null,
+      memory.made
+        ? el(
+            "a",
+            { class: "at-button", href: memory.made.file.href, download: memory.made.file.name },
+            `Download ${memory.made.file.name} (${memory.made.file.size})`,
+          )
+        : null,
+    );
+  }
+
+  function byModule(modules) {
+    return el(
+      "details",
+      {
+        open: memory.open,
+        ontoggle: (event) => {
+          memory.open = event.target.open;
+        },
+      },
+      el("summary", {}, "Layer by layer"),
+      el(
+        "div",
+        { class: "at-by-module", tabindex: 0 },
+        el(
+          "table",
+          {},
+          el(
+            "thead",
+            {},
+            el(
+              "tr",
+              {},
+              ["Layer", "rank", "95 % at", "99 % at"].map((text) =>
+                el("th", { scope: "col" }, text),
+              ),
+            ),
+          ),
+          el(
+            "tbody",
+            {},
+            modules.map(([name, ...ranks]) =>
+              el(
+                "tr",
+                {},
+                el("th", { scope: "row" }, name),
+                ranks.map((rank) => el("td", {}, String(rank))),
+              ),
+            ),
+          ),
+        ),
+      ),
+    );
+  }
+}

@@ -1,0 +1,99 @@
+// Pictures with and without the adapter, or a grid of them, filled one by one.
+
+import { el, pill, notice, button, emptyState, zoomable, compared } from "../lib/dom.js";
+import { connect } from "../lib/view.js";
+
+export function mount(gradio) {
+  const { trigger } = gradio;
+  const { drawWith } = connect(gradio);
+  drawWith((root, view) => {
+    const pictures = view.pictures || [];
+    const head = view.busy
+      ? el(
+          "div",
+          { class: "at-row" },
+          pill(view.busy, "busy"),
+          button("Stop", () => trigger("stop_drawing")),
+        )
+      : null;
+    if (view.error) {
+      root.replaceChildren(notice(view.error, "bad"));
+      return;
+    }
+    if (!pictures.length) {
+      root.replaceChildren(
+        view.is_empty
+          ? emptyState(
+              "No adapter yet",
+              "Train one first: then it appears here, beside its base, at any strength.",
+              button("Go to training", () => trigger("go_train")),
+            )
+          : emptyState(
+              "See what it learned",
+              "Compare the adapter with its base: the same prompt and seed, with and without it.",
+              view.note ? el("p", {}, view.note) : null,
+            ),
+      );
+      return;
+    }
+    root.replaceChildren(
+      el(
+        "section",
+        { class: "at-panel", "aria-busy": Boolean(view.busy), "aria-label": "Pictures" },
+        head,
+        pair(pictures) ||
+          el(
+            "div",
+            { class: `at-pictures ${pictures.length === 2 ? "at-pair" : ""}` },
+            pictures.map((picture) =>
+              el(
+                "figure",
+                {},
+                picture.src
+                  ? zoomable(picture.src, `${picture.title}: ${picture.prompt}`)
+                  : el("div", { class: "at-placeholder" }),
+                el("figcaption", {}, picture.title),
+              ),
+            ),
+          ),
+        view.elsewhere
+          ? el(
+              "details",
+              {},
+              el("summary", {}, "This picture in A1111 and ComfyUI"),
+              view.elsewhere.map((text) => el("p", { class: "at-hint at-path" }, text)),
+            )
+          : null,
+      ),
+    );
+  });
+
+  /** The base and the adapter over each other, once both are there. */
+  function pair(pictures) {
+    if (pictures.length !== 2 || !pictures.every((picture) => picture.src)) return null;
+    const [before, after] = pictures.map((picture) => ({
+      src: picture.src,
+      alt: `${picture.title}: ${picture.prompt}`,
+      name: picture.title,
+    }));
+    const frame = compared(before, after, "preview");
+    frame.classList.add("at-large");
+    const save = (picture, text) =>
+      el(
+        "a",
+        { class: "at-button", href: picture.src, download: picture.src.split("/").pop() },
+        text,
+      );
+    return el(
+      "div",
+      {},
+      frame,
+      el(
+        "div",
+        { class: "at-row" },
+        save(pictures[0], "Save the left picture"),
+        save(pictures[1], "Save the right picture"),
+      ),
+    );
+  }
+}

@@ -1,0 +1,161 @@
+// Samples of the run: a row per prompt. Beside the base's picture the chosen one, with a divider between them; below, all of them.
+
+import { el, zoomable, compared } from "../lib/dom.js";
+import { connect } from "../lib/view.js";
+
+export function mount(gradio) {
+  const { drawWith } = connect(gradio);
+  const memory = {}; // what was chosen, by prompt and seed
+  drawWith((root, view) => {
+    const rows = view.rows || [];
+    if (!rows.length) {
+      root.replaceChildren();
+      return;
+    }
+    const again = () =>
+      root.replaceChildren(
+        el(
+          "section",
+          { class: "at-panel", "aria-label": "Samples" },
+          el("h3", {}, "Samples"),
+          rows.map((row) => rowOf(row, view.best, again)),
+          view.without
+            ? rowOf(
+                view.without,
+                view.best,
+                again,
+                "The first prompt without its trigger word should stay as the base draws it. A leak of 100 %: it changes as much as with the word. ",
+              )
+            : null,
+          likeness(view),
+        ),
+      );
+    again();
+  });
+
+  /** How near the samples come to the training pictures, a bar a save; the line is how near these are to each other. */
+  function likeness(view) {
+    const found = view.likeness || [];
+    if (found.length < 2 || view.between === null) return null;
+    const width = 640,
+      height = 150,
+      low = 126,
+      wide = (width - 10) / found.length,
+      y = (value) => low - 112 * Math.max(0, Math.min(1, value));
+    const said = `Likeness of the samples to the nearest training picture: ${found.map(([step, value]) => `${value.toFixed(2)} at step ${step}`).join(", ")}; the training pictures to each other ${view.between.toFixed(2)}`;
+    return el(
+      "figure",
+      { class: "at-curve at-likeness" },
+      el(
+        "svg",
+        { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": said },
+        found.map(([step, value], place) =>
+          el(
+            "g",
+            {},
+            el(
+              "line",
+              {
+                class: step && value > view.between ? "at-near" : "at-far",
+                x1: 5 + wide * (place + 0.5),
+                x2: 5 + wide * (place + 0.5),
+                y1: low,
+                y2: Math.min(low - 1, y(value)),
+                "stroke-width": Math.min(44, 0.6 * wide),
+              },
+              el("title", {}, value.toFixed(2)),
+            ),
+            el(
+              "text",
+              { x: 5 + wide * (place + 0.5), y: height - 6, "text-anchor": "middle" },
+              step ? String(step) : "base",
+            ),
+          ),
+        ),
+        el("line", {
+          class: "at-between",
+          x1: 0,
+          x2: width,
+          y1: y(view.between),
+          y2: y(view.between),
+        }),
+      ),
+      el(
+        "figcaption",
+        { class: "at-hint" },
+        "How near the samples come to the nearest training picture, in colour and layout. Above the line they are nearer than the training pictures are to each other: copies, where the prompt asked for something new.",
+      ),
+    );
+  }
+
+  function rowOf(row, best, again, said = "") {
+    const key = `${row.prompt} ${row.seed}`;
+    const nameOfStep = (picture) =>
+      picture.step === 0
+        ? "Base"
+        : picture.step === best
+          ? `★ Step ${picture.step}`
+          : `Step ${picture.step}`;
+    const alt = (picture) => `${nameOfStep(picture)}: ${row.prompt}`;
+    const [base, ...later] = row.pictures;
+    const chosen = later.find((picture) => picture.step === memory[key]) || later[later.length - 1];
+    const thumbnail = (picture) =>
+      el(
+        "button",
+        {
+          type: "button",
+          class: "at-zoom",
+          "aria-label": `Show ${alt(picture)}`,
+          "aria-pressed": String(picture === chosen),
+          onclick: () => {
+            memory[key] = picture.step;
+            again();
+          },
+        },
+        el("img", { src: picture.src, alt: alt(picture) }),
+      );
+    return el(
+      "div",
+      { class: "at-samples" },
+      el(
+        "p",
+        { class: "at-prompt" },
+        said ? el("span", { class: "at-hint" }, said) : null,
+        row.prompt,
+        el("span", { class: "at-hint" }, ` seed ${row.seed}`),
+      ),
+      chosen && base.step === 0
+        ? compared(
+            { src: base.src, alt: alt(base), name: "Base" },
+            { src: chosen.src, alt: alt(chosen), name: nameOfStep(chosen) },
+            key,
+          )
+        : null,
+      el(
+        "div",
+        { class: "at-strip" },
+        row.pictures.map((picture) =>
+          el(
+            "figure",
+            { class: picture.step === best ? "at-best" : "" },
+            picture.step === 0 || !chosen
+              ? zoomable(picture.src, alt(picture))
+              : thumbnail(picture),
+            el(
+              "figcaption",
+              {},
+              nameOfStep(picture),
+              picture.leak !== undefined && picture.leak !== null
+                ? el(
+                    "span",
+                    { class: picture.leak > 0.5 ? "at-leak at-leaks" : "at-leak" },
+                    `leak ${Math.round(100 * picture.leak)} %`,
+                  )
+                : null,
+            ),
+          ),
+        ),
+      ),
+    );
+  }
+}
