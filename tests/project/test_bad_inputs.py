@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests import corpus
+from trainer import config
 from trainer.curation.ingest import import_files
-from trainer.data.images import IMAGE_SUFFIXES, shown
+from trainer.data.image_formats import IMAGE_SUFFIXES
+from trainer.data.issues import printable
 from trainer.data.issues import Issue
 from trainer.data.scan import scan_dataset
 
@@ -40,7 +42,7 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 
 def about(findings: list[Issue], subject: Path, folder: Path) -> list[Issue]:
     """Findings naming the subject, or, where it is a caption, its picture; that a made picture is plain grey is none."""
-    name = shown(subject.relative_to(folder).as_posix())
+    name = printable(subject.relative_to(folder).as_posix())
     picture = name.removesuffix(".txt") + ".png"
     findings = [
         f for f in findings if f.kind not in ("rotated", "transparent", "converted", "flat")
@@ -58,13 +60,13 @@ def test_scan_gives_the_verdict(made, row_id):
     folder = row_folder(subject, row_id)
     before = snapshot(folder.parent)
     (folder / "zz_control.png").write_bytes(corpus.encoded(corpus.photo(seed=99), "PNG"))
-    items, findings = scan_dataset(folder, resolution=64)
+    items, findings = scan_dataset(folder, config.Dataset(resolution=64, bucket_step=8))
     (folder / "zz_control.png").unlink()
 
     named = about(findings, subject, folder)
     used = {item.path for item in items}
     picture = subject.with_suffix(".png") if subject.suffix == ".txt" else subject
-    if row.table == "Captions" or row.verdict in (corpus.ACCEPT, corpus.SAID):
+    if row.table == "Captions" or row.verdict in (corpus.ACCEPT, corpus.REPORTED):
         assert picture in used
     elif row.verdict == corpus.SKIPPED:
         assert subject not in used
@@ -93,8 +95,8 @@ def test_import_gives_the_verdict(made, row_id, tmp_path):
         for path in kept
     )
     pictures = [path for path in kept if path.suffix in IMAGE_SUFFIXES]
-    if row.verdict in (corpus.ACCEPT, corpus.SAID):
-        items, _ = scan_dataset(tmp_path / "data" / "set", resolution=64)
+    if row.verdict in (corpus.ACCEPT, corpus.REPORTED):
+        items, _ = scan_dataset(tmp_path / "data" / "set", config.Dataset(resolution=64, bucket_step=8))
         assert (
             len(items)
             == len(pictures)
@@ -102,7 +104,7 @@ def test_import_gives_the_verdict(made, row_id, tmp_path):
         )
         if row.caption is not None:
             assert row.caption in {item.caption for item in items}
-    elif row.table == "Pictures":
+    elif row.table == "Images":
         assert not pictures
         assert about(findings, subject, folder) or row_id == "dir_named_png"
 
