@@ -1,426 +1,231 @@
-"""Tools for adapters that are there: each against sums of scale * up @ down in float64."""
+"""Composing, resizing and extracting adapters, compared with sums of scale * B A in float64."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests import ldm
+from tests.lora.helpers import CONV, QUERY, delta_in_float64
 from tests.tiny import save_tiny_base
 from trainer import config
-from trainer.cli.main import main
 from trainer.errors import ModelError
-from trainer.families import FAMILIES, load_base
-from trainer.lora import merging, transform, writer
+from trainer.families import load_base
+from trainer.lora import merging, transform
 from trainer.lora.apply import WeightedAdapter
 from trainer.lora.formats.adapted_module import AdaptedModule
-from trainer.lora.formats.reader import AdapterFile, read_adapter
+from trainer.lora.formats.reader import AdapterFile
 
-FAMILY = FAMILIES["sd1"]
-QUERY = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-CONV = "down_blocks.0.resnets.0.conv1"
 TEXT = "encoder.layers.0.self_attn.v_proj"
+SQUARE = "mid_block.attentions.0.proj_in"
 
 
-def lora(name, rank, scale, seed, component="unet", outputs=16, inputs=(16,)):
+def random_lora(name, rank, scale, seed, component="unet", outputs=16, inputs=(16,)):
     draw = torch.Generator().manual_seed(seed)
-    up = torch.randn(outputs, rank, *[1] * (len(inputs) - 1), generator=draw) * 0.1
-    return AdaptedModule(
-        component,
-        name,
-        "lora",
-        {
-            "lora_down.weight": torch.randn(rank, *inputs, generator=draw) * 0.1,
-            "lora_up.weight": up,
-        },
-        scale,
-    )
+    kernel = [1] * (len(inputs) - 1)
+    tensors = {
+        "lora_up.weight": 0.1 * torch.randn(outputs, rank, *kernel, generator=draw),
+        "lora_down.weight": 0.1 * torch.randn(rank, *inputs, generator=draw),
+    }
+    return AdaptedModule(component, name, "lora", tensors, scale)
 
 
-def file_of(*modules, path="a.safetensors"):
-    return AdapterFile(
-        Path(path),
-        "kohya",
-        list(modules),
-        {"ss_base_model_version": "sd_v1"},
-        "float32",
-        [],
-    )
+def random_conv(rank, scale, seed):
+    return random_lora(CONV, rank, scale, seed, inputs=(16, 3, 3))
 
 
-def saved(path, *modules):
-    writer.save_adapter(
-        path, "kohya", modules, FAMILY, torch.float32, {"ss_base_model_version": "sd_v1"}
-    )
-    return str(path)
+def random_text_lora(rank, scale, seed):
+    return random_lora(TEXT, rank, scale, seed, "text_encoder", 32, (32,))
 
 
-def truth(module):
-    tensors = {leaf: tensor.double() for leaf, tensor in module.tensors.items()}
-    down = tensors["lora_down.weight"]
-    return (module.scale * tensors["lora_up.weight"].flatten(1) @ down.flatten(1)).reshape(
-        -1, *down.shape[1:]
-    )
+def random_loha(name, scale, seed):
+    draw = torch.Generator().manual_seed(seed)
+    shapes = {
+        "hada_w1_a": (16, 2),
+        "hada_w1_b": (2, 16),
+        "hada_w2_a": (16, 2),
+        "hada_w2_b": (2, 16),
+    }
+    tensors = {leaf: torch.randn(shape, generator=draw) for leaf, shape in shapes.items()}
+    return AdaptedModule("unet", name, "loha", tensors, scale)
+
+
+def diagonal(values, name=QUERY):
+    """Returns a LoRA with these singular values."""
+    root = torch.tensor(values, dtype=torch.float64).sqrt().float()
+    tensors = {"lora_up.weight": torch.diag(root), "lora_down.weight": torch.diag(root)}
+    return AdaptedModule("unet", name, "lora", tensors, 1.0)
+
+
+def weighted(strength, text_strength, *modules):
+    file = AdapterFile(Path("a.safetensors"), "kohya", list(modules), {}, "float32", [])
+    return WeightedAdapter(file, strength, text_strength)
+
+
+def assert_delta(module, expected):
+    tolerance = 1e-6 * float(expected.abs().max())
+    delta = module.to(torch.float64).delta
+    torch.testing.assert_close(delta, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "strengths",
+    [(1.0, 1.0, 1.0), (0.5, 1.0, 1.0), (1.0, 2.0, 1.0), (1.0, 1.0, -3.0), (0.0, 1.0, 2.0)],
+)
+def test_each_adapter_is_composed_at_its_strength(strengths):
+    modules = [random_lora(QUERY, rank, 0.7, seed=rank) for rank in (2, 3, 4)]
+    adapters = [
+        weighted(strength, 9.0, module) for strength, module in zip(strengths, modules, strict=True)
+    ]
+    (composed,) = transform.compose(adapters)
+    deltas = [
+        strength * delta_in_float64(module)
+        for strength, module in zip(strengths, modules, strict=True)
+    ]
+    assert_delta(composed, sum(deltas))
+    assert composed.rank == sum(m.rank for m, s in zip(modules, strengths, strict=True) if s)
+
+
+@pytest.mark.parametrize("text_strengths", [(2.0, 1.0), (1.0, -0.5), (0.0, 3.0)])
+def test_text_encoders_are_composed_at_their_own_strength(text_strengths):
+    modules = [random_text_lora(2, 1.0, seed) for seed in (1, 2)]
+    first, second = text_strengths
+    adapters = [weighted(7.0, first, modules[0]), weighted(5.0, second, modules[1])]
+    (composed,) = transform.compose(adapters)
+    expected = first * delta_in_float64(modules[0]) + second * delta_in_float64(modules[1])
+    assert_delta(composed, expected)
+
+
+def test_modules_of_one_adapter_only_are_composed_unchanged():
+    conv, loha = random_conv(2, 2.0, 1), random_loha(SQUARE, 0.25, 2)
+    composed = transform.compose([weighted(0.5, 1.0, conv), weighted(-1.0, 1.0, loha)])
+    by_name = {module.name: module for module in composed}
+    assert by_name.keys() == {CONV, SQUARE}
+    assert_delta(by_name[CONV], 0.5 * delta_in_float64(conv))
+    assert_delta(by_name[SQUARE], -loha.to(torch.float64).delta)
+
+
+def test_adapters_of_different_sizes_are_not_composed():
+    other = random_lora(QUERY, 2, 1.0, 1, inputs=(32,))
+    with pytest.raises(ModelError, match="do not fit each other: unet.down_blocks"):
+        transform.compose([weighted(1, 1, random_lora(QUERY, 2, 1.0, 1)), weighted(1, 1, other)])
+
+
+@pytest.mark.parametrize(
+    "operation", [transform.resize, lambda m: transform.compose([weighted(1, 1, *m)])]
+)
+def test_a_dora_is_neither_resized_nor_composed(operation):
+    module = random_lora(QUERY, 2, 1.0, 1)
+    tensors = module.tensors | {"dora_scale": torch.ones(16, 1)}
+    with pytest.raises(ModelError, match="The DoRA on .* Merge it into the base instead"):
+        operation([AdaptedModule("unet", QUERY, "dora", tensors, 1.0)])
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6, 9])
+def test_resizing_gives_the_nearest_adapter_of_its_rank(rank):
+    """Eckart & Young: the error is the norm of the remaining singular values."""
+    module = random_lora(QUERY, 6, 1.3, 5)
+    values = torch.linalg.svdvals(delta_in_float64(module))
+    (small,), (kept,) = transform.resize([module], rank=rank)
+    error = float((small.to(torch.float64).delta - delta_in_float64(module)).norm())
+    assert error == pytest.approx(float(values[min(rank, 6) :].norm()), abs=1e-6)
+    share = float(values[:rank].square().sum() / values.square().sum())
+    assert kept.energy == pytest.approx(share) and kept.rank == small.rank == min(rank, 6)
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9])
+def test_resizing_keeps_the_smallest_rank_with_the_requested_energy(energy):
+    module = random_lora(QUERY, 6, 1.3, 5)
+    squares = torch.linalg.svdvals(delta_in_float64(module)).square()
+    (_,), (kept,) = transform.resize([module], energy=energy)
+    assert kept.energy >= energy
+    assert kept.rank == 1 or float(squares[: kept.rank - 1].sum() / squares.sum()) < energy
+
+
+@pytest.mark.parametrize(
+    ("energy", "rank"), [(1.0, 3), (0.9999, 3), (0.9991, 2), (0.9989, 2), (0.95, 1), (0.9, 1)]
+)
+def test_the_requested_energy_is_kept_exactly(energy, rank):
+    """The squared singular values are 0.9500, 0.0492 and 0.0008 of their sum."""
+    module = diagonal([0.9500**0.5, 0.0492**0.5, 0.0008**0.5])
+    (small,), (kept,) = transform.resize([module], energy=energy)
+    assert (small.rank, kept.rank) == (rank, rank)
+
+
+@pytest.mark.parametrize(("ratio", "rank"), [(1e-2, 2), (1e-6, 2), (1e-10, 2), (1e-14, 1)])
+def test_small_singular_values_are_kept_but_rounding_is_not(ratio, rank):
+    """A full product has two singular values of this ratio."""
+    first, second = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    product = torch.outer(first, first) + ratio * torch.outer(second, second)
+    tensors = {"lokr_w1": torch.ones(1, 1), "lokr_w2": product.double()}
+    up, down = transform.low_rank_pair(AdaptedModule("unet", QUERY, "lokr", tensors, 1.0))
+    assert up.shape[1] == down.shape[0] == rank
+
+
+def test_an_adapter_that_changes_nothing_is_resized_to_rank_1():
+    tensors = {"lora_down.weight": torch.ones(4, 16), "lora_up.weight": torch.zeros(16, 4)}
+    idle = AdaptedModule("unet", QUERY, "lora", tensors, 1.0)
+    (small,), (kept,) = transform.resize([idle], rank=2)
+    assert small.rank == kept.rank == 1 and not small.delta.any() and kept.energy == 1.0
+
+
+def test_the_total_energy_weighs_modules_by_their_singular_values():
+    weak, strong = random_lora(QUERY, 4, 0.1, 6), random_conv(4, 3.0, 7)
+    _, kept = transform.resize([weak, strong], rank=2)
+    squares = []
+    for module in (weak, strong):
+        squares.append(torch.linalg.svdvals(delta_in_float64(module).flatten(1)).square())
+    expected = sum(s[:2].sum() for s in squares) / sum(s.sum() for s in squares)
+    assert transform.total_energy(kept) == pytest.approx(float(expected))
+
+
+def test_energy_by_rank_is_what_resizing_keeps():
+    modules = [random_lora(QUERY, 4, 0.5, 6), random_conv(5, 3.0, 7)]
+    rows = transform.energy_by_rank(modules)
+    assert [rank for rank, _, _ in rows] == [1, 2, 4, 5]
+    for rank, total, worst in rows:
+        _, kept = transform.resize(modules, rank=rank)
+        assert total == pytest.approx(transform.total_energy(kept))
+        assert worst == pytest.approx(min(module.energy for module in kept))
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bases")
-    return save_tiny_base(folder / "one"), save_tiny_base(folder / "two", seed=1)
+def base_folder(tmp_path_factory):
+    return save_tiny_base(tmp_path_factory.mktemp("bases") / "one")
 
 
 def load(path, prediction="auto"):
     return load_base(config.Base(model=str(path), prediction=prediction), torch.float32)
 
 
-def test_a_composition_is_the_sum_of_its_parts():
-    """Ranks, scales and strengths of their own; a convolution; a LoHa and Tucker's form, which are multiplied out."""
-    draw = torch.Generator().manual_seed(9)
-    loha = {
-        n: torch.randn(s, generator=draw)
-        for n, s in {
-            "hada_w1_a": (16, 2),
-            "hada_w1_b": (2, 16),
-            "hada_w2_a": (16, 2),
-            "hada_w2_b": (2, 16),
-        }.items()
-    }
-    first = [
-        lora(QUERY, 3, 0.7, 1),
-        lora(CONV, 2, 2.0, 2, inputs=(16, 3, 3)),
-        lora(TEXT, 2, 1.0, 3, "text_encoder", 32, (32,)),
-    ]
-    second = [
-        lora(QUERY, 5, 1.5, 4),
-        AdaptedModule("unet", "mid_block.attentions.0.proj_in", "loha", loha, 0.25),
-    ]
-    composed = {
-        m.name: m
-        for m in transform.compose(
-            [
-                WeightedAdapter(file_of(*first), 0.5, 2.0),
-                WeightedAdapter(file_of(*second), -1.0, 0.0),
-            ]
-        )
-    }
-    wanted = {
-        QUERY: 0.5 * truth(first[0]) - truth(second[0]),
-        CONV: 0.5 * truth(first[1]),
-        TEXT: 2.0 * truth(first[2]),
-        "mid_block.attentions.0.proj_in": -second[1].to(torch.float64).delta,
-    }
-    assert composed.keys() == wanted.keys() and composed[QUERY].rank == 8
-    for name, delta in wanted.items():
-        torch.testing.assert_close(
-            composed[name].to(torch.float64).delta,
-            delta,
-            rtol=0,
-            atol=1e-6 * float(delta.abs().max()),
-        )
+@pytest.fixture
+def tuned(base_folder):
+    """Returns a base and what was added to it: a linear layer and a convolution."""
+    base = load(base_folder)
+    linear, conv = random_lora(QUERY, 2, 1.0, 1), random_conv(1, 1.0, 2)
+    merging.merge(base, [weighted(1.0, 1.0, linear, conv)])
+    return base, linear, conv
 
 
-def test_resizing_is_the_nearest_of_its_rank_and_says_what_is_kept():
-    module = lora(QUERY, 6, 1.3, 5)
-    sizes = torch.linalg.svdvals(truth(module))
-    for rank in (1, 3, 6, 9):
-        (small,), (kept,) = transform.resize([module], rank=rank)
-        error = float((small.to(torch.float64).delta - truth(module)).norm())
-        assert error == pytest.approx(
-            float(sizes[min(rank, 6) :].norm()), abs=1e-6
-        )  # Eckart & Young
-        assert kept.energy == pytest.approx(
-            float(sizes[:rank].square().sum() / sizes.square().sum())
-        ) and kept.rank == min(rank, 6)
-    for energy in (0.5, 0.9):
-        (_,), (kept,) = transform.resize([module], energy=energy)
-        assert kept.energy >= energy and (
-            kept.rank == 1
-            or float(sizes[: kept.rank - 1].square().sum() / sizes.square().sum()) < energy
-        )
-    weak, strong = lora(QUERY, 4, 0.1, 6), lora(CONV, 4, 3.0, 7, inputs=(16, 3, 3))
-    _, kept = transform.resize([weak, strong], rank=2)
-    squares = [torch.linalg.svdvals(truth(m).flatten(1)).square() for m in (weak, strong)]
-    assert transform.total_energy(kept) == pytest.approx(
-        float(sum(s[:2].sum() for s in squares) / sum(s.sum() for s in squares))
-    )
-    idle = AdaptedModule(
-        "unet",
-        QUERY,
-        "lora",
-        {"lora_down.weight": torch.ones(4, 16), "lora_up.weight": torch.zeros(16, 4)},
-        1.0,
-    )
-    (nothing,), _ = transform.resize([idle], rank=2)
-    assert nothing.rank == 1 and not nothing.delta.any()
+def test_the_difference_of_two_bases_is_extracted_exactly(base_folder, tuned):
+    (module,), (kept,) = transform.extract(load(base_folder), tuned[0], rank=2)
+    assert module.name == QUERY and kept.energy > 1 - 1e-9
+    expected = delta_in_float64(tuned[1])
+    torch.testing.assert_close(module.to(torch.float64).delta, expected, rtol=0, atol=1e-6)
 
 
-def test_what_each_rank_would_keep():
-    modules = [lora(QUERY, 4, 0.5, 6), lora(CONV, 5, 3.0, 7, inputs=(16, 3, 3))]
-    rows = transform.energy_by_rank(modules)
-    assert [rank for rank, _, _ in rows] == [1, 2, 4, 5]
-    for rank, whole, worst in rows:
-        _, kept = transform.resize(modules, rank=rank)
-        assert (whole, worst) == (
-            pytest.approx(transform.total_energy(kept)),
-            pytest.approx(min(module.energy for module in kept)),
-        )
+def test_convolutions_are_extracted_on_request(base_folder, tuned):
+    modules, _ = transform.extract(load(base_folder), tuned[0], rank=2, conv=True)
+    by_name = {module.name: module for module in modules}
+    assert by_name.keys() == {QUERY, CONV}
+    expected = delta_in_float64(tuned[2])
+    torch.testing.assert_close(by_name[CONV].to(torch.float64).delta, expected, rtol=0, atol=1e-6)
 
 
-def test_merging_adds_the_deltas_and_can_be_undone(bases, tmp_path):
-    one, base = load(bases[0]), load(bases[0])
-    query, value = lora(QUERY, 3, 0.7, 1), lora(TEXT, 2, 1.0, 3, "text_encoder", 32, (32,))
-    weight = base.pipe.unet.get_submodule(QUERY).weight.double()
-    lengths = (weight + truth(query)).norm(dim=1, keepdim=True) * 1.2
-    dora = AdaptedModule(
-        "unet", QUERY, "dora", {**query.tensors, "dora_scale": lengths.float()}, query.scale
-    )
-    layers = [
-        WeightedAdapter(file_of(query, value), 0.5, 2.0),
-        WeightedAdapter(file_of(dora), 1.0, 1.0),
-    ]
-    added = merging.merge(base, layers)
-    wanted = weight + 0.5 * truth(query) + (1.2 * (weight + truth(query)) - weight)
-    torch.testing.assert_close(
-        base.pipe.unet.get_submodule(QUERY).weight.double(), wanted, rtol=0, atol=1e-6
-    )
-    torch.testing.assert_close(added["text_encoder", TEXT], 2.0 * truth(value), rtol=0, atol=1e-9)
-    assert merging.remaining_difference(base, one, added) < 1e-6
-    base.pipe.unet.conv_in.weight.data[0, 0, 0, 0] += 0.1  # what was not an adapter's is noticed
-    assert merging.remaining_difference(base, one, added) > 1e-3
-
-
-def test_the_difference_of_two_bases_becomes_an_adapter(bases):
-    plain, tuned = load(bases[0]), load(bases[0])
-    change, conv = lora(QUERY, 2, 1.0, 1), lora(CONV, 1, 1.0, 2, inputs=(16, 3, 3))
-    merging.merge(tuned, [WeightedAdapter(file_of(change, conv), 1.0, 1.0)])
-    modules, kept = transform.extract(plain, tuned, rank=2)
-    assert [m.name for m in modules] == [QUERY] and kept[0].energy > 1 - 1e-9
-    torch.testing.assert_close(modules[0].to(torch.float64).delta, truth(change), rtol=0, atol=1e-6)
-    modules, _ = transform.extract(plain, tuned, rank=2, conv=True)
-    assert {m.name for m in modules} == {QUERY, CONV}
+def test_bases_that_do_not_differ_give_no_adapter(base_folder):
     with pytest.raises(ModelError, match="do not differ"):
-        transform.extract(plain, plain, rank=2)
+        transform.extract(load(base_folder), load(base_folder), rank=2)
 
 
-def test_every_layer_of_a_stable_diffusion_3_is_told_from_another(tmp_path, capsys):
-    """As of two whole trainings, its three text encoders among them; T5 has no place in an adapter."""
-    plain, tuned = (save_tiny_base(tmp_path / str(seed) / "base", seed, "sd3") for seed in (0, 1))
-    code, out, _ = run(
-        capsys,
-        "extract",
-        "--base",
-        plain,
-        "--tuned",
-        tuned,
-        "--rank",
-        "4",
-        "--output",
-        tmp_path / "e.safetensors",
-    )
-    file = read_adapter(tmp_path / "e.safetensors")
-    assert (
-        code == 0 and "dialect:              diffusers" in out and file.file_format == "diffusers"
-    )
-    assert {module.component for module in file.modules} == {
-        "transformer",
-        "text_encoder",
-        "text_encoder_2",
-    }
-    assert "time_text_embed.timestep_embedder.linear_1" in {module.name for module in file.modules}
-
-
-def run(capsys, *arguments):
-    code = main([str(a) for a in arguments])
-    told = capsys.readouterr()
-    return code, told.out, told.err
-
-
-def test_the_command_line_converts_composes_resizes_merges_and_extracts(bases, tmp_path, capsys):
-    one = saved(
-        tmp_path / "one.safetensors",
-        lora(QUERY, 3, 0.7, 1),
-        lora(TEXT, 2, 1.0, 3, "text_encoder", 32, (32,)),
-    )
-    two = saved(tmp_path / "two.safetensors", lora(QUERY, 5, 1.5, 4))
-    code, out, _ = run(
-        capsys,
-        "compose",
-        "--adapter",
-        f"{one}:0.5:2",
-        "--adapter",
-        two,
-        "--precision",
-        "fp32",
-        "--output",
-        tmp_path / "both.safetensors",
-        "--json",
-    )
-    assert code == 0 and json.loads(out.splitlines()[-1])["rank"] == "2 to 8"
-    both = {m.name: m for m in read_adapter(tmp_path / "both.safetensors").modules}
-    torch.testing.assert_close(
-        both[QUERY].delta.double(),
-        0.5 * truth(lora(QUERY, 3, 0.7, 1)) + truth(lora(QUERY, 5, 1.5, 4)),
-        rtol=0,
-        atol=1e-6,
-    )
-
-    for dialect, name in (("diffusers", "d.safetensors"), ("peft", "p")):
-        assert (
-            run(
-                capsys,
-                "convert",
-                tmp_path / "both.safetensors",
-                "--to",
-                dialect,
-                "--precision",
-                "fp32",
-                "--output",
-                tmp_path / name,
-                "--family",
-                "sd1",
-            )[0]
-            == 0
-        )
-        again = {m.name: m for m in read_adapter(tmp_path / name).modules}
-        assert again.keys() == both.keys() and read_adapter(tmp_path / name).file_format == dialect
-        for key, module in again.items():
-            torch.testing.assert_close(module.delta, both[key].delta, rtol=0, atol=1e-6)
-
-    code, out, _ = run(
-        capsys,
-        "resize",
-        tmp_path / "both.safetensors",
-        "--rank",
-        "2",
-        "--output",
-        tmp_path / "small.safetensors",
-    )
-    assert code == 0 and "kept energy" in out and QUERY in out
-
-    code, out, _ = run(
-        capsys,
-        "merge",
-        "--base",
-        bases[0],
-        "--adapter",
-        two,
-        "--precision",
-        "fp32",
-        "--prove",
-        "--json",
-        "--output",
-        tmp_path / "merged",
-    )
-    assert (
-        code == 0
-        and float(json.loads(out.splitlines()[-1])["left_after_undoing"].split()[0]) < 1e-6
-    )
-    code, out, _ = run(
-        capsys,
-        "extract",
-        "--base",
-        bases[0],
-        "--tuned",
-        tmp_path / "merged",
-        "--rank",
-        "5",
-        "--precision",
-        "fp32",
-        "--output",
-        tmp_path / "e.safetensors",
-    )
-    assert code == 0, out
-    (module,) = read_adapter(tmp_path / "e.safetensors").modules
-    torch.testing.assert_close(
-        module.delta.double(), truth(lora(QUERY, 5, 1.5, 4)), rtol=0, atol=1e-5
-    )
-
-    for arguments, words in (
-        (("resize", one, "--rank", "2", "--output", two), "already exists"),
-        (
-            ("resize", one, "--energy", "2", "--output", tmp_path / "x.safetensors"),
-            "--energy above 0",
-        ),
-        (
-            ("compose", "--adapter", f"{one}:strong", "--output", tmp_path / "x.safetensors"),
-            "FILE:STRENGTH",
-        ),
-        (
-            ("merge", "--base", bases[0], "--adapter", one, "--output", tmp_path / "x.safetensors"),
-            "Only a base that is a .safetensors file",
-        ),
-        (
-            (
-                "extract",
-                "--base",
-                bases[0],
-                "--tuned",
-                bases[0],
-                "--output",
-                tmp_path / "x.safetensors",
-            ),
-            "do not differ",
-        ),
-    ):
-        code, _, err = run(capsys, *arguments)
-        assert code == 1 and words in err and "Traceback" not in err
-    assert not (tmp_path / "x.safetensors").exists()
-
-
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
-def test_a_single_file_keeps_its_layout_and_every_other_tensor(tmp_path, capsys, kind):
-    """Also where OpenCLIP has q, k and v in one tensor."""
-    path = ldm.write_single_file(tmp_path / "base.safetensors", kind)
-    prediction = "v" if kind == "sd2" else "auto"  # which a file of 2.x does not tell
-    plain = load(path, prediction)
-    block = next(
-        n
-        for n, _ in plain.pipe.unet.named_modules()
-        if n.endswith("transformer_blocks.0.attn2.to_k")
-    )
-    encoder = list(plain.family.text_encoders(plain.pipe))[-1]
-    modules = []
-    for seed, (component, name) in enumerate(
-        [
-            ("unet", block),
-            (encoder, "encoder.layers.1.self_attn.k_proj"),
-            (encoder, "encoder.layers.0.mlp.fc1"),
-        ]
-    ):
-        part = plain.components[component]
-        weight = (
-            (part.text_model if hasattr(part, "text_model") and component != "unet" else part)
-            .get_submodule(name)
-            .weight
-        )
-        modules.append(lora(name, 2, 1.0, seed, component, weight.shape[0], (weight.shape[1],)))
-    adapter = tmp_path / "a.safetensors"
-    writer.save_adapter(adapter, "kohya", modules, plain.family, torch.float32, {})
-    code, out, err = run(
-        capsys,
-        "merge",
-        "--base",
-        path,
-        "--adapter",
-        adapter,
-        "--prove",
-        "--json",
-        "--prediction",
-        prediction,
-        "--output",
-        tmp_path / "m.safetensors",
-    )
-    assert code == 0, err
-    assert (
-        float(json.loads(out.splitlines()[-1])["left_after_undoing"].split()[0]) < 2e-3
-    )  # the file is fp16
-    before, after = load_file(path), load_file(tmp_path / "m.safetensors")
-    changed = [name for name in before if not torch.equal(before[name], after[name])]
-    assert (
-        before.keys() == after.keys()
-        and len(changed) == 3
-        and all(before[n].dtype == after[n].dtype for n in before)
-    )
-    assert load(tmp_path / "m.safetensors", prediction).family is plain.family
+def test_bases_of_different_families_give_no_adapter(base_folder, base_of):
+    with pytest.raises(ModelError, match="different families"):
+        transform.extract(load(base_folder), load(base_of("sdxl")), rank=2)
