@@ -1,6 +1,7 @@
-"""What the benchmarks of models measure with: one device, seconds that mean something there, and a file of JSON lines."""
+"""Shared by the benchmarks of models: the device, its clock, and a file of JSON lines."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,12 @@ from trainer.models.device import choose_device
 
 
 def device_to_measure() -> torch.device:
-    """The one that a training would take; on a CPU with one thread, whose processor seconds other programs disturb least."""
+    """Returns the device of a training. A CPU gets one thread, which other programs disturb least."""
     device = choose_device()
     if device.type == "cpu":
         torch.set_num_threads(1)
+        # A loaded base would otherwise choose its number of threads.
+        os.environ["OMP_NUM_THREADS"] = "1"
     return device
 
 

@@ -6,10 +6,15 @@ From Python: `from trainer import RunConfig, run`. From a terminal: `python -m t
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from trainer.models.cpu_threads import wait_passively
+
 if TYPE_CHECKING:
     from trainer.config import RunConfig
     from trainer.errors import TrainerError
     from trainer.training.runner import Result, run
+
+# Runs before torch is imported, however the engine is started: OpenMP reads the settings once.
+wait_passively()
 
 __version__ = "0.1.0"
 __all__ = ["Result", "RunConfig", "TrainerError", "run"]

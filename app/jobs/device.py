@@ -10,6 +10,7 @@ import psutil
 import pynvml
 
 from app.jobs.ttl_cache import ttl_cached
+from trainer.models.cpu_threads import available_cores
 
 trains_elsewhere = False
 """Whether a cluster trains the runs. This machine's memory and GPUs are then not checked."""
@@ -88,9 +89,7 @@ def host() -> Usage:
 
 def cores() -> int:
     """Returns how many processor cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return available_cores()
 
 
 @cache

@@ -82,6 +82,7 @@ def class_images_command(options: argparse.Namespace) -> int:
     from trainer.families import load_base
     from trainer.inference import class_images
     from trainer.models import libraries
+    from trainer.models.cpu_threads import use_threads_for
     from trainer.models.device import DTYPES, choose_device, choose_precision
 
     def report(event: Progress) -> None:
@@ -90,6 +91,7 @@ def class_images_command(options: argparse.Namespace) -> int:
     libraries.configure_libraries()
     device = choose_device()
     base = load_base(run.base, DTYPES[choose_precision(run.base.precision, device)])
+    use_threads_for(base.denoiser, device, run.dataset.resolution // 8)
     count = class_images.generate_missing(run, base, device, report)
     print(f"{count} images generated in {run.dataset.regularisation_folder}")
     return 0

@@ -16,6 +16,7 @@ safetensors or ONNX. Importing this module does not import torch.
 """
 
 import csv
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from trainer.data.dataset_files import relative
 from trainer.data.images import open_image
 from trainer.data.scan import DatasetItem, scan_dataset
 from trainer.errors import ModelError, TrainerError
+from trainer.models.cpu_threads import available_cores, set_by_person, use_threads_for
 from trainer.runs import run_lock, run_requests
 from trainer.runs.events import Captioned, CaptionsDone, EventLog, Failed, Progress, Warned
 
@@ -199,6 +201,8 @@ def load_sentence_model(folder: Path) -> Describe:
             f"{folder.name} is not a captioning model that can be used here ({_reason(error)}): "
             "choose a BLIP or Florence-2."
         ) from error
+    # An image of 384 pixels has 24 x 24 patches.
+    use_threads_for(model, device, 24)
     model.to(device).eval()
     prompts = [
         prompt for kind, prompt in TASK_PROMPTS.items() if model.config.model_type.startswith(kind)
@@ -231,7 +235,7 @@ def load_tagger(folder: Path, request: CaptionRequest) -> Describe:
         ) from error
     try:
         session: Any = onnxruntime.InferenceSession(
-            folder / "model.onnx", providers=["CPUExecutionProvider"]
+            folder / "model.onnx", _onnx_options(), providers=["CPUExecutionProvider"]
         )
         with open(folder / "selected_tags.csv", encoding="utf-8", newline="") as file:
             tags = [(row["name"], int(row["category"])) for row in csv.DictReader(file)]
@@ -253,6 +257,17 @@ def load_tagger(folder: Path, request: CaptionRequest) -> Describe:
         return ", ".join(choose_tags(scores, tags, request))
 
     return describe
+
+
+def _onnx_options() -> Any:
+    """Returns options for ONNX Runtime: a thread per core, and waiting threads that do not spin."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    count = os.environ.get(set_by_person(), "")
+    options.intra_op_num_threads = int(count) if count.isdecimal() else available_cores()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
 
 
 def choose_tags(

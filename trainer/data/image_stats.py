@@ -26,6 +26,7 @@ from trainer.data.image_formats import MIN_SIDE
 from trainer.data.images import Conversion, conversions, decode_image, read_image
 from trainer.data.issues import printable
 from trainer.errors import DatasetError
+from trainer.models.cpu_threads import available_cores
 from trainer.runs.run_folder import outputs_folder
 
 VERSION = 1  # part of every key: raise it when the statistics are computed differently
@@ -33,7 +34,7 @@ MEASURED_SIDE = 512  # pixels: about the size of training, not the size of the c
 # A file written this recently may be written again without a change in its modification time.
 FRESH_SECONDS = 2.0
 # Threads work because decoders release the interpreter lock. Each may hold 0.5 GB.
-WORKERS = max(2, min(4, os.cpu_count() or 1))
+WORKERS = max(2, min(4, available_cores()))
 SAVE_INTERVAL = 200  # images between two commits
 
 GRADIENT_BYTES, COLOUR_BYTES = 16, 8 * 8 * 3  # of a signature

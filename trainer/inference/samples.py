@@ -17,6 +17,7 @@ from trainer.inference.samplers import compatible_samplers, sampler_name
 from trainer.lora.apply import Stack, WeightedAdapter
 from trainer.lora.formats.reader import AdapterFile, read_adapter
 from trainer.lora.textual_inversion import read_beside, with_embeddings
+from trainer.models.cpu_threads import use_threads_for
 from trainer.models.device import DTYPES, choose_device, choose_precision
 from trainer.runs.atomic_files import atomic_write
 
@@ -180,6 +181,8 @@ class Sampler:
             device = choose_device()
             dtype = DTYPES[choose_precision(base.precision, device)]
             loaded = load_base(base, dtype, caption_tokens)
+            latent_side = denoiser_of(loaded.pipe).config.sample_size
+            use_threads_for(loaded.denoiser, device, latent_side)
             loaded.pipe.to(device)
             self._base, self._loaded, self._stack = (base, caption_tokens), loaded, Stack(loaded)
         return self._loaded

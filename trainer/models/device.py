@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trainer.errors import ConfigError
+from trainer.models.cpu_threads import Threads
 
 OUT_OF_MEMORY_MESSAGES = (
     "can't allocate memory",
@@ -34,14 +35,17 @@ def choose_device() -> torch.device:
     return Accelerator(mixed_precision="no").device
 
 
-def device_name(device: torch.device) -> str:
-    """Returns the name shown to the user, such as "NVIDIA H200, 140 GB"."""
+def device_name(device: torch.device, threads: Threads | None = None) -> str:
+    """Returns the name shown to the user, such as "NVIDIA H200, 140 GB".
+
+    The name of a CPU contains the number of threads, with its reason if `threads` has one.
+    """
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GB"
     if device.type == "mps":
         return "Apple GPU"
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"CPU ({platform.machine()}, {threads or Threads(torch.get_num_threads())})"
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:

@@ -9,9 +9,13 @@ import warnings
 
 import torch
 
+from trainer.models.cpu_threads import limit_to_cores
+
 
 def configure_libraries() -> None:
     """Turns on TF32, silences the libraries, and keeps xformers out of a process without CUDA.
+
+    Also limits torch to as many threads as the process has cores.
 
     Diffusers imports xformers whenever it is installed. Without CUDA its kernels cannot load, and
     it prints ten lines about that.
@@ -23,6 +27,7 @@ def configure_libraries() -> None:
     if not torch.cuda.is_available():
         diffusers_imports._xformers_available = False
         keep_freed_memory()
+    limit_to_cores()
     # For the layers that stay in float32. Torch already does the same for convolutions.
     torch.backends.cuda.matmul.allow_tf32 = True
     for logging in (diffusers_logging, transformers_logging):

@@ -64,6 +64,8 @@ class Started(Event):
     """Trained parameters by component."""
     base_parameters: dict[str, int] = field(default_factory=dict)
     """Parameters of the same components in the base model."""
+    threads: int = 0
+    """CPU threads, which a resumed run keeps. 0 on other devices and in old logs."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from trainer.lora.warm_start import load_weights, settings_from
 from trainer.models import quantization
 from trainer.models.attention import choose_attention, use_attention
 from trainer.models.cpu_conv import use_matrix_products
+from trainer.models.cpu_threads import Threads
 from trainer.models.device import DTYPES, device_name
 from trainer.models.pipelines import DENOISERS
 from trainer.runs.events import EventLog, Started, Warned
@@ -121,6 +122,8 @@ class Session:
     data: TrainingData
     model: TrainedModel
     optimisation: Optimisation
+    threads: Threads | None = None
+    """How many CPU threads compute, and why. None leaves the number to torch."""
 
     @property
     def saved_parameters(self) -> dict[str, Tensor]:
@@ -199,6 +202,7 @@ def build_session(
     precision: str,
     base: LoadedBase,
     data: TrainingData,
+    threads: Threads | None = None,
 ) -> Session:
     """Adds the adapter to a loaded base, moves it to the device and makes the optimiser."""
     model, groups = _build_model(run, fallbacks, device, precision, base)
@@ -220,6 +224,7 @@ def build_session(
         data=data,
         model=model,
         optimisation=optimisation,
+        threads=threads,
     )
 
 
@@ -333,10 +338,11 @@ def started_event(session: Session, step: int) -> Started:
         base_parameters={
             name: estimate.base_parameters(model.base.files, name) for name in model.components
         },
-        device=devices + device_name(session.device),
+        device=devices + device_name(session.device, session.threads),
         precision=session.precision,
         attention=model.attention,
         family=model.base.family.name,
         saves=run.saving.saves,
         images_per_step=run.training.batch_size * run.training.gradient_accumulation_steps,
+        threads=session.threads.count if session.threads and session.device.type == "cpu" else 0,
     )

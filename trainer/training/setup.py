@@ -20,10 +20,11 @@ from trainer.inference.samples import sampler_name
 from trainer.lora import inject, textual_inversion
 from trainer.lora.warm_start import check_covered
 from trainer.models import quantization
+from trainer.models.cpu_threads import use_threads_for
 from trainer.models.device import DTYPES, choose_device, choose_precision
 from trainer.models.model_files import locate
 from trainer.runs.atomic_files import check_room
-from trainer.runs.events import Event, EventLog, Progress, Warned
+from trainer.runs.events import Event, EventLog, Progress, Started, Warned, read_events
 from trainer.training import estimate
 from trainer.training.distributed import World
 from trainer.training.oom_fallbacks import Fallbacks, set_tiling
@@ -64,6 +65,9 @@ def prepare(
         # Fails at once if bitsandbytes is missing, not after the base is loaded.
         quantization.load_bitsandbytes(run.base.quantization, DTYPES[precision], device)
     base = _load_base(run, precision, log, report, fallbacks, world)
+    # A resumed run keeps the number of its first start: another one may change the last bits.
+    earlier = threads_of(read_events(folder / "events.jsonl"))
+    threads = use_threads_for(base.denoiser, device, run.dataset.resolution // 8, earlier)
     _check_settings_fit(run, base)
     _check_before_encoding(run, base, device)
 
@@ -83,7 +87,15 @@ def prepare(
                 "validation set, so the run takes all its steps."
             )
         )
-    return build_session(run, folder, log, fallbacks, world, device, precision, base, data)
+    return build_session(run, folder, log, fallbacks, world, device, precision, base, data, threads)
+
+
+def threads_of(events: Iterable[Event]) -> int:
+    """Returns how many CPU threads the first start of a run used, or 0 before its first start."""
+    for event in events:
+        if isinstance(event, Started) and event.threads:
+            return event.threads
+    return 0
 
 
 def _scan(run: RunConfig, log: EventLog, report: Report) -> list[DatasetItem]:
