@@ -13,7 +13,7 @@ from trainer.models.device import choose_device
 
 
 def device_to_measure() -> torch.device:
-    """Returns the device of a training. A CPU gets one thread, which other programs disturb least."""
+    """Returns the device of a training. A CPU gets one thread, which is disturbed least."""
     device = choose_device()
     if device.type == "cpu":
         torch.set_num_threads(1)

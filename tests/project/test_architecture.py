@@ -27,7 +27,7 @@ ENGINE_IMPORTS = {
 """Each folder of `trainer/` and the folders it may import. `trainer.errors` is open to all."""
 
 PAGE_IMPORTS = {
-    "accounts": "",
+    "accounts": "gradio_compat",
     "gradio_compat": "",
     "jobs": "accounts",
     "settings": "",

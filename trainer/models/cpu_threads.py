@@ -71,7 +71,8 @@ def available_cores(root: Path = Path("/")) -> int:
     """Returns how many cores this process may use, at least one.
 
     This is the CPU affinity, or the quota of the cgroup (rounded up) if that is smaller: a
-    container with a quota still sees all cores of its machine. `root` is the folder of `proc` and `sys`.
+    container with a quota still sees all cores of its machine. `root` is the folder of `proc`
+    and `sys`.
     """
     cores: int | None
     if hasattr(os, "process_cpu_count"):  # Python 3.13
