@@ -137,7 +137,7 @@ def test_an_open_clip_attention_that_is_adapted_in_part_is_padded(family, compon
     ],
 )
 def test_other_layers_of_text_encoders_are_not_padded(family, name):
-    """The first encoder of SDXL and that of Stable Diffusion 1.x have separate projections."""
+    """The first encoder of SDXL and the encoder of 1.x have separate projections."""
     module = lora(name, *random_pair(outputs=32, inputs=32), component="text_encoder")
     assert len(export.to_kohya([module], FAMILIES[family], torch.float32)) == 3
 

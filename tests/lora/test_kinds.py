@@ -258,7 +258,7 @@ ONE_STEP_OF_SDXL = {
 def test_the_second_text_encoder_can_have_another_learning_rate(
     base_of, tiny_run, second_rate, expected
 ):
-    """-1 means that of the first one."""
+    """-1 means the rate of the first one."""
     rates = {"training.text_encoder_2_learning_rate": second_rate}
     run = tiny_run(ONE_STEP_OF_SDXL | rates | {"base.model": str(base_of("sdxl"))})
     folder = run_folder.create(run)

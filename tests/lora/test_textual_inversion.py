@@ -1,4 +1,4 @@
-"""The trigger word learned as vectors of its own beside the adapter; nothing else of the text encoders' vocabulary changes."""
+"""A trigger with trained embeddings. Nothing else in the text encoders' vocabulary changes."""
 
 import shutil
 
@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.tiny import TEXT_WIDTH, save_tiny_base
+from tests.tiny import TEXT_WIDTH
 from trainer import config
 from trainer.config import Base
 from trainer.errors import ConfigError, ModelError
@@ -35,110 +35,116 @@ KEYS = {"sd1": {"emb_params"}, "sdxl": {"clip_l", "clip_g"}}
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory, tiny_base):
-    return {
-        "sd1": tiny_base,
-        "sdxl": save_tiny_base(tmp_path_factory.mktemp("xl") / "base", kind="sdxl"),
-    }
+def bases(tiny_base, base_of):
+    return {"sd1": tiny_base, "sdxl": base_of("sdxl")}
 
 
 def tables(pipe):
-    """The encoders' own tables, to the bit."""
-    return [
-        m.weight.clone()
-        for e in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None))
-        if e
-        for m in e.modules()
-        if isinstance(m, torch.nn.Embedding)
-    ]
+    """Returns copies of the original embedding tables of the text encoders."""
+    copies = []
+    for encoder in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
+        if encoder:
+            modules = encoder.modules()
+            copies += [m.weight.clone() for m in modules if isinstance(m, torch.nn.Embedding)]
+    return copies
+
+
+def are_equal(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.fixture(params=KEYS)
+def pivotal_run(request, bases, tiny_run):
+    """Returns the kind of a base and a run with two trigger vectors on it."""
+    return request.param, tiny_run(PIVOTAL | {"base.model": str(bases[request.param])})
+
+
+def test_the_trigger_vectors_are_counted_as_parameters(pivotal_run):
+    kind, run = pivotal_run
+    folder = run_folder.create(run)
+    session = prepare(run, folder, EventLog(folder / "events.jsonl"))
+    counted = sum(p.numel() for p in session.optimisation.parameters.values())
+    without = estimate.trainable_parameters(config.replace(run, {"adapter.trigger_vectors": 0}))
+    assert counted == estimate.trainable_parameters(run)
+    assert counted == without + 2 * TEXT_WIDTH * len(KEYS[kind])
+
+
+def test_a_run_trains_the_trigger_vectors_and_saves_them_with_each_adapter(pivotal_run):
+    kind, run = pivotal_run
+    base = load_base(run.base, torch.float32)
+    start = textual_inversion.new_trigger_embedding(run, base)
+    folder = run_folder.create(run)
+    assert run_in(folder) == 0, run_status.read_status(folder).message
+    saved = load_file(folder / "tiny-embedding.safetensors")
+    assert set(saved) == KEYS[kind]
+    assert {tensor.shape for tensor in saved.values()} == {(2, TEXT_WIDTH)}
+    path = folder / "tiny-embedding.safetensors"
+    trained = textual_inversion.read_embedding(path, base.family)
+    assert trained.word == "maya"
+    for part, rows in start.rows.items():
+        assert not torch.allclose(trained.rows[part], rows)
+    names = {path.name for path in folder.glob("*-embedding.safetensors")}
+    assert names == {f"tiny{step}-embedding.safetensors" for step in ("", "-000002", "-000004")}
 
 
 @pytest.mark.parametrize("kind", KEYS)
-def test_the_word_is_learned_and_every_other_row_stays(kind, bases, tiny_run):
-    run = tiny_run(PIVOTAL | {"base.model": str(bases[kind])})
-    folder = run_folder.create(run)
-    session = prepare(run, folder, EventLog(folder / "events.jsonl"))
-    before, start = (
-        tables(session.model.base.pipe),
-        {part: rows.detach().clone() for part, rows in session.model.trigger.rows.items()},
-    )
-    plain = load_base(run.base, torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(before, tables(plain.pipe), strict=True))
-    count = sum(p.numel() for p in session.optimisation.parameters.values())
-    assert (
-        count
-        == estimate.trainable_parameters(run)
-        == estimate.trainable_parameters(config.replace(run, {"adapter.trigger_vectors": 0}))
-        + 2 * TEXT_WIDTH * len(KEYS[kind])
-    )
-
-    assert run_in(folder) == 0, run_status.read_status(folder).message
-    saved = load_file(folder / "tiny-embedding.safetensors")
-    assert set(saved) == KEYS[kind] and all(
-        tensor.shape == (2, TEXT_WIDTH) for tensor in saved.values()
-    )
-    learned = textual_inversion.read_embedding(
-        folder / "tiny-embedding.safetensors", session.model.base.family
-    )
-    assert learned.word == "maya" and all(
-        not torch.allclose(learned.rows[part], rows) for part, rows in start.items()
-    )
-    assert {path.name for path in folder.glob("*-embedding.safetensors")} == {
-        f"tiny{s}-embedding.safetensors" for s in ("", "-000002", "-000004")
-    }
-    worn = textual_inversion.with_embeddings(plain, [learned])
-    assert worn.reading.words == (("maya", 2),) and all(
-        torch.equal(a, b) for a, b in zip(before, tables(worn.pipe), strict=True)
-    )
-    read = {prompt: worn.encode([prompt])["prompt_embeds"] for prompt in ("maya", "a mayan cat")}
-    bare = textual_inversion.with_embeddings(worn, [])
-    assert bare == plain and all(
-        torch.equal(rows, bare.encode([prompt])["prompt_embeds"]) == (prompt != "maya")
-        for prompt, rows in read.items()
-    )
+def test_embeddings_change_only_prompts_with_their_word_and_can_be_removed(kind, bases):
+    plain = load_base(Base(model=str(bases[kind])), torch.float32)
+    before = tables(plain.pipe)
+    prompts = ("maya", "a mayan cat")
+    original = {prompt: plain.encode([prompt])["prompt_embeds"] for prompt in prompts}
+    parts = plain.family.trainable_text_encoders(plain.pipe)
+    rows = {part: torch.randn(2, TEXT_WIDTH) for part in parts}
+    extended = textual_inversion.with_embeddings(plain, [Embedding("maya", rows)])
+    assert extended.reading.words == (("maya", 2),)
+    assert are_equal(tables(extended.pipe), before)
+    for prompt in prompts:
+        is_same = torch.equal(extended.encode([prompt])["prompt_embeds"], original[prompt])
+        assert is_same == (prompt != "maya")
+    removed = textual_inversion.with_embeddings(extended, [])
+    assert removed == plain and are_equal(tables(removed.pipe), before)
+    for prompt in prompts:
+        assert torch.equal(removed.encode([prompt])["prompt_embeds"], original[prompt])
 
 
-def test_it_starts_as_the_words_it_is_said_to(tiny_run, tiny_base):
+def test_the_trigger_starts_as_the_words_of_trigger_init(tiny_run, tiny_base):
     base = load_base(Base(model=str(tiny_base)), torch.float32)
     run = tiny_run(PIVOTAL | {"adapter.trigger_vectors": 3, "adapter.trigger_init": "dog"})
-    ids, table = (
-        base.pipe.tokenizer("dog", add_special_tokens=False).input_ids,
-        base.pipe.text_encoder.get_input_embeddings().weight,
-    )
-    assert len(ids) == 3 and torch.equal(
-        textual_inversion.new_trigger_embedding(run, base).rows["text_encoder"], table[ids]
-    )
-    worn = textual_inversion.with_embeddings(
-        base, [textual_inversion.new_trigger_embedding(run, base)]
-    )
-    as_dog = base.encode(["a dog here"])["prompt_embeds"]
-    assert torch.equal(worn.encode(["a MAYA here"])["prompt_embeds"], as_dog)
+    ids = base.pipe.tokenizer("dog", add_special_tokens=False).input_ids
+    table = base.pipe.text_encoder.get_input_embeddings().weight
+    start = textual_inversion.new_trigger_embedding(run, base)
+    assert len(ids) == 3 and torch.equal(start.rows["text_encoder"], table[ids])
+    extended = textual_inversion.with_embeddings(base, [start])
+    expected = base.encode(["a dog here"])["prompt_embeds"]
+    assert torch.equal(extended.encode(["a MAYA here"])["prompt_embeds"], expected)
 
 
-def test_the_summary_of_a_prompt_is_taken_at_its_end(tiny_base):
-    """CLIP's published configurations give a wrong end mark, which stands for: the token with the highest id."""
+def test_the_pooled_output_is_taken_at_the_end_of_the_prompt(tiny_base):
+    """CLIP's published configurations contain a wrong id of the end token.
+
+    With it the encoder takes the pooled output at the token with the highest id.
+    """
     base = load_base(Base(model=str(tiny_base)), torch.float32)
-    base.pipe.text_encoder.eos_token_id = textual_inversion.LEGACY_EOS_ID
-    tokens = base.pipe.tokenizer(
-        ["a cat"], padding="max_length", max_length=77, return_tensors="pt"
-    ).input_ids
-    plain = base.pipe.text_encoder(tokens).pooler_output
-    rows = base.pipe.text_encoder.get_input_embeddings()(tokens[0, 2:5]).detach()
-    textual_inversion.with_embeddings(base, [Embedding("maya", {"text_encoder": rows})])
-    spelled = textual_inversion.with_embeddings(
-        base, [Embedding("maya", {"text_encoder": rows})]
-    ).reading.with_placeholders(["a maya"])
-    again = base.pipe.tokenizer(
-        spelled, padding="max_length", max_length=77, return_tensors="pt"
-    ).input_ids
-    assert int(again.max()) > base.pipe.tokenizer.eos_token_id and torch.equal(
-        base.pipe.text_encoder(again).pooler_output, plain
-    )
+    encoder, tokenizer = base.pipe.text_encoder, base.pipe.tokenizer
+    encoder.eos_token_id = textual_inversion.LEGACY_EOS_ID
+
+    def tokens_of(prompt):
+        options = {"padding": "max_length", "max_length": 77, "return_tensors": "pt"}
+        return tokenizer([prompt], **options).input_ids
+
+    tokens = tokens_of("a cat")
+    plain = encoder(tokens).pooler_output
+    rows = encoder.get_input_embeddings()(tokens[0, 2:5]).detach()
+    embedding = Embedding("maya", {"text_encoder": rows})
+    extended = textual_inversion.with_embeddings(base, [embedding])
+    (prompt,) = extended.reading.with_placeholders(["a maya"])
+    assert int(tokens_of(prompt).max()) > tokenizer.eos_token_id
+    assert torch.equal(encoder(tokens_of(prompt)).pooler_output, plain)
 
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory, tiny_base, tiny_dataset):
-    """A finished run, its text encoder frozen but for the word."""
+    """Returns the folder of a finished run that trained no text encoder except the trigger."""
     patch = pytest.MonkeyPatch()
     patch.setenv("ATELIER_OUTPUTS", str(tmp_path_factory.mktemp("learned")))
     small = {
@@ -163,7 +169,7 @@ def learned(tmp_path_factory, tiny_base, tiny_dataset):
     patch.undo()
 
 
-def test_diffusers_reads_the_file(learned, tiny_base):
+def test_diffusers_loads_the_embedding(learned, tiny_base):
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
@@ -175,13 +181,13 @@ def test_diffusers_reads_the_file(learned, tiny_base):
     )
     theirs = pipe.encode_prompt("<maya>, at night", "cpu", 1, False)[0]
     base = load_base(Base(model=str(tiny_base)), torch.float32)
-    worn = textual_inversion.with_embeddings(
+    extended = textual_inversion.with_embeddings(
         base, textual_inversion.read_beside([learned / "tiny.safetensors"], base.family)
     )
-    assert torch.allclose(worn.encode(["maya, at night"])["prompt_embeds"], theirs, atol=1e-6)
+    assert torch.allclose(extended.encode(["maya, at night"])["prompt_embeds"], theirs, atol=1e-6)
 
 
-def test_an_embedding_that_was_taken_away_meanwhile_costs_its_save_alone(tiny_run, monkeypatch):
+def test_a_save_whose_embedding_was_deleted_is_not_chosen_as_the_best(tiny_run, monkeypatch):
     folder = run_folder.create(tiny_run(PIVOTAL))
     append = EventLog.append
 
@@ -199,7 +205,7 @@ def test_an_embedding_that_was_taken_away_meanwhile_costs_its_save_alone(tiny_ru
     assert torch.equal(finished["emb_params"], last["emb_params"])
 
 
-def test_the_preview_reads_it_where_it_lies_beside(learned, tiny_base, tmp_path):
+def test_a_sample_uses_the_embedding_beside_the_adapter(learned, tiny_base, tmp_path):
     sampler, status = Sampler(), run_status.read_status(learned)
     alone = shutil.copy(learned / "tiny.safetensors", tmp_path / "alone.safetensors")
 
@@ -228,7 +234,7 @@ def test_the_preview_reads_it_where_it_lies_beside(learned, tiny_base, tmp_path)
     assert draw(learned / "tiny.safetensors", strength=0.0) == base == draw(None)
 
 
-def test_the_page_hands_it_out_and_a_run_goes_on_from_it(learned, tiny_run):
+def test_the_page_offers_the_embedding_and_a_run_continues_from_it(learned, tiny_run):
     from app.views import files
 
     file = files.adapter_file(learned, run_status.read_status(learned))
@@ -246,7 +252,7 @@ def test_the_page_hands_it_out_and_a_run_goes_on_from_it(learned, tiny_run):
         )
 
 
-def test_an_interrupted_run_goes_on_to_the_same_word(learned, tmp_path, monkeypatch):
+def test_resume_after_an_interruption_gives_an_identical_embedding(learned, tmp_path, monkeypatch):
     again = shutil.copytree(learned, tmp_path / "runs" / "again")
     shutil.rmtree(again / "state" / "000004")
     monkeypatch.setenv("ATELIER_OUTPUTS", str(tmp_path))
@@ -258,7 +264,7 @@ def test_an_interrupted_run_goes_on_to_the_same_word(learned, tmp_path, monkeypa
         )
 
 
-def test_a_file_that_does_not_fit_is_refused_in_a_sentence(learned, bases, tmp_path):
+def test_an_embedding_that_does_not_fit_the_base_is_refused(learned, bases, tmp_path):
     sdxl = load_base(Base(model=str(bases["sdxl"])), torch.float32)
     with pytest.raises(ModelError, match="should contain clip_l and clip_g"):
         textual_inversion.read_embedding(learned / "tiny-embedding.safetensors", sdxl.family)
@@ -280,8 +286,10 @@ def test_a_file_that_does_not_fit_is_refused_in_a_sentence(learned, bases, tmp_p
         textual_inversion.read_beside([tmp_path / "x-diffusers.safetensors"], sdxl.family)
 
 
-def test_vectors_that_no_encoder_reads_are_refused(bases, tiny_run, monkeypatch):
-    """As of a family that has T5 alone."""
+def test_trigger_vectors_are_refused_if_no_clip_encoder_reads_captions(
+    bases, tiny_run, monkeypatch
+):
+    """As in a family that has only T5."""
     base = load_base(Base(model=str(bases["sdxl"])), torch.float32)
     monkeypatch.setattr(type(base.family), "trainable_text_encoders", lambda self, pipe: {})
     with pytest.raises(
@@ -303,6 +311,6 @@ def test_vectors_that_no_encoder_reads_are_refused(bases, tiny_run, monkeypatch)
         ),
     ],
 )
-def test_what_makes_no_sense_is_refused(changes, sentence):
+def test_contradicting_trigger_settings_are_refused(changes, sentence):
     with pytest.raises(ConfigError, match=sentence):
         config.replace(config.RunConfig(), changes)
