@@ -54,14 +54,14 @@ def test_find_compare_rename_delete_and_undo(open_page) -> None:
     )
     page.get_by_role("button", name="Close").click()
     page.get_by_label("Search the library").fill("nothing of it")
-    page.get_by_text("No run has “nothing of it” in its name").wait_for()
+    page.get_by_text("No run matches “nothing of it” by name").wait_for()
     page.get_by_label("Search the library").fill("shelf")
 
     card = page.locator("article", has_text="shelf two")
     card.get_by_text("More", exact=True).click()
     card.get_by_label("Name of").fill("Renamed")
     card.get_by_label("Tags of").fill("best, cat")
-    card.get_by_role("button", name="Keep").click()
+    card.get_by_role("button", name="Save").click()
     wait_for(
         lambda: run_notes.read_notes(folders[1]) == {"name": "Renamed", "tags": ["best", "cat"]},
         "the notes",
@@ -158,7 +158,7 @@ def test_another_file_is_made_from_an_adapter(open_page) -> None:
     card.locator("table td", has_text="zorbit <img src=x>").wait_for()
     assert card.locator("svg polyline").count() == 2
     card.locator("select[aria-label=Rank]").select_option("2")
-    card.get_by_role("button", name="Make the file").click()
+    card.get_by_role("button", name="Create file").click()
     link = card.get_by_role("link", name="Download toolbox-rank2.safetensors")
     link.wait_for()
     with page.expect_download() as waiting:

@@ -95,7 +95,7 @@ def test_reload_second_window_kill_and_resume(open_page, server, long_run) -> No
         second,
     ):  # a window that does not show the queue yet would seem to have lost it
         window.wait_for_selector("#progress .at-queue >> text=second in line")
-    page.get_by_role("button", name="Take out").click()
+    page.get_by_role("button", name="Remove").click()
     second.wait_for_selector(".at-queue", state="detached")
     assert not run_requests.requested(waiting, "queued")
 

@@ -319,7 +319,7 @@ def delete_it_and_bring_it_back(page, folder: Path) -> None:
         page.get_by_text("The dataset studio is in the trash.").wait_for()
         assert not folder.exists()
         if not last:
-            page.get_by_role("button", name="Bring it back").click()
+            page.get_by_role("button", name="Restore").click()
             page.wait_for_selector(".at-dataset[data-name=studio] .at-card")
             assert captions_on_disk(folder) == before
 

@@ -81,8 +81,8 @@ def test_advanced_is_searched_marked_and_reset(open_page, server, tmp_path: Path
     with page.expect_download() as waiting:
         page.get_by_role("button", name="Export as TOML").click()
     assert config.load(Path(waiting.value.path())).adapter.rank == 24
-    page.get_by_label("Name of my recipe").fill("My faces")
-    page.get_by_role("button", name="Save as my recipe").click()
+    page.get_by_label("Preset name").fill("My faces")
+    page.get_by_role("button", name="Save as preset").click()
     page.wait_for_selector("#field-preset label:has-text('My faces')")
 
 
@@ -133,7 +133,7 @@ def test_while_it_runs(open_page, server) -> None:
             "40 / 100",
             "steps",
             "left",
-            "pictures/s",
+            "images/s",
             "validation",
             "learning rate",
             "memory",
@@ -182,7 +182,7 @@ def test_while_it_runs(open_page, server) -> None:
         page.get_by_role("button", name="Move two up").click()
         wait_for(lambda: list(run_requests.queue()) == waiting[::-1], "the other order")
         for place in (1, 0):
-            page.get_by_role("button", name="Take out").first.click()
+            page.get_by_role("button", name="Remove").first.click()
             page.wait_for_function(f"document.querySelectorAll('.at-queue li').length === {place}")
             wait_for(lambda place=place: len(run_requests.queue()) == place, "an emptier queue")
         staged.finish(folder)

@@ -53,7 +53,7 @@ def drop_pictures(page) -> None:
         "#dataset-files", [*pictures, *[picture.with_suffix(".txt") for picture in pictures]]
     )
     page.wait_for_function("document.querySelectorAll('.at-card').length === 12")
-    assert page.locator(".at-summary").inner_text().startswith("12 pictures")
+    assert page.locator(".at-summary").inner_text().startswith("12 images")
 
 
 def edit_a_caption(page, server) -> None:

@@ -59,7 +59,7 @@ export function mount(gradio) {
           {
             type: "button",
             class: "at-chip",
-            title: `Back to ${field.was || "nothing"}`,
+            title: `Reset to ${field.was || "nothing"}`,
             "aria-label": `Reset ${field.label} to ${field.was || "nothing"}`,
             onclick: () => reset([field.path]),
           },
@@ -75,8 +75,8 @@ export function mount(gradio) {
   function files() {
     const title = el("input", {
       type: "text",
-      placeholder: "Name of my recipe",
-      "aria-label": "Name of my recipe",
+      placeholder: "Preset name",
+      "aria-label": "Preset name",
       maxlength: 60,
       oninput: (event) => {
         memory.title = event.target.value;
@@ -100,21 +100,17 @@ export function mount(gradio) {
           memory.filesOpen = event.target.open;
         },
       },
-      el("summary", {}, "Recipes and files"),
+      el("summary", {}, "Presets and files"),
       el(
         "div",
         { class: "at-row" },
         title,
-        button(
-          "Save as my recipe",
-          () => trigger("save_recipe", { title: memory.title }),
-          "at-small",
-        ),
+        button("Save as preset", () => trigger("save_recipe", { title: memory.title }), "at-small"),
         memory.own
           ? button(
-              "Remove this recipe",
+              "Delete this preset",
               () => {
-                if (confirm("Remove this recipe of yours?")) trigger("remove_recipe");
+                if (confirm("Delete this preset?")) trigger("remove_recipe");
               },
               "at-small at-danger",
             )
@@ -129,7 +125,7 @@ export function mount(gradio) {
         el(
           "span",
           { class: "at-hint" },
-          "TOML of this program; kohya_ss, OneTrainer and ai-toolkit as far as they map",
+          "Imports TOML of LoRA Atelier and settings of kohya_ss, OneTrainer and ai-toolkit",
         ),
       ),
     );

@@ -107,7 +107,7 @@ export function mount(gradio) {
           el("span", { class: "at-key-smooth" }, "Loss (smoothed)"),
           validation.length ? el("span", { class: "at-key-valid" }, "Validation") : null,
           training.length > 1
-            ? el("span", { class: "at-key-own" }, "Training pictures at the same noise")
+            ? el("span", { class: "at-key-own" }, "Training images, same noise")
             : null,
           rate
             ? el(

@@ -79,8 +79,8 @@ export function mount(gradio) {
     if (view.scanning) {
       working(
         view.scanning.total
-          ? `Looking at ${view.scanning.done} of ${plural(view.scanning.total, "picture")}`
-          : "Looking at the pictures",
+          ? `Checking ${view.scanning.done} of ${plural(view.scanning.total, "image")}`
+          : "Checking the images",
       );
       if (!root().querySelector(".at-dataset")) {
         memory.view = { ...view, examples: [] };
@@ -174,7 +174,7 @@ export function mount(gradio) {
     const choose = el(
       "div",
       { class: "at-row" },
-      button("Add pictures", () => files.click(), empty ? "at-primary" : ""),
+      button("Add images", () => files.click(), empty ? "at-primary" : ""),
       button("Add a folder", () => folder.click()),
     );
     const examples =
@@ -190,19 +190,19 @@ export function mount(gradio) {
         : null;
     return el(
       "section",
-      { class: `at-drop ${empty ? "at-roomy" : ""}`, "aria-label": "Add pictures" },
+      { class: `at-drop ${empty ? "at-roomy" : ""}`, "aria-label": "Add images" },
       files,
       folder,
       el(
         "div",
         {},
-        el("strong", {}, empty ? `No pictures in “${view.name}” yet` : "Add more"),
+        el("strong", {}, empty ? `No images in “${view.name}” yet` : "Add more"),
         el(
           "p",
           {},
           empty
-            ? "Drop 10 to 30 pictures of one subject or one style anywhere here. Sharp, varied pictures matter more than many."
-            : "Drop pictures, captions, masks, folders or a .zip anywhere here.",
+            ? "Drop 10 to 30 images of one subject or one style anywhere here. Sharp, varied images matter more than many."
+            : "Drop images, captions, masks, folders or a .zip anywhere here.",
         ),
       ),
       choose,
@@ -235,14 +235,14 @@ export function mount(gradio) {
           memory.messages.push({
             file: name,
             level: "error",
-            text: "Could not be uploaded; it may be too large, or the disk full.",
+            text: "Upload failed. The file may be too large, or the disk may be full.",
           });
         }
         working(`Uploading ${arrived.length} of ${files.length}`);
       }
     };
     await Promise.all([lane(), lane(), lane(), lane()]); // four at once keep the server busy without blocking it
-    working("Checking the pictures");
+    working("Checking the images");
     const answer = await ask("add_files", { dataset: view.name, files: arrived }, (text) =>
       memory.messages.push({ file: "", level: "error", text }),
     );
@@ -331,7 +331,7 @@ export function mount(gradio) {
     return el(
       "details",
       { class: "at-findings", open: true },
-      el("summary", {}, `From the last import: ${plural(memory.messages.length, "remark")}`),
+      el("summary", {}, `Last import: ${plural(memory.messages.length, "issue")}`),
       findingsList(memory.messages.slice(0, 200)),
     );
   }
@@ -345,7 +345,7 @@ export function mount(gradio) {
       el(
         "div",
         { class: "at-row" },
-        pill(plural(view.total, "picture")),
+        pill(plural(view.total, "image")),
         view.total
           ? pill(
               view.bare ? `${view.bare} without caption` : "all captioned",
@@ -365,7 +365,7 @@ export function mount(gradio) {
       place.append(
         fold(
           "doctor",
-          `${plural(remarks, "remark")} about this dataset`,
+          `${plural(remarks, "issue")} in this dataset`,
           el(
             "div",
             { class: "at-groups" },
@@ -388,9 +388,7 @@ export function mount(gradio) {
               if (answer.error) return;
               await load();
               if (answer.kept.length)
-                say(
-                  `Changed by something else since, and left as they are: ${answer.kept.join(", ")}.`,
-                );
+                say(`Not undone, because these files changed since: ${answer.kept.join(", ")}.`);
             },
             "at-small",
           )
@@ -448,7 +446,7 @@ export function mount(gradio) {
       group.count > 1
         ? fold(
             `group:${group.kind}`,
-            "All of them",
+            "Show all files",
             el(
               "ul",
               {},
@@ -541,7 +539,7 @@ export function mount(gradio) {
     const box = el("textarea", {
       rows: 3,
       "aria-label": `Caption of ${card.file}`,
-      placeholder: "What is in the picture?",
+      placeholder: "Describe the image",
       spellcheck: "true",
       oninput: () => {
         box.unsaved = true;

@@ -6,7 +6,7 @@ export function datasetTools(context) {
   const PANELS = {
     captions: ["Edit captions", captionsPanel, "typed in"],
     tags: ["Tags", tagsPanel],
-    models: ["Describe by a model", modelsPanel, "typed in"],
+    models: ["Auto-caption", modelsPanel, "typed in"],
     crops: ["Crops", cropsPanel],
     dataset: ["Dataset", datasetPanel, "typed in"],
   };
@@ -31,10 +31,10 @@ export function datasetTools(context) {
     );
     return el(
       "section",
-      { class: "at-tools", "aria-label": "Tools for all pictures" },
+      { class: "at-tools", "aria-label": "Tools for all images" },
       context.fold(
         "tools",
-        "Captions, tags and crops of all pictures; the dataset itself",
+        "Tools: captions, tags, crops, dataset",
         el("div", { class: "at-row" }, tabs),
         context.memory.panel ? el("div", { class: "at-panel" }, openPanel(view)) : null,
       ),
@@ -65,20 +65,20 @@ export function datasetTools(context) {
 
   const OPERATIONS = {
     replace: "Find and replace",
-    prepend: "Put in front",
-    append: "Put at the end",
+    prepend: "Add at the start",
+    append: "Add at the end",
     rename: "Rename a tag",
     remove: "Remove a tag",
     sort: "Sort the tags",
-    deduplicate: "Each tag once",
+    deduplicate: "Remove duplicate tags",
   };
 
   function captionsPanel() {
     const [findField, find] = field("Find", { id: "edit-find" }),
       [newField, replacement] = field("Replace with", { id: "edit-replace" }),
       [textField, text] = field("Text", { id: "edit-text" });
-    const [patternTick, pattern] = tick("As a regular expression", { id: "edit-pattern" }),
-      [firstTick, first] = tick("The first tag stays first", { checked: true });
+    const [patternTick, pattern] = tick("Regular expression", { id: "edit-pattern" }),
+      [firstTick, first] = tick("Keep the first tag first", { checked: true });
     const places = {
       replace: [findField, newField, patternTick],
       prepend: [textField],
@@ -128,7 +128,7 @@ export function datasetTools(context) {
           "p",
           { class: "at-hint" },
           answer.count
-            ? `${plural(answer.count, "caption")} would change${answer.count > answer.changes.length ? "; the first of them:" : ":"}`
+            ? `${plural(answer.count, "caption")} would change${answer.count > answer.changes.length ? ". The first ones:" : ":"}`
             : "No caption would change.",
         ),
         el(
@@ -155,7 +155,9 @@ export function datasetTools(context) {
       {},
       el("div", { class: "at-row" }, el("label", {}, el("span", {}, "Change"), choice)),
       inputs,
-      tagShown() ? el("p", { class: "at-hint" }, `Only where the tag “${tagShown()}” is.`) : null,
+      tagShown()
+        ? el("p", { class: "at-hint" }, `Only images with the tag “${tagShown()}”.`)
+        : null,
       el("div", { class: "at-row" }, button("Preview", preview)),
       result,
     );
@@ -177,7 +179,7 @@ export function datasetTools(context) {
           {
             type: "button",
             class: "at-word-name",
-            title: "Show only these pictures",
+            title: "Show only these images",
             onclick: () => context.filterBy({ tag }),
           },
           tag,
@@ -213,7 +215,7 @@ export function datasetTools(context) {
       el(
         "p",
         { class: "at-hint" },
-        "The parts of captions between commas, the commonest first. Click one to see its pictures.",
+        "Comma-separated parts of the captions, most frequent first. Click a tag to see its images.",
       ),
       el("div", { class: "at-words" }, (view.tags || []).map(chip)),
     );
@@ -225,27 +227,27 @@ export function datasetTools(context) {
     const sizes = el(
       "p",
       { class: "at-hint", role: "status" },
-      "Models are fetched from Hugging Face only when you press Start, or taken from a folder. A sentence, tags, or both.",
+      "Choose a caption model, a tagger or both: a Hugging Face name or a local folder. Models are downloaded when you press Start.",
     );
-    const [modelField, model] = field("Sentences by", {
+    const [modelField, model] = field("Caption model", {
         id: "caption-model",
         value: "Salesforce/blip-image-captioning-base",
         list: "caption-models",
       }),
-      [taggerField, tagger] = field("Tags by", {
+      [taggerField, tagger] = field("Tagger", {
         id: "caption-tagger",
         placeholder: "none, or SmilingWolf/wd-vit-tagger-v3",
       });
-    const [prefixField, prefix] = field("In front of each"),
-      [blackField, blacklist] = field("Tags never written"),
-      [sureField, threshold] = field("Tags surer than", {
+    const [prefixField, prefix] = field("Prefix"),
+      [blackField, blacklist] = field("Excluded tags"),
+      [sureField, threshold] = field("Tag threshold", {
         type: "number",
         min: 0,
         max: 1,
         step: 0.05,
         value: 0.35,
       });
-    const [overTick, overwrite] = tick("Also where there is a caption", {
+    const [overTick, overwrite] = tick("Overwrite existing captions", {
       id: "caption-overwrite",
     });
     const wish = () => ({
@@ -268,7 +270,7 @@ export function datasetTools(context) {
       }
     };
     const size = async () => {
-      tell("Asking …");
+      tell("Checking the download size …");
       const answer = await context.call("caption_size", wish(), tell);
       if (!answer.error) tell(answer.text);
     };
@@ -283,7 +285,7 @@ export function datasetTools(context) {
         "div",
         { class: "at-row" },
         button("Start", start, "at-primary"),
-        button("How large are they?", size),
+        button("Check download size", size),
       ),
     );
   }
@@ -317,7 +319,7 @@ export function datasetTools(context) {
     place.replaceChildren(
       el(
         "section",
-        { class: "at-panel at-job", "data-state": job.state, "aria-label": "Captions by a model" },
+        { class: "at-panel at-job", "data-state": job.state, "aria-label": "Auto-captioning" },
         el(
           "div",
           { class: "at-row" },
@@ -325,10 +327,10 @@ export function datasetTools(context) {
             running
               ? job.loading || !job.total
                 ? "Loading the model"
-                : `Describing ${job.done} of ${job.total}`
+                : `Captioning ${job.done} of ${job.total}`
               : job.state === "done"
                 ? "Captions"
-                : "Captions failed",
+                : "Captioning failed",
             running ? "busy" : job.state === "done" ? "good" : "bad",
           ),
           el("span", { class: "at-push" }),
@@ -364,20 +366,20 @@ export function datasetTools(context) {
       if (answer.error) return;
       const most = Math.max(...answer.buckets.map((row) => row.count), 1);
       const kept = {
-        centre: "the middle of each picture is kept",
-        salient: "what stands out in each picture is kept",
-        none: "nothing is cut off, pictures are squeezed a little",
+        centre: "the centre of each image is kept",
+        salient: "the most salient part of each image is kept",
+        none: "images are not cropped but stretched slightly",
       }[answer.crop];
       place.replaceChildren(
         el(
           "p",
           { class: "at-hint" },
-          `At resolution ${answer.resolution}, ${kept}; both are set on the Train tab, under Pictures. Click a picture to move its crop.`,
+          `At resolution ${answer.resolution}, ${kept}. Change both on the Train tab, under Images and captions. Click an image to move its crop.`,
         ),
         el(
           "table",
           { class: "at-buckets" },
-          el("caption", {}, "Pictures by the size they are trained at"),
+          el("caption", {}, "Images per bucket"),
           el(
             "tbody",
             {},
@@ -458,7 +460,7 @@ export function datasetTools(context) {
       "div",
       { class: "at-row at-notice" },
       `The dataset ${context.memory.trash.name} is in the trash.`,
-      button("Bring it back", back, "at-small"),
+      button("Restore", back, "at-small"),
       button(
         "✕",
         () => {

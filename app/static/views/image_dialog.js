@@ -8,7 +8,7 @@ export function imageDialog(context) {
     const canvas = el("canvas", {
       class: "at-paint",
       hidden: true,
-      "aria-label": "Mask: context.paint what is learned from",
+      "aria-label": "Mask: paint over what should not be learned",
     });
     const image = el("img", {
       src: card.large,
@@ -43,7 +43,7 @@ export function imageDialog(context) {
       await tools.mask.keep();
       if (
         (box.unsaved || canvas.unsaved) &&
-        !confirm("The change could not be saved. Leave the picture all the same?")
+        !confirm("The change could not be saved. Close the image anyway?")
       )
         return false;
       const isFirst = dialog.open; // of two keys pressed while it was being saved
@@ -140,7 +140,7 @@ export function imageDialog(context) {
         part = Math.round(100 * (right - left) * (bottom - top));
       place();
       tell(
-        `Trained at ${card.bucket[0]} × ${card.bucket[1]}${part < 100 ? `, ${part} % of the picture; drag the frame to choose which part` : ", all of it"}.`,
+        `Trained at ${card.bucket[0]} × ${card.bucket[1]}${part < 100 ? `, ${part} % of the image; drag the frame to choose which part` : ", the whole image"}.`,
       );
     };
     const shift = (x, y) => {
@@ -193,7 +193,7 @@ export function imageDialog(context) {
       clearTimeout(waiting);
       waiting = setTimeout(() => keep(middle()), 400);
     });
-    return { show, buttons: [button("Put the crop back", () => keep(null), "at-small")] };
+    return { show, buttons: [button("Reset crop", () => keep(null), "at-small")] };
   }
 
   // The mask: white is learned from, black is not. It is shown as red over what is not.
@@ -216,7 +216,7 @@ export function imageDialog(context) {
       chosen = isChosen;
       canvas.hidden = true;
       if (!chosen) return;
-      tell("Paint over what should not be learned; it turns red. The rest is learned in full.");
+      tell("Paint over what should not be learned. It turns red.");
       await ready();
       canvas.hidden = !chosen;
     };
@@ -300,7 +300,7 @@ export function imageDialog(context) {
     };
     const clear = () => {
       paper.clearRect(0, 0, canvas.width, canvas.height);
-      return send("save_mask", {}, "The picture has no mask: all of it is learned.");
+      return send("save_mask", {}, "Mask removed. The whole image is learned.");
     };
     const file = el("input", {
       type: "file",
@@ -326,7 +326,7 @@ export function imageDialog(context) {
       min: "1",
       max: "30",
       value: "8",
-      "aria-label": "Size of the brush",
+      "aria-label": "Brush size",
       oninput: (event) => {
         pen.size = event.target.value / 100;
       },

@@ -20,11 +20,11 @@ export function mount(gradio) {
         el(
           "section",
           { class: "at-panel at-learned", "aria-label": "What it learned" },
-          el("h3", {}, "Where it learned"),
+          el("h3", {}, "Changes by block"),
           where(view.blocks),
           view.rank > 1
             ? [
-                el("h3", {}, "How much of its rank it uses"),
+                el("h3", {}, "Used rank"),
                 spectrum(view),
                 smaller(view, again),
                 byModule(view.modules),
@@ -92,7 +92,7 @@ export function mount(gradio) {
       el(
         "figcaption",
         { class: "at-hint" },
-        `Size of the change (norm of delta W) in each block, from the way in to the way out; most in ${strongest[0]}.`,
+        `Size of the change (norm of delta W) in each block, from input to output. Largest in ${strongest[0]}.`,
       ),
     );
   }
@@ -118,7 +118,7 @@ export function mount(gradio) {
         {
           viewBox: `0 0 ${width} ${height}`,
           role: "img",
-          "aria-label": `Rank ${view.enough["95"]} keeps 95 %, rank ${view.enough["99"]} keeps 99 % of what was learned`,
+          "aria-label": `Rank ${view.enough["95"]} keeps 95 %, rank ${view.enough["99"]} keeps 99 % of the energy`,
         },
         [0.5, 1].map((share) =>
           el(
@@ -153,7 +153,7 @@ export function mount(gradio) {
       el(
         "figcaption",
         { class: "at-hint" },
-        `Kept of what was learned (squared singular values), by rank. Rank ${view.enough["95"]} would have kept 95 %, rank ${view.enough["99"]} 99 % of the ${view.rank} there are.`,
+        `Energy (squared singular values) kept at each rank, of ${view.rank}. Rank ${view.enough["95"]} keeps 95 %, rank ${view.enough["99"]} keeps 99 %.`,
       ),
     );
   }
@@ -164,10 +164,10 @@ export function mount(gradio) {
       return el(
         "p",
         { class: "at-hint" },
-        "It uses all of its rank; a smaller file would lose something.",
+        "The adapter uses its full rank. A smaller file would lose detail.",
       );
     const make = async () => {
-      Object.assign(memory, { busy: "Making the file…", problem: "", made: null });
+      Object.assign(memory, { busy: "Creating the file…", problem: "", made: null });
       again();
       let answer = await ask("shrink", { run: view.run, rank }, (text) => {
         memory.problem = text;
@@ -190,7 +190,7 @@ export function mount(gradio) {
       el(
         "button",
         { type: "button", class: "at-button", disabled: Boolean(memory.busy), onclick: make },
-        `Make a file of rank ${rank}`,
+        `Resize to rank ${rank}`,
       ),
       memory.busy ? el("span", { class: "at-hint", role: "status" }, memory.busy) : null,
       memory.problem ? notice(memory.problem, "bad") : null,

@@ -56,7 +56,7 @@ export function mount(gradio) {
           undo,
           emptyState(
             "Nothing trained yet",
-            "Every training appears here with its samples, its settings and its file. A finished LoRA that you drop on the page fills the form with its settings.",
+            "Each run appears here with its samples, settings and file. Drop a finished LoRA on the page to load its settings.",
             button("Go to training", () => trigger("go_train")),
           ),
         ].filter(Boolean),
@@ -82,7 +82,7 @@ export function mount(gradio) {
               el(
                 "p",
                 { class: "at-hint", role: "status" },
-                `No run has “${memory.search}” in its name, tags, trigger word or base.`,
+                `No run matches “${memory.search}” by name, tag, trigger word or base.`,
               ),
             ]),
       );
@@ -246,7 +246,7 @@ export function mount(gradio) {
     return el(
       "p",
       { class: "at-row at-hint at-caches" },
-      `Caches: ${view.cache}. Clearing them costs nothing but time at the next start.`,
+      `Caches: ${view.cache}. If you clear them, the next start takes longer.`,
       button("Clear caches", clear),
       said,
     );
@@ -443,7 +443,7 @@ export function mount(gradio) {
         },
       },
       el("summary", {}, "More"),
-      el("div", { class: "at-row at-edit" }, named, tags, button("Keep", keep, "at-small")),
+      el("div", { class: "at-row at-edit" }, named, tags, button("Save", keep, "at-small")),
       card.file
         ? el(
             "div",
@@ -515,7 +515,7 @@ export function mount(gradio) {
           own_strength: own.own_strength,
           other_strength: own.other_strength,
         },
-        "Making the file…",
+        "Creating the file…",
         (answer) => {
           own.made = answer;
         },
@@ -547,7 +547,7 @@ export function mount(gradio) {
               ? el(
                   "span",
                   { class: "at-hint at-path" },
-                  `keeps ${own.made.kept}; least of ${own.made.worst}`,
+                  `keeps ${own.made.kept}; least in ${own.made.worst}`,
                 )
               : null,
           )
@@ -611,8 +611,8 @@ export function mount(gradio) {
       el(
         "figcaption",
         { class: "at-legend" },
-        el("span", { class: "at-key-smooth" }, "kept of the whole, by rank"),
-        el("span", { class: "at-key-valid" }, "of the layer that loses most"),
+        el("span", { class: "at-key-smooth" }, "energy kept, whole adapter"),
+        el("span", { class: "at-key-valid" }, "energy kept, worst layer"),
       ),
     );
   }
@@ -659,7 +659,7 @@ export function mount(gradio) {
       "div",
       { class: "at-row at-edit" },
       choice("Format", "dialect", [
-        ["kohya", "kohya (most programs)"],
+        ["kohya", "kohya (A1111, ComfyUI and most others)"],
         ["diffusers", "diffusers"],
       ]),
       choice("Precision", "precision", [
@@ -667,14 +667,14 @@ export function mount(gradio) {
         ["bf16", "bf16"],
         ["fp32", "fp32"],
       ]),
-      choice("Rank", "rank", [[0, "as it is"], ...ranks], true),
-      others.length ? choice("Together with", "other", [["", "nothing else"], ...others]) : null,
-      own.other ? strength("Strength of this", "own_strength") : null,
-      own.other ? strength("Strength of the other", "other_strength") : null,
+      choice("Rank", "rank", [[0, "unchanged"], ...ranks], true),
+      others.length ? choice("Merge with", "other", [["", "none"], ...others]) : null,
+      own.other ? strength("Strength of this adapter", "own_strength") : null,
+      own.other ? strength("Strength of the other adapter", "other_strength") : null,
       el(
         "button",
         { type: "button", class: "at-button at-small", disabled: Boolean(own.busy), onclick: make },
-        "Make the file",
+        "Create file",
       ),
     );
   }

@@ -25,7 +25,7 @@ export function mount(gradio) {
         view.is_empty
           ? emptyState(
               "No adapter yet",
-              "Train one first: then it appears here, beside its base, at any strength.",
+              "Train one first. Then compare it here with its base, at any strength.",
               button("Go to training", () => trigger("go_train")),
             )
           : emptyState(
@@ -39,7 +39,7 @@ export function mount(gradio) {
     root.replaceChildren(
       el(
         "section",
-        { class: "at-panel", "aria-busy": Boolean(view.busy), "aria-label": "Pictures" },
+        { class: "at-panel", "aria-busy": Boolean(view.busy), "aria-label": "Images" },
         head,
         pair(pictures) ||
           el(
@@ -60,7 +60,7 @@ export function mount(gradio) {
           ? el(
               "details",
               {},
-              el("summary", {}, "This picture in A1111 and ComfyUI"),
+              el("summary", {}, "This image in A1111 and ComfyUI"),
               view.elsewhere.map((text) => el("p", { class: "at-hint at-path" }, text)),
             )
           : null,
@@ -91,8 +91,8 @@ export function mount(gradio) {
       el(
         "div",
         { class: "at-row" },
-        save(pictures[0], "Save the left picture"),
-        save(pictures[1], "Save the right picture"),
+        save(pictures[0], "Save left image"),
+        save(pictures[1], "Save right image"),
       ),
     );
   }

@@ -23,7 +23,7 @@ export function mount(gradio) {
       root.replaceChildren(
         emptyState(
           "No training yet",
-          "Pick a purpose and press Start training. You may close this page meanwhile: training goes on. A finished LoRA dropped here brings its settings back.",
+          "Choose a preset and press Start training. You can close this page: training continues. Drop a finished LoRA here to load its settings.",
         ),
       );
       return;
@@ -73,7 +73,7 @@ export function mount(gradio) {
             button(WORDS[action], () => act(view.run, action), `at-act-${action}`),
           ),
           view.actions.includes("unqueue")
-            ? button("Take out of the queue", () => act(view.run, "unqueue"))
+            ? button("Remove from the queue", () => act(view.run, "unqueue"))
             : null,
           view.file ? button("Preview", () => trigger("open_preview", { run: view.run })) : null,
           view.file
@@ -135,7 +135,7 @@ export function mount(gradio) {
       ),
       el("p", {}, found.sentence),
       found.changes.length
-        ? el("p", { class: "at-hint" }, `To change for another run: ${found.changes.join("; ")}.`)
+        ? el("p", { class: "at-hint" }, `For the next run: ${found.changes.join("; ")}.`)
         : null,
     );
   }
@@ -148,9 +148,9 @@ export function mount(gradio) {
       { class: "at-figures" },
       figure(view.total ? `${view.step} / ${view.total}` : "", "steps"),
       figure(view.left, "left"),
-      figure(view.took, "taken"),
+      figure(view.took, "elapsed"),
       figure(view.speed, "speed"),
-      figure(view.images, "pictures/s"),
+      figure(view.images, "images/s"),
       figure(view.loss, "loss"),
       figure(view.validation, "validation"),
       figure(view.rate, "learning rate"),
@@ -193,7 +193,7 @@ export function mount(gradio) {
                 class: "at-button at-small",
                 onclick: () => act(item.run, "unqueue"),
               },
-              "Take out",
+              "Remove",
             ),
           ),
         ),

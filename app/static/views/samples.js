@@ -24,7 +24,7 @@ export function mount(gradio) {
                 view.without,
                 view.best,
                 again,
-                "The first prompt without its trigger word should stay as the base draws it. A leak of 100 %: it changes as much as with the word. ",
+                "The first prompt without its trigger word. It should look like the base. A leak of 100 % means that it changes as much as with the trigger word. ",
               )
             : null,
           likeness(view),
@@ -42,7 +42,7 @@ export function mount(gradio) {
       low = 126,
       wide = (width - 10) / found.length,
       y = (value) => low - 112 * Math.max(0, Math.min(1, value));
-    const said = `Likeness of the samples to the nearest training picture: ${found.map(([step, value]) => `${value.toFixed(2)} at step ${step}`).join(", ")}; the training pictures to each other ${view.between.toFixed(2)}`;
+    const said = `Similarity of the samples to the nearest training image: ${found.map(([step, value]) => `${value.toFixed(2)} at step ${step}`).join(", ")}; between training images ${view.between.toFixed(2)}`;
     return el(
       "figure",
       { class: "at-curve at-likeness" },
@@ -83,7 +83,7 @@ export function mount(gradio) {
       el(
         "figcaption",
         { class: "at-hint" },
-        "How near the samples come to the nearest training picture, in colour and layout. Above the line they are nearer than the training pictures are to each other: copies, where the prompt asked for something new.",
+        "Similarity of the samples to the nearest training image, in colour and layout. Bars above the line are more similar than training images are to each other: the adapter copies them (overfitting).",
       ),
     );
   }
