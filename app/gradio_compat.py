@@ -61,11 +61,17 @@ SELECTORS: Mapping[str, str] = {
     "selectedTab": "#tabs [role=tab][aria-selected=true]",
     "listInput": "input[role=combobox]",
     "accordionButton": ":scope > button",
+    "openAccordion": ".open",
+    "pageConfig": "gradio_config",
+    "viewCallRoute": VIEW_CALL_ROUTE,
 }
-"""Markup of Gradio's components that the scripts of the views look for.
+"""What the scripts of the views rely on. The server offers it to them as the module `gradio.js`.
 
-`accordionButton` opens a section of the advanced settings. `listInput` is the text box of a
-dropdown, which keeps its list open when Tab leaves it and takes the first match on Enter.
+`accordionButton` opens a section of the advanced settings and has the class `openAccordion` while
+the section is open. `listInput` is the text box of a dropdown, which keeps its list open when Tab
+leaves it and takes the first match on Enter. `pageConfig` is the global variable with the ids of all
+components, and `viewCallRoute` calls a server function: the caption that is being typed when the
+page is left must be sent by a request with `keepalive`, which Gradio's own calls do not have.
 """
 
 

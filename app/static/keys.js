@@ -1,9 +1,11 @@
-// Keyboard shortcuts of the whole page, and corrections of Gradio's lists.
+// Keyboard shortcuts of the page, and corrections of Gradio's dropdowns.
+
+import { SELECTORS } from "./gradio.js";
 
 export function install() {
   if (window.atelierKeys) return;
   window.atelierKeys = true;
-  // Only a click may ask whether the end of a run shall be told.
+  // Browsers allow the request to show notifications only after a click.
   document.addEventListener("click", (event) => {
     if (
       event.target.closest?.("#start-training") &&
@@ -12,16 +14,17 @@ export function install() {
     )
       Notification.requestPermission();
   });
-  // Gradio's lists take every key for a wish to see them, so that one which Tab left stayed open over what came next.
+  // A dropdown of Gradio opens its list on every key. On Tab the list would stay open over the next field.
   document.addEventListener(
     "keydown",
     (event) => {
-      if (event.key === "Tab" && event.target.matches?.("input[role=combobox]"))
+      if (event.key === "Tab" && event.target.matches?.(SELECTORS.listInput))
         event.stopPropagation();
     },
     true,
   );
-  // Enter takes the name that was typed, as leaving the field does; Gradio would take the first one in the list that holds it.
+  // Enter accepts the typed name, as leaving the field does. Gradio would select the first name in the
+  // list that contains it.
   let arrow = false;
   document.addEventListener(
     "keydown",
@@ -35,11 +38,11 @@ export function install() {
     },
     true,
   );
-  // Alt+1 ... Alt+4 open the tabs.
+  // Alt+1 to Alt+4 open the tabs.
   document.addEventListener("keydown", (event) => {
     const number = Number(event.code.replace("Digit", ""));
     if (!event.altKey || event.ctrlKey || event.metaKey || !(number >= 1)) return;
-    const tab = document.querySelectorAll("#tabs [role=tab]")[number - 1];
+    const tab = document.querySelectorAll(SELECTORS.tab)[number - 1];
     if (tab) {
       event.preventDefault();
       tab.click();

@@ -53,8 +53,10 @@ export function zoomable(src, alt, attributes = {}) {
   );
 }
 
-/** Returns two images on top of each other with a divider. Its position is remembered under `key`. */
+/** Positions of the dividers by key, so that they survive redrawing. */
 const dividers = {};
+
+/** Returns two images on top of each other with a divider. Its position is remembered under `key`. */
 export function compared(before, after, key) {
   const over = el("img", { src: after.src, alt: after.alt, class: "at-after" });
   const frame = el(
@@ -84,7 +86,7 @@ export function compared(before, after, key) {
   return frame;
 }
 
-/** Returns the dropped entries and files. The browser empties the event itself when it is over. */
+/** Returns the dropped entries and files. The browser empties the event after its listeners. */
 export const carried = ({ items, files }) => ({
   entries: [...items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean),
   files: [...files],

@@ -10,33 +10,38 @@ const nameOf = (node) =>
 export function connect({ element, props, server, watch }) {
   const root = () => element.querySelector(".atelier");
 
-  /** Draws whenever Python sends new data. A press delays drawing until it ends, so that the button under it is not replaced. */
+  /**
+   * Draws whenever Python sends new data. A press delays drawing until it ends, so that the button
+   * under the pointer is not replaced.
+   */
   function drawWith(draw) {
     let isPressed = false,
       isDue = false;
     const again = () => {
       isDue = isPressed;
-      if (!isPressed && root() && props.value) keepingPlace(() => draw(root(), props.value));
+      if (!isPressed && root() && props.value) keepingFocus(() => draw(root(), props.value));
     };
     const released = () =>
+      // The click event follows this one.
       setTimeout(() => {
         isPressed = false;
         if (isDue) again();
-      }); // after the click that follows
+      });
     element.addEventListener("pointerdown", () => {
       isPressed = true;
     });
     for (const end of ["pointerup", "pointercancel", "dragend"])
       window.addEventListener(end, released);
-    queueMicrotask(again); // after `mount`, which declares more functions below
+    // Later than `mount`, which declares constants below this call.
+    queueMicrotask(again);
     watch("value", again);
   }
 
   /**
-   * Draws and keeps the keyboard focus: the same control gets it back, with the text that was being
-   * typed. A text box whose text is not stored elsewhere needs a function `edited`.
+   * Draws and keeps the keyboard focus. The new control of the same name gets it, with the text that
+   * was being typed if the function `edited` of the old control returns true.
    */
-  function keepingPlace(draw) {
+  function keepingFocus(draw) {
     const before = document.activeElement;
     if (!root().contains(before)) return draw();
     const name = nameOf(before),
@@ -55,10 +60,11 @@ export function connect({ element, props, server, watch }) {
       after.dispatchEvent(new Event("input"));
     }
     after.focus({ preventScroll: true });
-    if (Number.isInteger(selectionStart)) after.setSelectionRange(selectionStart, selectionEnd); // buttons and numbers have none
+    // Buttons and number fields have no selection.
+    if (Number.isInteger(selectionStart)) after.setSelectionRange(selectionStart, selectionEnd);
   }
 
-  /** Calls a server function. Its error message, or a lost connection, goes to `onerror`. */
+  /** Calls a server function. `onerror` receives its error message or that of a lost connection. */
   async function ask(name, data, onerror) {
     let answer;
     try {
@@ -72,5 +78,5 @@ export function connect({ element, props, server, watch }) {
     return answer;
   }
 
-  return { root, drawWith, keepingPlace, ask };
+  return { root, drawWith, keepingFocus, ask };
 }

@@ -1,12 +1,13 @@
-// Above the advanced fields: search, what differs from the recipe, own recipes, settings from and to a file.
+// Above the advanced fields: search, changes from the preset, own presets, import and export.
 
 import { el, notice, button, saveText } from "../lib/dom.js";
 import { connect } from "../lib/view.js";
+import { SELECTORS } from "../gradio.js";
 
 export function mount(gradio) {
   const { trigger, constant } = gradio;
   const { drawWith } = connect(gradio);
-  const memory = { search: "", title: "", said: "", problem: "" };
+  const memory = { search: "", title: "", message: "", problem: "" };
   const fieldId = (path) => `field-${path.replaceAll(".", "-")}`;
   const style = document.head.appendChild(el("style", { id: "advanced-style" }));
 
@@ -14,7 +15,7 @@ export function mount(gradio) {
     memory.changed = view.changed || memory.changed || [];
     memory.own = view.own === undefined ? memory.own : view.own;
     if (view.said !== undefined || view.problem !== undefined)
-      Object.assign(memory, { said: view.said || "", problem: view.problem || "" });
+      Object.assign(memory, { message: view.said || "", problem: view.problem || "" });
     if (view.download) saveText(view.download.name, view.download.text);
     mark();
     const search = el("input", {
@@ -36,7 +37,7 @@ export function mount(gradio) {
         search,
         changes(),
         files(),
-        memory.said ? notice(memory.said, "quiet") : null,
+        memory.message ? notice(memory.message, "quiet") : null,
         memory.problem ? notice(memory.problem, "bad") : null,
       ),
     );
@@ -46,7 +47,7 @@ export function mount(gradio) {
   function changes() {
     if (!memory.changed.length) return null;
     const reset = (paths) => {
-      memory.said = memory.problem = "";
+      memory.message = memory.problem = "";
       trigger("reset", { paths });
     };
     return el(
@@ -131,7 +132,7 @@ export function mount(gradio) {
     );
   }
 
-  /** Fields are drawn by Gradio, some of them late: a style sheet marks and hides them whenever they come. */
+  /** Marks changed fields and hides the rest by a style sheet, because Gradio draws some fields late. */
   function mark(typed = false) {
     const rules = memory.changed.map(
       (field) => `#${fieldId(field.path)} { box-shadow: inset 3px 0 0 var(--at-gold) !important; }`,
@@ -151,7 +152,8 @@ export function mount(gradio) {
   }
 
   function openSection(section) {
-    const label = document.querySelector(`#section-${section} > button`);
-    if (label && !label.classList.contains("open")) label.click();
+    const accordion = document.querySelector(`#section-${section}`);
+    const label = accordion?.querySelector(SELECTORS.accordionButton);
+    if (label && !label.matches(SELECTORS.openAccordion)) label.click();
   }
 }

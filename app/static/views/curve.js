@@ -1,4 +1,4 @@
-// Loss over steps as SVG: pale means, a smoothed line, validation points, and a mark at each save.
+// The loss curve: raw and smoothed loss, validation loss, learning rate, and a mark at each save.
 
 import { el } from "../lib/dom.js";
 import { connect } from "../lib/view.js";

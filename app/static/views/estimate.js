@@ -1,4 +1,4 @@
-// Above Start: what the run will take, its memory by phase, and what stands in the way, each with its cure.
+// Above Start: estimated time and memory of the run, and the checks with their fixes.
 
 import { el, notice, button } from "../lib/dom.js";
 import { connect } from "../lib/view.js";
@@ -24,24 +24,24 @@ export function mount(gradio) {
   });
 
   function line(check) {
-    const cure = check.cure;
+    const fix = check.cure;
     return el(
       "li",
       { class: `at-check at-${check.level}`, role: check.level === "bad" ? "alert" : null },
       el("span", {}, check.text),
-      cure ? button(cure.label, () => mend(cure), "at-small") : null,
+      fix ? button(fix.label, () => apply(fix), "at-small") : null,
     );
   }
 
-  function mend(cure) {
-    if (cure.go) trigger("go_dataset");
-    else if (cure.example) trigger("take_example", { example: cure.example });
-    else if (cure.base) trigger("take_base", { base: cure.base });
-    else if (cure.reset) trigger("reset", { paths: cure.reset });
-    else trigger("cure", { changes: cure.changes });
+  function apply(fix) {
+    if (fix.go) trigger("go_dataset");
+    else if (fix.example) trigger("take_example", { example: fix.example });
+    else if (fix.base) trigger("take_base", { base: fix.base });
+    else if (fix.reset) trigger("reset", { paths: fix.reset });
+    else trigger("cure", { changes: fix.changes });
   }
 
-  /** A bar per phase; the fullest decides whether the run fits. */
+  /** Returns a bar for each phase. The run fits if the highest one does. */
   function memoryBars(memory) {
     const text = `Memory, GB: ${memory.phases.map((phase) => `${phase.name} ${phase.text}`).join(", ")}`;
     return el(

@@ -1,7 +1,9 @@
-// Name, what is going on, and on which device: on every tab. Says so in the title of the window too, and tells when a run is done.
+// The header of every tab: the state of the newest run and the device. Also sets the title of the
+// window, notifies when a run ends, and handles files that are dropped anywhere.
 
 import { el, carried } from "../lib/dom.js";
 import { connect } from "../lib/view.js";
+import { SELECTORS } from "../gradio.js";
 
 export function mount(gradio) {
   const { trigger } = gradio;
@@ -50,8 +52,8 @@ export function mount(gradio) {
       new Notification(`${view.name} ${ended}`, { tag: view.run });
   }
 
-  // Files that are dropped anywhere: the settings in a finished adapter, a sample or a file of settings fill the form of the Train tab again,
-  // all others go to the dataset. The browser would open them in place of the page.
+  // A dropped adapter, sample or settings file fills the form of the Train tab. All other files are
+  // added to the dataset. Without these listeners the browser would leave the page and open the file.
   const HEADER_LIMIT = 16 * 2 ** 20;
   const KEPT =
     /^(atelier_config|ss_(?!tag_frequency|bucket_info|dataset_dirs|datasets).*|modelspec\.(title|trigger_phrase))$/;
@@ -77,21 +79,21 @@ export function mount(gradio) {
     return SETTINGS.test(name) ? file.text() : "";
   }
 
-  const datasetTab = () => document.querySelector("#tabs [role=tab]");
+  const datasetTab = () => document.querySelector(SELECTORS.tab);
 
-  /** Opens the Dataset tab, which may be drawn only then, and hands over what was dropped. */
+  /** Opens the Dataset tab, waits until it is drawn, and passes the dropped files on. */
   async function toDataset(load) {
     datasetTab().click();
-    let place;
-    while (!(place = document.querySelector(".at-dataset")))
-      await new Promise(requestAnimationFrame);
-    place.dispatchEvent(new CustomEvent("carried", { detail: load }));
+    while (!document.querySelector(".at-dataset")) await new Promise(requestAnimationFrame);
+    document
+      .querySelector(".at-dataset")
+      .dispatchEvent(new CustomEvent("carried", { detail: load }));
   }
 
   if (!window.atelierDrop) {
     window.atelierDrop = true;
     const isWanted = (event) =>
-      event.dataTransfer?.types.includes("Files") && !event.defaultPrevented; // nobody else took it
+      event.dataTransfer?.types.includes("Files") && !event.defaultPrevented;
     document.addEventListener("dragover", (event) => {
       if (isWanted(event)) event.preventDefault();
     });
@@ -101,11 +103,11 @@ export function mount(gradio) {
       const load = carried(event.dataTransfer),
         [file, second] = load.files,
         isSettings = SETTINGS.test(file?.name);
-      // A sample is a picture too: beside the open dataset it is meant for the dataset.
-      const mayHaveSome =
+      // A sample is an image too. If the Dataset tab is open, it is added to the dataset.
+      const mayContainSettings =
         file && !second && (isSettings || datasetTab().getAttribute("aria-selected") !== "true");
-      const text = mayHaveSome ? await settingsOf(file).catch(() => "") : "";
-      if (text || (mayHaveSome && isSettings)) trigger("refill", { text });
+      const text = mayContainSettings ? await settingsOf(file).catch(() => "") : "";
+      if (text || (mayContainSettings && isSettings)) trigger("refill", { text });
       else toDataset(load);
     });
   }

@@ -1,4 +1,5 @@
-// What the finished adapter is: where it changes the base, a bar a block; how much of its rank it uses, and a smaller file by one click.
+// The finished adapter: how much it changes each block, how much of its rank it uses, and a button
+// that makes a smaller file.
 
 import { el, notice } from "../lib/dom.js";
 import { connect } from "../lib/view.js";
@@ -21,7 +22,7 @@ export function mount(gradio) {
           "section",
           { class: "at-panel at-learned", "aria-label": "What it learned" },
           el("h3", {}, "Changes by block"),
-          where(view.blocks),
+          blockBars(view.blocks),
           view.rank > 1
             ? [
                 el("h3", {}, "Used rank"),
@@ -35,15 +36,16 @@ export function mount(gradio) {
     again();
   });
 
-  /** Bars from the first block that the picture goes through to the last; the text encoders after them. */
-  function where(blocks) {
+  /** Returns a bar for each block from input to output, then for the text encoders. */
+  function blockBars(blocks) {
     const most = Math.max(...blocks.map(([, norm]) => norm), 1e-12),
       width = 640,
       low = 112;
+    // On a phone more than 8 horizontal names do not fit.
     const slant = blocks.length > 8,
       height = slant ? 185 : 150,
       inset = slant ? 30 : 0,
-      wide = (width - inset) / blocks.length; // beside each other more names do not fit a phone
+      wide = (width - inset) / blocks.length;
     const strongest = blocks.reduce((one, other) => (other[1] > one[1] ? other : one));
     return el(
       "figure",
@@ -56,8 +58,8 @@ export function mount(gradio) {
           "aria-label": `Size of the change by block: ${blocks.map(([name, norm]) => `${name} ${norm.toPrecision(2)}`).join(", ")}`,
         },
         el("line", { class: "at-rule", x1: 0, x2: width, y1: low, y2: low }),
-        blocks.map(([name, norm], place) => {
-          const x = inset + wide * (place + 0.5),
+        blocks.map(([name, norm], index) => {
+          const x = inset + wide * (index + 0.5),
             top = low - (100 * norm) / most;
           return el(
             "g",
@@ -97,18 +99,18 @@ export function mount(gradio) {
     );
   }
 
-  /** What is kept with each further rank. */
+  /** Returns the curve of the energy kept at each rank. */
   function spectrum(view) {
     const width = 640,
       height = 120,
       left = 62,
       low = 92;
     let sum = 0;
-    const kept = [[0, 0], ...view.spectrum.map((share, place) => [place + 1, (sum += share)])];
+    const kept = [[0, 0], ...view.spectrum.map((share, index) => [index + 1, (sum += share)])];
     const x = (rank) => left + ((width - left - 16) * rank) / view.rank,
       y = (share) => low - 80 * share;
     const marks = [...new Set([view.enough["95"], view.enough["99"], view.rank])].filter(
-      (rank, place, all) => !place || x(rank) - x(all[place - 1]) > 30,
+      (rank, index, all) => !index || x(rank) - x(all[index - 1]) > 30,
     );
     return el(
       "figure",
@@ -179,7 +181,8 @@ export function mount(gradio) {
         if (!answer.progress) break;
         await new Promise((resolve) => setTimeout(resolve, 700));
       }
-      if (memory.run !== view.run) return; // another run is shown by now
+      // Another run may be shown by now.
+      if (memory.run !== view.run) return;
       memory.busy = "";
       if (!answer.error) memory.made = answer;
       again();

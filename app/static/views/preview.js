@@ -1,4 +1,4 @@
-// Pictures with and without the adapter, or a grid of them, filled one by one.
+// Images with and without the adapter, or a grid of images, which appear one by one.
 
 import { el, pill, notice, button, emptyState, zoomable, compared } from "../lib/dom.js";
 import { connect } from "../lib/view.js";
@@ -68,7 +68,7 @@ export function mount(gradio) {
     );
   });
 
-  /** The base and the adapter over each other, once both are there. */
+  /** Returns both images with a divider, or null until both exist. */
   function pair(pictures) {
     if (pictures.length !== 2 || !pictures.every((picture) => picture.src)) return null;
     const [before, after] = pictures.map((picture) => ({

@@ -1,4 +1,4 @@
-// The run at work, or the latest one: state, bar, figures, what can be done, the queue and the log.
+// The running or the newest run: state, progress, figures, actions, queue and log.
 
 import { el, pill, notice, button, emptyState } from "../lib/dom.js";
 import { connect } from "../lib/view.js";
@@ -117,25 +117,25 @@ export function mount(gradio) {
     );
   }
 
-  /** Three zones with a needle, a sentence, and what to change. */
+  /** Returns the gauge from learning to memorising, with its explanation and suggested changes. */
   const ZONES = ["learning", "ready", "memorising"];
-  function gauge(found) {
+  function gauge(reading) {
     return el(
       "div",
-      { class: `at-gauge at-zone-${found.zone}` },
+      { class: `at-gauge at-zone-${reading.zone}` },
       el(
         "div",
         {
           class: "at-zones",
           role: "img",
-          "aria-label": `${found.zone}, ${Math.round(100 * found.needle)} of 100 from learning to memorising`,
+          "aria-label": `${reading.zone}, ${Math.round(100 * reading.needle)} of 100 from learning to memorising`,
         },
-        ZONES.map((zone) => el("span", { class: zone === found.zone ? "at-lit" : "" }, zone)),
-        el("i", { style: `left:${(100 * found.needle).toFixed(1)}%` }),
+        ZONES.map((zone) => el("span", { class: zone === reading.zone ? "at-lit" : "" }, zone)),
+        el("i", { style: `left:${(100 * reading.needle).toFixed(1)}%` }),
       ),
-      el("p", {}, found.sentence),
-      found.changes.length
-        ? el("p", { class: "at-hint" }, `For the next run: ${found.changes.join("; ")}.`)
+      el("p", {}, reading.sentence),
+      reading.changes.length
+        ? el("p", { class: "at-hint" }, `For the next run: ${reading.changes.join("; ")}.`)
         : null,
     );
   }
@@ -169,12 +169,12 @@ export function mount(gradio) {
       el(
         "ol",
         {},
-        view.queue.map((item, place) =>
+        view.queue.map((item, index) =>
           el(
             "li",
             {},
             el("span", {}, item.name),
-            place
+            index
               ? el(
                   "button",
                   {

@@ -1,4 +1,4 @@
-// What became of a file that was dropped on the page.
+// The message after a file was dropped on the page.
 
 import { notice } from "../lib/dom.js";
 import { connect } from "../lib/view.js";

@@ -1,11 +1,11 @@
-// Samples of the run: a row per prompt. Beside the base's picture the chosen one, with a divider between them; below, all of them.
+// Samples of the run. Each prompt shows the selected sample beside the base, and all its samples below.
 
 import { el, zoomable, compared } from "../lib/dom.js";
 import { connect } from "../lib/view.js";
 
 export function mount(gradio) {
   const { drawWith } = connect(gradio);
-  const memory = {}; // what was chosen, by prompt and seed
+  const memory = {}; // selected step by prompt and seed
   drawWith((root, view) => {
     const rows = view.rows || [];
     if (!rows.length) {
@@ -33,23 +33,23 @@ export function mount(gradio) {
     again();
   });
 
-  /** How near the samples come to the training pictures, a bar a save; the line is how near these are to each other. */
+  /** Returns a bar for each save: the similarity of its samples to the nearest training image. */
   function likeness(view) {
-    const found = view.likeness || [];
-    if (found.length < 2 || view.between === null) return null;
+    const likenesses = view.likeness || [];
+    if (likenesses.length < 2 || view.between === null) return null;
     const width = 640,
       height = 150,
       low = 126,
-      wide = (width - 10) / found.length,
+      wide = (width - 10) / likenesses.length,
       y = (value) => low - 112 * Math.max(0, Math.min(1, value));
-    const said = `Similarity of the samples to the nearest training image: ${found.map(([step, value]) => `${value.toFixed(2)} at step ${step}`).join(", ")}; between training images ${view.between.toFixed(2)}`;
+    const label = `Similarity of the samples to the nearest training image: ${likenesses.map(([step, value]) => `${value.toFixed(2)} at step ${step}`).join(", ")}; between training images ${view.between.toFixed(2)}`;
     return el(
       "figure",
       { class: "at-curve at-likeness" },
       el(
         "svg",
-        { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": said },
-        found.map(([step, value], place) =>
+        { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label },
+        likenesses.map(([step, value], index) =>
           el(
             "g",
             {},
@@ -57,8 +57,8 @@ export function mount(gradio) {
               "line",
               {
                 class: step && value > view.between ? "at-near" : "at-far",
-                x1: 5 + wide * (place + 0.5),
-                x2: 5 + wide * (place + 0.5),
+                x1: 5 + wide * (index + 0.5),
+                x2: 5 + wide * (index + 0.5),
                 y1: low,
                 y2: Math.min(low - 1, y(value)),
                 "stroke-width": Math.min(44, 0.6 * wide),
@@ -67,7 +67,7 @@ export function mount(gradio) {
             ),
             el(
               "text",
-              { x: 5 + wide * (place + 0.5), y: height - 6, "text-anchor": "middle" },
+              { x: 5 + wide * (index + 0.5), y: height - 6, "text-anchor": "middle" },
               step ? String(step) : "base",
             ),
           ),
@@ -88,7 +88,7 @@ export function mount(gradio) {
     );
   }
 
-  function rowOf(row, best, again, said = "") {
+  function rowOf(row, best, again, hint = "") {
     const key = `${row.prompt} ${row.seed}`;
     const nameOfStep = (picture) =>
       picture.step === 0
@@ -120,7 +120,7 @@ export function mount(gradio) {
       el(
         "p",
         { class: "at-prompt" },
-        said ? el("span", { class: "at-hint" }, said) : null,
+        hint ? el("span", { class: "at-hint" }, hint) : null,
         row.prompt,
         el("span", { class: "at-hint" }, ` seed ${row.seed}`),
       ),

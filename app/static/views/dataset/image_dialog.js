@@ -1,8 +1,8 @@
-// One picture large: its caption, its crop to drag, its mask to paint.
+// The large view of an image: its caption, its crop to drag and its mask to paint.
 
-import { el, button } from "../lib/dom.js";
+import { el, button } from "../../lib/dom.js";
 
-export function imageDialog(context) {
+export function createImageDialog(context) {
   function openImage(view, card) {
     const index = view.cards.indexOf(card);
     const canvas = el("canvas", {
@@ -33,7 +33,7 @@ export function imageDialog(context) {
       canvas,
     );
     const note = el("p", { class: "at-hint", role: "status" });
-    const tell = (text) => {
+    const showStatus = (text) => {
       note.textContent = text;
     };
     const { box, saved, tokens, save } = context.captionBox(view, card);
@@ -46,7 +46,8 @@ export function imageDialog(context) {
         !confirm("The change could not be saved. Close the image anyway?")
       )
         return false;
-      const isFirst = dialog.open; // of two keys pressed while it was being saved
+      // A second key may have been pressed during the save.
+      const isFirst = dialog.open;
       dialog.close();
       return isFirst;
     };
@@ -55,11 +56,11 @@ export function imageDialog(context) {
         openImage(view, view.cards[(index + by + view.cards.length) % view.cards.length]);
     };
     const escape = (event) => {
-      if (event.target === dialog) {
-        event.preventDefault();
-        leave();
-      }
-    }; // a file dialog is cancelled too
+      // Cancelling the file dialog inside sends this event too.
+      if (event.target !== dialog) return;
+      event.preventDefault();
+      leave();
+    };
     const dialog = el(
       "dialog",
       {
@@ -91,11 +92,11 @@ export function imageDialog(context) {
       box,
       el("div", { class: "at-row" }, tokens, saved),
     );
-    // Gradio scopes its styles to the page: the dialog takes the class of the views with it.
+    // The dialog is outside of the view, so it needs the class that our styles apply to.
     dialog.classList.add("atelier");
     const tools = {
-      crop: cropTools(card, frame, stage, tell),
-      mask: maskTools(card, canvas, image, tell),
+      crop: cropTools(card, frame, stage, showStatus),
+      mask: maskTools(card, canvas, image, showStatus),
     };
     const choose = (mode) => {
       const tab = (name, text) =>
@@ -117,10 +118,8 @@ export function imageDialog(context) {
     choose("crop");
   }
 
-  // The crop
-
-  function cropTools(card, frame, stage, tell) {
-    const place = () => {
+  function cropTools(card, frame, stage, showStatus) {
+    const showFrame = () => {
       const [left, top, right, bottom] = card.box;
       Object.assign(frame.style, {
         left: `${100 * left}%`,
@@ -138,21 +137,21 @@ export function imageDialog(context) {
       if (!chosen) return;
       const [left, top, right, bottom] = card.box,
         part = Math.round(100 * (right - left) * (bottom - top));
-      place();
-      tell(
+      showFrame();
+      showStatus(
         `Trained at ${card.bucket[0]} × ${card.bucket[1]}${part < 100 ? `, ${part} % of the image; drag the frame to choose which part` : ", the whole image"}.`,
       );
     };
     const shift = (x, y) => {
-      // a crop keeps its size and stays inside
+      // The crop keeps its size and stays inside the image.
       const [left, top, right, bottom] = card.box,
         dx = Math.min(Math.max(x, -left), 1 - right),
         dy = Math.min(Math.max(y, -top), 1 - bottom);
       card.box = [left + dx, top + dy, right + dx, bottom + dy];
-      place();
+      showFrame();
     };
     const keep = async (centre) => {
-      const answer = await context.call("move_crop", { file: card.file, centre }, tell);
+      const answer = await context.call("move_crop", { file: card.file, centre }, showStatus);
       if (answer.error) return;
       context.memory.edited = true;
       Object.assign(card, { box: answer.box, bucket: answer.bucket, moved: answer.moved });
@@ -196,9 +195,9 @@ export function imageDialog(context) {
     return { show, buttons: [button("Reset crop", () => keep(null), "at-small")] };
   }
 
-  // The mask: white is learned from, black is not. It is shown as red over what is not.
+  // In a mask file white is learned and black is not. The dialog shows the black part in red.
 
-  function maskTools(card, canvas, image, tell) {
+  function maskTools(card, canvas, image, showStatus) {
     const paper = canvas.getContext("2d"),
       pen = { size: 0.08, white: false };
     let chosen = false,
@@ -211,12 +210,13 @@ export function imageDialog(context) {
       canvas.height = image.naturalHeight;
       if (card.mask) await fromMask(card.mask);
     };
-    const ready = () => (prepared ??= prepare()); // nothing is painted or saved before picture and mask are there
+    // Painting and saving wait until the image and its mask are loaded.
+    const ready = () => (prepared ??= prepare());
     const show = async (isChosen) => {
       chosen = isChosen;
       canvas.hidden = true;
       if (!chosen) return;
-      tell("Paint over what should not be learned. It turns red.");
+      showStatus("Paint over what should not be learned. It turns red.");
       await ready();
       canvas.hidden = !chosen;
     };
@@ -269,16 +269,18 @@ export function imageDialog(context) {
     const send = (name, data, text) => (sent = sending(name, data, text));
     const sending = async (name, data, text) => {
       const before = canvas.unsaved;
-      canvas.unsaved = false; // until the next stroke, which may come before the answer
-      const answer = await context.call(name, { file: card.file, ...data }, tell);
+      // A stroke before the answer sets it again.
+      canvas.unsaved = false;
+      const answer = await context.call(name, { file: card.file, ...data }, showStatus);
       if (answer.error) {
         canvas.unsaved ||= before;
         return;
       }
       context.memory.edited = true;
-      card.mask = answer.mask; // the picture may be opened again from this card
+      // The image may be opened again from this card.
+      card.mask = answer.mask;
       context.setUndo(answer.undo);
-      tell(text);
+      showStatus(text);
     };
     const save = async () => {
       await ready();
