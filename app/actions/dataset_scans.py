@@ -14,7 +14,7 @@ from app.actions.records import BrowserData
 from trainer import config
 from trainer.data import captions, dataset_files
 from trainer.data import scan as dataset_scan
-from trainer.data.issues import Issue
+from trainer.data.issue import Issue
 from trainer.errors import ConfigError, TrainerError
 from trainer.models import model_files
 

@@ -17,7 +17,7 @@ from app.actions.records import (
 from trainer.curation import caption_edits, fixes, history
 from trainer.data import captions, checks, dataset_files, token_count
 from trainer.data import scan as dataset_scan
-from trainer.data.issues import Issue
+from trainer.data.issue import Issue
 
 PAGE = 60  # images
 MAX_FILES, MAX_TAGS = 100, 80

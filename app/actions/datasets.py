@@ -16,7 +16,7 @@ from trainer.curation import ingest
 from trainer.data import buckets, dataset_files
 from trainer.data import scan as dataset_scan
 from trainer.data.image_formats import IMAGE_SUFFIXES
-from trainer.data.issues import Issue
+from trainer.data.issue import Issue
 from trainer.errors import DatasetError
 from trainer.models.model_files import EMBEDDED_FOLDER
 from trainer.runs import run_folder

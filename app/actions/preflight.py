@@ -17,7 +17,7 @@ from trainer import config
 from trainer.config import EMBEDDED, RunConfig
 from trainer.config.presets import Preset
 from trainer.data import scan
-from trainer.data.issues import Issue
+from trainer.data.issue import Issue
 from trainer.errors import TrainerError
 from trainer.models.model_files import locate
 from trainer.runs import run_folder

@@ -1,4 +1,4 @@
 """The processes that the page starts and follows: trainings, samples and cluster jobs.
 
-Imports the torch-free modules of `trainer`, and no Gradio.
+Imports `app.accounts` and the torch-free modules of `trainer`, and no Gradio.
 """

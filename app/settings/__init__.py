@@ -1,4 +1,5 @@
-"""Settings on the page: one widget per field of `RunConfig`, and the presets that a user saved.
+"""Widgets for the settings of a run, and the presets that a user saved.
 
-Imports `trainer.config` and `trainer.runs`.
+`form` makes one widget per field of `RunConfig`. Labels and help texts are declared with the
+fields, in `trainer/config/settings`. Imports `trainer.config` and `trainer.runs`.
 """

@@ -108,12 +108,9 @@ def basic_widgets() -> dict[str, Any]:
             elem_id="field-preset",
             elem_classes="at-cards",
         )
-        fields["dataset.trigger"] = form.widget(
-            "dataset.trigger", label="Trigger word", max_lines=1
-        )
+        fields["dataset.trigger"] = form.widget("dataset.trigger", max_lines=1)
         fields["sampling.prompts"] = form.widget(
             "sampling.prompts",
-            label="Sample prompts",
             placeholder="The trigger word and the caption of the first image",
         )
     return fields

@@ -14,7 +14,7 @@ from app.tabs import train_actions, train_form
 from trainer import config
 from trainer.config import presets
 from trainer.data import scan
-from trainer.data.issues import Issue
+from trainer.data.issue import Issue
 from trainer.errors import ConfigError
 from trainer.training import estimate
 

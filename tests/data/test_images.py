@@ -8,7 +8,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from tests.corpus import encoded, flipped, frames, hidden_magenta, oriented, photo, png16, with_gps
 from trainer.data.images import alpha_mask, image_size, open_alpha, open_image, save_thumbnail
-from trainer.data.issues import printable
+from trainer.data.issue import printable
 from trainer.errors import DatasetError
 
 

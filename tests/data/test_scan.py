@@ -9,7 +9,7 @@ from tests.corpus import PNG, encoded, photo
 from trainer import config
 from trainer.data.captions import read_caption
 from trainer.data.checks import verdict
-from trainer.data.issues import Issue
+from trainer.data.issue import Issue
 from trainer.data.scan import scan_dataset
 from trainer.errors import DatasetError
 

@@ -9,8 +9,7 @@ from tests import corpus
 from trainer import config
 from trainer.curation.ingest import import_files
 from trainer.data.image_formats import IMAGE_SUFFIXES
-from trainer.data.issues import printable
-from trainer.data.issues import Issue
+from trainer.data.issue import Issue, printable
 from trainer.data.scan import scan_dataset
 
 pytestmark = pytest.mark.filterwarnings(

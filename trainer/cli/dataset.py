@@ -14,7 +14,7 @@ from trainer.errors import ConfigError
 from trainer.runs import run_requests
 
 if TYPE_CHECKING:
-    from trainer.data.issues import Issue
+    from trainer.data.issue import Issue
     from trainer.data.scan import Scan
 
 

@@ -25,7 +25,7 @@ from trainer.data.dataset_files import (
     stem_of,
 )
 from trainer.data.images import alpha_mask, decode_image, image_format, read_image
-from trainer.data.issues import Issue
+from trainer.data.issue import Issue
 from trainer.errors import DatasetError
 
 SUFFIX_FOR_FORMAT = {

@@ -20,7 +20,7 @@ from typing import NotRequired, TypedDict
 from filelock import FileLock
 
 from trainer.data.dataset_files import OWN_FOLDER
-from trainer.data.issues import printable
+from trainer.data.issue import printable
 from trainer.errors import DatasetError
 from trainer.runs.atomic_files import atomic_write
 

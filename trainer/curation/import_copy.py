@@ -33,7 +33,7 @@ from trainer.data.dataset_files import (
 from trainer.data.image_formats import IMAGE_SUFFIXES
 from trainer.data.image_stats import check_image
 from trainer.data.images import read_image
-from trainer.data.issues import Issue, Level, printable
+from trainer.data.issue import Issue, Level, printable
 from trainer.errors import DatasetError
 from trainer.runs.atomic_files import atomic_write
 

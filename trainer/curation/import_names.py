@@ -9,7 +9,7 @@ from typing import Literal
 
 from trainer.data.dataset_files import METADATA_NAME, is_junk, mask_ending, suffix_of
 from trainer.data.image_formats import IMAGE_SUFFIXES
-from trainer.data.issues import printable
+from trainer.data.issue import printable
 
 MAX_DEPTH = 16  # folders within folders
 TOO_DEEP = f"The file is deeper than {MAX_DEPTH} folders: it was not imported."

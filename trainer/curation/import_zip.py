@@ -23,7 +23,7 @@ from trainer.curation.import_names import (
 )
 from trainer.data.dataset_files import JUNK_NAMES
 from trainer.data.image_formats import MAX_FILE_BYTES
-from trainer.data.issues import Issue, printable
+from trainer.data.issue import Issue, printable
 from trainer.errors import DatasetError
 
 MAX_ENTRIES = 20_000  # files in one zip

@@ -14,7 +14,7 @@ from trainer.curation.import_copy import DatasetImport
 from trainer.curation.import_names import MAX_DEPTH, TOO_DEEP, SourceFile
 from trainer.curation.import_zip import unpack
 from trainer.data.dataset_files import is_junk, suffix_of
-from trainer.data.issues import Issue, Level, printable
+from trainer.data.issue import Issue, Level, printable
 from trainer.errors import DatasetError
 
 

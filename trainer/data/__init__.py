@@ -1,6 +1,7 @@
 """From a folder of files to tensors: scanning, checking, cropping, augmenting and caching.
 
-Start with `scan.py`. This folder reads a dataset and never changes it; `trainer.curation` does.
-Imports `trainer.families` to encode images and captions. `examples`, `latent_cache` and `sampler`
-need torch; the other modules work without it.
+Start with `scan.py`. `checks` finds the issues of a dataset, `issue` is their record. Changes to a
+dataset are made in `trainer.curation`. Imports `trainer.config`, `trainer.runs`, `trainer.models`,
+and `trainer.families` to encode images and captions. Only `examples`, `latent_cache` and `sampler`
+need torch.
 """

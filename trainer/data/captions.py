@@ -12,7 +12,7 @@ import unicodedata
 from pathlib import Path
 
 from trainer.data.dataset_files import METADATA_NAME, caption_candidates, caption_path, relative
-from trainer.data.issues import Issue, printable
+from trainer.data.issue import Issue, printable
 from trainer.errors import DatasetError
 from trainer.runs.atomic_files import atomic_write
 

@@ -14,7 +14,7 @@ from trainer.data import token_count
 from trainer.data.buckets import Crop, share_seen
 from trainer.data.captions import has_word, tags_of
 from trainer.data.image_stats import ImageStats, near_duplicates
-from trainer.data.issues import Issue
+from trainer.data.issue import Issue
 
 MAX_BLUR = 0.65
 MIN_CONTRAST = 40  # of 255 greys

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from trainer.data.image_formats import IMAGE_SUFFIXES
-from trainer.data.issues import Issue, Level, printable
+from trainer.data.issue import Issue, Level, printable
 
 OWN_FOLDER = ".atelier"
 """Folder in a dataset for this program's own files (crops, history). Scans ignore it."""

@@ -24,7 +24,7 @@ from PIL import Image
 
 from trainer.data.image_formats import MIN_SIDE
 from trainer.data.images import Conversion, conversions, decode_image, read_image
-from trainer.data.issues import printable
+from trainer.data.issue import printable
 from trainer.errors import DatasetError
 from trainer.models.cpu_threads import available_cores
 from trainer.runs.run_folder import outputs_folder

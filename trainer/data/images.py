@@ -29,7 +29,7 @@ from trainer.data.image_formats import (
     refuse_png_surplus,
     too_large,
 )
-from trainer.data.issues import printable
+from trainer.data.issue import printable
 from trainer.errors import DatasetError
 from trainer.runs.atomic_files import atomic_write
 

@@ -25,7 +25,7 @@ from trainer.data.dataset_files import (
     walk,
 )
 from trainer.data.image_stats import ImageStats, stats_of_all
-from trainer.data.issues import Issue, printable
+from trainer.data.issue import Issue, printable
 from trainer.errors import DatasetError
 
 MAX_REPEATS = 200  # a larger number in a folder's name, as in `2024_holiday`, is a date

@@ -1,8 +1,9 @@
-"""The model families, one file each, and everything that is the same for all of them.
+"""The model families, and everything that is the same for all of them.
 
-`base` is the contract of a family, `registry` the table of families, and `loading` loads a base
-model of any family. Code outside this folder imports only the names below, `base` and `objective`.
-Imports `trainer.models` and the file formats of adapters (`trainer.lora.formats`).
+A family is one module (`sd1`, `sd2`, `sdxl`, `sd3`) and a row in `registry`. `base` is the contract
+of a family, `latent_diffusion` what the UNet families share, `loading` loads a base model of any
+family. Code outside this folder imports only the names below, `base` and `objective`. Imports
+`trainer.config`, `trainer.models` and the file formats of adapters (`trainer.lora.formats`).
 """
 
 from trainer.families.loading import LoadedBase, find_files, load_base

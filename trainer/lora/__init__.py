@@ -1,5 +1,6 @@
 """LoRA adapters: choosing layers, injecting, exporting, applying and transforming them.
 
-Reading the file formats of other programs is in `formats/`. Imports `trainer.families` and
-everything below it, but nothing of `trainer.data` or `trainer.training`.
+Files of other programs are read in `formats/`, which lies below the model families, because
+families map keys. All other modules here are above the families: they import `trainer.families`,
+`trainer.models`, `trainer.runs` and `trainer.config`.
 """

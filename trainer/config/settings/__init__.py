@@ -1,9 +1,9 @@
 """Every setting of a run, declared once: type, default, label, bounds and help in one field.
 
 The form on the page, `--set` on the command line, the presets, the docs and the metadata of the
-finished file are generated from these fields. The `title` of a field is its label everywhere, and
-the docstring below it is its help. One module per section, named after it. Settings contain no
-derived value, no code path and no tensor.
+finished file are generated from these fields. The `title` of a field is its label on the page, and
+the docstring below it is its help. One module per section, named after it. A field contains no
+value that can be computed from others, no code and no tensor.
 """
 
 from typing import Self

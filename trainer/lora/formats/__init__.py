@@ -1,4 +1,6 @@
-"""Adapter files of any program: their keys, and a reader that does not trust them.
+"""Adapter files of any program. Start with `reader.py`, which does not trust them.
 
-The model families import this folder to map their keys. It imports `trainer.models`.
+`keys` maps the names of tensors to layers, `stability_names` the names of Stability's layout,
+`peft_config` reads the scale of PEFT folders, and `adapted_module` computes delta W of every kind.
+The model families import this folder. It imports `trainer.models`.
 """
