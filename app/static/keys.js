@@ -2,13 +2,20 @@
 
 import { SELECTORS } from "./gradio.js";
 
+let isInstalled = false;
+
+/** Returns the element that an event is about, or null for the document itself. */
+const element = (/** @type {Event} */ { target }) =>
+  target instanceof Element ? /** @type {HTMLElement} */ (target) : null;
+
+/** Adds the listeners once. */
 export function install() {
-  if (window.atelierKeys) return;
-  window.atelierKeys = true;
+  if (isInstalled) return;
+  isInstalled = true;
   // Browsers allow the request to show notifications only after a click.
   document.addEventListener("click", (event) => {
     if (
-      event.target.closest?.("#start-training") &&
+      element(event)?.closest("#start-training") &&
       window.Notification &&
       Notification.permission === "default"
     )
@@ -18,7 +25,7 @@ export function install() {
   document.addEventListener(
     "keydown",
     (event) => {
-      if (event.key === "Tab" && event.target.matches?.(SELECTORS.listInput))
+      if (event.key === "Tab" && element(event)?.matches(SELECTORS.listInput))
         event.stopPropagation();
     },
     true,
@@ -29,10 +36,10 @@ export function install() {
   document.addEventListener(
     "keydown",
     (event) => {
-      if (!event.target.matches?.("#dataset input")) return;
+      if (!element(event)?.matches("#dataset input")) return;
       if (event.key === "Enter" && !arrow) {
         event.stopPropagation();
-        event.target.blur();
+        element(event)?.blur();
       }
       arrow = event.key.startsWith("Arrow");
     },
@@ -42,7 +49,9 @@ export function install() {
   document.addEventListener("keydown", (event) => {
     const number = Number(event.code.replace("Digit", ""));
     if (!event.altKey || event.ctrlKey || event.metaKey || !(number >= 1)) return;
-    const tab = document.querySelectorAll(SELECTORS.tab)[number - 1];
+    /** @type {NodeListOf<HTMLElement>} */
+    const tabs = document.querySelectorAll(SELECTORS.tab);
+    const tab = tabs[number - 1];
     if (tab) {
       event.preventDefault();
       tab.click();

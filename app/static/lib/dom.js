@@ -25,15 +25,52 @@ export function el(tag, attributes = {}, ...children) {
   return node;
 }
 
+/** @typedef {"quiet" | "good" | "warn" | "bad" | "busy"} Tone the colour of a pill or a notice */
+
+/**
+ * Returns a short label on a coloured background.
+ * @param {string | number} text
+ * @param {Tone} [tone]
+ * @returns {HTMLElement}
+ */
 export const pill = (text, tone = "quiet") => el("span", { class: `at-pill at-${tone}` }, text);
+
+/**
+ * Returns a message. Screen readers announce an error at once.
+ * @param {string} text
+ * @param {Tone} tone
+ * @returns {HTMLElement}
+ */
 export const notice = (text, tone) =>
   el("p", { class: `at-notice at-${tone}`, role: tone === "bad" ? "alert" : "status" }, text);
+
+/**
+ * Returns a button. `look` contains further classes, such as "at-small at-danger".
+ * @param {string} text
+ * @param {(event: MouseEvent) => void} onclick
+ * @param {string} [look]
+ * @returns {HTMLButtonElement}
+ */
 export const button = (text, onclick, look = "") =>
   el("button", { type: "button", class: `at-button ${look}`, onclick }, text);
+
+/**
+ * Returns what a view shows before it has anything to show.
+ * @param {string} title
+ * @param {string} text
+ * @param {...any} more
+ * @returns {HTMLElement}
+ */
 export const emptyState = (title, text, ...more) =>
   el("div", { class: "at-empty" }, el("strong", {}, title), el("p", {}, text), ...more);
 
-/** Returns an image that opens large on click. Escape closes it. */
+/**
+ * Returns an image that opens large on click. Escape closes it.
+ * @param {string} src
+ * @param {string} alt
+ * @param {Record<string, any>} [attributes]
+ * @returns {HTMLButtonElement}
+ */
 export function zoomable(src, alt, attributes = {}) {
   const open = () => {
     const dialog = el(
@@ -53,10 +90,21 @@ export function zoomable(src, alt, attributes = {}) {
   );
 }
 
-/** Positions of the dividers by key, so that they survive redrawing. */
+/**
+ * Positions of the dividers in percent by key, so that they survive redrawing.
+ * @type {Record<string, number>}
+ */
 const dividers = {};
 
-/** Returns two images on top of each other with a divider. Its position is remembered under `key`. */
+/** @typedef {{src: string, alt: string, name: string}} NamedImage an image with its label */
+
+/**
+ * Returns two images on top of each other with a divider. Its position is remembered under `key`.
+ * @param {NamedImage} before
+ * @param {NamedImage} after
+ * @param {string} key
+ * @returns {HTMLElement}
+ */
 export function compared(before, after, key) {
   const over = el("img", { src: after.src, alt: after.alt, class: "at-after" });
   const frame = el(
@@ -74,25 +122,33 @@ export function compared(before, after, key) {
     max: 100,
     step: 1,
     "aria-label": `Divider between ${before.name} and ${after.name}`,
-    oninput: () => move(slider.value),
+    oninput: () => move(Number(slider.value)),
   });
-  const move = (percent) => {
+  const move = (/** @type {number} */ percent) => {
     dividers[key] = percent;
     frame.style.setProperty("--at-at", `${percent}%`);
   };
   slider.value = dividers[key] ?? 50;
-  move(slider.value);
+  move(Number(slider.value));
   frame.append(slider);
   return frame;
 }
 
-/** Returns the dropped entries and files. The browser empties the event after its listeners. */
+/**
+ * Returns the dropped entries and files. The browser empties the event after its listeners.
+ * @param {DataTransfer} transfer
+ * @returns {{entries: FileSystemEntry[], files: File[]}}
+ */
 export const carried = ({ items, files }) => ({
-  entries: [...items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean),
+  entries: [...items].flatMap((item) => item.webkitGetAsEntry?.() ?? []),
   files: [...files],
 });
 
-/** Lets the browser save a text as a file. */
+/**
+ * Lets the browser save a text as a file.
+ * @param {string} name
+ * @param {string} text
+ */
 export function saveText(name, text) {
   const link = el("a", {
     href: URL.createObjectURL(new Blob([text], { type: "text/plain" })),
@@ -102,5 +158,9 @@ export function saveText(name, text) {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
-/** Returns the count with its noun: "1 image", "2 images". */
+/**
+ * Returns the count with its noun: "1 image", "2 images".
+ * @param {number} count
+ * @param {string} word
+ */
 export const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;

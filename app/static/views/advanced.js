@@ -153,6 +153,7 @@ export function mount(gradio) {
 
   function openSection(section) {
     const accordion = document.querySelector(`#section-${section}`);
+    /** @type {HTMLElement | undefined} */
     const label = accordion?.querySelector(SELECTORS.accordionButton);
     if (label && !label.matches(SELECTORS.openAccordion)) label.click();
   }

@@ -79,7 +79,7 @@ export function mount(gradio) {
     return SETTINGS.test(name) ? file.text() : "";
   }
 
-  const datasetTab = () => document.querySelector(SELECTORS.tab);
+  const datasetTab = () => /** @type {HTMLElement} */ (document.querySelector(SELECTORS.tab));
 
   /** Opens the Dataset tab, waits until it is drawn, and passes the dropped files on. */
   async function toDataset(load) {

@@ -23,8 +23,11 @@ function sendAfterLeaving(name, data) {
  * The browser then asks whether to leave, which gives the request time to arrive.
  */
 function sendUnsavedOnLeaving() {
-  const unsaved = () =>
-    [...document.querySelectorAll(".atelier textarea, .at-paint")].filter((node) => node.unsaved);
+  const unsaved = () => {
+    /** @type {NodeListOf<HTMLElement & {unsaved?: boolean, send?: () => void}>} */
+    const nodes = document.querySelectorAll(".atelier textarea, .at-paint");
+    return [...nodes].filter((node) => node.unsaved);
+  };
   window.addEventListener("beforeunload", (event) => {
     if (unsaved().length) event.preventDefault();
   });

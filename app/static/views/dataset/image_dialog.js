@@ -319,7 +319,7 @@ export function createImageDialog(context) {
       () => {
         pen.white = !pen.white;
         eraser.classList.toggle("at-chosen", pen.white);
-        eraser.setAttribute("aria-pressed", pen.white);
+        eraser.setAttribute("aria-pressed", String(pen.white));
       },
       "at-small",
     );
