@@ -312,7 +312,7 @@ class _CaptioningStatus(TypedDict):
 
 
 class CaptioningStatus(_CaptioningStatus, total=False):
-    """A captioning job, drawn by dataset_tools.js."""
+    """A captioning job, drawn by dataset/auto_caption.js."""
 
     loading: bool
     """Whether the model is still being loaded."""

@@ -68,7 +68,7 @@ def build(page: Page) -> TrainTab:
     with gr.Row(elem_classes="at-columns"):
         with gr.Column(scale=2, min_width=330):
             basic = train_form.basic_widgets()
-            message = html_view("said", elem_id="said")
+            message = html_view("message", elem_id="said")
             line = html_view(
                 "estimate",
                 elem_id="estimate",

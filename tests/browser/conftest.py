@@ -100,6 +100,54 @@ def open_dataset(page, name: str) -> None:
     page.wait_for_selector(f".at-dataset[data-name={name}]")
 
 
+DRAWN = {
+    "dataset": ".at-dataset",
+    "train": "#progress .atelier > *",
+    "preview": "#preview-view .atelier > *",
+    "library": "#library-view .atelier > *",
+}
+"""What each tab contains once its main view is drawn."""
+
+# Two equal looks with a frame between them, and no transition under way. An endless animation, such
+# as the one of a busy pill, never ends.
+STILL = """async () => {
+  const frame = () => new Promise((resolve) => requestAnimationFrame(resolve));
+  const look = () => [...document.querySelectorAll('.gradio-container *')]
+    .filter((node) => node.checkVisibility())
+    .map((node) => {
+      const { color, backgroundColor, opacity } = getComputedStyle(node);
+      return [node.localName, color, backgroundColor, opacity].join();
+    })
+    .join();
+  await frame();
+  await frame();
+  const before = look();
+  await frame();
+  await frame();
+  const moving = document.getAnimations().some(
+    ({ playState, effect }) =>
+      playState === 'running' && effect.getComputedTiming().endTime !== Infinity);
+  return !moving && look() === before;
+}"""
+
+
+def show_tab(page, tab: str) -> None:
+    """Opens a tab and waits until it is drawn and no transition is under way."""
+    page.locator(f"#tabs [role=tab]:has-text('{tab.capitalize()}')").first.click()
+    page.wait_for_selector(f"#tabs [role=tab][aria-selected=true]:has-text('{tab.capitalize()}')")
+    page.wait_for_selector(DRAWN[tab])
+    page.wait_for_function(STILL)
+
+
+def show_in_colours(page, scheme: str) -> None:
+    """Changes between light and dark, and waits until all colours have changed."""
+    page.emulate_media(color_scheme=scheme)
+    page.wait_for_function(
+        "(isDark) => document.body.classList.contains('dark') === isDark", arg=scheme == "dark"
+    )
+    page.wait_for_function(STILL)
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[object]:
     if CHROMIUM is None:

@@ -1,26 +1,24 @@
-"""axe-core finds nothing serious on any tab, in light and dark."""
+"""axe-core finds no serious fault on any tab, in light and dark."""
 
 from axe_playwright_python.sync_playwright import Axe
 
 from tests.browser import staged
+from tests.browser.conftest import show_in_colours, show_tab
 
 TABS = ("dataset", "train", "preview", "library")
 
 
-def test_nothing_serious(open_page, server, monkeypatch) -> None:
+def test_no_tab_has_serious_accessibility_faults(open_page, server, monkeypatch) -> None:
     monkeypatch.setenv("ATELIER_OUTPUTS", str(server.outputs))
     found = []
     with staged.at_work(staged.stage("seen by axe", 60)):
-        page = open_page("train", color_scheme="light")
+        page = open_page("train", color_scheme="light", reduced_motion="reduce")
         page.wait_for_selector(".at-compare")
         for tab in TABS:
-            page.locator(f"#tabs [role=tab]:has-text('{tab.capitalize()}')").first.click()
-            page.wait_for_timeout(1200)
-            page.emulate_media(color_scheme="light")
-            page.wait_for_timeout(400)  # colours fade
+            show_tab(page, tab)
+            show_in_colours(page, "light")
             found += faults(page, tab, {})
-            page.emulate_media(color_scheme="dark")  # only the colours are others
-            page.wait_for_timeout(400)
+            show_in_colours(page, "dark")
             found += faults(page, f"{tab}, dark", {"runOnly": ["color-contrast"]})
     assert not found, "\n".join(found)
 

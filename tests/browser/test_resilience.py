@@ -204,14 +204,15 @@ def test_a_caption_is_typed_on_while_the_tab_is_drawn_anew(open_page, server) ->
     page.wait_for_function(
         "document.activeElement.closest('.at-card').querySelector('.at-saved').innerText === 'saved'"
     )
-    page.wait_for_timeout(1500)  # twice as long as a box waits before it saves itself
+    page.wait_for_function("!document.activeElement.unsaved")
     caption.write_text(
         "by a model"
     )  # while the cursor stands in the box, and nothing is being typed
     page.set_input_files("#dataset-files", [third])
     page.wait_for_function("document.querySelectorAll('.at-card').length === 3")
     page.wait_for_function("document.activeElement.value === 'by a model'")
-    page.wait_for_timeout(1500)
+    # The box has nothing to save, so it cannot write the old caption back.
+    assert not page.evaluate("document.activeElement.unsaved || document.activeElement.edited()")
     assert caption.read_text().strip() == "by a model"
 
 
@@ -242,9 +243,11 @@ def test_a_finished_run_with_a_gauge_is_drawn_when_its_tab_is_first_opened(
         events.EventLog(folder / "events.jsonl").append(
             events.Validated(step, loss, [loss, loss], loss / 2)
         )
-    staged.finish(folder)
-    page = open_page()
-    page.wait_for_function("document.querySelector('.at-dataset')")
-    page.wait_for_timeout(2000)
+    # The header is on every tab and is drawn from the same answer as the view of the run.
+    with staged.at_work(folder):
+        page = open_page()
+        page.wait_for_function("document.title.startsWith('Training')")
+        staged.finish(folder)
+    page.wait_for_function("document.title === 'gauged is finished'")
     page.get_by_role("tab", name="Train").click()
     page.wait_for_selector("#progress .at-panel :text-is('ready')")

@@ -7,7 +7,7 @@ from PIL import Image
 
 from app.jobs import run_actions
 from tests.browser import staged
-from tests.browser.conftest import open_dataset
+from tests.browser.conftest import open_dataset, show_tab
 from trainer import config
 from trainer.runs import events, run_folder
 
@@ -61,10 +61,8 @@ def test_hostile_text_stays_text(open_page, server, hostile_run: str, tmp_path: 
     caption.blur()
     page.wait_for_selector(".at-saved:text-is('saved')")
 
-    for tab in ("Train", "Preview", "Library"):
-        page.get_by_role("tab", name=tab).click()
-        page.wait_for_timeout(1500)  # two ticks of the page
-    page.get_by_role("tab", name="Train").click()
+    for tab in ("train", "preview", "library", "train"):
+        show_tab(page, tab)
     text = page.locator("#progress").inner_text()
     assert text.count(HOSTILE) >= 2 and HOSTILE[:80] in text
     page.locator("#progress .at-log summary").click()
@@ -80,7 +78,7 @@ def test_hostile_text_stays_text(open_page, server, hostile_run: str, tmp_path: 
 def test_nothing_runs_out_of_a_phone(open_page, hostile_run: str) -> None:
     page = open_page(viewport={"width": 390, "height": 844}, color_scheme="dark", has_touch=True)
     for tab in TABS:
-        show(page, tab)
+        show_tab(page, tab)
         assert page.evaluate(
             "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
         ), tab
@@ -89,18 +87,12 @@ def test_nothing_runs_out_of_a_phone(open_page, hostile_run: str) -> None:
 def test_little_to_choose_at_first_sight(open_page) -> None:
     page = open_page()
     for tab, most in MOST_CONTROLS.items():
-        show(page, tab)
+        show_tab(page, tab)
         page.evaluate(
             "document.querySelectorAll('#progress, #samples').forEach((node) => { node.hidden = true })"
         )  # of an earlier run
         controls = page.evaluate(COUNT_CONTROLS)
         assert 1 <= len(controls) <= most, "\n".join(controls)
-
-
-def show(page, tab: str) -> None:
-    page.locator(f"#tabs [role=tab]:has-text('{tab.capitalize()}')").first.click()
-    page.wait_for_selector(f"#tabs [role=tab][aria-selected=true]:has-text('{tab.capitalize()}')")
-    page.wait_for_timeout(1200)  # a tick of the page
 
 
 def test_the_keyboard_is_enough_and_the_address_follows(

@@ -97,8 +97,9 @@ def test_of_two_recipes_chosen_quickly_the_second_fills_the_form(open_page) -> N
         "Network.emulateNetworkConditions",
         {"offline": False, "latency": 500, "downloadThroughput": -1, "uploadThroughput": -1},
     )
-    page.locator("#field-preset input[value=embedded-object]").check()
-    page.wait_for_timeout(100)  # of the 500 or more that the first choice takes
+    # The second choice is made after the request of the first was sent, and before its answer.
+    with page.expect_request(lambda request: "/queue/join" in request.url):
+        page.locator("#field-preset input[value=embedded-object]").check()
     page.locator("#field-preset input[value=embedded-style]").check()
     page.wait_for_function(f"{text}.includes(' 110 views ')")
 
