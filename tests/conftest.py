@@ -1,8 +1,8 @@
-"""What many tests stand on: a tiny base, a small dataset, a short run. Nothing here reaches the network."""
+"""Fixtures of most tests: a tiny base, a small dataset and a short run. None uses the network."""
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # tiny models lose time with more, above all on a busy machine
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models are slower with more threads
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
@@ -17,8 +17,8 @@ from trainer.runs import run_folder, run_status
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_outputs(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What a test keeps without asking for `outputs` is kept here, not in the working directory."""
+def session_outputs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Moves the outputs of tests that do not use the fixture `outputs` to a temporary folder."""
     os.environ["ATELIER_OUTPUTS"] = str(tmp_path_factory.mktemp("outputs"))
 
 
@@ -65,14 +65,14 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An outputs folder of its own."""
+    """Gives the test an empty outputs folder."""
     monkeypatch.setenv("ATELIER_OUTPUTS", str(tmp_path / "outputs"))
     return tmp_path / "outputs"
 
 
 @pytest.fixture
 def tiny_run(tiny_base: Path, tiny_dataset: Path, outputs: Path) -> Callable[..., config.RunConfig]:
-    """Settings of a run of six short steps, with changes by dotted path: tiny_run({"adapter.rank": 2})."""
+    """Makes settings of a run of six short steps, with changes: tiny_run({"adapter.rank": 2})."""
 
     def make(changes: dict | None = None) -> config.RunConfig:
         settings = {

@@ -1,19 +1,26 @@
-"""Trains runs that are killed with SIGKILL at chosen events, and resumed until they finish.
+"""Trains runs that are killed with SIGKILL at chosen events, and resumes them until they finish.
 
-`python tests/killer.py JOB.json`: {"runs": [{"folder": ..., "kills": [["StepDone", 3], ["StateSaved", 4]]}, ...]}. Each life of a
-trainer is a fork of this process, so that the libraries are read once; it dies right after the named
-event of that step was written, or ("save", n) at the n-th fsync or rename, in the midst of a save.
+    python tests/killer.py JOB.json
+
+The job is {"runs": [{"folder": ..., "kills": [["StepDone", 3], ["StateSaved", 4]]}, ...]}. Each
+trainer is a fork of this process, so that the libraries are imported once. It dies right after it
+has written the named event of that step, or with ["save", n] at the n-th fsync or rename.
 """
 
 import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import trainer.training.loop  # noqa: F401  (before the forks)
+import trainer.training.loop  # noqa: F401  (imported before the forks)
 from trainer.runs import events
 from trainer.training.runner import run_in
+
+Kill = tuple[str, int] | list[Any]
+"""An event's name and its step, or "save" and a number of calls."""
 
 
 def die() -> None:
@@ -21,10 +28,11 @@ def die() -> None:
 
 
 def arm(kind: str, number: int) -> None:
-    """Lays the trap in this process."""
+    """Makes this process kill itself at an event or, with "save", in the middle of writing."""
     if kind == "save":
+        count = CallCount(number)
         for name in ("fsync", "replace"):
-            setattr(os, name, counting(getattr(os, name), number))
+            setattr(os, name, count.before(getattr(os, name)))
         return
     append = events.EventLog.append
 
@@ -36,22 +44,25 @@ def arm(kind: str, number: int) -> None:
     events.EventLog.append = append_and_die
 
 
-calls = 0
+class CallCount:
+    """Counts the calls of several functions, and kills the process before the last one."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.calls = 0
+
+    def before(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any) -> Any:
+            self.calls += 1
+            if self.calls == self.limit:
+                die()
+            return function(*arguments)
+
+        return counted
 
 
-def counting(function, limit: int):
-    def counted(*arguments):
-        global calls
-        calls += 1
-        if calls == limit:
-            die()
-        return function(*arguments)
-
-    return counted
-
-
-def live(folder: Path, kill: list | None) -> int:
-    """One life of a trainer; returns its wait status."""
+def live(folder: Path, kill: Kill | None) -> int:
+    """Runs a trainer until it finishes or is killed. Returns its wait status."""
     child = os.fork()
     if child == 0:
         if kill:
@@ -62,12 +73,12 @@ def live(folder: Path, kill: list | None) -> int:
 
 def main(job: Path) -> None:
     for run in json.loads(job.read_text())["runs"]:
+        folder = Path(run["folder"])
         for kill in run["kills"]:
-            status = live(Path(run["folder"]), kill)
-            assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (
-                f"not killed at {kill}: {status}"
-            )
-        assert live(Path(run["folder"]), None) == 0, run
+            status = live(folder, kill)
+            was_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+            assert was_killed, f"not killed at {kill}: {status}"
+        assert live(folder, None) == 0, run
 
 
 if __name__ == "__main__":

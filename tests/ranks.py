@@ -1,7 +1,10 @@
-"""Trains runs with several processes each, on CPUs with gloo, as torchrun would start them; some are killed.
+"""Trains runs with several processes each, on CPUs with gloo, as torchrun would start them.
 
-`python tests/ranks.py JOB.json`: [{"folder": ..., "processes": 2, "kill": [rank, event, step] or null}, ...]. Each process is a fork of
-this one, so that the libraries are read once. Prints the exit codes of each run's processes as a JSON line.
+    python tests/ranks.py JOB.json
+
+The job is [{"folder": ..., "processes": 2, "kill": [rank, event, step] or null}, ...]. Each process
+is a fork of this one, so that the libraries are imported once. Prints the exit codes of each run's
+processes as a line of JSON.
 """
 
 import json
@@ -11,34 +14,41 @@ import socket
 import sys
 from pathlib import Path
 
-import trainer.training.loop  # noqa: F401  (before the forks)
 from trainer.runs import events
-from trainer.training import loop
+from trainer.training import loop  # imported before the forks
 from trainer.training.runner import run_in
 
 
-def arm(place: str, step: int) -> None:
-    """Dies at a step: "event" right after its StepDone was told, "gradients" when its own share of them is there."""
-    if place == "gradients":
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(moment: str, step: int) -> None:
+    """Makes this process kill itself at a step.
+
+    With "event" it dies right after it has reported the step, with "gradients" after its own
+    backward pass, before the sum.
+    """
+    if moment == "gradients":
         forward_backward = loop.forward_backward
 
-        def dying(session, now, scaler):
+        def forward_backward_and_die(session, now, scaler):
             loss = forward_backward(session, now, scaler)
             if now == step:
-                os.kill(os.getpid(), signal.SIGKILL)
+                die()
             return loss
 
-        loop.forward_backward = dying
+        loop.forward_backward = forward_backward_and_die
         return
-    for kind in (events.EventLog, events.SilentLog):
-        append = kind.append
+    for log in (events.EventLog, events.SilentLog):
+        append = log.append
 
-        def told(self, event, append=append):
+        def append_and_die(self, event, append=append):
             append(self, event)
             if isinstance(event, events.StepDone) and event.step == step:
-                os.kill(os.getpid(), signal.SIGKILL)
+                die()
 
-        kind.append = told
+        log.append = append_and_die
 
 
 def free_port() -> int:
@@ -47,32 +57,28 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def process(rank: int, run: dict, port: int) -> int:
+def start_process(rank: int, run: dict, port: int) -> int:
+    """Forks one rank of a run. Returns its process id."""
     child = os.fork()
-    if child == 0:
-        if run["processes"] > 1:
-            told = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": run["processes"],
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
-            os.environ |= {name: str(value) for name, value in told.items()}
-        if run["kill"] and run["kill"][0] == rank:
-            arm(*run["kill"][1:])
-        os._exit(run_in(Path(run["folder"])))
-    return child
+    if child != 0:
+        return child
+    if run["processes"] > 1:
+        os.environ["RANK"] = str(rank)
+        os.environ["LOCAL_RANK"] = str(rank)
+        os.environ["WORLD_SIZE"] = str(run["processes"])
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        os.environ["MASTER_PORT"] = str(port)
+    if run["kill"] and run["kill"][0] == rank:
+        arm(*run["kill"][1:])
+    os._exit(run_in(Path(run["folder"])))
 
 
 def main(job: Path) -> None:
     for run in json.loads(job.read_text()):
         port = free_port()
-        children = [process(rank, run, port) for rank in range(run["processes"])]
-        print(
-            json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]),
-            flush=True,
-        )
+        children = [start_process(rank, run, port) for rank in range(run["processes"])]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(codes), flush=True)
 
 
 if __name__ == "__main__":

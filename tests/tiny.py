@@ -1,4 +1,4 @@
-"""Tiny real pipelines with random weights, made with real diffusers classes, and small datasets for them."""
+"""Tiny pipelines of real diffusers classes with random weights, and small datasets for them."""
 
 import json
 from collections.abc import Callable
@@ -33,7 +33,7 @@ TEXT_WIDTH = 32
 
 
 def byte_vocabulary() -> dict[str, int]:
-    """CLIP's byte-level alphabet without merges: any text becomes one token a byte."""
+    """Returns CLIP's byte-level alphabet without merges: any text becomes one token per byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
@@ -99,7 +99,7 @@ SCHEDULE = {
 
 
 def tiny_sd1(work: Path) -> StableDiffusionPipeline:
-    """A Stable Diffusion 1.x of some 0.2 million weights: 16-px pictures, 8 x 8 latents."""
+    """Returns a Stable Diffusion 1.x with 0.2 million weights: 16-pixel images, 8 x 8 latents."""
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **SCHEDULE)
     return StableDiffusionPipeline(
         unet=tiny_unet(),
@@ -114,7 +114,7 @@ def tiny_sd1(work: Path) -> StableDiffusionPipeline:
 
 
 def tiny_sd2(work: Path, prediction_type: str = "epsilon") -> StableDiffusionPipeline:
-    """A Stable Diffusion 2.x: linear projections, heads by block, OpenCLIP's activation."""
+    """Returns a Stable Diffusion 2.x: linear projections, heads by block, OpenCLIP's activation."""
     scheduler = DDIMScheduler(
         clip_sample=False, set_alpha_to_one=False, prediction_type=prediction_type, **SCHEDULE
     )
@@ -132,7 +132,11 @@ def tiny_sd2(work: Path, prediction_type: str = "epsilon") -> StableDiffusionPip
 
 
 def tiny_sdxl(work: Path, **schedule: Any) -> StableDiffusionXLPipeline:
-    """A Stable Diffusion XL: attention in the inner blocks only, two text encoders, six size numbers of eight channels each."""
+    """Returns a Stable Diffusion XL.
+
+    It has attention only in the inner blocks, two text encoders, and six size numbers with eight
+    channels each.
+    """
     unet = tiny_unet(
         layers_per_block=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -159,7 +163,7 @@ def tiny_sdxl(work: Path, **schedule: Any) -> StableDiffusionXLPipeline:
 
 
 def tiny_t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
-    """T5 with one piece for each printable letter of the first 600."""
+    """Returns a T5 whose vocabulary is the printable characters below 600."""
     letters = sorted({chr(code) for code in range(33, 600) if chr(code).isprintable()})
     pieces = ["<pad>", "</s>", "<unk>", "\u2581", *letters]
     tokenizer = T5TokenizerFast(
@@ -179,7 +183,10 @@ def tiny_t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
 def tiny_sd3(
     work: Path, t5: bool = True, shift: float = 3.0, **changes: Any
 ) -> StableDiffusion3Pipeline:
-    """A Stable Diffusion 3: two blocks, 16 latent channels, patches of two by two; T5 as wide as both CLIP encoders together."""
+    """Returns a Stable Diffusion 3: two blocks, 16 latent channels, patches of two by two.
+
+    T5 is as wide as both CLIP encoders together.
+    """
     settings = {
         "sample_size": 8,
         "num_layers": 2,
@@ -227,7 +234,10 @@ TINY: dict[str, Callable[[Path], Any]] = {
 
 
 def save_tiny_base(folder: Path, seed: int = 0, kind: str = "sd1") -> Path:
-    """A tiny pipeline with random weights as a model folder, vocabulary included (transformers writes only tokenizer.json)."""
+    """Saves a tiny pipeline with random weights as a model folder.
+
+    The folder includes the vocabulary, although transformers writes only tokenizer.json.
+    """
     torch.manual_seed(seed)
     TINY[kind](folder.parent / f"{folder.name}-work").save_pretrained(folder)
     return folder
@@ -236,7 +246,7 @@ def save_tiny_base(folder: Path, seed: int = 0, kind: str = "sd1") -> Path:
 def make_dataset(
     folder: Path, count: int = 4, sizes: tuple[tuple[int, int], ...] = ((16, 16),)
 ) -> Path:
-    """Pictures of random colours with captions; the sizes take turns."""
+    """Writes images of random colours with captions; their sizes alternate."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
     for index in range(count):

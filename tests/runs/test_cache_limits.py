@@ -6,7 +6,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
-from tests.training.test_resume import resumed_from
+from tests.training.helpers import resumed_from
 from trainer.cli.main import main
 from trainer.runs import cache_limits, run_folder
 from trainer.runs.atomic_files import WRITING

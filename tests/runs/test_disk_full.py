@@ -8,7 +8,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
-from tests.training.test_resume import resumed_from
+from tests.training.helpers import resumed_from
 from trainer import config
 from trainer.errors import DiskError
 from trainer.runs import atomic_files, run_folder, run_status

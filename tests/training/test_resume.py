@@ -1,4 +1,4 @@
-"""A run that was killed and resumed is the run that was not: bit for bit on a CPU."""
+"""A run that is killed and resumed gives the weights of an uninterrupted run, to the bit."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from tests.training.helpers import adapter_of, resumed_from, same
 from trainer import config
 from trainer.errors import StateError
 from trainer.runs import run_folder, run_status
@@ -18,7 +18,7 @@ from trainer.training import trainer_state
 from trainer.training.runner import run_in
 
 STEPS = 10
-HARD = {
+EVERY_RANDOM_DRAW = {
     "training.steps": STEPS,
     "training.text_encoder_learning_rate": 1e-3,
     "adapter.dropout": 0.2,
@@ -40,6 +40,7 @@ HARD = {
     "saving.saves": 2,
     "saving.precision": "fp32",
 }
+"""Settings under which a run draws random numbers for everything that it can."""
 KILLS = [
     [["Launched", 0]],
     [["StepDone", 1]],
@@ -57,110 +58,95 @@ KILLS = [
     not hasattr(os, "fork"), reason="killing trainers needs fork, which Windows lacks"
 )
 def test_resume_after_kill_gives_identical_weights(tiny_run, tmp_path):
-    reference = run_folder.create(tiny_run(HARD))
-    folders = [run_folder.create(tiny_run(HARD)) for _ in KILLS]
-    job = tmp_path / "job.json"
-    job.write_text(
-        json.dumps(
-            {
-                "runs": [
-                    {"folder": str(reference), "kills": []},
-                    *({"folder": str(f), "kills": k} for f, k in zip(folders, KILLS, strict=True)),
-                ]
-            }
-        )
-    )
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
+    run = tiny_run(EVERY_RANDOM_DRAW)
+    reference = run_folder.create(run)
+    killed = [run_folder.create(run) for _ in KILLS]
+    folders, kills_of = [reference, *killed], [[], *KILLS]
+    job = [
+        {"folder": str(folder), "kills": kills}
+        for folder, kills in zip(folders, kills_of, strict=True)
+    ]
+    train_and_kill({"runs": job}, tmp_path / "job.json")
+    expected = run_status.read_status(reference)
+    for folder, kills in zip(killed, KILLS, strict=True):
+        status = run_status.read_status(folder)
+        assert status.state == "finished", kills
+        assert status.losses == expected.losses, kills
+        assert status.learning_rates == expected.learning_rates, kills
+        assert status.validation_losses == expected.validation_losses, kills
+        assert same(adapter_of(folder), adapter_of(reference)), kills
+        assert adapter_files(folder) == adapter_files(reference), kills
+        if not any(kind == "save" for kind, _ in kills):
+            assert not list(folder.glob("**/.writing-*")), kills
+
+
+def train_and_kill(job, path):
+    """Runs tests/killer.py in another process."""
+    path.write_text(json.dumps(job))
+    root = Path(__file__).parents[2]
     ended = subprocess.run(
-        [sys.executable, str(Path(__file__).parents[1] / "killer.py"), str(job)],
-        env=environment,
+        [sys.executable, str(root / "tests" / "killer.py"), str(path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
         timeout=550,
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
-    expected = run_status.read_status(reference)
-    for folder, kills in zip(folders, KILLS, strict=True):
-        status = run_status.read_status(folder)
-        assert status.state == "finished", kills
-        assert (
-            status.losses == expected.losses
-            and status.learning_rates == expected.learning_rates
-            and status.validation_losses == expected.validation_losses
-        ), kills
-        ours, theirs = (
-            load_file(folder / status.finished.file),
-            load_file(reference / expected.finished.file),
-        )
-        assert ours.keys() == theirs.keys() and all(
-            torch.equal(ours[name], theirs[name]) for name in ours
-        ), kills
-        assert not list(folder.glob("**/.writing-*")) or any(kind == "save" for kind, _ in kills)
-        assert sorted(p.name for p in folder.glob("*.safetensors")) == sorted(
-            p.name for p in reference.glob("*.safetensors")
-        )
+
+
+def adapter_files(folder):
+    return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
 @pytest.fixture
-def stopped(train_tiny):
-    """A finished run whose end is forgotten: two states, ready to be resumed from the older or the newer."""
+def finished(train_tiny):
+    """A run with checkpoints of steps 4 and 6, which can be resumed from either."""
     return train_tiny({"training.steps": 6, "saving.state_every": 2})
 
 
-def resumed_from(folder):
-    before = len((folder / "events.jsonl").read_bytes())
-    code = run_in(folder)
-    lines = (folder / "events.jsonl").read_bytes()[before:].splitlines()
-    started = [json.loads(line) for line in lines if b'"Started"' in line]
-    return code, started[0]["step"] if started else None
+def flip_middle_byte(content):
+    changed = bytearray(content)
+    changed[len(content) // 2] ^= 255
+    return bytes(changed)
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "flipped": flip_middle_byte,
+}
 
 
 @pytest.mark.parametrize(
     "name", ["adapter.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"]
 )
-@pytest.mark.parametrize("damage", ["missing", "empty", "half", "flipped"])
-def test_a_damaged_checkpoint_is_skipped_for_an_older_one(stopped, name, damage):
-    path = stopped / "state" / "000006" / name
-    content = path.read_bytes()
+@pytest.mark.parametrize("damage", ["missing", *DAMAGES])
+def test_a_damaged_checkpoint_is_skipped_for_an_older_one(finished, name, damage):
+    path = finished / "state" / "000006" / name
+    adapter = adapter_of(finished)
     if damage == "missing":
         path.unlink()
     else:
-        middle = len(content) // 2
-        path.write_bytes(
-            {
-                "empty": b"",
-                "half": content[:middle],
-                "flipped": content[:middle]
-                + bytes([content[middle] ^ 255])
-                + content[middle + 1 :],
-            }[damage]
-        )
-    adapter = load_file(stopped / "tiny.safetensors")
-    assert resumed_from(stopped) == (0, 4)
-    status = run_status.read_status(stopped)
-    assert any("step 6 is damaged" in warning for warning in status.warnings)
-    again = load_file(stopped / "tiny.safetensors")
-    assert all(torch.equal(adapter[key], again[key]) for key in adapter)
+        path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    assert resumed_from(finished) == (0, 4)
+    warnings = run_status.read_status(finished).warnings
+    assert any("step 6 is damaged" in warning for warning in warnings)
+    assert same(adapter_of(finished), adapter)
 
 
-def test_without_a_whole_checkpoint_the_run_starts_over(stopped):
-    for folder in (stopped / "state").iterdir():
+def test_without_a_whole_checkpoint_the_run_starts_over(finished):
+    for folder in (finished / "state").iterdir():
         (folder / "state.json").unlink()
-    assert resumed_from(stopped) == (0, 0)
+    assert resumed_from(finished) == (0, 0)
 
 
-def test_resuming_with_changed_settings_is_refused(stopped):
-    run = config.load(stopped / "run.toml")
-    (stopped / "run.toml").write_text(
-        config.to_toml(config.replace(run, {"training.learning_rate": 5e-4}))
-    )
-    assert (
-        run_in(stopped) == 1
-        and "settings in run.toml were changed" in run_status.read_status(stopped).message
-    )
+def test_resuming_with_changed_settings_is_refused(finished):
+    run = config.load(finished / "run.toml")
+    changed = config.replace(run, {"training.learning_rate": 5e-4})
+    (finished / "run.toml").write_text(config.to_toml(changed))
+    assert run_in(finished) == 1
+    message = run_status.read_status(finished).message
+    assert "settings in run.toml were changed" in message
 
 
 def test_resuming_with_a_changed_dataset_names_the_image(tiny_run, tiny_dataset, tmp_path):
@@ -168,19 +154,18 @@ def test_resuming_with_a_changed_dataset_names_the_image(tiny_run, tiny_dataset,
     folder = run_folder.create(tiny_run({"dataset.folder": str(dataset)}))
     assert run_in(folder) == 0
     (dataset / "01.txt").write_text("another caption")
-    assert run_in(folder) == 1 and "01.png" in run_status.read_status(folder).message
+    assert run_in(folder) == 1
+    assert "01.png" in run_status.read_status(folder).message
 
 
 def test_a_checkpoint_with_other_modules_is_refused():
+    parameters = {"a": torch.nn.Parameter(torch.zeros(1))}
     with pytest.raises(StateError, match="other modules"):
-        trainer_state.restore_parameters(
-            {"a": torch.nn.Parameter(torch.zeros(1))}, {"b": torch.zeros(1)}
-        )
+        trainer_state.restore_parameters(parameters, {"b": torch.zeros(1)})
 
 
-def test_two_checkpoints_stay_and_none_contains_pickle(stopped):
-    files = [path for path in (stopped / "state").rglob("*") if path.is_file()]
-    assert len(list((stopped / "state").iterdir())) == 2 and {path.suffix for path in files} == {
-        ".safetensors",
-        ".json",
-    }
+def test_two_checkpoints_stay_and_none_contains_pickle(finished):
+    folders = sorted(path.name for path in (finished / "state").iterdir())
+    assert folders == ["000004", "000006"]
+    files = [path for path in (finished / "state").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".json"}
