@@ -98,3 +98,27 @@ test("new data does not redraw a card while its name is being typed", async () =
   await new Promise((resolve) => setTimeout(resolve, 350));
   assert.equal(root.querySelectorAll("article").length, 2);
 });
+
+test("a thumbnail chooses the sample that is compared with the base", async () => {
+  const { mount } = await import("../../app/static/views/samples.js");
+  const pictures = [0, 10, 20].map((step) => ({ step, src: `${step}.webp`, leak: null }));
+  const row = { prompt: "a cat", seed: 1, pictures };
+  const { gradio, root } = component({ rows: [row], best: 10, likeness: [], between: null });
+  mount(gradio);
+  await settled();
+  assert.equal(root.querySelector(".at-right")?.textContent, "Step 20", "the newest at first");
+  /** @type {HTMLElement} */ (root.querySelector("[aria-label='Show ★ Step 10: a cat']")).click();
+  assert.equal(root.querySelector(".at-right")?.textContent, "★ Step 10");
+});
+
+test("the preview shows two finished images with a divider, and a grid otherwise", async () => {
+  const { mount } = await import("../../app/static/views/preview.js");
+  const image = (/** @type {string} */ title) => ({ title, prompt: "a cat", src: `${title}.png` });
+  const { gradio, root, send } = component({ pictures: [image("base"), image("adapter")] });
+  mount(gradio);
+  await settled();
+  assert.equal(root.querySelectorAll(".at-compare").length, 1);
+  await send({ pictures: [image("base"), { ...image("adapter"), src: "" }] });
+  assert.equal(root.querySelectorAll(".at-compare").length, 0);
+  assert.equal(root.querySelectorAll(".at-placeholder").length, 1);
+});

@@ -7,7 +7,7 @@ export function mount(gradio) {
   const { trigger } = gradio;
   const { drawWith } = connect(gradio);
   drawWith((root, view) => {
-    const pictures = view.pictures || [];
+    const images = view.pictures || [];
     const head = view.busy
       ? el(
           "div",
@@ -20,7 +20,7 @@ export function mount(gradio) {
       root.replaceChildren(notice(view.error, "bad"));
       return;
     }
-    if (!pictures.length) {
+    if (!images.length) {
       root.replaceChildren(
         view.is_empty
           ? emptyState(
@@ -41,18 +41,18 @@ export function mount(gradio) {
         "section",
         { class: "at-panel", "aria-busy": Boolean(view.busy), "aria-label": "Images" },
         head,
-        pair(pictures) ||
+        pair(images) ||
           el(
             "div",
-            { class: `at-pictures ${pictures.length === 2 ? "at-pair" : ""}` },
-            pictures.map((picture) =>
+            { class: `at-pictures ${images.length === 2 ? "at-pair" : ""}` },
+            images.map((image) =>
               el(
                 "figure",
                 {},
-                picture.src
-                  ? zoomable(picture.src, `${picture.title}: ${picture.prompt}`)
+                image.src
+                  ? zoomable(image.src, `${image.title}: ${image.prompt}`)
                   : el("div", { class: "at-placeholder" }),
-                el("figcaption", {}, picture.title),
+                el("figcaption", {}, image.title),
               ),
             ),
           ),
@@ -69,21 +69,17 @@ export function mount(gradio) {
   });
 
   /** Returns both images with a divider, or null until both exist. */
-  function pair(pictures) {
-    if (pictures.length !== 2 || !pictures.every((picture) => picture.src)) return null;
-    const [before, after] = pictures.map((picture) => ({
-      src: picture.src,
-      alt: `${picture.title}: ${picture.prompt}`,
-      name: picture.title,
+  function pair(images) {
+    if (images.length !== 2 || !images.every((image) => image.src)) return null;
+    const [before, after] = images.map((image) => ({
+      src: image.src,
+      alt: `${image.title}: ${image.prompt}`,
+      name: image.title,
     }));
     const frame = compared(before, after, "preview");
     frame.classList.add("at-large");
-    const save = (picture, text) =>
-      el(
-        "a",
-        { class: "at-button", href: picture.src, download: picture.src.split("/").pop() },
-        text,
-      );
+    const save = (image, text) =>
+      el("a", { class: "at-button", href: image.src, download: image.src.split("/").pop() }, text);
     return el(
       "div",
       {},
@@ -91,8 +87,8 @@ export function mount(gradio) {
       el(
         "div",
         { class: "at-row" },
-        save(pictures[0], "Save left image"),
-        save(pictures[1], "Save right image"),
+        save(images[0], "Save left image"),
+        save(images[1], "Save right image"),
       ),
     );
   }

@@ -90,29 +90,27 @@ export function mount(gradio) {
 
   function rowOf(row, best, again, hint = "") {
     const key = `${row.prompt} ${row.seed}`;
-    const nameOfStep = (picture) =>
-      picture.step === 0
-        ? "Base"
-        : picture.step === best
-          ? `★ Step ${picture.step}`
-          : `Step ${picture.step}`;
-    const alt = (picture) => `${nameOfStep(picture)}: ${row.prompt}`;
+    const nameOfStep = ({ step }) => {
+      if (step === 0) return "Base";
+      return step === best ? `★ Step ${step}` : `Step ${step}`;
+    };
+    const alt = (image) => `${nameOfStep(image)}: ${row.prompt}`;
     const [base, ...later] = row.pictures;
-    const chosen = later.find((picture) => picture.step === memory[key]) || later[later.length - 1];
-    const thumbnail = (picture) =>
+    const chosen = later.find((image) => image.step === memory[key]) || later[later.length - 1];
+    const thumbnail = (image) =>
       el(
         "button",
         {
           type: "button",
           class: "at-zoom",
-          "aria-label": `Show ${alt(picture)}`,
-          "aria-pressed": String(picture === chosen),
+          "aria-label": `Show ${alt(image)}`,
+          "aria-pressed": String(image === chosen),
           onclick: () => {
-            memory[key] = picture.step;
+            memory[key] = image.step;
             again();
           },
         },
-        el("img", { src: picture.src, alt: alt(picture) }),
+        el("img", { src: image.src, alt: alt(image) }),
       );
     return el(
       "div",
@@ -134,22 +132,20 @@ export function mount(gradio) {
       el(
         "div",
         { class: "at-strip" },
-        row.pictures.map((picture) =>
+        row.pictures.map((image) =>
           el(
             "figure",
-            { class: picture.step === best ? "at-best" : "" },
-            picture.step === 0 || !chosen
-              ? zoomable(picture.src, alt(picture))
-              : thumbnail(picture),
+            { class: image.step === best ? "at-best" : "" },
+            image.step === 0 || !chosen ? zoomable(image.src, alt(image)) : thumbnail(image),
             el(
               "figcaption",
               {},
-              nameOfStep(picture),
-              picture.leak !== undefined && picture.leak !== null
+              nameOfStep(image),
+              image.leak !== undefined && image.leak !== null
                 ? el(
                     "span",
-                    { class: picture.leak > 0.5 ? "at-leak at-leaks" : "at-leak" },
-                    `leak ${Math.round(100 * picture.leak)} %`,
+                    { class: image.leak > 0.5 ? "at-leak at-leaks" : "at-leak" },
+                    `leak ${Math.round(100 * image.leak)} %`,
                   )
                 : null,
             ),

@@ -5,6 +5,14 @@ import { checkbox, field } from "./fields.js";
 
 const POLL_INTERVAL = 800; // milliseconds
 
+/** Returns the state of a captioning job as a pill. */
+function stateOf(job) {
+  if (job.state === "done") return pill("Captions", "good");
+  if (job.state !== "running") return pill("Captioning failed", "bad");
+  if (job.loading || !job.total) return pill("Loading the model", "busy");
+  return pill(`Captioning ${job.done} of ${job.total}`, "busy");
+}
+
 export function createAutoCaption(context) {
   const { memory, root, call, load } = context;
 
@@ -108,16 +116,7 @@ export function createAutoCaption(context) {
         el(
           "div",
           { class: "at-row" },
-          pill(
-            running
-              ? job.loading || !job.total
-                ? "Loading the model"
-                : `Captioning ${job.done} of ${job.total}`
-              : job.state === "done"
-                ? "Captions"
-                : "Captioning failed",
-            running ? "busy" : job.state === "done" ? "good" : "bad",
-          ),
+          stateOf(job),
           el("span", { class: "at-push" }),
           running
             ? button("Stop", () => call("caption_stop"), "at-small at-danger")
