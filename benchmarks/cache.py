@@ -1,9 +1,11 @@
-"""Pictures a second into the cache, and out of it again: the full-size VAE with random weights, the functions that a run uses.
+"""Measures images per second into the latent cache, and out of it again.
 
-    python -m benchmarks.cache [sd15 | sdxl | sd35m] [--resolution 512] [--pictures 8] [--dtype fp32] [--json FILE]
+    python -m benchmarks.cache [sd15 | sdxl | sd35m] [--resolution 512] [--pictures 8]
+        [--dtype fp32] [--json FILE]
 
-Pictures are generated photographs-to-be of 1.5 times the size. On a CPU seconds are processor seconds of one thread, since other programs
-may run beside; on CUDA, wall-clock seconds.
+The VAE has its full size and random weights. It runs through the functions that a training uses.
+The images are generated, at 1.5 times the resolution. On a CPU seconds are processor seconds of one
+thread, because other programs may run at the same time; on CUDA they are wall-clock seconds.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from PIL import Image
 
 from benchmarks.measuring import device_to_measure, keep, timed
 from trainer.data import latent_cache
-from trainer.data.augment import Look
+from trainer.data.augment import ImageView
 from trainer.data.buckets import Crop
 from trainer.models.device import DTYPES, device_name
 from trainer.models.libraries import configure_libraries
@@ -39,8 +41,8 @@ def build_vae(model: str, device: torch.device, dtype: torch.dtype) -> Any:
     )
 
 
-def make_pictures(folder: Path, count: int, resolution: int) -> list[Path]:
-    """JPEGs of coloured clouds with grain, 3 : 2 before the square cut."""
+def make_images(folder: Path, count: int, resolution: int) -> list[Path]:
+    """Writes JPEGs of coloured clouds with grain, 3 : 2 before the square crop."""
     paths, width, height = [], resolution * 3 // 2, resolution
     for seed in range(count):
         random = np.random.default_rng(seed)
@@ -56,31 +58,32 @@ def make_pictures(folder: Path, count: int, resolution: int) -> list[Path]:
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    vae, side = build_vae(options.model, device, DTYPES[options.dtype]), options.resolution
-    pictures = make_pictures(Path(os.environ["ATELIER_OUTPUTS"]), options.pictures, side)
-    look = Look(
+    vae = build_vae(options.model, device, DTYPES[options.dtype])
+    side = options.resolution
+    images = make_images(Path(os.environ["ATELIER_OUTPUTS"]), options.pictures, side)
+    view = ImageView(
         Crop(bucket=(side, side), scaled=(side * 3 // 2, side), left=side // 4, top=0), False
     )
     keys = [
-        latent_cache.latents_key(latent_cache.file_hash(path), look.facts, options.model)
-        for path in pictures
+        latent_cache.latents_key(latent_cache.file_hash(path), view.cache_key, options.model)
+        for path in images
     ]
 
-    def go_through() -> None:
-        for path, key in zip(pictures, keys, strict=True):
+    def read_all() -> None:
+        for path, key in zip(images, keys, strict=True):
             latent_cache.cached(
                 key,
                 lambda path=path: latent_cache.encode_image(
-                    vae, latent_cache.to_pixels(path, look)
+                    vae, latent_cache.to_pixels(path, view)
                 ),
             )
 
-    pixels = timed(partial(latent_cache.to_pixels, pictures[0], look), device)
-    latent_cache.encode_image(
-        vae, latent_cache.to_pixels(pictures[0], look)
-    )  # the first one finds the kernels
-    encoding, size = timed(go_through, device), cache_limits.size()
-    reading = timed(go_through, device)
+    pixels = timed(partial(latent_cache.to_pixels, images[0], view), device)
+    # The first image also selects the kernels.
+    latent_cache.encode_image(vae, latent_cache.to_pixels(images[0], view))
+    encoding = timed(read_all, device)
+    size = cache_limits.size()
+    reading = timed(read_all, device)
     return {
         "device": device_name(device),
         "model": options.model,
@@ -108,16 +111,18 @@ def main() -> int:
     options = parser.parse_args()
     configure_libraries()
     device = device_to_measure()
-    with tempfile.TemporaryDirectory() as place:
-        os.environ["ATELIER_OUTPUTS"] = place
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["ATELIER_OUTPUTS"] = folder
         row = measure(options, device)
     print(
-        "| VAE, pixels | device | encoded a second | read again a second | opening, cutting, scaling one | bytes each |"
+        "| VAE, pixels | device | encoded per second | read again per second "
+        "| open, crop and scale one | bytes per image |"
     )
     print("|---|---|--:|--:|--:|--:|")
     print(
-        f"| {row['model']}, {row['resolution']}, {row['dtype']} | {row['device']} | {row['encoded_per_second']:.2f} "
-        f"| {row['read_per_second']:.0f} | {row['opened_cut_scaled_seconds'] * 1e3:.0f} ms | {row['bytes_per_picture']:,} |"
+        f"| {row['model']}, {row['resolution']}, {row['dtype']} | {row['device']} "
+        f"| {row['encoded_per_second']:.2f} | {row['read_per_second']:.0f} "
+        f"| {row['opened_cut_scaled_seconds'] * 1e3:.0f} ms | {row['bytes_per_picture']:,} |"
     )
     keep(row, options.json)
     return 0

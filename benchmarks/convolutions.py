@@ -1,9 +1,10 @@
-"""A 3 x 3 convolution of frozen weights on a CPU, forward and backward: torch's own beside one matrix product (trainer/convolutions.py).
+"""Compares torch's 3 x 3 convolution of frozen weights on a CPU with one matrix product.
 
     python -m benchmarks.convolutions [--threads 1] [--repeats 9] [--json FILE]
 
-Milliseconds, the median; of the processor with one thread, else of the wall clock. `weights` is how many there are for each position,
-which is what decides between the two in the program.
+Prints the median milliseconds of a forward and backward pass: processor time with one thread,
+otherwise wall-clock time. `weights` is the number of weights per position, by which
+`trainer/models/cpu_conv.py` chooses between the two.
 """
 
 import argparse
@@ -28,17 +29,13 @@ CHANNELS = (
     (1280, 1280),
     (2560, 1280),
 )
-POSITIONS = (
-    (1, 4),
-    (1, 8),
-    (1, 16),
-    (4, 8),
-    (1, 32),
-)  # pictures, and the side of the square that is seen of each
+# Images in a batch, and the side of their square feature maps.
+INPUTS = ((1, 4), (1, 8), (1, 16), (4, 8), (1, 32))
 
 
 def milliseconds(layer: nn.Module, x: torch.Tensor, repeats: int, threads: int) -> float:
-    clock, times = time.process_time if threads == 1 else time.perf_counter, []
+    clock = time.process_time if threads == 1 else time.perf_counter
+    times = []
     for _ in range(repeats + 1):
         begin = clock()
         torch.autograd.grad(layer(x).sum(), x)
@@ -56,17 +53,18 @@ def main() -> int:
     options = parser.parse_args()
     configure_libraries()
     torch.set_num_threads(options.threads)
-    cpu_conv.WEIGHTS_PER_POSITION = 0  # each as a matrix product, whether it pays or not
+    # Every convolution becomes a matrix product, even those that torch computes faster.
+    cpu_conv.WEIGHTS_PER_POSITION = 0
     for inputs, outputs in CHANNELS:
         plain = nn.Conv2d(inputs, outputs, 3, padding=1).requires_grad_(False)
         matrix = nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1)).requires_grad_(False)
         cpu_conv.use_matrix_products(matrix)
-        for pictures, side in POSITIONS:
-            x = torch.randn(pictures, inputs, side, side, requires_grad=True)
+        for batch, side in INPUTS:
+            x = torch.randn(batch, inputs, side, side, requires_grad=True)
             row = {
                 "inputs": inputs,
                 "outputs": outputs,
-                "pictures": pictures,
+                "pictures": batch,
                 "side": side,
                 "threads": options.threads,
             }
@@ -74,10 +72,11 @@ def main() -> int:
                 name: milliseconds(layer, x, options.repeats, options.threads)
                 for name, layer in (("torch", plain), ("product", matrix))
             }
-            weights = plain.weight.numel() // (pictures * side * side)
+            weights = plain.weight.numel() // (batch * side * side)
             print(
-                f"{inputs:5} to {outputs:4}, {pictures} x {side:2} x {side:2} {weights:9,} weights"
-                f"   torch {row['torch']:7.1f} ms   product {row['product']:7.1f} ms   {row['product'] / row['torch']:.2f}",
+                f"{inputs:5} to {outputs:4}, {batch} x {side:2} x {side:2} {weights:9,} weights"
+                f"   torch {row['torch']:7.1f} ms   product {row['product']:7.1f} ms"
+                f"   {row['product'] / row['torch']:.2f}",
                 flush=True,
             )
             keep(row, options.json)

@@ -1,11 +1,13 @@
-"""Does everything that a GPU makes possible train as float32 does? One short run each, compared with the run in float32.
+"""Compares everything that saves memory or time on a GPU with a training in float32.
 
-    python benchmarks/cuda_check.py [--base FOLDER] [--steps 10] [--resolution 256] [--json report.json] [--only NAME ...]
+    python -m benchmarks.cuda_check [--base FOLDER] [--steps 10] [--resolution 256]
+        [--json report.json] [--only NAME ...]
 
-Without --base it is Stable Diffusion 1.5 in full size with random weights, built from its public configuration. The table says for
-each way of saving memory or time: how far its losses and its finished adapter are from those of float32, seconds per step, and memory
-at the peak. A row that cannot run here says why. Ends with 1 where a row is further off than it may be, or a resumed run is not the
-uninterrupted one.
+Without --base the model is Stable Diffusion 1.5 in full size with random weights, built from its
+public configuration. The table lists for each row: the distance of its losses and its finished
+adapter from float32, the seconds per step, and the peak memory. If a row cannot run on this
+machine, the table gives the reason. Exits with 1 if a distance is above its limit, or if a resumed
+run differs from the uninterrupted one.
 """
 
 import argparse
@@ -19,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from full_size import PHOTOS, build
 
+from benchmarks.full_size import PHOTOS, build
 from trainer import config
 from trainer.lora.formats.reader import read_adapter
 from trainer.models.device import choose_device, device_name
@@ -36,9 +38,9 @@ class Row:
     name: str
     changes: dict
     loss_limit: float
-    """Largest relative difference of a step's loss from that of float32."""
+    """Largest relative difference from the loss of a step in float32."""
     adapter_limit: float = 1.0
-    """Largest relative distance of the finished adapter from that of float32; 1 would be an adapter that has nothing in common with it."""
+    """Largest relative distance from the finished adapter in float32; 1 means nothing in common."""
 
 
 ROWS = [
@@ -101,7 +103,7 @@ def settings(base: str, steps: int, resolution: int) -> dict:
 
 
 def measure(row: Row, common: dict) -> dict:
-    """Trains one row. The report has its losses and folder, or a reason why there are none."""
+    """Trains one row. Returns its losses and folder, or the reason why it could not be trained."""
     report: dict = {"name": row.name, "reason": ""}
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -133,7 +135,7 @@ def measure(row: Row, common: dict) -> dict:
 
 
 def resume(report: dict, steps: int) -> dict:
-    """The reference again, from its state in the middle, in a copy of its folder."""
+    """Resumes a copy of the reference run from its checkpoint in the middle."""
     source = Path(report["folder"])
     folder = Path(shutil.copytree(source, source.with_name(source.name + "-resumed")))
     shutil.rmtree(folder / "state" / f"{steps:06d}")
@@ -155,22 +157,20 @@ def compare(report: dict, reference: dict) -> None:
         for r in (report, reference)
     )
     if ours.keys() == theirs.keys() and all(m.kind == "lora" for m in ours.values()):
-        away = sum(
-            float((ours[place].delta - theirs[place].delta).square().sum()) for place in ours
+        difference = sum(
+            float((ours[key].delta - theirs[key].delta).square().sum()) for key in ours
         )
-        report["adapter_distance"] = (
-            away / sum(float(m.delta.square().sum()) for m in theirs.values())
-        ) ** 0.5
+        size = sum(float(module.delta.square().sum()) for module in theirs.values())
+        report["adapter_distance"] = (difference / size) ** 0.5
 
 
 def show(report: dict, row: Row | None) -> bool:
-    """One line of the table; whether the row is as it should be."""
+    """Prints one line of the table. Returns whether the row is within its limits."""
     if report["reason"]:
         print(f"| {report['name']} | cannot run here: {report['reason']} | | | | |")
         return "bitsandbytes" in report["reason"] or "NVIDIA GPU" in report["reason"]
-    limits = (
-        (row.loss_limit, row.adapter_limit) if row else (1e-3, 0.1)
-    )  # the sums of several threads are in no fixed order
+    # The resumed run has limits above zero because several threads add in any order.
+    limits = (row.loss_limit, row.adapter_limit) if row else (1e-3, 0.1)
     distance = report.get("adapter_distance")
     good = report["loss_difference"] <= limits[0] and (distance is None or distance <= limits[1])
     memory = "" if report["peak_gib"] is None else f"{report['peak_gib']:.2f} GiB"
@@ -194,12 +194,12 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--resolution", type=int, default=256)
-    parser.add_argument("--json", type=Path, help="where to write the whole report")
+    parser.add_argument("--json", type=Path, help="write the whole report to this file")
     parser.add_argument(
         "--only",
         nargs="*",
         default=[],
-        help="parts of the names of the rows to run beside the reference",
+        help="run only the reference and the rows whose names contain one of these",
     )
     options = parser.parse_args()
     device = choose_device()
@@ -211,7 +211,8 @@ def main() -> int:
             build("sd15", Path(base), torch.float32, device.type)
         common = settings(base, options.steps, options.resolution)
         print(
-            f"torch {torch.__version__} on {device_name(device)}; {options.steps} steps at {options.resolution} px\n"
+            f"torch {torch.__version__} on {device_name(device)}; "
+            f"{options.steps} steps at {options.resolution} px\n"
         )
         print("| run | loss | adapter | step | memory | |\n|---|--:|--:|--:|--:|---|")
         wanted = [

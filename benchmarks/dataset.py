@@ -1,13 +1,15 @@
-"""How a dataset of 10,000 pictures is read: `python benchmarks/dataset.py [--pictures N]`. Makes the pictures first, in a temporary folder.
+"""Measures how fast a dataset of 10,000 images is scanned, shown and edited.
 
-Prints a table: scanning the folder for the first time and again, the memory that took, the first page of the gallery with
-its thumbnails, and one caption edit. The result is in docs/performance.md.
+    python -m benchmarks.dataset [--pictures N]
+
+Makes the images first, in a temporary folder. Prints a table: the first and the second scan of the
+folder with their peak memory, the first page of the gallery with its thumbnails, and caption edits.
+The result is in docs/performance.md.
 """
 
 import argparse
 import os
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,13 +19,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 SIZE = (768, 512)
 
 
 def make(target: tuple[str, int]) -> None:
-    """One picture with a caption: coloured clouds with grain, as JPEG."""
+    """Writes one JPEG of coloured clouds with grain, and its caption."""
     folder, seed = target
     random = np.random.default_rng(seed)
     clouds = Image.fromarray(random.integers(0, 255, (6, 9, 3), dtype=np.uint8)).resize(
@@ -40,10 +40,8 @@ def timed(name: str, action: Callable[[], object]) -> object:
     result = action()
     taken = time.perf_counter() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(
-        f"| {name} | {f'{taken:.1f} s' if taken >= 1 else f'{1000 * taken:.0f} ms'} | {memory:.0f} MB |",
-        flush=True,
-    )
+    duration = f"{taken:.1f} s" if taken >= 1 else f"{1000 * taken:.0f} ms"
+    print(f"| {name} | {duration} | {memory:.0f} MB |", flush=True)
     return result
 
 
@@ -63,42 +61,46 @@ def main() -> None:
 def measure(folder: Path) -> None:
     from app.actions import dataset_changes, dataset_images, dataset_scans, dataset_view
 
-    time.sleep(3)  # a file just written to is not trusted by its time
+    # Statistics of a file are cached only if it was written longer ago than FRESH_SECONDS.
+    time.sleep(3)
     settings = {"resolution": 512, "bucket_step": 64, "crop": "centre", "base": "embedded"}
-    asked = {"dataset": "many", "settings": settings}
+    request = {"dataset": "many", "settings": settings}
     dataset_scans.PATIENCE = 36_000
 
     def first_page(**more: object) -> dict:
-        view = dataset_view.view(asked | more)
+        view = dataset_view.view(request | more)
         for card in view["cards"]:
             dataset_images.thumbnail("many", card["src"].split("/")[-1].split("?")[0])
         return view
 
     print(
-        f"\n{len(list(folder.glob('*.jpg')))} pictures of {SIZE[0]} x {SIZE[1]}, {os.cpu_count()} cores\n"
+        f"\n{len(list(folder.glob('*.jpg')))} images of {SIZE[0]} x {SIZE[1]}, "
+        f"{os.cpu_count()} cores\n"
     )
-    print("| what | time | most memory so far |\n|---|---|---|")
-    timed("first scan, nothing known", lambda: dataset_scans.scan(asked))
+    print("| action | time | peak memory so far |\n|---|---|---|")
+    timed("first scan, without a cache", lambda: dataset_scans.scan(request))
     timed("first page of the gallery, 60 new thumbnails", lambda: first_page(turn=True))
     timed("the same page again", lambda: first_page(turn=True))
     timed("another page", lambda: first_page(turn=True, page=70))
     timed(
         "one caption edit",
-        lambda: dataset_changes.save_caption(asked | {"file": "00050.jpg", "caption": "a red sky"}),
+        lambda: dataset_changes.save_caption(
+            request | {"file": "00050.jpg", "caption": "a red sky"}
+        ),
     )
     timed(
         "the next caption edit",
-        lambda: dataset_changes.save_caption(asked | {"file": "00051.jpg", "caption": "a blue sky"}),
+        lambda: dataset_changes.save_caption(
+            request | {"file": "00051.jpg", "caption": "a blue sky"}
+        ),
     )
-    timed("scan again after the edits", lambda: dataset_scans.scan(asked))
+    timed("scan again after the edits", lambda: dataset_scans.scan(request))
     dataset_scans.scans.clear()
-    timed(
-        "scan again, nothing in memory, only the cache on disk", lambda: dataset_scans.scan(asked)
-    )
-    words = asked | {"operation": "replace", "find": "photo", "replacement": "picture"}
+    timed("scan again, with only the cache on disk", lambda: dataset_scans.scan(request))
+    words = request | {"operation": "replace", "find": "photo", "replacement": "picture"}
     timed("replace a word in all captions: preview", lambda: dataset_changes.preview_edit(words))
-    timed("replace a word in all captions: done", lambda: dataset_changes.apply_edit(words))
-    timed("take that back", lambda: dataset_changes.undo(asked))
+    timed("replace a word in all captions: apply", lambda: dataset_changes.apply_edit(words))
+    timed("undo it", lambda: dataset_changes.undo(request))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""What each way of training brings on the embedded base: the table in docs/experiments.md.
+"""Measures what each way of training achieves on the embedded base, for docs/experiments.md.
 
     python -m benchmarks.experiments [--jobs 2] [--only lion dora] [--table]
 
-Every row is a short run of one recipe, that of the preset `embedded-subject` on attention alone, with the settings of its row. What was
-measured is kept in a file of JSON lines: an interrupted call goes on where it was, and a row whose settings were changed is measured
-again. The table stands between the markers of the document; `--table` only writes it, from what is there. A row runs in a process of its
-own, with one thread.
+Each row is a short run of the preset `embedded-subject` on attention alone, with the settings of
+the row. Each row runs in its own process with one thread. The results are appended to a file of
+JSON lines. An interrupted call continues with the missing rows, and a row whose settings have
+changed is measured again. The table is between two markers of the document. `--table` only writes
+the table from the results.
 
-The judge knows nothing of the loss that was trained: the unweighted error of the predicted noise on drawings that no training saw, and a
-small classifier that looks at pictures of prompts that no caption has.
+Two numbers judge a row independently of its training loss: the unweighted error of the predicted
+noise on new drawings, and the labels that a small classifier gives to samples of new prompts.
 """
 
 import argparse
@@ -38,7 +39,7 @@ PLAIN: dict[str, Any] = {
     "training.learning_rate": 1.5e-3,
     "training.text_encoder_learning_rate": 7e-4,
 }
-"""Of the preset, which may change, what the rows are compared on."""
+"""Settings of the plain preset, fixed here because the preset may change."""
 DOCUMENT = Path(__file__).parent.parent / "docs" / "experiments.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 STRIPED = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")
@@ -47,7 +48,7 @@ UNSEEN = ("green", "meadow", "sea", "night", *(f"{colour} stripes" for colour in
 SEEDS_A_BACKGROUND = 2
 OTHER_PROMPTS = 24
 DRAWINGS = 20
-FIRST_SEED = 9_500_000  # of drawings and noise; no training picture has one from 9,000,000 on
+FIRST_SEED = 9_500_000  # of drawings and noise; no training image has a seed from 9,000,000 on
 INFERENCE_STEPS = 15
 COLUMNS = (
     "held-out loss",
@@ -65,7 +66,7 @@ class Row:
     group: str
     name: str
     settings: dict[str, Any] | None
-    """What differs from the plain recipe; None trains nothing."""
+    """Differences from the plain preset. None measures the base without a training."""
 
 
 def lora(**settings: Any) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def objective(**settings: Any) -> dict[str, Any]:
 
 
 def rates(factor: float) -> dict[str, Any]:
-    """The plain recipe's two learning rates times a factor."""
+    """Returns the two learning rates of the plain preset, multiplied by a factor."""
     return {
         name: PLAIN[name] * factor
         for name in ("training.learning_rate", "training.text_encoder_learning_rate")
@@ -178,7 +179,7 @@ ROWS = (
 
 
 def settings_of(row: Row) -> dict[str, Any]:
-    """As trained: no more samples than the trainer insists on, since the row is judged afterwards."""
+    """Returns the settings of the run, with the fewest samples, as `judge` makes others."""
     from trainer.embedded.score import TRIGGER
 
     short = {
@@ -196,33 +197,35 @@ def settings_of(row: Row) -> dict[str, Any]:
 
 
 def key(row: Row) -> str:
-    """Changes with everything that the measurement depends on, but the program."""
+    """Returns a hash of everything that the measurement depends on, except the program."""
     measured = [PLAIN, STEPS, UNSEEN, SEEDS_A_BACKGROUND, OTHER_PROMPTS, DRAWINGS, INFERENCE_STEPS]
     return hashlib.sha256(
         json.dumps([row.settings, measured], sort_keys=True).encode()
     ).hexdigest()[:16]
 
 
-# ---------------------------------------------------------------- one row, in a process of its own
+# One row, in its own process
 
 
 def run_row(row: Row, results: Path) -> None:
-    """Trains it, judges it and adds its line to the results. Seconds are the processor's, since other programs may run beside."""
+    """Trains and judges a row, and appends it to the results.
+
+    Measures processor seconds, because other programs may run at the same time.
+    """
     from trainer.training.runner import run_in
 
-    with tempfile.TemporaryDirectory(prefix="experiment-") as place:
-        os.environ["ATELIER_OUTPUTS"] = place
-        run, adapter, seconds, parameters = (
-            config.replace(presets.load_preset(PRESET).config, settings_of(row)),
-            None,
-            0.0,
-            0,
-        )
+    with tempfile.TemporaryDirectory(prefix="experiment-") as outputs:
+        os.environ["ATELIER_OUTPUTS"] = outputs
+        run = config.replace(presets.load_preset(PRESET).config, settings_of(row))
+        adapter, seconds, parameters = None, 0.0, 0
         if row.settings is not None:
-            folder, begin = run_folder.create(run), time.process_time()
-            if run_in(folder):
-                raise SystemExit(f"{row.name}: {run_status.read_status(folder).message}")
-            seconds, status = time.process_time() - begin, run_status.read_status(folder)
+            folder = run_folder.create(run)
+            begin = time.process_time()
+            exit_code = run_in(folder)
+            seconds = time.process_time() - begin
+            status = run_status.read_status(folder)
+            if exit_code:
+                raise SystemExit(f"{row.name}: {status.message}")
             adapter, parameters = folder / status.finished.file, status.started.trainable_parameters
         measured = judge(run, adapter) | {"seconds": round(seconds, 1), "parameters": parameters}
     with open(results, "a", encoding="utf-8") as file:
@@ -230,6 +233,7 @@ def run_row(row: Row, results: Path) -> None:
 
 
 def judge(run: config.RunConfig, adapter: Path | None) -> dict[str, float]:
+    """Returns the measured columns of the base with an adapter, or without one."""
     import numpy as np
     import torch
 
@@ -242,34 +246,39 @@ def judge(run: config.RunConfig, adapter: Path | None) -> dict[str, float]:
     if adapter:
         Stack(base).apply([WeightedAdapter(read_adapter(adapter), 1.0, 1.0)])
     rng = np.random.default_rng(FIRST_SEED)
-    asked = [
+    subject_scenes = [
         world.Scene("zorbit", "green", background)
         for background in UNSEEN
         for _ in range(SEEDS_A_BACKGROUND)
     ]
     prompts = [
-        f"a {score.TRIGGER} {world.describe_background(scene.background, rng)}" for scene in asked
+        f"a {score.TRIGGER} {world.describe_background(scene.background, rng)}"
+        for scene in subject_scenes
     ]
-    texts, scenes = zip(*score.fixed_prompts(OTHER_PROMPTS), strict=True)
+    other_prompts, other_scenes = zip(*score.fixed_prompts(OTHER_PROMPTS), strict=True)
 
-    def draw(wanted: Any) -> list[Any]:
+    def draw(texts: Any) -> list[Any]:
         return score.draw_prompts(
-            base.pipe, wanted, INFERENCE_STEPS, run.sampling.guidance_scale, first_seed=FIRST_SEED
+            base.pipe, texts, INFERENCE_STEPS, run.sampling.guidance_scale, first_seed=FIRST_SEED
         )
 
-    subject, others = draw(prompts), draw(texts)
-    zorbit, right = score.LABELS.index(score.TRIGGER), score.judge(others, scenes)
+    subject, others = draw(prompts), draw(other_prompts)
+    zorbit = score.LABELS.index(score.TRIGGER)
+    right = score.judge(others, other_scenes)
     return {
-        "loss": held_out_loss(base),
+        "loss": loss_on_new_drawings(base),
         "likeness": float(score.classify(subject)[:, zorbit].mean()),
-        "background": score.judge(subject, asked).background,
+        "background": score.judge(subject, subject_scenes).background,
         "leak": float(score.classify(others)[:, zorbit].mean()),
         "others": (right.background + right.colour + right.object) / 3,
     }
 
 
-def held_out_loss(base: Any, timesteps: int = 8) -> float:
-    """Mean squared error of the predicted noise on drawings that no training saw, the same noise and timesteps for every row."""
+def loss_on_new_drawings(base: Any, timesteps: int = 8) -> float:
+    """Returns the mean squared error of the predicted noise on new drawings.
+
+    Every row has the same noise and timesteps.
+    """
     import numpy as np
     import torch
 
@@ -277,100 +286,86 @@ def held_out_loss(base: Any, timesteps: int = 8) -> float:
     from trainer.families.base import Batch
 
     vae, losses = base.pipe.vae, []
-    objective, places = (
-        base.family.objective(base.pipe),
-        (torch.arange(timesteps) + 0.5) / timesteps,
-    )
+    objective = base.family.objective(base.pipe)
+    fractions = (torch.arange(timesteps) + 0.5) / timesteps
     with torch.no_grad():
         for index in range(DRAWINGS):
             background = list(world.COLOURS)[index % len(world.COLOURS)]
-            pixels = (
-                torch.from_numpy(
-                    np.asarray(world.draw_subject(background, FIRST_SEED + index)) / 127.5 - 1
-                )
-                .float()
-                .permute(2, 0, 1)
-            )
+            drawing = np.asarray(world.draw_subject(background, FIRST_SEED + index))
+            pixels = torch.from_numpy(drawing / 127.5 - 1).float().permute(2, 0, 1)
             latents = vae.encode(pixels[None]).latent_dist.mean * vae.config.scaling_factor
             conditioning = base.encode([score.SUBJECT_PROMPT.format(background=background)])
             repeated = {
                 name: tensor.expand(timesteps, *tensor.shape[1:])
                 for name, tensor in conditioning.items()
             }
-            noise = torch.randn(
-                timesteps,
-                *latents.shape[1:],
-                generator=torch.Generator().manual_seed(FIRST_SEED + index),
-            )
+            generator = torch.Generator().manual_seed(FIRST_SEED + index)
+            noise = torch.randn(timesteps, *latents.shape[1:], generator=generator)
             batch = Batch(latents.expand_as(noise), repeated, torch.zeros(timesteps, 6))
-            noised = objective.noised(batch.latents, noise, objective.timesteps(places))
-            losses.append(
-                (base.family.predict(base.denoiser, noised, batch) - noised.target).square().mean()
-            )
+            noised = objective.noised(batch.latents, noise, objective.timesteps(fractions))
+            error = base.family.predict(base.denoiser, noised, batch) - noised.target
+            losses.append(error.square().mean())
     return float(torch.stack(losses).mean())
 
 
-# ---------------------------------------------------------------- all rows
+# All rows
 
 
 def measured_rows(results: Path) -> dict[str, dict[str, Any]]:
-    """By key; of a row that was measured twice the later one."""
+    """Returns the measured rows by key. If a row was measured twice, the later line counts."""
     lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
-    return {found["key"]: found for line in lines if (found := json.loads(line))}
+    rows = [json.loads(line) for line in lines]
+    return {row["key"]: row for row in rows}
 
 
 def start_row(row: Row, results: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.experiments",
-        "--row",
-        row.name,
-        "--results",
-        str(results),
-    ]
+    """Measures a row in a new process and prints its duration or its error."""
+    module = [sys.executable, "-m", "benchmarks.experiments"]
+    command = [*module, "--row", row.name, "--results", str(results)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    begin, ended = (
-        time.monotonic(),
-        subprocess.run(command, env=environment, capture_output=True, text=True),
-    )
-    fault = f": {(ended.stderr.splitlines() or ['no word'])[-1]}" if ended.returncode else ""
-    print(
-        f"{time.strftime('%H:%M:%S')} {row.name}: {time.monotonic() - begin:.0f} s{fault}",
-        flush=True,
-    )
+    begin = time.monotonic()
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    seconds = time.monotonic() - begin
+    error = f": {(ended.stderr.splitlines() or ['no message'])[-1]}" if ended.returncode else ""
+    print(f"{time.strftime('%H:%M:%S')} {row.name}: {seconds:.0f} s{error}", flush=True)
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(measured: dict[str, dict[str, Any]]) -> str:
     lines = [
-        f"{STEPS} steps at batch 4 if nothing else is said; CPU, one thread, processor seconds of the training."
+        f"{STEPS} steps at batch 4, unless the row gives another number; one CPU thread, "
+        "processor seconds of the training."
     ]
     for group in dict.fromkeys(row.group for row in ROWS):
         lines += ["", f"| {group} | {' | '.join(COLUMNS)} |", "|---" + "|--:" * len(COLUMNS) + "|"]
         for row in ROWS:
-            if row.group == group and (m := found.get(key(row))):
+            m = measured.get(key(row))
+            if row.group == group and m:
+                scores = (m["likeness"], m["background"], m["leak"], m["others"])
+                columns = " | ".join(f"{score:.2f}" for score in scores)
                 lines.append(
-                    f"| {row.name} | {m['loss']:.4f} | {m['likeness']:.2f} | {m['background']:.2f} | {m['leak']:.2f} | {m['others']:.2f} "
+                    f"| {row.name} | {m['loss']:.4f} | {columns} "
                     f"| {m['parameters']:,} | {m['seconds']:.0f} |"
                 )
     return "\n".join(lines)
 
 
-def write_table(found: dict[str, dict[str, Any]]) -> None:
+def write_table(measured: dict[str, dict[str, Any]]) -> None:
     before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
-    atomic_write(DOCUMENT, f"{before}{BEGIN}\n{table(found)}\n{END}{after}")
+    atomic_write(DOCUMENT, f"{before}{BEGIN}\n{table(measured)}\n{END}{after}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
     parser.add_argument(
-        "--only", nargs="+", metavar="WORD", help="rows whose name has one of these in it"
+        "--jobs", type=int, default=1, help="number of rows measured at the same time"
     )
-    parser.add_argument("--table", action="store_true", help="measure nothing, write the table")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="rows whose name contains one of these words"
+    )
+    parser.add_argument("--table", action="store_true", help="only write the table")
     parser.add_argument(
         "--results",
         type=Path,

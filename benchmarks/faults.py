@@ -1,10 +1,12 @@
-"""Injects faults into real trainings and a real page, looks for anything lost, and writes docs/reliability.md.
+"""Injects faults into real trainings and a real page, and checks that nothing is lost.
 
-    python -m benchmarks.faults               about five minutes on two idle cores; --write puts the table into docs/reliability.md
-    python -m benchmarks.faults --soak 120    the same again and again for so many minutes
+    python -m benchmarks.faults               about five minutes on two idle cores
+    python -m benchmarks.faults --soak 120    repeats for 120 minutes
 
-A fault is survived when every file under a final name is whole, a valid state is there, and the run, once resumed, ends with the
-adapter of the undisturbed run, bit for bit. Each life of a trainer or a page is a fork of this process, so that libraries are read once.
+`--write` puts the table into docs/reliability.md. A fault is survived if every file under its final
+name is complete, a valid checkpoint exists, and the resumed run ends with exactly the adapter of
+the undisturbed run. Each trainer and each page is a fork of this process, so that libraries are
+imported only once.
 """
 
 import argparse
@@ -40,10 +42,21 @@ from trainer.training.runner import STOPPED, run_in
 PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
 STEPS = 12
 SETTINGS = {
-    "dataset.resolution": 32, "dataset.bucket_step": 8, "dataset.caption_dropout": 0.3, "training.steps": STEPS, "training.batch_size": 2,
-    "training.learning_rate": 1e-2, "training.text_encoder_learning_rate": 1e-3, "adapter.rank": 2, "adapter.dropout": 0.2,
-    "saving.saves": 2, "saving.state_every": 3, "saving.precision": "fp32", "sampling.inference_steps": 1, "sampling.prompts": ["a"],
-}  # fmt: skip
+    "dataset.resolution": 32,
+    "dataset.bucket_step": 8,
+    "dataset.caption_dropout": 0.3,
+    "training.steps": STEPS,
+    "training.batch_size": 2,
+    "training.learning_rate": 1e-2,
+    "training.text_encoder_learning_rate": 1e-3,
+    "adapter.rank": 2,
+    "adapter.dropout": 0.2,
+    "saving.saves": 2,
+    "saving.state_every": 3,
+    "saving.precision": "fp32",
+    "sampling.inference_steps": 1,
+    "sampling.prompts": ["a"],
+}
 
 
 @dataclass
@@ -59,17 +72,20 @@ class Tally:
         if problem:
             self.lost.append(problem)
 
+    def add(self, other: "Tally") -> None:
+        self.injected += other.injected
+        self.survived += other.survived
+        self.lost += other.lost
+
 
 class Lab:
-    """Tiny models and a reference in a folder of their own."""
+    """A temporary folder with a tiny base, a dataset and an undisturbed reference run."""
 
-    def __init__(self, place: Path, seed: int = 0):
-        os.environ["ATELIER_OUTPUTS"] = str(place / "outputs")
+    def __init__(self, folder: Path, seed: int = 0):
+        os.environ["ATELIER_OUTPUTS"] = str(folder / "outputs")
         self.random = random.Random(seed)
-        self.base, self.dataset = (
-            save_tiny_base(place / "base"),
-            make_dataset(place / "dataset", sizes=((16, 16), (24, 16))),
-        )
+        self.base = save_tiny_base(folder / "base")
+        self.dataset = make_dataset(folder / "dataset", sizes=((16, 16), (24, 16)))
         self.reference = self.new_run()
         begin = time.monotonic()
         assert os.waitstatus_to_exitcode(live(self.reference, None)) == 0
@@ -85,7 +101,7 @@ class Lab:
         return run_folder.create(config.replace(config.RunConfig(), settings))
 
     def finish(self, folder: Path) -> str:
-        """Resumes a run to its end; what is wrong with its adapter, "" for nothing."""
+        """Resumes a run to its end. Returns the problem with its adapter, or ""."""
         code = os.waitstatus_to_exitcode(live(folder, None))
         if code != 0:
             return f"{folder.name} could not be finished: {run_status.read_status(folder).message}"
@@ -97,17 +113,17 @@ class Lab:
 
 
 def broken_file(folder: Path) -> str:
-    """The first file under a final name that is not whole; "" where all are."""
+    """Returns the first file under its final name that is incomplete, or ""."""
     for path in [*folder.glob("*.safetensors"), *folder.glob("state/[0-9]*/*.safetensors")]:
         try:
             load_file(path)
-        except Exception as error:  # whatever it is, the file cannot be read
+        except Exception as error:  # whatever the type, the file cannot be read
             return f"{path}: {error}"
     folders = list((folder / "state").glob("[0-9]*"))
-    if folders and (
-        trainer_state.load_checkpoint(folder)[0] is None or trainer_state.load_checkpoint(folder)[1]
-    ):
-        return f"{folder}/state: {trainer_state.load_checkpoint(folder)[1]}"
+    if folders:
+        checkpoint, problem = trainer_state.load_checkpoint(folder)
+        if checkpoint is None or problem:
+            return f"{folder}/state: {problem}"
     config.load(folder / "run.toml")
     return ""
 
@@ -117,8 +133,9 @@ def fork(work: Callable[[], int]) -> int:
     child = os.fork()
     if child == 0:
         sys.stdout.flush()
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1), os.dup2(nowhere, 2)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1)
+        os.dup2(devnull, 2)
         code = 1
         with suppress(BaseException):
             code = work()
@@ -143,7 +160,7 @@ def kill_trainer(lab: Lab, times: int) -> Tally:
 
 
 def kill_in_save(lab: Lab, times: int) -> Tally:
-    tally = Tally("kill -9 in the midst of a save, at each fsync and rename")
+    tally = Tally("kill -9 during a save, at each fsync and rename")
     for number in range(1, times + 1):
         folder = lab.new_run()
         child = fork(lambda folder=folder, number=number: arm("save", number) or run_in(folder))
@@ -163,12 +180,14 @@ def terminate(lab: Lab, times: int) -> Tally:
             time.sleep(0.02)
         time.sleep(0.1 + lab.random.uniform(0, 0.7) * lab.seconds)
         os.kill(child, signal.SIGTERM)
-        code, status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run_status.read_status(folder)
-        kept = trainer_state.load_checkpoint(folder)[0]
-        said = code in (0, STOPPED) and kept is not None and kept.step == status.step
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        status = run_status.read_status(folder)
+        checkpoint = trainer_state.load_checkpoint(folder)[0]
+        is_saved = checkpoint is not None and checkpoint.step == status.step
+        is_right = code in (0, STOPPED) and is_saved
         tally.count(
             broken_file(folder)
-            or ("" if said else f"ended with {code} at {status.step}")
+            or ("" if is_right else f"ended with {code} at {status.step}")
             or lab.finish(folder)
         )
     return tally
@@ -190,7 +209,7 @@ def fill_disk(lab: Lab, times: int) -> Tally:
 
 
 def damage_states(lab: Lab, times: int) -> Tally:
-    tally = Tally("newest state damaged: a file missing, empty, cut in half, one byte flipped")
+    tally = Tally("newest checkpoint damaged: a file missing, empty, cut in half, one byte flipped")
     cases = list(
         product(
             ("adapter.safetensors", "optimizer.safetensors", "state.json"),
@@ -204,25 +223,24 @@ def damage_states(lab: Lab, times: int) -> Tally:
         content = path.read_bytes()
         middle = len(content) // 2
         flipped = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
-        path.unlink() if how == "missing" else path.write_bytes(
-            {"empty": b"", "half": content[:middle], "flipped": flipped}[how]
-        )
+        path.unlink()
+        if how != "missing":
+            damaged = {"empty": b"", "half": content[:middle], "flipped": flipped}
+            path.write_bytes(damaged[how])
         tally.count(lab.finish(folder))
     return tally
 
 
 def kill_page(lab: Lab, times: int) -> Tally:
-    """The page starts a run, is killed while captions are written through it, and is started again; the run goes on meanwhile."""
+    """Kills the page again and again while captions are written through it and a run trains."""
     import app.__main__
     import app.server
 
     tally = Tally("kill -9 of the page, while a run goes on and captions are written")
     outputs = run_folder.outputs_folder()
     make_dataset(outputs / "datasets" / "cats")
-    caption, texts = (
-        outputs / "datasets" / "cats" / "00.txt",
-        [letter * 5000 for letter in "abcdefgh"],
-    )
+    caption = outputs / "datasets" / "cats" / "00.txt"
+    texts = [letter * 5000 for letter in "abcdefgh"]
     caption.write_text(texts[0])
     folder = lab.new_run()
     run_requests.request(folder, "queued")
@@ -237,8 +255,8 @@ def kill_page(lab: Lab, times: int) -> Tally:
             written += write_caption(port, lab.random.choice(texts))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        tally.count("" if caption.read_text() in texts else "a caption is torn")
-    print(f"{written} captions were written through {times} lives of the page")
+        tally.count("" if caption.read_text() in texts else "a caption is a mixture of two")
+    print(f"{written} captions were written through {times} starts of the page")
     wait = time.monotonic() + 120
     while run_lock.is_alive(folder) and time.monotonic() < wait:
         time.sleep(0.2)
@@ -257,7 +275,7 @@ def kill_page(lab: Lab, times: int) -> Tally:
 
 
 def write_caption(port: int, text: str) -> bool:
-    """Through the page, as a browser does; what comes while it is not there is no matter."""
+    """Writes a caption through the page as a browser does. Returns False if the page is down."""
     address = f"http://127.0.0.1:{port}"
     try:
         configuration = json.load(urllib.request.urlopen(f"{address}/config", timeout=5))
@@ -307,9 +325,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--soak", type=float, default=0, metavar="MINUTES", help="go on for so long"
+        "--soak", type=float, default=0, metavar="MINUTES", help="repeat for this long"
     )
-    parser.add_argument("--share", type=float, default=1.0, help="of the usual number of faults")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="fraction of the usual number of faults"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--write", action="store_true", help="put the table into docs/reliability.md"
@@ -319,24 +339,18 @@ def main() -> int:
     total: dict[str, Tally] = {}
     end, seed = time.monotonic() + 60 * options.soak, options.seed
     while not total or time.monotonic() < end:
-        with tempfile.TemporaryDirectory(prefix="faults-") as place:
-            for tally in all_faults(Lab(Path(place), seed), options.share):
-                known = total.setdefault(tally.fault, Tally(tally.fault))
-                known.injected, known.survived, known.lost = (
-                    known.injected + tally.injected,
-                    known.survived + tally.survived,
-                    known.lost + tally.lost,
-                )
+        with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+            for tally in all_faults(Lab(Path(folder), seed), options.share):
+                total.setdefault(tally.fault, Tally(tally.fault)).add(tally)
         seed += 1
         print(table(list(total.values())), flush=True)
     for problem in (problem for tally in total.values() for problem in tally.lost):
         print(problem)
     if options.write:
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- faults -->\n")
-        PAGE.write_text(
-            f"{before}<!-- faults -->\n{table(list(total.values()))}\n<!-- end -->{rest.partition('<!-- end -->')[2]}",
-            encoding="utf-8",
-        )
+        before, begin, rest = PAGE.read_text(encoding="utf-8").partition("<!-- faults -->\n")
+        _, end_marker, after = rest.partition("<!-- end -->")
+        page = f"{before}{begin}{table(list(total.values()))}\n{end_marker}{after}"
+        PAGE.write_text(page, encoding="utf-8")
     return int(any(tally.lost for tally in total.values()))
 
 

@@ -1,10 +1,12 @@
-"""Trains a few steps on a full-size model with random weights: does everything fit, and how long does it take?
+"""Trains a few steps on a full-size model with random weights, and prints sizes and seconds.
 
-    python benchmarks/full_size.py [sd15 | sdxl | sd35m | ...] [--steps 3] [--resolution 256] [--dtype bf16] [--device cuda] [--set ...]
+    python -m benchmarks.full_size [sd15 | sdxl | sd35m | ...] [--steps 3] [--resolution 256]
+        [--dtype bf16] [--device cuda] [--set KEY=VALUE ...]
 
-The model is built from its public configuration and saved as a diffusers folder (2 GB for Stable Diffusion 1.5, 7 GB for XL and for 3.5
-Medium), then trained through the ordinary command on the example photographs. The result is no picture, but sizes, seconds and memory
-are real. Stable Diffusion 3 is built without T5, whose vocabulary does not ship with the program.
+The model is built from its public configuration and saved as a diffusers folder (2 GB for Stable
+Diffusion 1.5, 7 GB for XL and for 3.5 Medium). The ordinary command then trains it on the example
+photographs. Sizes, seconds and memory are real, but the samples are noise. Stable Diffusion 3 is
+built without T5, because its vocabulary is not part of the program.
 """
 
 import argparse
@@ -23,23 +25,28 @@ from torch import nn
 
 from trainer.families.from_single_file import clip_tokenizer
 from trainer.models.device import DTYPES
-from trainer.models.model_files import EMBEDDED_FOLDER, T5_PARTS
+from trainer.models.model_files import EMBEDDED_FOLDER
+from trainer.models.pipelines import T5_PARTS
 from trainer.models.single_file import CONFIGS_FOLDER, template_config
 from trainer.runs import run_folder, run_status
 from trainer.training import estimate
 
 PHOTOS = EMBEDDED_FOLDER.parent / "examples" / "photos"
 MODELS = sorted(path.parent.name for path in CONFIGS_FOLDER.glob("*/model_index.json"))
+# Presets of the models; the others use the preset of 3.5 Medium.
 PRESETS = {
     "sd15": "sd15-subject",
     "sd21": "sd21-subject",
     "sd21-base": "sd21-subject",
     "sdxl": "sdxl-subject",
-}  # the others have 3.5's
+}
 
 
 def build(model: str, folder: Path, dtype: torch.dtype, device: str) -> None:
-    """A model folder with random weights, one part in memory at a time. On the device "meta" its weights are left out."""
+    """Writes a model folder with random weights, with one part in memory at a time.
+
+    On the device "meta" it writes no weights.
+    """
     index = template_config(model, "model_index.json")
     index |= {part: [None, None] for part in T5_PARTS if part in index}
     for part, entry in index.items():
@@ -60,7 +67,7 @@ def build(model: str, folder: Path, dtype: torch.dtype, device: str) -> None:
 def build_part(
     model: str, part: str, entry: list[str], dtype: torch.dtype, device: str
 ) -> nn.Module:
-    """Made in its number format on the device, which on a GPU takes seconds where a CPU takes minutes."""
+    """Returns a part with random weights. A GPU makes them in seconds, a CPU in minutes."""
     settings = template_config(model, f"{part}/config.json")
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
@@ -88,7 +95,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA device that this torch can use")
+        parser.error("torch found no CUDA device")
     with tempfile.TemporaryDirectory() as temporary:
         started, base = time.monotonic(), Path(temporary) / options.model
         build(options.model, base, DTYPES[options.dtype], options.device)

@@ -1,9 +1,10 @@
-"""Memory at the peak of every preset, and the cards it fits: what the page says before a start, and on CUDA what is really taken.
+"""Estimates the peak memory of each preset and the graphics cards it fits, and measures it on CUDA.
 
     python -m benchmarks.memory [PRESET ...] [--set KEY=VALUE] [--no-measure] [--json FILE]
 
-On CUDA each preset is trained for two steps by a process of its own, on its base in full size with random weights, and the peak of what
-torch had allocated stands beside the estimate. Without CUDA there is the estimate only, and the table says so.
+On CUDA a separate process trains each preset for two steps, on its base in full size with random
+weights. The table compares the peak of the memory that torch allocated with the estimate of the
+page. Without CUDA the table has only estimates.
 """
 
 import argparse
@@ -28,17 +29,17 @@ from trainer.training import estimate
 from trainer.training.runner import run_in
 
 CARDS = (4, 6, 8, 12, 16, 24, 48, 80)  # gigabytes
-ROOM = 0.94  # of a card, the rest being the system's
-SHAPES = {"v1-5": "sd15", "xl-base": "sdxl", "3.5-medium": "sd35m", "2-1": "sd21"}
-"""What a base's name says of its shape (`full_size.MODELS`)."""
+ROOM = 0.94  # fraction of a card; the system uses the rest
+MODEL_OF_NAME = {"v1-5": "sd15", "xl-base": "sdxl", "3.5-medium": "sd35m", "2-1": "sd21"}
+"""A part of a base's name -> its model in `full_size.MODELS`."""
 
 
-def shape_of(run: RunConfig) -> str:
-    return next(shape for word, shape in SHAPES.items() if word in run.base.model)
+def model_of(run: RunConfig) -> str:
+    return next(model for part, model in MODEL_OF_NAME.items() if part in run.base.model)
 
 
 def measured(name: str, options: argparse.Namespace) -> float | None:
-    """Bytes at the peak, by a process of its own; None where the training failed, whose output then says why."""
+    """Returns the peak in bytes, measured in a new process, or None if the training failed."""
     command = [
         sys.executable,
         "-m",
@@ -48,19 +49,19 @@ def measured(name: str, options: argparse.Namespace) -> float | None:
         *(f"--set={setting}" for setting in options.settings),
     ]
     ended = subprocess.run(command, capture_output=True, text=True)
-    found = re.search(r"^peak (\d+)$", ended.stdout, re.MULTILINE)
-    if not found:
+    peak = re.search(r"^peak (\d+)$", ended.stdout, re.MULTILINE)
+    if not peak:
         print(
             f"{name} could not be measured:\n{ended.stdout[-500:]}{ended.stderr[-500:]}",
             file=sys.stderr,
         )
-    return float(found[1]) if found else None
+    return float(peak[1]) if peak else None
 
 
 def measure_here(run: RunConfig) -> float:
-    """Trains two steps in this process; raises SystemExit where that fails."""
-    with tempfile.TemporaryDirectory() as place:
-        os.environ["ATELIER_OUTPUTS"] = place
+    """Trains two steps in this process. Raises SystemExit if the training fails."""
+    with tempfile.TemporaryDirectory() as outputs:
+        os.environ["ATELIER_OUTPUTS"] = outputs
         changes: dict[str, Any] = {
             "dataset.folder": str(PHOTOS),
             "training.steps": 2,
@@ -73,8 +74,8 @@ def measure_here(run: RunConfig) -> float:
             "name": "memory",
         }
         if run.base.model != EMBEDDED:
-            build(shape_of(run), Path(place, "base"), torch.float16, "cuda")
-            changes |= {"base.model": str(Path(place, "base")), "base.t5": False}
+            build(model_of(run), Path(outputs, "base"), torch.float16, "cuda")
+            changes |= {"base.model": str(Path(outputs, "base")), "base.t5": False}
             torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         if run_in(run_folder.create(config.replace(run, changes))):
@@ -118,9 +119,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("presets", nargs="*", metavar="PRESET", help="all of them where left out")
+    parser.add_argument("presets", nargs="*", metavar="PRESET", help="default: all presets")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
-    parser.add_argument("--no-measure", action="store_true", help="the estimates only")
+    parser.add_argument("--no-measure", action="store_true", help="print only the estimates")
     parser.add_argument("--measure-here", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
@@ -132,21 +133,23 @@ def main() -> int:
     print(
         f"Measured on {device_name(torch.device('cuda'))}."
         if on_cuda
-        else "Estimates only: nothing was measured, since there is no CUDA."
+        else "Estimates only: nothing was measured, because there is no CUDA device."
     )
     print(
-        "Gigabytes on a GPU; the estimates count 0.7 for the device's own context, which torch, that is measured, does not see.\n"
+        "Gigabytes on a GPU. The estimates include 0.7 for the context of the device, which the "
+        "measured peak of torch does not.\n"
     )
     print(
-        "| preset | loading | reading | training | samples | smallest card | with Fit to my device | on a CPU | measured peak |"
+        "| preset | loading | caching | training | samples | smallest card "
+        "| with Fit to my device | on a CPU | measured peak |"
     )
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
     for each in rows:
         phases = " | ".join(f"{value / 1e9:.1f}" for value in each["estimated"].values())
         peak = "" if each["measured"] is None else f"{each['measured'] / 1e9:.1f}"
         print(
-            f"| {each['preset']} | {phases} | {each['card'] or 'none'} GB | {each['card_fitted'] or 'none'} GB "
-            f"| {each['estimated_cpu'] / 1e9:.1f} | {peak} |"
+            f"| {each['preset']} | {phases} | {each['card'] or 'none'} GB "
+            f"| {each['card_fitted'] or 'none'} GB | {each['estimated_cpu'] / 1e9:.1f} | {peak} |"
         )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")

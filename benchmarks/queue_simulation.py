@@ -1,14 +1,17 @@
-"""What a queue of trainings on a cluster does to its users: throughput, waiting, fairness, and what failures cost.
+"""Simulates a queue of trainings on a cluster: throughput, waiting, fairness, cost of failures.
 
     python -m benchmarks.queue_simulation [--machines 100] [--days 14] [--json FILE]
-    python -m benchmarks.queue_simulation --folders 10000      how long one look at so many run folders takes, with the real launcher
+    python -m benchmarks.queue_simulation --folders 10000
 
-Simulated, in seconds: each machine trains one run at a time. Users ask for single runs at random times, more by day than by night, and
-now and then for a sweep. Machines fail; their run loses what it did since its last state, and goes back into the queue. Policies:
+The second form times how long the real launcher takes to check so many run folders.
 
-    oldest     the oldest request first, as the page's queue has it
-    fair       the oldest request of the person with the fewest machines at work now
-    shortest   the run that is expected to take least, expectations being off by a factor of up to two
+Each machine trains one run at a time. Users request single runs at random times, more by day than
+by night, and sometimes a sweep. If a machine fails, its run loses the work since its last
+checkpoint and goes back into the queue. Times are in seconds. Policies:
+
+    oldest     the oldest request first, like the queue of the page
+    fair       the oldest request of the person who uses the fewest machines
+    shortest   the run with the shortest expected duration; it is wrong by a factor of up to two
 """
 
 import argparse
@@ -42,24 +45,24 @@ class Cluster:
     days: float = 14
     users: int = 60
     load: float = 0.8
-    """Work that is asked for, as a share of what the machines could do."""
+    """Requested work, as a fraction of the capacity of the machines."""
     sweep_share: float = 0.3
-    """Of the work that comes as sweeps of 48 runs."""
+    """Fraction of the work that is requested as sweeps of 48 runs."""
     minutes: float = 45
     """Median length of a run; one in twenty takes more than five times as long."""
     days_between_failures: float = 30
-    """Of one machine, on average."""
-    hours_to_mend: float = 6
-    state_minutes: float = 5
-    """Between two states of a run."""
+    """Mean time between two failures of one machine."""
+    hours_to_repair: float = 6
+    checkpoint_minutes: float = 5
+    """Minutes between two checkpoints of a run."""
     start_minutes: float = 1
-    """From the queue to the first step: libraries, base, latents from the shared cache."""
+    """Minutes from the queue to the first step: libraries, base, latents from the shared cache."""
 
 
 @dataclass
 class Run:
     user: int
-    asked: float
+    requested: float
     seconds: float
     expected: float
     sweep: bool
@@ -72,8 +75,8 @@ class Run:
 
 
 def workload(cluster: Cluster, draws: random.Random) -> list[Run]:
-    """Requests over the days; a few users ask for most of them."""
-    spread = math.log(5) / 1.645  # a twentieth above five medians
+    """Draws the requests of all days. A few users make most of them."""
+    spread = math.log(5) / 1.645  # one run in twenty takes more than five medians
     mean = cluster.minutes * 60 * math.exp(spread**2 / 2)
     total = cluster.machines * cluster.days * 24 * HOUR * cluster.load / mean
     weights = [1 / (1 + rank) for rank in range(cluster.users)]
@@ -92,14 +95,14 @@ def workload(cluster: Cluster, draws: random.Random) -> list[Run]:
             runs.append(
                 Run(user, at, seconds, seconds * 2 ** draws.uniform(-1, 1), is_sweep, left=seconds)
             )
-    return sorted(runs, key=lambda run: (run.asked, run.order))
+    return sorted(runs, key=lambda run: (run.requested, run.order))
 
 
 def chooser(policy: str) -> Callable[[list[Run], Counter], int]:
-    """Which of the waiting runs is next, given how many machines each user has at work."""
+    """Returns a function that chooses the index of the next run from the waiting ones."""
     keys: dict[str, Callable[[Run, Counter], Any]] = {
-        "oldest": lambda run, busy: (run.asked, run.order),
-        "fair": lambda run, busy: (busy[run.user], run.asked, run.order),
+        "oldest": lambda run, busy: (run.requested, run.order),
+        "fair": lambda run, busy: (busy[run.user], run.requested, run.order),
         "shortest": lambda run, busy: (run.expected, run.order),
     }
     return lambda waiting, busy: min(
@@ -112,24 +115,24 @@ def simulate(cluster: Cluster, policy: str, seed: int = 1) -> dict[str, Any]:
     runs = workload(cluster, draws)
     choose, busy, waiting, free = chooser(policy), Counter(), [], list(range(cluster.machines))
     until, worked, failures = cluster.days * 24 * HOUR, 0.0, 0
-    state, start = cluster.state_minutes * 60, cluster.start_minutes * 60
+    state, start = cluster.checkpoint_minutes * 60, cluster.start_minutes * 60
     at_work: dict[int, tuple[Run, float]] = {}
     events: list[tuple[float, int, str, Any]] = []
     number = itertools.count()
 
-    def later(moment: float, kind: str, what: Any) -> None:
-        heapq.heappush(events, (moment, next(number), kind, what))
+    def later(moment: float, kind: str, subject: Any) -> None:
+        heapq.heappush(events, (moment, next(number), kind, subject))
 
     for run in runs:
-        later(run.asked, "asked", run)
+        later(run.requested, "requested", run)
     for machine in range(cluster.machines):
         later(draws.expovariate(1 / (cluster.days_between_failures * 24 * HOUR)), "fails", machine)
     while events and events[0][0] < until:
-        now, _, kind, what = heapq.heappop(events)
-        if kind == "asked":
-            waiting.append(what)
+        now, _, kind, subject = heapq.heappop(events)
+        if kind == "requested":
+            waiting.append(subject)
         elif kind == "done":
-            machine, run, tries = what
+            machine, run, tries = subject
             if at_work.get(machine, (None, 0.0))[0] is run and run.tries == tries:
                 run.ended, run.left = now, 0.0
                 worked += run.seconds
@@ -138,22 +141,24 @@ def simulate(cluster: Cluster, policy: str, seed: int = 1) -> dict[str, Any]:
                 free.append(machine)
         elif kind == "fails":
             failures += 1
-            if what in at_work:
-                run, began = at_work.pop(what)
+            if subject in at_work:
+                run, began = at_work.pop(subject)
                 done = max(0.0, now - began - start)
                 kept = done // state * state
                 run.left, run.lost = run.left - kept, run.lost + (now - began) - kept
                 busy[run.user] -= 1
                 waiting.append(run)
             else:
-                free.remove(what)
-            later(now + draws.expovariate(1 / (cluster.hours_to_mend * HOUR)), "mended", what)
-        elif kind == "mended":
-            free.append(what)
+                free.remove(subject)
+            later(
+                now + draws.expovariate(1 / (cluster.hours_to_repair * HOUR)), "repaired", subject
+            )
+        elif kind == "repaired":
+            free.append(subject)
             later(
                 now + draws.expovariate(1 / (cluster.days_between_failures * 24 * HOUR)),
                 "fails",
-                what,
+                subject,
             )
         while free and waiting:
             run = waiting.pop(choose(waiting, busy))
@@ -169,10 +174,10 @@ def result(
     cluster: Cluster, policy: str, runs: Sequence[Run], worked: float, failures: int
 ) -> dict[str, Any]:
     ended = [run for run in runs if run.ended >= 0]
-    waits = [run.began - run.asked for run in ended if not run.sweep]
+    waits = [run.began - run.requested for run in ended if not run.sweep]
     slowed: dict[int, list[float]] = {}
     for run in ended:
-        slowed.setdefault(run.user, []).append((run.ended - run.asked) / run.seconds)
+        slowed.setdefault(run.user, []).append((run.ended - run.requested) / run.seconds)
     by_user = [statistics.fmean(values) for values in slowed.values()]
     hours = cluster.machines * cluster.days * 24
     return {
@@ -193,8 +198,8 @@ def result(
 
 def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
     columns = (
-        "runs an hour",
-        "machines at work",
+        "runs per hour",
+        "machines in use",
         "single runs wait: median, 95 % (min)",
         "slowdown of the worst user",
         "fairness",
@@ -205,15 +210,20 @@ def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         waits = f"{row['wait_median_minutes']:.0f}, {row['wait_95_minutes']:.0f}"
         print(
-            f"| {row['name']} | {row['per_hour']:.1f} | {row['at_work']:.1%} | {waits} | {row['slowdown_worst_user']:.1f} "
-            f"| {row['fairness']:.2f} | {row['failures']}, {row['runs_hit']} | {row['lost_hours']:.1f} h ({row['lost_share']:.2%}) |"
+            f"| {row['name']} | {row['per_hour']:.1f} | {row['at_work']:.1%} | {waits} "
+            f"| {row['slowdown_worst_user']:.1f} | {row['fairness']:.2f} "
+            f"| {row['failures']}, {row['runs_hit']} "
+            f"| {row['lost_hours']:.1f} h ({row['lost_share']:.2%}) |"
         )
 
 
-def look_at_folders(count: int) -> tuple[float, float]:
-    """Seconds of one look of the real launcher at so many run folders, ten of which wait: while a run is at work, and before a start."""
-    with tempfile.TemporaryDirectory() as place:
-        os.environ["ATELIER_OUTPUTS"] = place
+def time_folders(count: int) -> tuple[float, float]:
+    """Returns the seconds of a check of the real launcher, and of the extra check before a start.
+
+    Ten of the run folders are queued. During the first check a run is training.
+    """
+    with tempfile.TemporaryDirectory() as outputs:
+        os.environ["ATELIER_OUTPUTS"] = outputs
         text = config.to_toml(config.RunConfig())
         for index in range(count):
             folder = run_folder.runs_folder() / f"2026-01-01-run-{index:06d}"
@@ -226,12 +236,12 @@ def look_at_folders(count: int) -> tuple[float, float]:
                 events.EventLog(folder / "events.jsonl").append(
                     events.Finished(1, "a.safetensors", 1, 1.0)
                 )
-        launcher, local = Launcher(Full()), LocalExecutor()
+        launcher, local = Launcher(FullExecutor()), LocalExecutor()
         return timed(launcher.check), timed(local.has_room)
 
 
-class Full(LocalExecutor):
-    """With a run at work."""
+class FullExecutor(LocalExecutor):
+    """An executor whose only place is taken by a run."""
 
     def has_room(self) -> bool:
         return False
@@ -251,17 +261,18 @@ def main() -> int:
     parser.add_argument("--days", type=float, default=14)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--folders", type=int, help="instead: time one look at so many run folders")
+    parser.add_argument("--folders", type=int, help="only time a check of so many run folders")
     options = parser.parse_args()
     if options.folders:
-        at_work, before = look_at_folders(options.folders)
+        at_work, before = time_folders(options.folders)
         print(
-            f"one look at {options.folders} run folders: {at_work:.2f} s while a run is at work, {before:.2f} s more before a start"
+            f"one check of {options.folders} run folders: {at_work:.2f} s while a run trains, "
+            f"{before:.2f} s more before a start"
         )
         return 0
     common = {"machines": options.machines, "days": options.days}
     tables = {
-        "Policies, the work being 80 % of what the machines can do": [
+        "Policies, at a load of 80 %": [
             {"name": policy, **simulate(Cluster(**common), policy, options.seed)}
             for policy in POLICIES
         ],
@@ -272,18 +283,18 @@ def main() -> int:
             }
             for load in (0.5, 0.7, 0.9)
         ],
-        "Failures, oldest first: a machine fails every 30 or 3 days; a state every 5 minutes, or none but at the end": [
+        "Failures, oldest first; a checkpoint every 5 minutes, or only at the end": [
             {
                 "name": f"every {days} days, "
-                + ("a state every 5 min" if state < 1e6 else "no states"),
+                + ("a checkpoint every 5 min" if minutes < 1e6 else "no checkpoints"),
                 **simulate(
-                    Cluster(**common, days_between_failures=days, state_minutes=state),
+                    Cluster(**common, days_between_failures=days, checkpoint_minutes=minutes),
                     "oldest",
                     options.seed,
                 ),
             }
             for days in (30, 3)
-            for state in (5, 1e9)
+            for minutes in (5, 1e9)
         ],
     }
     for title, rows in tables.items():

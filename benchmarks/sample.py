@@ -1,9 +1,11 @@
-"""Seconds a sample takes: the first one, which loads the base, and the next ones, with the base alone and with an adapter on it.
+"""Measures the seconds per sample of a base alone and with an adapter.
 
-    python -m benchmarks.sample [embedded | sd15 | sdxl | sd35m] [--steps 20] [--size 512] [--adapter FILE] [--repeats 3] [--json FILE]
+    python -m benchmarks.sample [embedded | sd15 | sdxl | sd35m] [--steps 20] [--size 512]
+        [--adapter FILE] [--repeats 3] [--json FILE]
 
-The embedded base is the real one, the others have their full size and random weights. The adapter, where none is given, is one of rank 16
-on every attention projection. On a CPU seconds are processor seconds of one thread; on CUDA, wall-clock seconds.
+The first sample includes loading the base. The embedded base is the real one; the others have their
+full size and random weights. Without `--adapter` the adapter has rank 16 on every attention
+projection. On a CPU seconds are processor seconds of one thread, on CUDA wall-clock seconds.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from trainer.training import oom_fallbacks
 
 
 def make_adapter(base: config.Base, file: Path) -> None:
-    """Of rank 16, with small random weights in both matrices, so that it acts."""
+    """Saves an adapter of rank 16 with small random weights in both matrices."""
     loaded = load_base(base, torch.float32)
     name = loaded.family.denoiser_name
     inject.inject(loaded.denoiser, name, config.Adapter(init="gaussian"), 1)
@@ -38,29 +40,36 @@ def make_adapter(base: config.Base, file: Path) -> None:
     for parameter in inject.trainable(loaded.denoiser).values():
         parameter.data = 0.01 * torch.randn(parameter.shape, generator=draws)
     modules = list(inject.adapted_modules({name: loaded.denoiser}))
-    writer.save_adapter(file, loaded.family.default_format, modules, loaded.family, torch.float16, {})
+    writer.save_adapter(
+        file, loaded.family.default_format, modules, loaded.family, torch.float16, {}
+    )
     oom_fallbacks.release_memory()
 
 
-def measure(options: argparse.Namespace, device: torch.device, place: Path) -> dict[str, Any]:
+def measure(options: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
     if options.model == EMBEDDED:
         base = config.Base()
     else:
         build(
             options.model,
-            place / options.model,
+            folder / options.model,
             torch.float16 if device.type == "cuda" else torch.float32,
             device.type,
         )
-        base = config.Base(model=str(place / options.model), t5=False)
+        base = config.Base(model=str(folder / options.model), t5=False)
     if not options.adapter:
-        options.adapter = place / "adapter.safetensors"
+        options.adapter = folder / "adapter.safetensors"
         make_adapter(base, options.adapter)
     plain = SampleRequest(
-        prompt="a photograph of a red house", target=str(place / "sample.png"), base=base,
-        inference_steps=options.steps, width=options.size, height=options.size,
-    )  # fmt: skip
-    adapted, sampler = replace(plain, adapters=[StackedAdapter(str(options.adapter))]), Sampler()
+        prompt="a photograph of a red house",
+        target=str(folder / "sample.png"),
+        base=base,
+        inference_steps=options.steps,
+        width=options.size,
+        height=options.size,
+    )
+    adapted = replace(plain, adapters=[StackedAdapter(str(options.adapter))])
+    sampler = Sampler()
     first = timed(lambda: sampler.render(plain), device)
     alone = statistics.median(
         timed(lambda: sampler.render(plain), device) for _ in range(options.repeats)
@@ -91,23 +100,27 @@ def main() -> int:
         "model", nargs="?", default=EMBEDDED, choices=(EMBEDDED, "sd15", "sdxl", "sd35m")
     )
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--size", type=int, default=0, help="pixels; the base's own where left out")
+    parser.add_argument(
+        "--size", type=int, default=0, help="pixels (default: the native size of the base)"
+    )
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="append the row to this file")
     options = parser.parse_args()
     configure_libraries()
     device = device_to_measure()
-    with tempfile.TemporaryDirectory() as place:
-        row = measure(options, device, Path(place))
+    with tempfile.TemporaryDirectory() as folder:
+        row = measure(options, device, Path(folder))
     print(
-        "| base, pixels, steps, sampler | device | first, with loading | next | first with an adapter | next with it |"
+        "| base, pixels, steps, sampler | device | first, with loading | next "
+        "| first with an adapter | next with it |"
     )
     print("|---|---|--:|--:|--:|--:|")
     seconds = ("first_seconds", "seconds", "first_with_adapter_seconds", "with_adapter_seconds")
     times = " | ".join(f"{row[name]:.2f} s" for name in seconds)
     print(
-        f"| {row['model']}, {row['size']}, {row['steps']}, {row['sampler']} | {row['device']} | {times} |"
+        f"| {row['model']}, {row['size']}, {row['steps']}, {row['sampler']} "
+        f"| {row['device']} | {times} |"
     )
     keep(row, options.json)
     return 0

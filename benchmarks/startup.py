@@ -1,9 +1,10 @@
-"""How long it takes until something happens: from a trainer's start to its first step, and from the page's start to its first answer.
+"""Measures the start of a trainer up to its first step, and of the page up to its first answer.
 
-    python -m benchmarks.startup [--preset embedded-subject] [--dataset DIR] [--set KEY=VALUE] [--json FILE]
+    python -m benchmarks.startup [--preset embedded-subject] [--dataset DIR] [--set KEY=VALUE]
+        [--json FILE]
 
-The trainer is started twice with the same pictures: the first time everything is encoded, the second time all is found in the cache.
-Seconds are of the wall clock, since this is what a person waits for.
+The trainer starts twice with the same images. The first start encodes everything; the second finds
+everything in the cache. Seconds are wall-clock time, as a person experiences it.
 """
 
 import argparse
@@ -25,10 +26,10 @@ from trainer.models.model_files import EMBEDDED_FOLDER
 from trainer.runs import events, run_folder
 
 EXAMPLE = EMBEDDED_FOLDER.parent / "examples" / "subject"
-STATIONS = {
-    "the run is taken": events.Launched,
-    "libraries are read": events.Progress,
-    "all is loaded and cached": events.Started,
+FIRST_EVENTS = {
+    "run locked": events.Launched,
+    "libraries imported": events.Progress,
+    "base loaded, dataset cached": events.Started,
     "base measured": events.Validated,
     "base sampled": events.SampleSaved,
     "first step done": events.StepDone,
@@ -36,30 +37,21 @@ STATIONS = {
 
 
 def start_trainer(outputs: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds from the start of the process to the first event of each kind, and what the cache had to do."""
+    """Returns the seconds to the first event of each kind, and the use of the cache."""
     settings = ["training.steps=1", "training.warmup=0.0", "saving.saves=1", *options.settings]
-    command = [
-        sys.executable,
-        "-m",
-        "trainer",
-        "train",
-        options.preset,
-        "--dataset",
-        str(options.dataset),
-        "--name",
-        "startup",
-    ]
+    command = [sys.executable, "-m", "trainer", "train", options.preset]
+    command += ["--dataset", str(options.dataset), "--name", "startup"]
+    command += [f"--set={setting}" for setting in settings]
+    environment = os.environ | {"ATELIER_OUTPUTS": str(outputs)}
     before = entries(outputs)
     begin, monotonic, used = time.time(), time.monotonic(), processor_seconds()
-    subprocess.run(
-        [*command, *(part for setting in settings for part in ("--set", setting))],
-        env=os.environ | {"ATELIER_OUTPUTS": str(outputs)}, check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     whole, worked = time.monotonic() - monotonic, processor_seconds() - used
-    found = list(events.read_events(run_folder.list_runs(outputs / "runs")[0] / "events.jsonl"))
+    run = run_folder.list_runs(outputs / "runs")[0]
+    logged = list(events.read_events(run / "events.jsonl"))
     seconds = {
-        name: next(event.time for event in found if type(event) is kind) - begin
-        for name, kind in STATIONS.items()
+        name: next(event.time for event in logged if type(event) is kind) - begin
+        for name, kind in FIRST_EVENTS.items()
     }
     after = entries(outputs)
     hits = sum(used > before[name] for name, used in after.items() if name in before)
@@ -72,20 +64,20 @@ def start_trainer(outputs: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def processor_seconds() -> float:
-    """Of all processes that were started here and have ended; on a busy machine the steadier number."""
+    """Returns the processor seconds of all ended children. They vary less on a busy machine."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def entries(outputs: Path) -> dict[str, float]:
-    """When each entry of the cache was used last (`storage.touch`)."""
+    """Returns the time of the last use of each cache entry (`cache_limits.touch`)."""
     return {
         path.name: path.stat().st_atime for path in (outputs / "cache").glob("??/*.safetensors")
     }
 
 
 def start_page(outputs: Path) -> dict[str, float]:
-    """Seconds from the start of the process until it answers, and until the whole page was sent."""
+    """Returns the seconds until the page answers, and until the whole page was sent."""
     listening = listen("127.0.0.1", 7940)
     assert listening, "no port is free"
     port = listening.getsockname()[1]
@@ -113,21 +105,21 @@ def start_page(outputs: Path) -> dict[str, float]:
 def print_table(trainer: Sequence[Mapping[str, Any]], page: Sequence[Mapping[str, float]]) -> None:
     print("| from the start of the process, seconds | first start | second start |\n|---|--:|--:|")
     for name in trainer[0]["seconds"]:
-        print(
-            f"| trainer: {name} | {' | '.join(format(each['seconds'][name], '.1f') for each in trainer)} |"
-        )
+        seconds = " | ".join(f"{each['seconds'][name]:.1f}" for each in trainer)
+        print(f"| trainer: {name} | {seconds} |")
     print(
-        "| the trainer's processor seconds in all | "
+        "| processor seconds of the trainer | "
         + " | ".join(f"{each['processor_seconds']:.1f}" for each in trainer)
         + " |"
     )
     print(
-        "| entries of the cache made, found | "
+        "| cache entries made, found | "
         + " | ".join(f"{each['made']}, {each['hits']}" for each in trainer)
         + " |"
     )
     for name in page[0]:
-        print(f"| page: {name} | {' | '.join(format(each[name], '.1f') for each in page)} |")
+        seconds = " | ".join(f"{each[name]:.1f}" for each in page)
+        print(f"| page: {name} | {seconds} |")
 
 
 def main() -> int:
@@ -139,16 +131,17 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        trainer = [start_trainer(Path(place), options) for _ in range(2)]
-        page = [start_page(Path(place)) for _ in range(2)]
+    with tempfile.TemporaryDirectory() as outputs:
+        trainer = [start_trainer(Path(outputs), options) for _ in range(2)]
+        page = [start_page(Path(outputs)) for _ in range(2)]
     print_table(trainer, page)
     if options.json:
         options.json.write_text(
             json.dumps({"preset": options.preset, "trainer": trainer, "page": page}, indent=1),
             encoding="utf-8",
         )
-    return int(trainer[1]["made"] > 0)  # the second start is to find everything
+    # The second start must find everything in the cache.
+    return int(trainer[1]["made"] > 0)
 
 
 if __name__ == "__main__":

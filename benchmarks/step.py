@@ -1,11 +1,13 @@
-"""How long one optimiser step takes, beside the bare denoiser and a plain diffusers + PEFT + accelerate loop in the same run.
+"""Measures an optimiser step beside the bare denoiser and a plain diffusers + PEFT loop.
 
-    python benchmarks/step.py [sd15 sdxl sd35m] [--resolution 512] [--batch 8] [--only ours plain] [--json FILE]
+    python -m benchmarks.step [sd15 sdxl sd35m] [--resolution 512] [--batch 8]
+        [--only ours plain] [--json FILE]
 
-The denoiser has its full size and random weights, from the public configuration. Latents and conditioning are given to all alike, as
-from the cache. On a CPU a row is the processor seconds of one thread, since other programs may run beside; on CUDA, wall-clock seconds.
-`share` is the part of the floor that is reached: the operations no LoRA step can do without (docs/performance.md) over the measured time,
-at the rate of a large matrix product on the same device.
+The denoiser has its full size and random weights, from the public configuration. All variants get
+the same latents and conditioning, as from the cache. On a CPU a row is the processor seconds of one
+thread, because other programs may run at the same time; on CUDA it is wall-clock seconds.
+`share_of_floor` compares the measured time with the operations that every LoRA step needs
+(docs/performance.md), at the rate of a large matrix product on the same device.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from accelerate.state import AcceleratorState
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 
+from benchmarks.measuring import keep
 from trainer import config, families
 from trainer.config import RunConfig
 from trainer.data.examples import Example, View
@@ -57,12 +60,15 @@ TERAFLOP = {
     ("sd35m", 512): 5.432,
     ("sd35m", 1024): 28.91,
 }
-"""Of a step for one picture, by torch's flop counter: LoRA on every attention projection, nothing of the frozen weights differentiated."""
+"""Operations of a step for one image, by torch's flop counter.
+
+LoRA is on every attention projection, and no gradient of a frozen weight is computed.
+"""
 
 VARIANTS = {
-    "plain": "diffusers + PEFT + accelerate, as their documentation writes it",
+    "plain": "diffusers + PEFT + accelerate, as in their documentation",
     "forward": "the bare frozen denoiser, forward only",
-    "bare": "its forward, and the backward through its activations down to the first cross attention",
+    "bare": "its forward, and the backward to the first cross attention",
     "ours": "this program's step",
     "ours, without graphs": "the same without CUDA graphs",
     "ours, checkpointed": "the same with gradient checkpointing",
@@ -70,7 +76,7 @@ VARIANTS = {
 
 
 def denoiser(model: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """With random weights, made on the device in its number format."""
+    """Returns a frozen denoiser with random weights in a number format."""
     part = "transformer" if (CONFIGS / model / "transformer").exists() else "unet"
     settings = json.loads((CONFIGS / model / part / "config.json").read_text(encoding="utf-8"))
     torch.manual_seed(0)
@@ -87,10 +93,10 @@ def denoiser(model: str, device: torch.device, dtype: torch.dtype) -> Any:
         torch.set_default_dtype(torch.float32)
 
 
-def given(
+def make_inputs(
     model: str, net: Any, batch: int, resolution: int
 ) -> tuple[tuple[int, ...], dict[str, torch.Tensor]]:
-    """Shape of the latents of a picture, and a conditioning as the text encoders would give it."""
+    """Returns the shape of an image's latents, and random values for the text embeddings."""
     generator = torch.Generator().manual_seed(1)
     if model == "sd35m":
         sizes = {
@@ -108,12 +114,10 @@ def given(
 
 
 def make_session(model: str, device: torch.device, precision: str, run: RunConfig) -> Session:
-    """A training in memory, its latents and conditioning given; from there on it goes the trainer's own way."""
-    resolution, family, net = (
-        run.dataset.resolution,
-        FAMILIES[FAMILY[model]],
-        denoiser(model, device, DTYPES[precision]),
-    )
+    """Returns a session of the trainer, without a run folder and with random latents."""
+    resolution = run.dataset.resolution
+    family = FAMILIES[FAMILY[model]]
+    net = denoiser(model, device, DTYPES[precision])
     scheduler = json.loads(
         (CONFIGS / model / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
     )
@@ -123,10 +127,9 @@ def make_session(model: str, device: torch.device, precision: str, run: RunConfi
         "vae": vae,
         family.denoiser_name: net,
     }
-    parts |= {
-        name: torch.nn.Module() for name in ("text_encoder", "text_encoder_2")
-    }  # frozen and away, as after caching
-    shape, conditioning = given(model, net, run.training.batch_size, resolution)
+    # After caching, the frozen text encoders are no longer in memory.
+    parts |= {name: torch.nn.Module() for name in ("text_encoder", "text_encoder_2")}
+    shape, conditioning = make_inputs(model, net, run.training.batch_size, resolution)
     sizes = (resolution, resolution, 0, 0, resolution, resolution)
     views = [
         View(torch.randn(shape), torch.full(shape, 0.1), sizes, None)
@@ -151,7 +154,7 @@ def make_session(model: str, device: torch.device, precision: str, run: RunConfi
 def our_step(
     model: str, device: torch.device, options: argparse.Namespace, variant: str
 ) -> Callable[[], None]:
-    """What the loop in trainer/train.py does between two stations, in its order."""
+    """Returns a function that does one step as `trainer.training.loop` does."""
     run = config.replace(
         RunConfig(),
         {
@@ -184,37 +187,29 @@ def our_step(
 
 
 def plain_step(model: str, device: torch.device, options: argparse.Namespace) -> Callable[[], None]:
-    """As diffusers' example scripts for LoRA have it, but for the latents and conditioning, which are given here too."""
-    AcceleratorState._reset_state()  # in which choose_device has left another precision
+    """Returns a function that does one step as the LoRA examples of diffusers do."""
+    # `choose_device` has set another precision in the shared state.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(options.precision, options.precision),
         cpu=device.type == "cpu",
     )
     net = denoiser(model, device, DTYPES[options.precision])
-    targets = [
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    ]
-    net.add_adapter(
-        LoraConfig(
-            r=options.rank,
-            lora_alpha=options.rank,
-            init_lora_weights="gaussian",
-            target_modules=targets,
-        )
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    targets += ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    adapter = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.rank,
+        init_lora_weights="gaussian",
+        target_modules=targets,
     )
+    net.add_adapter(adapter)
     net.to(device)
     cast_training_params(net, torch.float32)
     parameters = [p for p in net.parameters() if p.requires_grad]
     net, optimizer = accelerator.prepare(net, torch.optim.AdamW(parameters, lr=1e-4))
     net.train()
-    shape, conditioning = given(model, net, options.batch, options.resolution)
+    shape, conditioning = make_inputs(model, net, options.batch, options.resolution)
     inputs = {
         name: tensor.to(device, DTYPES[options.precision]).expand(options.batch, *tensor.shape)
         for name, tensor in conditioning.items()
@@ -222,10 +217,8 @@ def plain_step(model: str, device: torch.device, options: argparse.Namespace) ->
     latents = torch.randn(options.batch, *shape, device=device)
 
     def work() -> None:
-        noise, timesteps = (
-            torch.randn_like(latents),
-            torch.randint(0, 1000, (options.batch,), device=device),
-        )
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, 1000, (options.batch,), device=device)
         noisy = (latents + noise).to(DTYPES[options.precision])
         model_pred = call(model, net, noisy, timesteps, inputs)
         loss = torch.nn.functional.mse_loss(model_pred.float(), noise.float())
@@ -233,7 +226,7 @@ def plain_step(model: str, device: torch.device, options: argparse.Namespace) ->
         accelerator.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        loss.detach().item()  # the scripts show it in every step
+        loss.detach().item()  # the examples print the loss in every step
 
     return work
 
@@ -241,17 +234,16 @@ def plain_step(model: str, device: torch.device, options: argparse.Namespace) ->
 def bare_pass(
     model: str, device: torch.device, options: argparse.Namespace, backward: bool
 ) -> Callable[[], None]:
+    """Returns a function that runs the frozen denoiser without a trainer."""
     dtype = DTYPES[options.precision]
     net = denoiser(model, device, dtype)
-    shape, conditioning = given(model, net, options.batch, options.resolution)
+    shape, conditioning = make_inputs(model, net, options.batch, options.resolution)
     inputs = {
         name: tensor.to(device, dtype).repeat(options.batch, *[1] * tensor.dim())
         for name, tensor in conditioning.items()
     }
-    noisy, timesteps = (
-        torch.randn(options.batch, *shape, device=device, dtype=dtype),
-        torch.zeros(options.batch, device=device),
-    )
+    noisy = torch.randn(options.batch, *shape, device=device, dtype=dtype)
+    timesteps = torch.zeros(options.batch, device=device)
     inputs["prompt_embeds"].requires_grad_(backward)
 
     def work() -> None:
@@ -291,7 +283,10 @@ def call(
 
 
 def seconds(work: Callable[[], None], device: torch.device, repeats: int) -> float:
-    """Of one step: the mean of some in a row on CUDA, which is what a training takes; the median processor time on a CPU."""
+    """Returns the seconds of one step.
+
+    On CUDA it is the mean of consecutive steps, on a CPU the median processor time.
+    """
     for _ in range(4 if device.type == "cuda" else 1):
         work()
     if device.type == "cuda":
@@ -309,20 +304,23 @@ def seconds(work: Callable[[], None], device: torch.device, repeats: int) -> flo
     return statistics.median(times)
 
 
-def waits(work: Callable[[], None]) -> int:
-    """How often the host waits for the GPU within a step, as torch itself notices; the reading of a step before is none of them."""
+def count_waits(work: Callable[[], None]) -> int:
+    """Returns how often the host waits for the GPU within a step, as torch counts it.
+
+    The reading of the step before does not count.
+    """
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             work()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in told)
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second in a large matrix product."""
+    """Returns the operations per second of a large matrix product."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / seconds(lambda: torch.mm(a, b), device, 10 if device.type == "cuda" else 3)
@@ -331,7 +329,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 def measure(
     model: str, device: torch.device, options: argparse.Namespace, variant: str, rate: float
 ) -> dict[str, Any]:
-    """One row. The model is made anew, so that nothing of another variant is left in it."""
+    """Measures one row, on a new model that no other variant has changed."""
     torch._dynamo.reset()
     oom_fallbacks.release_memory()
     if device.type == "cuda":
@@ -345,6 +343,10 @@ def measure(
     work = makers.get(variant, partial(our_step, variant=variant))(model, device, options)
     taken = seconds(work, device, options.repeats)
     teraflop = TERAFLOP.get((model, options.resolution)) if variant != "forward" else None
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = psutil.Process().memory_info().rss
     row = {
         "model": model,
         "resolution": options.resolution,
@@ -355,30 +357,41 @@ def measure(
         "seconds": taken,
         "pictures_per_second": options.batch / taken,
         "share_of_floor": teraflop and teraflop * 1e12 * options.batch / rate / taken,
-        "peak_gib": (
-            torch.cuda.max_memory_allocated()
-            if device.type == "cuda"
-            else psutil.Process().memory_info().rss
-        )
-        / 2**30,
+        "peak_gib": peak / 2**30,
         "setup_seconds": time.perf_counter() - begin - taken * options.repeats,
     }
     session = getattr(work, "session", None)
     if session and isinstance(session.model.predict, GraphedPredict):
-        row |= {"graphs": len(session.model.predict.graphs), "refusal": session.model.predict.refusal}
+        row["graphs"] = len(session.model.predict.graphs)
+        row["refusal"] = session.model.predict.refusal
     if device.type == "cuda":
-        row["waits"] = waits(work)
+        row["waits"] = count_waits(work)
     if options.profile and device.type == "cuda":
-        with torch.profiler.profile() as profile:
-            work()
-            torch.cuda.synchronize()
-        text = profile.key_averages().table(
-            sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=80
-        )
-        Path(
-            options.profile, f"{model}-{variant.replace(', ', '-').replace(' ', '-')}.txt"
-        ).write_text(text, encoding="utf-8")
+        name = variant.replace(", ", "-").replace(" ", "-")
+        write_profile(work, Path(options.profile, f"{model}-{name}.txt"))
     return row
+
+
+def write_profile(work: Callable[[], None], path: Path) -> None:
+    """Writes a table of the kernels of one step."""
+    with torch.profiler.profile() as profile:
+        work()
+        torch.cuda.synchronize()
+    text = profile.key_averages().table(
+        sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=80
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+def print_row(row: dict[str, Any]) -> None:
+    share = f"{row['share_of_floor']:.0%} of the floor" if row["share_of_floor"] else ""
+    waits = f"the host waits {row['waits']} times" if "waits" in row else ""
+    print(
+        f"{row['model']} {row['resolution']} px x {row['batch']} {row['variant']:22s} "
+        f"{row['seconds']:8.4f} s  {row['pictures_per_second']:7.2f}/s  "
+        f"{row['peak_gib']:6.2f} GiB  {share} {waits} {row.get('refusal', '')}",
+        flush=True,
+    )
 
 
 def main() -> int:
@@ -386,16 +399,16 @@ def main() -> int:
     parser.add_argument(
         "models", nargs="*", default=["sd15"], choices=[*FAMILY, []], metavar="sd15 | sdxl | sd35m"
     )
-    parser.add_argument("--resolution", type=int, help="pixels; the model's own where left out")
+    parser.add_argument(
+        "--resolution", type=int, help="pixels (default: the native size of the model)"
+    )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument(
-        "--precision", choices=DTYPES, help="bf16 on CUDA, fp32 on a CPU where left out"
-    )
+    parser.add_argument("--precision", choices=DTYPES, help="default: bf16 on CUDA, fp32 on a CPU")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:4])
     parser.add_argument("--json", type=Path, help="append the rows to this file")
-    parser.add_argument("--profile", help="folder for a table of kernels of each row")
+    parser.add_argument("--profile", help="write a table of the kernels of each row to this folder")
     options = parser.parse_args()
     device = choose_device()
     options.precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
@@ -403,33 +416,23 @@ def main() -> int:
         torch.set_num_threads(1)
     rate = matrix_rate(device, DTYPES[options.precision])
     print(
-        f"{device_name(device)}, torch {torch.__version__}, {options.precision} matrix product {rate / 1e12:.2f} TFLOP/s",
+        f"{device_name(device)}, torch {torch.__version__}, "
+        f"{options.precision} matrix product {rate / 1e12:.2f} TFLOP/s",
         flush=True,
     )
-    given_resolution = options.resolution
-    for model in options.models:  # one alone, where `plain` is to be compared on a CPU
-        options.resolution = given_resolution or NATIVE[model]
-        for variant in [v for v in VARIANTS if v in options.only]:
-            if (
-                variant != "plain"
-            ):  # which comes first, since what this does to the process cannot be taken back
+    chosen_resolution = options.resolution
+    # To compare `plain` on a CPU, give one model per call.
+    for model in options.models:
+        options.resolution = chosen_resolution or NATIVE[model]
+        for variant in VARIANTS:
+            if variant not in options.only:
+                continue
+            # `plain` comes first, because these settings change the process for good.
+            if variant != "plain":
                 configure_libraries()
             row = measure(model, device, options, variant, rate)
-            share = f"{row['share_of_floor']:.0%} of the floor" if row["share_of_floor"] else ""
-            waited = f"the host waits {row['waits']} times" if "waits" in row else ""
-            print(
-                f"{model} {options.resolution} px x {options.batch} {variant:22s} {row['seconds']:8.4f} s"
-                f"  {row['pictures_per_second']:7.2f}/s  {row['peak_gib']:6.2f} GiB  {share} {waited} {row.get('refusal', '')}",
-                flush=True,
-            )
-            if options.json:
-                with open(options.json, "a", encoding="utf-8") as file:
-                    file.write(
-                        json.dumps(
-                            {"device": device_name(device), "torch": torch.__version__, **row}
-                        )
-                        + "\n"
-                    )
+            print_row(row)
+            keep({"device": device_name(device), "torch": torch.__version__, **row}, options.json)
     return 0
 
 

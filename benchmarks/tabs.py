@@ -1,9 +1,10 @@
-"""What open tabs cost: training speed and memory of the page with 50 of them, which ask once a second, and with none.
+"""Measures the cost of 50 open tabs: training speed and memory of the page, with and without them.
 
     python -m benchmarks.tabs [--tabs 50] [--seconds 300]
 
-Phases without and with tabs take turns, so that a machine that changes its mind shows. The tabs, which in truth are other machines' work,
-are this process: it keeps to one core, so that training and page have the others to themselves.
+Each tab sends its timer event once a second. Phases with and without tabs alternate, so that a
+machine that changes its speed is noticed. The tabs run in this process. It uses one core, because
+real tabs run on other machines and leave the cores to the training and the page.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
@@ -31,7 +33,7 @@ ADDRESS = f"http://127.0.0.1:{PORT}"
 
 
 async def tab(session: str, tick: int, until: float, answered: list[float]) -> None:
-    """One browser window: its timer's event once a second, as the page sends it."""
+    """Sends the timer event of a browser window once a second."""
     async with httpx.AsyncClient(base_url=ADDRESS, timeout=60) as client:
         while time.monotonic() < until:
             begin = time.monotonic()
@@ -43,7 +45,7 @@ async def tab(session: str, tick: int, until: float, answered: list[float]) -> N
 
 
 async def open_tabs(sessions: list[str], seconds: float) -> list[float]:
-    """Seconds that each of their questions took."""
+    """Keeps the tabs open for some seconds. Returns the duration of each answer."""
     async with httpx.AsyncClient(base_url=ADDRESS, timeout=60) as client:
         dependencies = (await client.get("/config")).json()["dependencies"]
     tick = next(
@@ -56,13 +58,13 @@ async def open_tabs(sessions: list[str], seconds: float) -> list[float]:
 
 
 def memory(process: subprocess.Popen) -> float:
-    """Megabytes that a process holds."""
+    """Returns the resident megabytes of a process."""
     pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def speed(folder: Path, work) -> float:
-    """Steps per second while something else goes on."""
+def speed(folder: Path, work: Callable[[], object]) -> float:
+    """Returns the steps per second of a run while `work` runs."""
     first, begin = run_status.read_status(folder).step, time.monotonic()
     work()
     return (run_status.read_status(folder).step - first) / (time.monotonic() - begin)
@@ -74,18 +76,28 @@ def main() -> int:
     )
     parser.add_argument("--tabs", type=int, default=50)
     parser.add_argument(
-        "--seconds", type=float, default=300, help="with tabs, in three parts; half as long without"
+        "--seconds",
+        type=float,
+        default=300,
+        help="seconds with tabs, in three parts; half as long without",
     )
     options = parser.parse_args()
     part, sessions = options.seconds / PARTS, [secrets.token_hex(6) for _ in range(options.tabs)]
-    with tempfile.TemporaryDirectory(prefix="tabs-") as place:
-        os.environ["ATELIER_OUTPUTS"] = str(Path(place, "outputs"))
+    with tempfile.TemporaryDirectory(prefix="tabs-") as temporary:
+        os.environ["ATELIER_OUTPUTS"] = str(Path(temporary, "outputs"))
         settings = {
-            "base.model": str(save_tiny_base(Path(place, "base"))), "dataset.folder": str(make_dataset(Path(place, "dataset"))),
-            "dataset.resolution": 64, "dataset.bucket_step": 8, "dataset.allow_upscale": True, "training.batch_size": 8,
-            "training.steps": 100_000, "saving.saves": 1, "saving.state_every": 100_000,
-            "sampling.prompts": ["a"], "sampling.inference_steps": 1,
-        }  # fmt: skip
+            "base.model": str(save_tiny_base(Path(temporary, "base"))),
+            "dataset.folder": str(make_dataset(Path(temporary, "dataset"))),
+            "dataset.resolution": 64,
+            "dataset.bucket_step": 8,
+            "dataset.allow_upscale": True,
+            "training.batch_size": 8,
+            "training.steps": 100_000,
+            "saving.saves": 1,
+            "saving.state_every": 100_000,
+            "sampling.prompts": ["a"],
+            "sampling.inference_steps": 1,
+        }
         folder = run_folder.create(config.replace(config.RunConfig(), settings))
         page = subprocess.Popen(
             [sys.executable, "-m", "app", "--no-browser", "--port", str(PORT)],
@@ -111,14 +123,14 @@ def main() -> int:
             page.terminate()
             page.wait()
     print(
-        f"steps a second: {alone} without, {beside} with {options.tabs} tabs: {sum(beside) / sum(alone):.1%}"
+        f"steps per second: {alone} without, {beside} with {options.tabs} tabs: "
+        f"{sum(beside) / sum(alone):.1%}"
     )
     print(
         f"{len(waits)} answers, median {statistics.median(waits):.2f} s, slowest {max(waits):.2f} s"
     )
-    print(
-        f"memory of the page: {', '.join(f'{megabytes:.0f} MB' for megabytes in held)} (before, after each part)"
-    )
+    memory_of_page = ", ".join(f"{megabytes:.0f} MB" for megabytes in held)
+    print(f"memory of the page: {memory_of_page} (before, after each part)")
     return 0
 
 
