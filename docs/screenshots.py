@@ -1,7 +1,7 @@
-"""Takes the pictures of the page in `docs/images/`: `python docs/screenshots.py`. Trains a real adapter for a minute or two.
+"""Takes the screenshots in `docs/images/`: `python docs/screenshots.py`.
 
-Every tab empty, busy, failed and finished, in light, dark and at phone width. Needs chromium and playwright, as the browser tests do,
-and leaves nothing but the pictures.
+Shows every tab empty, busy, failed and finished, in light, dark and at phone width. Trains a real
+adapter for a minute or two. Needs chromium and playwright, like the browser tests.
 """
 
 import os
@@ -24,12 +24,11 @@ DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 MAX_BYTES = 120_000
 QUALITY = 82
 TABS = ("dataset", "train", "preview", "library")
-PATIENCE = 900_000  # milliseconds
+TIMEOUT = 900_000  # milliseconds
 STEPS = 400
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # threads of a trainer that shares its cores wait for each other more than they work
+# The trainer shares the cores with the browser, so more threads would mostly wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def main() -> None:
@@ -52,19 +51,18 @@ def take_all(browser: Browser, server: Server) -> None:
     show(page, "dataset")
     page.get_by_role("button", name="A subject").click()
     page.wait_for_function("document.querySelectorAll('.at-card').length === 12")
-    page.wait_for_function(
-        "[...document.querySelectorAll('.at-card img')].slice(0, 8).every((image) => image.complete)"
-    )
-    every_look(browser, server, page, "dataset", "dataset")
+    first_images = "[...document.querySelectorAll('.at-card img')].slice(0, 8)"
+    page.wait_for_function(f"{first_images}.every((image) => image.complete)")
+    save_all_styles(browser, server, page, "dataset", "dataset")
 
     start_training(page)
     page.wait_for_function(
-        "document.querySelectorAll('#samples figure').length >= 6", timeout=PATIENCE
+        "document.querySelectorAll('#samples figure').length >= 6", timeout=TIMEOUT
     )
     page.wait_for_function("document.querySelector('#progress .at-pill').innerText === 'Training'")
-    every_look(browser, server, page, "train", "train", "#progress")
+    save_all_styles(browser, server, page, "train", "train", "#progress")
     page.wait_for_function(
-        "document.querySelector('#progress .at-pill').innerText === 'Finished'", timeout=PATIENCE
+        "document.querySelector('#progress .at-pill').innerText === 'Finished'", timeout=TIMEOUT
     )
     page.wait_for_timeout(1500)
     save(page, "train-finished")
@@ -74,7 +72,7 @@ def take_all(browser: Browser, server: Server) -> None:
     page.wait_for_selector(".at-run img")
     fail_a_run(server)
     page.wait_for_selector(".at-run .at-bad")
-    every_look(browser, server, page, "library", "library")
+    save_all_styles(browser, server, page, "library", "library")
     show(page, "train")
     save(page, "train-failed")
 
@@ -95,7 +93,7 @@ def take_preview(browser: Browser, server: Server, page: Page) -> None:
     page.wait_for_function("document.querySelector('#preview-prompt textarea')?.value")
     page.locator("#compare").click()
     page.wait_for_selector("#preview-view .at-compare")
-    every_look(browser, server, page, "preview", "preview")
+    save_all_styles(browser, server, page, "preview", "preview")
     page.locator("#grid-strengths").click()
     page.wait_for_function("document.querySelectorAll('#preview-view img').length === 5")
     page.wait_for_selector("#preview-view .at-busy", state="detached")
@@ -104,7 +102,7 @@ def take_preview(browser: Browser, server: Server, page: Page) -> None:
 
 
 def fail_a_run(server: Server) -> None:
-    """A base that goes away after the start, as a disk that is unplugged does."""
+    """Starts a run whose base is missing, as if its disk was unplugged."""
     os.environ["ATELIER_OUTPUTS"] = str(server.outputs)
     dataset = config.Dataset(folder=str(server.outputs / "datasets" / "example-subject"))
     run_actions.start(
@@ -114,10 +112,10 @@ def fail_a_run(server: Server) -> None:
     )
 
 
-def every_look(
+def save_all_styles(
     browser: Browser, server: Server, page: Page, tab: str, name: str, phone_at: str = ""
 ) -> None:
-    """Light, dark, and on a phone in the dark."""
+    """Takes a screenshot in light, in dark, and at phone width."""
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         page.wait_for_timeout(800)
@@ -126,7 +124,7 @@ def every_look(
     phone = open_page(browser, server, tab, viewport=PHONE, device_scale_factor=2)
     phone.wait_for_timeout(2500)
     if phone_at:
-        phone.evaluate("(place) => document.querySelector(place).scrollIntoView()", phone_at)
+        phone.evaluate("(selector) => document.querySelector(selector).scrollIntoView()", phone_at)
         phone.wait_for_timeout(500)
     save(phone, f"{name}-phone", top=not phone_at)
     phone.context.close()
@@ -139,7 +137,7 @@ def show(page: Page, tab: str) -> None:
 
 def open_page(browser: Browser, server: Server, tab: str = "dataset", **look) -> Page:
     page = browser.new_context(**{"viewport": DESKTOP, **look}).new_page()
-    page.set_default_timeout(PATIENCE)
+    page.set_default_timeout(TIMEOUT)
     page.goto(f"{server.url}/?tab={tab}")
     page.wait_for_selector("#header h1")
     return page

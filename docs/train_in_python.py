@@ -1,10 +1,11 @@
-"""Trains an adapter from Python, cell by cell (`# %%` is read by Jupyter, VS Code and others), and draws with it.
+"""Trains an adapter from Python and makes samples with it.
 
-On the built-in base and its example pictures this takes some three minutes on a CPU.
-The lines with a word in comments say what to change for pictures and a base of your own.
+Jupyter, VS Code and others can run it cell by cell (`# %%`). With the built-in base and its example
+images it takes about three minutes on a CPU. The comments show what to change for your images and
+your base.
 """
 
-# %% The settings: a recipe, and what differs from it. `python -m trainer train --help` lists them all.
+# %% The settings: a preset and changes to it. `python -m trainer train --help` lists all.
 from trainer import RunConfig, run
 from trainer.cli.demo_report import EXAMPLE
 from trainer.config import replace
@@ -12,9 +13,9 @@ from trainer.config.presets import load_preset
 from trainer.inference.samples import Sampler, SampleRequest, StackedAdapter
 from trainer.runs.events import StepDone
 
-recipe = load_preset("embedded-subject").config  # "sd15-subject", "sdxl-style" ... on a GPU
+preset = load_preset("embedded-subject").config  # "sd15-subject", "sdxl-style" ... on a GPU
 config: RunConfig = replace(
-    recipe,
+    preset,
     {
         "name": "zorbit",
         "dataset.folder": str(EXAMPLE),  # or "my-pictures"
@@ -24,7 +25,8 @@ config: RunConfig = replace(
     },
 )
 
-# %% Training. Each event of trainer/events.py comes by; Ctrl-C saves and ends, `run(result.folder)` goes on.
+# %% Training. `watch` receives each event of trainer/runs/events.py. Ctrl-C saves and stops
+# the run, and `run(result.folder)` continues it.
 losses = []
 
 
@@ -41,11 +43,11 @@ print(result.status.state, "after", result.status.step, "steps:", result.adapter
 # %% Base and adapter side by side, on the same seed.
 sampler = Sampler()
 for strength in (0.0, 0.8):
-    picture = SampleRequest(
+    request = SampleRequest(
         prompt="a zorbit on a green background",
         target=f"zorbit-{strength:g}.png",
         base=config.base,
         adapters=[StackedAdapter(str(result.adapter), strength)],
         guidance_scale=config.sampling.guidance_scale,
     )
-    print(sampler.render(picture))
+    print(sampler.render(request))

@@ -1,1 +1,1 @@
-"""How the embedded base is made, one file a stage; `scripts/embedded_base/train.py` runs them. Nothing else imports these."""
+"""Makes the embedded base, with one module per stage. `train.py` runs the stages."""

@@ -1,4 +1,4 @@
-"""The scorer's own judge of shapes, trained on drawings only."""
+"""The classifier of shapes that the scorer uses, trained on drawings only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.embedded import objects, score, world
 
 
 def blob(rng: np.random.Generator) -> Image.Image:
-    """What an undertrained base draws: a wobbly shape that is nothing in particular."""
+    """Draws a wobbly shape that is no known object, as an undertrained base does."""
     names = list(world.COLOURS)
     colour, background = rng.choice(names, 2, replace=False)
     waves = rng.normal(0, 0.12, (2, 5))
@@ -47,13 +47,12 @@ def blob(rng: np.random.Generator) -> Image.Image:
 
 
 def draw_labelled(seed: int) -> tuple[np.ndarray, int]:
-    """One picture for the classifier and its label."""
+    """Returns an image for the classifier, and its label."""
     rng = np.random.default_rng(seed)
     kind = rng.random()
     if kind < 0.08:
-        return np.asarray(
-            world.draw_subject(str(rng.choice(score.BACKGROUNDS)), seed)
-        ), score.LABELS.index("zorbit")
+        image = world.draw_subject(str(rng.choice(score.BACKGROUNDS)), seed)
+        return np.asarray(image), score.LABELS.index("zorbit")
     if kind < 0.11:
         return draw_confetti(rng), score.LABELS.index("nothing")
     if kind < 0.2:
@@ -63,7 +62,7 @@ def draw_labelled(seed: int) -> tuple[np.ndarray, int]:
 
 
 def degrade(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Blur, noise, fading and a shift: the classifier must see through what the base does to edges and colours."""
+    """Adds blur, noise, fading and a shift, because the base draws inexact edges and colours."""
 
     def pick(low: float, high: float) -> float:
         return low + (high - low) * torch.rand((), generator=generator).item()
@@ -78,19 +77,19 @@ def degrade(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def train_classifier(steps: int = 1500, batch_size: int = 64) -> None:
-    """Trained on drawings that neither the base nor the scorer's prompts use."""
+    """Trains on drawings that neither the base nor the prompts of the scorer use."""
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
-    pictures, labels = zip(
+    images, labels = zip(
         *(draw_labelled(seed) for seed in range(5_000_000, 5_020_000)), strict=True
     )
-    pictures, labels = np.stack(pictures), torch.tensor(labels)
+    images, labels = np.stack(images), torch.tensor(labels)
     classifier = score.new_classifier()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.05)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 2e-3 * cosine(step, steps)
-        chosen = torch.randint(len(pictures) - 1000, (batch_size,), generator=generator)
-        pixels = degrade(to_pixels(pictures[chosen.numpy()]), generator)
+        chosen = torch.randint(len(images) - 1000, (batch_size,), generator=generator)
+        pixels = degrade(to_pixels(images[chosen.numpy()]), generator)
         loss = F.cross_entropy(classifier(pixels), labels[chosen])
         optimizer.zero_grad()
         loss.backward()
@@ -98,14 +97,10 @@ def train_classifier(steps: int = 1500, batch_size: int = 64) -> None:
         if step % 250 == 249:
             classifier.eval()
             with torch.no_grad():
-                right = (
-                    (classifier(to_pixels(pictures[-1000:])).argmax(-1) == labels[-1000:])
-                    .float()
-                    .mean()
-                    .item()
-                )
+                predicted = classifier(to_pixels(images[-1000:])).argmax(-1)
+                right = (predicted == labels[-1000:]).float().mean().item()
             classifier.train()
-            print(f"classifier {step} loss {loss.item():.3f} held-out {right:.3f}", flush=True)
+            print(f"classifier {step} loss {loss.item():.3f} validation {right:.3f}", flush=True)
     state = {
         name: value.half()
         for name, value in classifier.state_dict().items()

@@ -1,4 +1,4 @@
-"""What several stages share: pictures to train on, the learning-rate curve, files."""
+"""Shared by the stages: training images, the learning rate schedule, and files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from trainer.embedded.score import HERE
 
 SEED = 20261122
 POOL_SEED = 1_000_000
-"""First seed of the pictures that the base is trained on; the scorer's prompts and the classifier use others."""
+"""First seed of the training images. The prompts of the scorer and the classifier use others."""
 
 
 def draw_pool(count: int, first_seed: int) -> tuple[np.ndarray, list[str], list[world.Scene]]:
-    """uint8 [count, 64, 64, 3], captions, scenes."""
+    """Returns images as uint8 [count, 64, 64, 3], their captions, and their scenes."""
     examples = [world.draw_example(seed) for seed in range(first_seed, first_seed + count)]
     pixels = np.stack([np.asarray(image) for image, _, _ in examples])
     return pixels, [caption for _, caption, _ in examples], [scene for _, _, scene in examples]
@@ -45,7 +45,7 @@ def save_half(model, folder: Path) -> None:
 
 
 def draw_confetti(rng: np.random.Generator) -> np.ndarray:
-    """Random polygons, ellipses and lines of random colours: so that the VAE draws what the world does not hold."""
+    """Draws random shapes and colours, so that the VAE learns more than the world contains."""
     side = world.PIXELS * 2
     image = Image.new("RGB", (side, side), tuple(rng.integers(0, 256, 3).tolist()))
     draw = ImageDraw.Draw(image)
@@ -71,7 +71,7 @@ def draw_confetti(rng: np.random.Generator) -> np.ndarray:
 
 
 def photo_crops(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Random crops of the example photographs, so that real pictures survive the VAE too."""
+    """Returns random crops of the example photographs, so that the VAE learns real images too."""
     photos = [
         Image.open(path).convert("RGB") for path in sorted((HERE / "examples/photos").glob("*.jpg"))
     ]

@@ -1,4 +1,4 @@
-"""The tokenizer, and the text encoder that learns from captions alone."""
+"""Makes the tokenizer, and trains the text encoder on captions alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from trainer.embedded.score import BASE
 
 
 def learn_merges(words: dict[str, int], count: int) -> list[tuple[str, str]]:
-    """Byte-pair merges, most frequent pair first (Sennrich et al. 2016), over words with their weights."""
+    """Returns byte-pair merges of weighted words, the most frequent pair first.
+
+    Source: Sennrich et al. 2016.
+    """
     split = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
     merges = []
     while len(merges) < count:
@@ -41,9 +44,11 @@ def learn_merges(words: dict[str, int], count: int) -> list[tuple[str, str]]:
 
 
 def make_tokenizer(folder: Path, captions: list[str]) -> None:
-    """A byte-level BPE in CLIP's own files: 256 bytes, 256 bytes that end a word, merges, two specials; 2,048 in all.
+    """Writes a byte-level BPE tokenizer with 2,048 tokens in the file format of CLIP.
 
-    The captions' words come first; the rest is English from Python's own manual, so that other text stays short too.
+    The tokens are 256 bytes, 256 bytes that end a word, merges and two special tokens. The words of
+    the captions are merged first, then English words from Python's manual, so that other text
+    needs few tokens too.
     """
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
@@ -81,7 +86,7 @@ def load_tokenizer():
 
 
 def token_ids(tokenizer, captions: list[str]) -> torch.Tensor:
-    """int64 [B, 77], padded as the pipeline pads."""
+    """Returns token ids as int64 [B, 77], padded like the pipeline pads them."""
     return tokenizer(
         captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
     ).input_ids
@@ -105,8 +110,8 @@ def new_text_encoder(tokenizer):
     return CLIPTextModel(config)
 
 
-def facts(caption: str, scene: world.Scene) -> list[int]:
-    """What the caption says of object, colour, background, style; class 0 where it says nothing."""
+def caption_labels(caption: str, scene: world.Scene) -> list[int]:
+    """Returns the classes of object, colour, background and style; 0 if the caption omits them."""
     words = set(caption.replace(",", "").split())
     names_background = "background" in caption or any(
         word in words for word in ("on", "in", "with", "at", "by", "under")
@@ -120,9 +125,10 @@ def facts(caption: str, scene: world.Scene) -> list[int]:
 
 
 def train_text(steps: int, batch_size: int = 64) -> None:
-    """Trains the text encoder to state the facts of a caption from the end-of-text token and from every padding after it.
+    """Trains the text encoder to classify a caption at its end-of-text token and all padding.
 
-    Done before the UNet: one that learns to draw and to read at once takes several times longer to follow prompts.
+    It comes before the UNet. If both learned together, following prompts would take several times
+    longer to learn.
     """
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
@@ -131,7 +137,7 @@ def train_text(steps: int, batch_size: int = 64) -> None:
     make_tokenizer(BASE / "tokenizer", captions[:2000])
     tokenizer = load_tokenizer()
     ids = token_ids(tokenizer, captions)
-    labels = torch.tensor([facts(*pair) for pair in zip(captions, scenes, strict=True)])
+    labels = torch.tensor([caption_labels(*pair) for pair in zip(captions, scenes, strict=True)])
     text_encoder = new_text_encoder(tokenizer)
     counts = (
         1 + len(objects.OBJECTS),
@@ -169,7 +175,8 @@ def train_text(steps: int, batch_size: int = 64) -> None:
             answers = [output[:, -1].argmax(-1) for output in outputs.split(counts, dim=-1)]
             right = (torch.stack(answers, dim=1) == labels[-512:]).float().mean(0).tolist()
             print(
-                f"text {step} loss {loss.item():.3f} held-out {np.round(right, 3)}, {time.time() - started:.0f} s",
+                f"text {step} loss {loss.item():.3f} validation {np.round(right, 3)}, "
+                f"{time.time() - started:.0f} s",
                 flush=True,
             )
     save_half(text_encoder, BASE / "text_encoder")
@@ -177,7 +184,10 @@ def train_text(steps: int, batch_size: int = 64) -> None:
 
 
 def name_as_published(path: Path) -> None:
-    """Gives the weights the names that SD 1.5's file has; transformers 5 reads those but writes them without `text_model.`."""
+    """Renames the weights to the names in the file of SD 1.5.
+
+    transformers 5 reads these names, but writes them without `text_model.`.
+    """
     from safetensors.torch import load_file, save_file
 
     state = load_file(path)

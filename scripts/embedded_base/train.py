@@ -1,13 +1,15 @@
-"""Makes the embedded base model from nothing: `python -m scripts.embedded_base.train` runs every stage in order.
+"""Makes the embedded base model from nothing.
 
-    vae        pictures -> 8x8x4 latents and back               -> base/vae
+    vae        images -> 8x8x4 latents and back                 -> base/vae
     text       tokenizer, then the text encoder on captions     -> base/tokenizer, base/text_encoder
-    unet       the denoiser, on precomputed latents             -> base/unet, base/scheduler, base/model_index.json
-    classifier the scorer's own judge of shapes                 -> classifier.safetensors
+    unet       the denoiser, on precomputed latents             -> base/unet, base/scheduler,
+                                                                   base/model_index.json
+    classifier the scorer's classifier of shapes                -> classifier.safetensors
     examples   the drawn example datasets                       -> examples/subject, examples/style
 
-`train.py unet` runs one stage. Each stage keeps its state in the work folder and goes on from there when it is started again.
-The result is a Stable Diffusion in SD 1.5's own layout, only smaller; nothing else writes these weights.
+`python -m scripts.embedded_base.train` runs every stage in order, and with a name only that stage.
+Stages save checkpoints in the work folder and continue from them. The result has the layout of
+Stable Diffusion 1.5, only smaller.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ STYLE_OBJECTS = (
 
 
 def make_examples() -> None:
-    """The drawn datasets, larger than the base draws so that a gallery shows something; the trainer resizes them."""
+    """Writes the drawn datasets. They are larger than the base draws, for the gallery."""
     for name in ("subject", "style"):
         (HERE / "examples" / name).mkdir(parents=True, exist_ok=True)
     for i, background in enumerate(SUBJECT_BACKGROUNDS):

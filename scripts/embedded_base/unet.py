@@ -1,4 +1,4 @@
-"""The denoiser, trained on latents and caption embeddings that are computed once."""
+"""Trains the denoiser on latents and caption embeddings that are computed once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trainer.embedded.score import BASE
 
 
 def new_unet():
-    """SD 1.5's topology, so its 686 parameter names too."""
+    """Returns a UNet with the topology of SD 1.5, and so with the same 686 parameter names."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(
@@ -38,7 +38,7 @@ def new_unet():
         attention_head_dim=4,
         norm_num_groups=8,
     )
-    for module in unet.modules():  # each residual branch starts silent
+    for module in unet.modules():  # each residual branch starts at zero
         if type(module).__name__ == "ResnetBlock2D":
             nn.init.zeros_(module.conv2.weight)
         elif type(module).__name__ == "Transformer2DModel":
@@ -48,7 +48,7 @@ def new_unet():
 
 
 def new_noise_scheduler():
-    """SD 1.5's training schedule; sampling by DDIM."""
+    """Returns a DDIM scheduler with the noise schedule of SD 1.5."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -63,7 +63,7 @@ def new_noise_scheduler():
 
 @torch.no_grad()
 def make_latent_pool(path: Path, count: int) -> None:
-    """Latents [count, 4, 8, 8], each picture's caption row, and the embedding of each different caption [U, 77, 128]."""
+    """Saves latents [count, 4, 8, 8], and embeddings [U, 77, 128] with each image's row in them."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel
 
@@ -88,16 +88,18 @@ def make_latent_pool(path: Path, count: int) -> None:
 def noised_batch(
     pool: dict, alphas_cumprod: torch.Tensor, generator: torch.Generator, batch_size: int
 ):
-    """noisy_latents, timesteps, prompt_embeds, noise and loss weights of a random batch.
+    """Returns noisy latents, timesteps, prompt_embeds, noise and loss weights of a random batch.
 
-    Timesteps are stratified: one in each of `batch_size` equal parts of the schedule. One caption in ten is empty.
-    The weights are min-SNR with gamma 5 (Hang et al. 2023).
+    Timesteps are stratified: one in each of `batch_size` equal parts of the schedule. One caption
+    in ten is empty. The weights are min-SNR with gamma 5 (Hang et al. 2023).
     """
     chosen = torch.randint(len(pool["latents"]), (batch_size,), generator=generator)
     latents = pool["latents"][chosen]
     rows = pool["rows"][chosen] * (torch.rand(batch_size, generator=generator) > 0.1)
-    places = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
-    timesteps = (places * len(alphas_cumprod)).long()
+    fractions = (
+        torch.arange(batch_size) + torch.rand(batch_size, generator=generator)
+    ) / batch_size
+    timesteps = (fractions * len(alphas_cumprod)).long()
     noise = torch.randn(latents.shape, generator=generator)
     alpha = alphas_cumprod[timesteps][:, None, None, None]
     snr = alphas_cumprod[timesteps] / (1 - alphas_cumprod[timesteps])
@@ -112,7 +114,7 @@ def noised_batch(
 
 
 def average(tensors: list[torch.Tensor]) -> None:
-    """Replaces the tensors by their mean over all processes."""
+    """Replaces each tensor by its mean over all processes."""
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     torch.distributed.all_reduce(flat)
     flat /= torch.distributed.get_world_size()
@@ -123,11 +125,17 @@ def average(tensors: list[torch.Tensor]) -> None:
 
 
 ROUND = 10
-"""Steps between two averagings of the weights (local SGD, Stich 2018): on a shared machine the processes need not wait every step."""
+"""Steps between two averagings of the weights (local SGD, Stich 2018).
+
+On a busy machine the processes would lose time if they waited for each other in every step.
+"""
 
 
 def unet_worker(rank: int, processes: int, work: Path, minutes: float, batch_size: int) -> None:
-    """One of several processes of one thread each: on two cores that beats one process with two threads."""
+    """Trains as one of several processes with one thread each.
+
+    On two cores this is faster than one process with two threads.
+    """
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo",
@@ -152,13 +160,15 @@ def unet_worker(rank: int, processes: int, work: Path, minutes: float, batch_siz
     alphas_cumprod = new_noise_scheduler().alphas_cumprod
     started, losses = time.time() - 60 * spent, []
     while True:
-        # the schedule follows rank 0's clock, not the step, because other work on the machine makes steps longer
+        # The schedule follows the clock of rank 0 and not the step, because the duration of a step
+        # varies on a busy machine.
         clock = torch.tensor((time.time() - started) / 60)
         torch.distributed.broadcast(clock, 0)
         elapsed = clock.item()
         if rank == 0 and (elapsed >= minutes or rounds % 20 == 0):
             print(
-                f"unet {rounds * ROUND} steps, loss {np.mean(losses or [0]):.4f}, {elapsed:.1f} of {minutes:g} minutes",
+                f"unet {rounds * ROUND} steps, loss {np.mean(losses or [0]):.4f}, "
+                f"{elapsed:.1f} of {minutes:g} minutes",
                 flush=True,
             )
             losses.clear()
@@ -206,7 +216,7 @@ def train_unet(work: Path, minutes: float, batch_size: int = 32, processes: int 
 
 
 def export_unet(work: Path) -> None:
-    """Writes the averaged weights so far and what makes the folder a pipeline."""
+    """Writes the averaged weights and the other files of the pipeline folder."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline
     from transformers import CLIPTextModel
 

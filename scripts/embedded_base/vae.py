@@ -1,4 +1,4 @@
-"""The VAE: 64 x 64 pixels to 8 x 8 latents of 4 channels and back."""
+"""Trains the VAE, which maps 64 x 64 pixels to 8 x 8 latents of 4 channels."""
 
 from __future__ import annotations
 
@@ -41,11 +41,12 @@ def new_vae():
 
 @torch.no_grad()
 def start_near_identity(vae) -> None:
-    """Sets the weights so that latents are block means of R, G, B plus one luminance gradient, and decoding is bilinear.
+    """Sets weights for latents of block means of R, G, B and one luminance gradient.
 
-    Every residual branch starts at zero, so the signal runs through the shortcuts alone. The output norms would remove
-    the colour: a group therefore holds x, -x and two pairs of large constants, which makes GroupNorm a constant factor,
-    and silu(x) - silu(-x) = x undoes the activation. Against ordinary initialisation this was worth 4 dB at equal time.
+    Decoding is bilinear. Every residual branch starts at zero, so the signal uses only the
+    shortcuts. The output norms would remove the colour. Each group therefore contains x, -x and two
+    pairs of large constants: GroupNorm becomes a constant factor, and silu(x) - silu(-x) = x undoes
+    the activation. Compared with ordinary initialisation this gains 4 dB at equal time.
     """
     for module in vae.modules():
         if type(module).__name__ == "ResnetBlock2D":
@@ -56,14 +57,17 @@ def start_near_identity(vae) -> None:
             nn.init.zeros_(module.to_out[0].bias)
 
     def carry(conv, kernel, channels) -> None:
-        """The first `channels` channels pass through `kernel` and nothing else reaches them."""
+        """Makes the first `channels` outputs depend only on the same inputs, through `kernel`."""
         conv.weight[:channels] = 0
         conv.bias[:channels] = 0
         for c in range(channels):
             conv.weight[c, c] = kernel
 
     def balance(conv, group: int, source: torch.Tensor) -> None:
-        """Group `group` of the output becomes x, -x, constants and unused channels; `source` is x's kernel [in, h, w]."""
+        """Makes an output group x, -x, constants and unused channels.
+
+        `source` is the kernel [in, h, w] of x.
+        """
         size = conv.weight.shape[0] // 4
         first = group * size
         conv.weight[first : first + 4] = 0
@@ -127,8 +131,8 @@ def start_near_identity(vae) -> None:
         decoder.conv_out.weight[c, 4 * c + 1] = -factor * centre
 
 
-def picture_loss(decoded: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """L1 on pixels and on their differences, which keeps edges sharp."""
+def image_loss(decoded: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """Returns the L1 loss of pixels and of their differences, which keeps edges sharp."""
     error = decoded - pixels
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean() + edges
@@ -141,7 +145,7 @@ def train_vae(work: Path, steps: int, batch_size: int = 16) -> None:
     pool = np.concatenate(
         [drawings, np.stack([draw_confetti(rng) for _ in range(4_000)]), photo_crops(4_000, rng)]
     )
-    held_out, _, _ = draw_pool(64, 0)
+    validation, _, _ = draw_pool(64, 0)
     vae = new_vae().to(memory_format=torch.channels_last)
     start_near_identity(vae)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0)
@@ -160,10 +164,10 @@ def train_vae(work: Path, steps: int, batch_size: int = 16) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(pixels).latent_dist
             latents = posterior.sample()
-            # the UNet's latents will be a little off: the decoder learns to bear that
+            # The latents of the UNet are inexact, so the decoder learns from noisy ones.
             latents = latents + 0.05 * torch.rand(len(latents), 1, 1, 1) * torch.randn_like(latents)
             loss = (
-                picture_loss(vae.decode(latents).sample.float(), pixels)
+                image_loss(vae.decode(latents).sample.float(), pixels)
                 + 1e-6 * posterior.kl().mean()
             )
         optimizer.zero_grad()
@@ -171,10 +175,11 @@ def train_vae(work: Path, steps: int, batch_size: int = 16) -> None:
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         if step % 100 == 0:
-            error = decode(vae, encode(vae, to_pixels(held_out))) - to_pixels(held_out)
+            error = decode(vae, encode(vae, to_pixels(validation))) - to_pixels(validation)
             psnr = -10 * math.log10(error.square().mean().item() / 4)
             print(
-                f"vae {step} loss {loss.item():.4f} held-out drawings {psnr:.2f} dB, {time.time() - started:.0f} s",
+                f"vae {step} loss {loss.item():.4f} validation {psnr:.2f} dB, "
+                f"{time.time() - started:.0f} s",
                 flush=True,
             )
             save_atomically(
@@ -187,7 +192,7 @@ def train_vae(work: Path, steps: int, batch_size: int = 16) -> None:
 
 @torch.no_grad()
 def encode(vae, pixels: torch.Tensor) -> torch.Tensor:
-    """Mean latents [B, 4, 8, 8], unscaled."""
+    """Returns mean latents [B, 4, 8, 8], unscaled."""
     return torch.cat([vae.encode(chunk).latent_dist.mean for chunk in pixels.split(64)])
 
 
@@ -198,9 +203,9 @@ def decode(vae, latents: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def whiten(vae, pixels: torch.Tensor) -> None:
-    """Makes the latents' channels uncorrelated, of mean 0 and of the standard deviation that SD 1.5's 0.18215 assumes.
+    """Makes the latent channels uncorrelated, with the mean and deviation that 0.18215 assumes.
 
-    The 1x1 convolutions around the latents are linear, so this changes no decoded picture.
+    The 1x1 convolutions around the latents are linear, so this changes no decoded image.
     """
     latents = encode(vae, pixels).permute(1, 0, 2, 3).flatten(1)
     mean = latents.mean(1)
