@@ -101,7 +101,7 @@ def connect(page: Page, tab: DatasetTab, train: TrainTab) -> None:
         return show(name, _settings(values))
 
     page.on_load(
-        lambda: show(next(iter(datasets.names()), ""), {})[:1],
+        lambda: show(next(iter(datasets.names()), ""), {})[0],
         [tab.chosen],
         then={"fn": shown, "inputs": inputs, "outputs": outputs, **PRIVATE},
     )
