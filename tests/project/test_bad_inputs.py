@@ -1,4 +1,4 @@
-"""Every row of the corpus gets its verdict, by scanning it where it lies and by importing it. See `tests/corpus.py`."""
+"""Scanning and importing give each row of `tests/corpus.py` its verdict."""
 
 import os
 from pathlib import Path
@@ -12,9 +12,8 @@ from trainer.data.image_formats import IMAGE_SUFFIXES
 from trainer.data.issue import Issue, printable
 from trainer.data.scan import scan_dataset
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore"
-)  # zipfile and Pillow remark on what is wrong on purpose
+# zipfile and Pillow warn about the files that are wrong on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 ROWS = {row.id: row for row in corpus.ROWS}
 SCANNED = [row.id for row in corpus.ROWS if row.table != "Archives"]
@@ -39,14 +38,18 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
     }
 
 
-def about(findings: list[Issue], subject: Path, folder: Path) -> list[Issue]:
-    """Findings naming the subject, or, where it is a caption, its picture; that a made picture is plain grey is none."""
+def issues_of(issues: list[Issue], subject: Path, folder: Path) -> list[Issue]:
+    """Returns the issues of a file, and of the image if the file is a caption.
+
+    Issues that every generated image has are left out.
+    """
     name = printable(subject.relative_to(folder).as_posix())
-    picture = name.removesuffix(".txt") + ".png"
-    findings = [
-        f for f in findings if f.kind not in ("rotated", "transparent", "converted", "flat")
+    image = name.removesuffix(".txt") + ".png"
+    expected = ("rotated", "transparent", "converted", "flat")
+    issues = [issue for issue in issues if issue.kind not in expected]
+    return [
+        issue for issue in issues if issue.file in (name, image) or issue.file.endswith(f"/{name}")
     ]
-    return [f for f in findings if f.file in (name, picture) or f.file.endswith(f"/{name}")]
 
 
 def row_folder(subject: Path, row_id: str) -> Path:
@@ -59,20 +62,20 @@ def test_scan_gives_the_verdict(made, row_id):
     folder = row_folder(subject, row_id)
     before = snapshot(folder.parent)
     (folder / "zz_control.png").write_bytes(corpus.encoded(corpus.photo(seed=99), "PNG"))
-    items, findings = scan_dataset(folder, config.Dataset(resolution=64, bucket_step=8))
+    items, issues = scan_dataset(folder, config.Dataset(resolution=64, bucket_step=8))
     (folder / "zz_control.png").unlink()
 
-    named = about(findings, subject, folder)
+    named = issues_of(issues, subject, folder)
     used = {item.path for item in items}
-    picture = subject.with_suffix(".png") if subject.suffix == ".txt" else subject
+    image = subject.with_suffix(".png") if subject.suffix == ".txt" else subject
     if row.table == "Captions" or row.verdict in (corpus.ACCEPT, corpus.REPORTED):
-        assert picture in used
+        assert image in used
     elif row.verdict == corpus.SKIPPED:
         assert subject not in used
     assert bool(named) == (row.verdict != corpus.ACCEPT), named
     if row.caption is not None:
-        assert next(item.caption for item in items if item.path == picture) == row.caption
-    assert all(finding.file.isprintable() and finding.message.endswith(".") for finding in findings)
+        assert next(item.caption for item in items if item.path == image) == row.caption
+    assert all(issue.file.isprintable() and issue.message.endswith(".") for issue in issues)
     assert snapshot(folder.parent) == before
 
 
@@ -81,7 +84,7 @@ def test_import_gives_the_verdict(made, row_id, tmp_path):
     row, subject = ROWS[row_id], path_of(made, row_id)
     folder = row_folder(subject, row_id)
     before = snapshot(folder)
-    findings = import_files([folder], tmp_path / "data" / "set")
+    issues = import_files([folder], tmp_path / "data" / "set")
     assert snapshot(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["set"]
@@ -93,19 +96,18 @@ def test_import_gives_the_verdict(made, row_id, tmp_path):
         path.is_file() and not path.is_symlink() and len(os.fsencode(path.name)) <= 120
         for path in kept
     )
-    pictures = [path for path in kept if path.suffix in IMAGE_SUFFIXES]
+    images = [path for path in kept if path.suffix in IMAGE_SUFFIXES]
     if row.verdict in (corpus.ACCEPT, corpus.REPORTED):
-        items, _ = scan_dataset(tmp_path / "data" / "set", config.Dataset(resolution=64, bucket_step=8))
-        assert (
-            len(items)
-            == len(pictures)
-            == len([p for p in folder.rglob("*") if p.suffix in IMAGE_SUFFIXES])
+        items, _ = scan_dataset(
+            tmp_path / "data" / "set", config.Dataset(resolution=64, bucket_step=8)
         )
+        originals = [path for path in folder.rglob("*") if path.suffix in IMAGE_SUFFIXES]
+        assert len(items) == len(images) == len(originals)
         if row.caption is not None:
             assert row.caption in {item.caption for item in items}
     elif row.table == "Images":
-        assert not pictures
-        assert about(findings, subject, folder) or row_id == "dir_named_png"
+        assert not images
+        assert issues_of(issues, subject, folder) or row_id == "dir_named_png"
 
 
 @pytest.mark.parametrize("row_id", ARCHIVES)
@@ -113,16 +115,16 @@ def test_archive_gets_the_verdict(made, row_id, tmp_path):
     row, subject = ROWS[row_id], path_of(made, row_id)
     before = snapshot(subject.parent)
     target = tmp_path / "data" / "set"
-    findings = import_files([subject], target)
+    issues = import_files([subject], target)
     kept = sorted(
         path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()
     )
     if row.verdict == corpus.REFUSED:
-        assert [finding.level for finding in findings] == ["error"]
-        assert findings[0].message.startswith("x.zip ") and not kept
+        assert [issue.level for issue in issues] == ["error"]
+        assert issues[0].message.startswith("x.zip ") and not kept
     else:
         assert {"good.png", "good.txt"} <= set(kept)
-        assert bool(findings) == (row.verdict != corpus.ACCEPT), findings
+        assert bool(issues) == (row.verdict != corpus.ACCEPT), issues
         stems = {name.rpartition(".")[0] for name in kept if name.endswith(".txt")}
         assert all(f"{stem}.png" in kept for stem in stems)
     assert all(name.endswith((".png", ".txt")) for name in kept)

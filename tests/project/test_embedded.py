@@ -1,4 +1,4 @@
-"""The embedded base: it loads as any Stable Diffusion, has SD 1.5's layout, and draws what its model card claims."""
+"""The embedded base loads like SD 1.5, has its layout, and draws what its model card claims."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def pipe():
     return score.load_base()
 
 
-def test_it_has_the_layout_of_sd15(pipe):
+def test_the_base_has_the_layout_of_sd15(pipe):
     names = list(pipe.unet.state_dict())
     assert len(names) == 686
     assert "down_blocks.2.attentions.1.transformer_blocks.0.attn2.to_k.weight" in names
@@ -30,22 +30,22 @@ def test_it_has_the_layout_of_sd15(pipe):
     assert pipe.safety_checker is None
 
 
-def test_it_is_small_enough_to_ship():
+def test_the_base_has_less_than_16_megabytes():
     files = [path for path in score.BASE.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 16_000_000
 
 
-def test_no_weight_is_broken(pipe):
+def test_all_weights_are_finite(pipe):
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         assert all(value.isfinite().all() for value in part.state_dict().values())
 
 
 def test_the_latents_have_unit_variance(pipe):
-    """As every trainer assumes once it has multiplied by 0.18215."""
+    """Every trainer assumes this after it has multiplied latents by 0.18215."""
     import torch
 
-    pictures = np.stack([np.asarray(world.draw_example(seed)[0]) for seed in range(64)])
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
+    images = np.stack([np.asarray(world.draw_example(seed)[0]) for seed in range(64)])
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
     assert latents.shape == (64, 4, 8, 8)
@@ -63,7 +63,7 @@ def test_the_latents_have_unit_variance(pipe):
         "\x00\ufffd",
     ],
 )
-def test_any_text_tokenises(pipe, text):
+def test_any_text_becomes_77_tokens(pipe, text):
     tokenizer = pipe.tokenizer
     ids = tokenizer(
         text, padding="max_length", max_length=tokenizer.model_max_length, truncation=True
@@ -76,7 +76,7 @@ def test_any_text_tokenises(pipe, text):
         assert decoded.replace(" ", "") == text.lower().replace(" ", "")
 
 
-def test_the_world_is_a_function_of_its_seed():
+def test_the_same_seed_draws_the_same_image():
     for seed in (0, 1, 12345):
         (image, caption, scene), (again, *rest) = world.draw_example(seed), world.draw_example(seed)
         assert np.array_equal(image, again) and (caption, scene) == tuple(rest)
@@ -84,8 +84,11 @@ def test_the_world_is_a_function_of_its_seed():
     assert not np.array_equal(world.draw_subject("blue", 0), world.draw_subject("blue", 1))
 
 
-def test_the_world_draws_without_torch():
-    check = "import sys; from trainer.embedded import world, score; world.draw_example(0); sys.exit('torch' in sys.modules)"
+def test_drawing_does_not_import_torch():
+    check = (
+        "import sys; from trainer.embedded import world, score; "
+        "world.draw_example(0); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", check], cwd=score.HERE.parents[1]).returncode == 0
 
 
@@ -104,7 +107,7 @@ def test_the_scorer_rejects_wrong_drawings():
     assert score.subject_similarity(grey) == score.style_similarity(grey) == 0
 
 
-def test_similarity_tells_the_examples_from_the_world():
+def test_similarity_separates_the_examples_from_other_drawings():
     subject = [Image.open(path) for path in sorted((EXAMPLES / "subject").glob("*.png"))]
     style = [Image.open(path) for path in sorted((EXAMPLES / "style").glob("*.png"))]
     ordinary = [world.draw_example(seed)[0] for seed in range(100)]
@@ -119,11 +122,11 @@ def test_similarity_tells_the_examples_from_the_world():
     ("name", "word"), [("subject", "zorbit"), ("style", "blueprint"), ("photos", "photo")]
 )
 def test_example_datasets_are_complete(name, word):
-    pictures = [
+    images = [
         path for path in sorted((EXAMPLES / name).iterdir()) if path.suffix in (".png", ".jpg")
     ]
-    assert len(pictures) == 12
-    for path in pictures:
+    assert len(images) == 12
+    for path in images:
         assert word in path.with_suffix(".txt").read_text()
         with Image.open(path) as image:
             image.load()
@@ -136,16 +139,16 @@ def test_the_photographs_may_be_redistributed():
     assert sum(path.stat().st_size for path in (EXAMPLES / "photos").iterdir()) <= 1_500_000
 
 
-def test_the_base_does_not_know_the_examples():
+def test_training_captions_of_the_base_do_not_name_the_examples():
     captions = " ".join(world.draw_example(seed)[1] for seed in range(2000))
     assert score.TRIGGER not in captions and "blueprint" not in captions
 
 
 FLOOR = score.Score(background=0.95, colour=0.85, object=0.85)
-"""A little under the model card's table, because 32 prompts scatter more than its 200."""
+"""Slightly below the table of the model card, because 32 prompts vary more than its 200."""
 
 
-def test_it_draws_what_its_card_claims(pipe):
+def test_scores_reach_the_claims_of_the_model_card(pipe):
     reached = score.score_prompts(pipe, count=32, steps=15)
     assert reached.background >= FLOOR.background, reached
     assert reached.colour >= FLOOR.colour, reached

@@ -1,6 +1,7 @@
-"""Random and half-random bytes for everything that reads a stranger's file: never anything but a TrainerError.
+"""Readers of files from strangers raise only a TrainerError, whatever the bytes.
 
-A few seconds each; `ATELIER_FUZZ_SECONDS=60 python -m pytest -n0 tests/test_fuzz.py` gives each a minute.
+Each test takes a few seconds. To give each a minute:
+`ATELIER_FUZZ_SECONDS=60 python -m pytest -n 0 tests/project/test_fuzz.py`.
 """
 
 import json
@@ -23,7 +24,7 @@ from trainer.data.scan import scan_dataset
 from trainer.errors import ConfigError, DatasetError, ModelError
 from trainer.lora.writer import read_adapter
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow remarks on what is wrong on purpose
+pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow warns about damaged files
 SECONDS = float(os.environ.get("ATELIER_FUZZ_SECONDS", 3))
 FUZZ = settings(
     max_examples=100,
@@ -35,7 +36,7 @@ FUZZ = settings(
 
 
 def for_a_while(check: Callable[[], None]) -> None:
-    """Draws a hundred examples, and other hundreds until the time is over."""
+    """Tests a hundred examples. In a longer test it repeats that until the time is over."""
     end = time.monotonic() + SECONDS
     check()
     while SECONDS > 3 and time.monotonic() < end:
@@ -58,22 +59,22 @@ json_values = st.recursive(
 )
 
 
-def picture(format: str) -> bytes:
+def image(format: str) -> bytes:
     buffer = BytesIO()
     Image.effect_noise((40, 30), 90).convert("RGB").save(buffer, format)
     return buffer.getvalue()
 
 
-PICTURES = [picture(format) for format in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")]
+IMAGES = [image(format) for format in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")]
 
 
 @st.composite
-def damaged(draw: st.DrawFn, wholes: list[bytes]) -> bytes:
-    """A whole file with some of its bytes changed, cut off or added."""
-    content = bytearray(draw(st.sampled_from(wholes)))
+def damaged(draw: st.DrawFn, valid_files: list[bytes]) -> bytes:
+    """Draws a valid file with some bytes changed, cut off or added."""
+    content = bytearray(draw(st.sampled_from(valid_files)))
     for _ in range(draw(st.integers(0, 6))):
-        place = draw(st.integers(0, len(content) - 1))
-        content[place] = draw(st.integers(0, 255))
+        position = draw(st.integers(0, len(content) - 1))
+        content[position] = draw(st.integers(0, 255))
     return bytes(content[: draw(st.integers(1, len(content)))]) + draw(st.binary(max_size=40))
 
 
@@ -95,12 +96,12 @@ NAMES = st.sampled_from(
 )
 
 
-def test_the_dataset_reader(tmp_path_factory):
+def test_damaged_datasets_raise_only_dataset_errors(tmp_path_factory):
     @FUZZ
     @given(
         st.dictionaries(
             NAMES,
-            damaged(PICTURES)
+            damaged(IMAGES)
             | st.binary(max_size=300)
             | json_values.map(lambda v: json.dumps(v).encode()),
             min_size=1,
@@ -112,8 +113,8 @@ def test_the_dataset_reader(tmp_path_factory):
         for name, content in files.items():
             (folder / name).write_bytes(content)
         try:
-            items, findings = scan_dataset(folder, resolution=64)
-            assert items and all(finding.file.isprintable() for finding in findings)
+            items, issues = scan_dataset(folder, config.Dataset(resolution=64, bucket_step=8))
+            assert items and all(issue.file.isprintable() for issue in issues)
         except DatasetError as error:
             assert str(error).strip()
         assert {path.name for path in folder.iterdir()} == set(files)
@@ -126,7 +127,7 @@ def framed(header: object) -> bytes:
     return struct.pack("<Q", len(text)) + text + bytes(48)
 
 
-def test_the_adapter_reader(tmp_path_factory):
+def test_damaged_adapters_raise_only_model_errors(tmp_path_factory):
     @FUZZ
     @given(
         damaged([ADAPTER])
@@ -150,7 +151,7 @@ def test_the_adapter_reader(tmp_path_factory):
     for_a_while(check)
 
 
-def test_the_config_reader(tmp_path_factory):
+def test_damaged_settings_raise_only_config_errors(tmp_path_factory):
     @FUZZ
     @given(
         damaged([config.to_toml(config.RunConfig()).encode()])

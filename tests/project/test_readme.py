@@ -1,4 +1,4 @@
-"""The commands and code of README and docs, executed; what cannot be, read by the program's own parsers, with the reason."""
+"""Runs the commands and code of README and docs, or at least parses them."""
 
 import re
 import shlex
@@ -20,41 +20,46 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLE = model_files.EMBEDDED_FOLDER.parent / "examples" / "subject"
 
-# What is run differs from what is written in nothing but this.
+# Replacements that make the written commands short enough for a test.
 SHORTER = {
-    "--set training.steps=300": "--set training.steps=2 --set saving.saves=1 --set sampling.inference_steps=2",
-    '"training.steps": 300': '"training.steps": 2, "saving.saves": 1, "sampling.inference_steps": 2',
+    "--set training.steps=300": (
+        "--set training.steps=2 --set saving.saves=1 --set sampling.inference_steps=2"
+    ),
+    '"training.steps": 300': (
+        '"training.steps": 2, "saving.saves": 1, "sampling.inference_steps": 2'
+    ),
     "outputs/runs/2026-11-22-": f"outputs/runs/{date.today().isoformat()}-",
 }
-# What is only read, by how it begins, and why.
+# Beginnings of commands that are only parsed, with the reason.
 ONLY_READ = {
-    "make ": "sets up a machine anew; `make test` is what runs this",
+    "make ": "installs the program; `make test` runs these tests",
     "python -m trainer train sdxl": "needs a GPU and a download",
-    "python -m trainer sweep sd15": "needs a download; tests/test_sweep.py runs one",
-    "python -m app --ray": "needs a Ray cluster; tests/test_ray.py starts one where Ray is installed",
-    "torchrun ": "needs several GPUs; tests/test_distributed.py runs two processes",
-    "accelerate launch ": "needs several GPUs; tests/test_distributed.py runs two processes",
+    "python -m trainer sweep sd15": "needs a download; tests/cli/test_sweep.py runs one",
+    "python -m app --ray": "needs a Ray cluster; see tests/app/test_ray_jobs.py",
+    "torchrun ": "needs GPUs; tests/training/test_distributed.py runs two processes",
+    "accelerate launch ": "needs GPUs; tests/training/test_distributed.py runs two processes",
 }
+# Commands that sentences name without their required arguments.
+WITHOUT_ARGUMENTS = ("check", "caption", "class-pictures", "convert", "sweep", "train")
+# Pages whose Python code runs in other tests.
 ELSEWHERE = {
-    ("README.md", "py"): "below",
-    ("api.md", "python"): "tests/browser/test_api.py, with a page to talk to",
+    ("README.md", "py"): "test_the_python_code_of_the_readme_works",
+    ("api.md", "python"): "tests/browser/test_api.py",
 }
-DRAWN = ("text", "bat")  # pictures made of letters, and Windows' own commands
+DRAWN = ("text", "bat")  # diagrams made of letters, and commands of Windows
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
-    """(language, content) of each fenced block."""
+    """Returns the language and content of each fenced block."""
     found = re.findall(
         r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )
-    assert all(language for language, _ in found), (
-        f"{page.name} has a block that does not say what it is"
-    )
+    assert all(language for language, _ in found), f"{page.name} has a block without a language"
     return found
 
 
 def lines(page: Path) -> list[str]:
-    """Commands of a page, without their comments."""
+    """Returns the commands of a page, without comments."""
     contents = [content for language, content in blocks(page) if language == "sh"]
     return [
         line for content in contents for line in re.sub(r"\s+#.*", "", content).splitlines() if line
@@ -69,7 +74,7 @@ def shorter(code: str) -> str:
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """A reader's working directory, with the pictures that the pages speak of."""
+    """Creates the working directory of a reader, with the images that the pages name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ATELIER_OUTPUTS", str(tmp_path / "outputs"))
     shutil.copytree(EXAMPLE, tmp_path / "my-pictures")
@@ -80,13 +85,13 @@ def reader(tmp_path, monkeypatch):
     "page", [page for page in PAGES if lines(page)], ids=lambda page: page.name
 )
 def test_every_command_works(page, reader):
-    """In order, as a reader would."""
+    """Runs the commands in the order of the page."""
     for line in lines(page):
         if line.startswith(tuple(ONLY_READ)):
             read_only(line)
         else:
             assert line.startswith("python -m trainer "), (
-                f"say in ONLY_READ why it is not run: {line}"
+                f"give a reason in ONLY_READ why this is not run: {line}"
             )
             assert main(shlex.split(shorter(line))[3:]) == 0, line
     assert page.name != "README.md" or (reader / "sample.png").is_file()
@@ -97,7 +102,8 @@ def read_only(line: str) -> None:
     if "trainer" in words and words[-1] != "...":
         options = build_parser().parse_args(words[words.index("trainer") + 1 :])
         assert read_settings(options).name
-        assert not hasattr(options, "grid") or [sweep_folder.parse_grid(text) for text in options.grid]
+        for text in getattr(options, "grid", []):
+            assert sweep_folder.parse_grid(text)
     elif words[:3] == ["python", "-m", "app"]:
         assert server.parse(words[3:]).ray
     elif words[0] == "make":
@@ -112,35 +118,27 @@ def test_every_block_is_run_or_read(page):
         elif language in ("py", "python"):
             compile(content, page.name, "exec")
             assert (page.name, language) in ELSEWHERE, (
-                f"run it here, or say in ELSEWHERE where the code of {page.name} is run"
+                f"run the code of {page.name} here, or name its test in ELSEWHERE"
             )
         else:
-            assert language in ("sh", *DRAWN), f"{page.name}: how is {language} checked?"
+            assert language in ("sh", *DRAWN), f"{page.name}: {language} is not checked"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_in_sentences_are_understood(page):
+def test_commands_in_sentences_can_be_parsed(page):
     text = page.read_text(encoding="utf-8").replace("\n", " ")
     for command in re.findall(r"`python -m trainer ([^`|\[]+?)`", text):
         words = re.sub(r"\b(FOLDER|FILE|DIR|RUN_DIR)\b", "x", command)
         try:
             build_parser().parse_args(shlex.split(words))
         except SystemExit as ended:
-            assert ended.code == 0 or command in BARE, f"{page.name}: python -m trainer {command}"
-
-
-BARE = (
-    "check",
-    "caption",
-    "class-pictures",
-    "convert",
-    "sweep",
-    "train",
-)  # commands spoken of without what they need
+            assert ended.code == 0 or command in WITHOUT_ARGUMENTS, (
+                f"{page.name}: python -m trainer {command}"
+            )
 
 
 def test_the_python_code_of_the_readme_works(reader, train_tiny, tiny_base, monkeypatch):
-    """One block draws with diffusers, on a tiny base instead of the named one; one trains."""
+    """The first block makes a sample with diffusers, here on a tiny base. The second trains."""
     first, second = [
         content for language, content in blocks(ROOT / "README.md") if language == "py"
     ]
@@ -149,9 +147,9 @@ def test_the_python_code_of_the_readme_works(reader, train_tiny, tiny_base, monk
         "stable-diffusion-v1-5/stable-diffusion-v1-5": str(tiny_base),
         "outputs/runs/2026-11-22-maya/maya.safetensors": str(folder / "tiny.safetensors"),
     }
-    for written, there in named.items():
+    for written, path in named.items():
         assert written in first
-        first = first.replace(written, there)
+        first = first.replace(written, path)
     assert executed(first)["pipe"].get_active_adapters() == ["maya"]
     result = executed(shorter(second))["result"]
     assert result.status.step == 2 and result.adapter.is_file()
@@ -171,7 +169,7 @@ def executed(code: str) -> dict:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_leads_somewhere(page):
+def test_every_link_has_a_target(page):
     for path in re.findall(r"\]\(([a-zA-Z.][^):]*)\)", page.read_text(encoding="utf-8")):
         target, _, heading = path.partition("#")
         assert (page.parent / target).exists(), path
@@ -182,12 +180,11 @@ def test_every_link_leads_somewhere(page):
             if heading
             else []
         )
-        assert not heading or heading in [
-            re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles
-        ], path
+        anchors = [re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles]
+        assert not heading or heading in anchors, path
 
 
-def test_make_knows_what_the_pages_name():
+def test_the_makefile_has_every_named_target():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     named = {
         target
