@@ -69,9 +69,9 @@ SELECTORS: Mapping[str, str] = {
 
 `accordionButton` opens a section of the advanced settings and has the class `openAccordion` while
 the section is open. `listInput` is the text box of a dropdown, which keeps its list open when Tab
-leaves it and takes the first match on Enter. `pageConfig` is the global variable with the ids of all
-components, and `viewCallRoute` calls a server function: the caption that is being typed when the
-page is left must be sent by a request with `keepalive`, which Gradio's own calls do not have.
+leaves it and takes the first match on Enter. `pageConfig` is the global variable with the ids of
+all components, and `viewCallRoute` calls a server function: the caption that is being typed when
+the page is left must be sent by a request with `keepalive`, which Gradio's calls do not have.
 """
 
 

@@ -152,7 +152,9 @@ def test_no_help_is_repeated_in_the_code_of_the_page() -> None:
 def test_presets_suit_the_kind_of_the_base_model(tmp_path: Path):
     from tests.tiny import save_tiny_base
 
-    assert {preset.config.base.model for preset in train_form.presets_for("embedded")} == {"embedded"}
+    assert {preset.config.base.model for preset in train_form.presets_for("embedded")} == {
+        "embedded"
+    }
     named = {
         "": train_form.SD15,
         "someone/realistic": train_form.SD15,
@@ -164,10 +166,16 @@ def test_presets_suit_the_kind_of_the_base_model(tmp_path: Path):
         "someone/stable-diffusion-2-1-base": train_form.SD21,
     }
     for own, base in named.items():
-        assert {preset.config.base.model for preset in train_form.presets_for(train_form.OWN, own)} == {
-            base
-        }, own
-    for kind, base in {"sd1": train_form.SD15, "sd2": train_form.SD21, "sd35-medium": train_form.SD35M}.items():
+        assert {
+            preset.config.base.model for preset in train_form.presets_for(train_form.OWN, own)
+        } == {base}, own
+    for kind, base in {
+        "sd1": train_form.SD15,
+        "sd2": train_form.SD21,
+        "sd35-medium": train_form.SD35M,
+    }.items():
         folder = save_tiny_base(tmp_path / f"xl-in-name-only-{kind}", kind=kind)
         assert train_form.presets_for(train_form.OWN, str(folder))[0].config.base.model == base
-    assert set(train_form.BASE_TITLES) == {base for _, base in train_form.base_choices()} - {train_form.OWN}
+    assert set(train_form.BASE_TITLES) == {base for _, base in train_form.base_choices()} - {
+        train_form.OWN
+    }

@@ -26,7 +26,9 @@ def values(outputs) -> dict:
     """The form with an example dataset and the first preset."""
     name = datasets.add_example("subject")
     recipe = presets.load_preset("embedded-subject")
-    shown = dict(zip(train_form.field_names(), train_form.show_settings(recipe.config), strict=True))
+    shown = dict(
+        zip(train_form.field_names(), train_form.show_settings(recipe.config), strict=True)
+    )
     own = {
         "base": "embedded",
         "own_base": "",
@@ -71,7 +73,9 @@ def test_the_estimate_shows_steps_time_and_memory(values) -> None:
 def test_without_a_dataset_an_example_is_offered(values) -> None:
     view = train_actions.summary(values | {"dataset.folder": None})
     assert "steps" not in view and fixes(view)["Take an example"]["example"] == "subject"
-    assert train_actions.start(values | {"dataset.folder": None})["refused"] and runs.all_runs() == []
+    assert (
+        train_actions.start(values | {"dataset.folder": None})["refused"] and runs.all_runs() == []
+    )
 
 
 def test_several_gpus_are_offered_only_if_the_machine_has_them(values, memory, monkeypatch) -> None:
@@ -86,7 +90,9 @@ def test_several_gpus_are_offered_only_if_the_machine_has_them(values, memory, m
     }
     monkeypatch.setattr(device, "count", lambda: 2)
     assert is_shown() and "Use 2" not in fixes(train_actions.summary(two))
-    one_way, other = (estimate.memory(train_form.read_form(shown), "cuda").step for shown in (values, two))
+    one_way, other = (
+        estimate.memory(train_form.read_form(shown), "cuda").step for shown in (values, two)
+    )
     assert other < one_way
 
 
@@ -129,7 +135,9 @@ def test_a_wrong_setting_is_reset_by_one_click(values) -> None:
     updates = dict(
         zip(
             train_form.field_names(),
-            train_actions.reset(SimpleNamespace(paths=["adapter.rank", "preset"]), values["preset"]),
+            train_actions.reset(
+                SimpleNamespace(paths=["adapter.rank", "preset"]), values["preset"]
+            ),
             strict=True,
         )
     )
@@ -139,12 +147,16 @@ def test_a_wrong_setting_is_reset_by_one_click(values) -> None:
         and updates["training.steps"] == updates["preset"]
     )
     both = values | {"training.learning_rate": 0, "training.text_encoder_learning_rate": 0}
-    assert "Back to the preset" in fixes(train_actions.summary(both)) and "refused" in train_actions.start(both)
+    assert "Back to the preset" in fixes(
+        train_actions.summary(both)
+    ) and "refused" in train_actions.start(both)
 
 
 def test_a_run_that_would_fail_later_cannot_start(values, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    view = train_actions.start(values | {"base": train_form.OWN, "own_base": "nobody/no-such-model"})
+    view = train_actions.start(
+        values | {"base": train_form.OWN, "own_base": "nobody/no-such-model"}
+    )
     assert "downloads are switched off" in view["checks"][0]["text"] and "refused" in view
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
     full = train_actions.start(values)
@@ -210,14 +222,16 @@ def test_a_run_that_fits_only_an_empty_gpu_gives_a_warning(values, monkeypatch) 
     assert check["level"] == "warn"
     assert "are free now" in check["text"]
     monkeypatch.setattr(runs, "active", lambda: Path("a run"))
-    assert train_actions.summary(values)["checks"] == [], "the active run frees its memory when it ends"
+    assert train_actions.summary(values)["checks"] == [], (
+        "the active run frees its memory when it ends"
+    )
 
 
 def test_settings_that_differ_from_the_preset_are_listed(values) -> None:
     assert train_actions.changes(values)["changed"] == []
-    changed = train_actions.changes(values | {"adapter.rank": 24, "training.gradient_checkpointing": True})[
-        "changed"
-    ]
+    changed = train_actions.changes(
+        values | {"adapter.rank": 24, "training.gradient_checkpointing": True}
+    )["changed"]
     assert [(each["label"], each["was"], each["now"]) for each in changed] == [
         ("Network rank (dimension)", "8", "24"),
         ("Gradient checkpointing", "off", "on"),
@@ -264,7 +278,11 @@ def test_exported_settings_fill_the_form_again(values) -> None:
     run, _ = train_actions.read_settings(text, values)
     assert run == train_form.read_form(values | {"adapter.rank": 24})
     shown = dict(
-        zip(["tools", *train_form.field_names()], train_actions.take_settings(text, values), strict=True)
+        zip(
+            ["tools", *train_form.field_names()],
+            train_actions.take_settings(text, values),
+            strict=True,
+        )
     )
     assert shown["adapter.rank"] == 24 and shown["dataset.folder"].value == values["dataset.folder"]
 

@@ -54,7 +54,9 @@ def test_only_the_first_adapter_differs_from_the_base(values) -> None:
     with pytest.raises(
         TrainerError, match="Second adapter, in the text encoder: much is not a number"
     ):
-        preview_plans.plan_compare(values | {"second": values["ink"], "second_text_strength": "much"})
+        preview_plans.plan_compare(
+            values | {"second": values["ink"], "second_text_strength": "much"}
+        )
     with pytest.raises(TrainerError, match="no longer exists"):
         preview_plans.plan_compare(values | {"third": "../../x/y.safetensors"})
     for wrong in ({"strength": None}, {"strength": 7}, {"seed": -5}, {"seed": 2**32}):
@@ -77,12 +79,15 @@ def test_a_sheet_is_save_by_strength_by_prompt(values) -> None:
 
 def test_another_base_is_asked_for(values) -> None:
     assert (
-        preview_plans.plan_compare(values | {"base": " someone/else "})[0][1].base.model == "someone/else"
+        preview_plans.plan_compare(values | {"base": " someone/else "})[0][1].base.model
+        == "someone/else"
     )
 
 
 def test_how_to_get_it_elsewhere(values) -> None:
-    a1111, comfy = preview_plans.other_programs(preview_plans.plan_compare(values | {"text_strength": " 0.5"})[1][1])
+    a1111, comfy = preview_plans.other_programs(
+        preview_plans.plan_compare(values | {"text_strength": " 0.5"})[1][1]
+    )
     assert "<lora:maya:1>" in a1111 and "Euler a" in a1111 and "seed 3" in a1111
     assert "maya.safetensors (strength_model 1, strength_clip 0.5)" in comfy
 

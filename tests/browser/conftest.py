@@ -151,9 +151,7 @@ def show_in_colours(page, scheme: str) -> None:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[object]:
     if CHROMIUM is None:
-        pytest.skip(
-            "no chromium on this machine: the page is not tried in a browser (Debian: apt-get install chromium)"
-        )
+        pytest.skip("The browser tests need Chromium (Debian: apt-get install chromium).")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -179,7 +177,10 @@ def _no_staged_runs_left() -> Iterator[None]:
 
 @pytest.fixture
 def open_page(browser, server: Server) -> Iterator[Callable[..., object]]:
-    """Opens the page in a browser of its own. Afterwards: nothing was asked of another host, nothing broke in the console."""
+    """Opens the page in a new browser context.
+
+    Afterwards checks that no other host was contacted and that the console has no errors.
+    """
     contexts, troubles = [], []
 
     def open_one(tab: str = "", **look) -> object:
@@ -219,7 +220,7 @@ def open_page(browser, server: Server) -> Iterator[Callable[..., object]]:
     yield open_one
     for context in contexts:
         context.close()
-    # A server that was killed on purpose, or a stream that a reloaded page leaves, is no trouble of the page.
+    # Servers that a test kills and streams that a reload ends are not faults of the page.
     assert not [
         trouble
         for trouble in troubles

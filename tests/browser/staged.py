@@ -1,4 +1,4 @@
-"""Runs whose events a test writes itself, so that the page can be seen in any state without training."""
+"""Runs whose events a test writes itself, to show the page in any state without training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +24,11 @@ PROMPT = "a zorbit on a green background"
 
 
 made: list[Path] = []
-"""What `stage` made since the last test; the tests share a server, and a run of one would be in the other's way."""
+"""The runs that `stage` made since the last test. Tests share a server, so they are deleted."""
 
 
 def stage(name: str, steps: int, total: int = 100, **changes) -> Path:
-    """A run of `total` steps and 5 saves that has come as far as `steps`, with samples and adapters of the saves so far."""
+    """Makes a run of `total` steps and 5 saves that has reached `steps`, with its files so far."""
     settings = {
         "name": name,
         "dataset.trigger": "zorbit",

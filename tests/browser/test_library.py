@@ -1,4 +1,4 @@
-"""The Library: find, compare, rename, tag, delete and undo; and a finished adapter that is dropped on the page."""
+"""The Library: find, compare, rename, tag, delete and undo; dropping a finished adapter."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The run folder is the truth: reloads, second windows, killed trainers and killed servers change nothing that is shown."""
+"""Reloads, second windows, killed trainers and killed servers do not change what is shown."""
 
 import os
 import signal
@@ -202,7 +202,8 @@ def test_a_caption_is_typed_on_while_the_tab_is_drawn_anew(open_page, server) ->
         lambda: caption.exists() and caption.read_text().strip() == words, "the caption on the disk"
     )
     page.wait_for_function(
-        "document.activeElement.closest('.at-card').querySelector('.at-saved').innerText === 'saved'"
+        "document.activeElement.closest('.at-card')"
+        ".querySelector('.at-saved').innerText === 'saved'"
     )
     page.wait_for_function("!document.activeElement.unsaved")
     caption.write_text(
@@ -236,7 +237,7 @@ def test_the_preview_goes_on_to_the_newest_save(
 def test_a_finished_run_with_a_gauge_is_drawn_when_its_tab_is_first_opened(
     open_page, server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The view is there before its tab is: it is drawn at once, with all that its script declares."""
+    """The data arrives before the tab is drawn, and the view is drawn at once."""
     monkeypatch.setenv("ATELIER_OUTPUTS", str(server.outputs))
     folder = staged.stage("gauged", 100)
     for step, loss in ((90, 0.2), (100, 0.1)):

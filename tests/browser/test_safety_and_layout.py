@@ -11,17 +11,24 @@ from tests.browser.conftest import open_dataset, show_tab
 from trainer import config
 from trainer.runs import events, run_folder
 
-HOSTILE = "<img src=x onerror=alert(1)>${alert(2)}{{alert(3)}}`$(touch PWNED)` [x](javascript:alert(4)) \"'--x"
+HOSTILE = (
+    "<img src=x onerror=alert(1)>${alert(2)}{{alert(3)}}`$(touch PWNED)` "
+    "[x](javascript:alert(4)) \"'--x"
+)
 TABS = ("dataset", "train", "preview", "library")
 MOST_CONTROLS = {"dataset": 8, "train": 8, "preview": 10}
 
-# A control is a labelled field or a button that is seen: a group of radio buttons is one, a slider with its number too.
+# A control is a visible button or labelled field. A group of radio buttons counts as one, and so
+# does a slider with its number.
 # A cure is there only where something needs one, and is not counted.
 COUNT_CONTROLS = """() => {
-  const seen = (node) => node.checkVisibility() && !node.closest('[role=tablist], #header, .at-grid, .at-checks');
+  const seen = (node) => node.checkVisibility()
+    && !node.closest('[role=tablist], #header, .at-grid, .at-checks');
   const blocks = new Set();
-  for (const node of document.querySelectorAll('input:not([type=file]), textarea, button, select, summary, a.at-button')) {
-    if (seen(node)) blocks.add(node.closest('.block[id^=field-], .block[id^=preview-], .block[id=dataset]') || node);
+  const controls = 'input:not([type=file]), textarea, button, select, summary, a.at-button';
+  const fields = '.block[id^=field-], .block[id^=preview-], .block[id=dataset]';
+  for (const node of document.querySelectorAll(controls)) {
+    if (seen(node)) blocks.add(node.closest(fields) || node);
   }
   return [...blocks].map((node) => node.id || node.innerText);
 }"""
@@ -37,10 +44,14 @@ def hostile_run(server, monkeypatch: pytest.MonkeyPatch) -> str:
     (folder / "a.safetensors").write_bytes(b"x")
     log = events.EventLog(folder / "events.jsonl")
     for event in (
-        events.Launched(1, "1"), events.Started(0, 2, 3, 0, 10, HOSTILE, "fp32", HOSTILE, "x"), events.StepDone(1, 0.5, 1e-4, 0.1),
-        events.SampleSaved(0, HOSTILE, 1, "samples/000000-0.webp"), events.AdapterSaved(1, "a.safetensors", 0.4), events.Warned(HOSTILE),
+        events.Launched(1, "1"),
+        events.Started(0, 2, 3, 0, 10, HOSTILE, "fp32", HOSTILE, "x"),
+        events.StepDone(1, 0.5, 1e-4, 0.1),
+        events.SampleSaved(0, HOSTILE, 1, "samples/000000-0.webp"),
+        events.AdapterSaved(1, "a.safetensors", 0.4),
+        events.Warned(HOSTILE),
         events.Failed(HOSTILE),
-    ):  # fmt: skip
+    ):
         log.append(event)
     (folder / "log.txt").write_text(HOSTILE)
     yield folder.name
@@ -72,7 +83,7 @@ def test_hostile_text_stays_text(open_page, server, hostile_run: str, tmp_path: 
     assert page.locator("#samples .at-prompt").inner_text().startswith(HOSTILE)
     assert page.locator("img[src='x']").count() == 0
     assert not list(Path.cwd().rglob("PWNED")) and not list(server.outputs.rglob("PWNED"))
-    # Gradio's own lists and the title of the page had the same texts; `open_page` fails on any alert.
+    # Gradio's lists and the title show the same texts. `open_page` fails on any alert.
 
 
 def test_nothing_runs_out_of_a_phone(open_page, hostile_run: str) -> None:
@@ -89,7 +100,8 @@ def test_little_to_choose_at_first_sight(open_page) -> None:
     for tab, most in MOST_CONTROLS.items():
         show_tab(page, tab)
         page.evaluate(
-            "document.querySelectorAll('#progress, #samples').forEach((node) => { node.hidden = true })"
+            "document.querySelectorAll('#progress, #samples')"
+            ".forEach((node) => { node.hidden = true })"
         )  # of an earlier run
         controls = page.evaluate(COUNT_CONTROLS)
         assert 1 <= len(controls) <= most, "\n".join(controls)
@@ -118,7 +130,8 @@ def test_the_keyboard_is_enough_and_the_address_follows(
     assert page.locator("[aria-expanded=true]").count() == 0, (
         "a list that was left lies over what comes next"
     )
-    seen = "getComputedStyle(document.activeElement.closest('label') || document.activeElement).outlineStyle"
+    focused = "document.activeElement.closest('label') || document.activeElement"
+    seen = f"getComputedStyle({focused}).outlineStyle"
     page.locator("#preview-strength input[type=range]").focus()
     assert page.evaluate(seen) == "solid"
     page.get_by_role("tab", name="Train").press("Enter")

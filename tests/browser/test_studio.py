@@ -1,4 +1,4 @@
-"""The dataset studio in a real browser: many pictures in, findings, cures, captions, a job, a crop, a mask; a reload loses nothing."""
+"""The Dataset tab: many images, issues, fixes, captions, crops, masks; a reload loses nothing."""
 
 import io
 import re
@@ -118,7 +118,8 @@ def change_all_captions_and_take_it_back(page, folder: Path) -> None:
     assert page.locator(".at-changes ins").first.inner_text().endswith("red cap")
     page.locator(".at-changes").get_by_role("button", name=re.compile("Change .* captions")).click()
     page.wait_for_function(
-        "[...document.querySelectorAll('.at-card textarea')].some((box) => box.value.endsWith('red cap'))"
+        "[...document.querySelectorAll('.at-card textarea')]"
+        ".some((box) => box.value.endsWith('red cap'))"
     )
     after = captions_on_disk(folder)
     assert after != before and all(
@@ -126,7 +127,8 @@ def change_all_captions_and_take_it_back(page, folder: Path) -> None:
     )
     page.get_by_role("button", name=re.compile("^Undo: Changed")).click()
     page.wait_for_function(
-        "[...document.querySelectorAll('.at-card textarea')].some((box) => box.value.endsWith('a red hat'))"
+        "[...document.querySelectorAll('.at-card textarea')]"
+        ".some((box) => box.value.endsWith('a red hat'))"
     )
     assert captions_on_disk(folder) == before
 
@@ -167,7 +169,8 @@ def find_picture(page, name: str) -> None:
     search = page.get_by_role("searchbox", name="Search names and captions")
     search.fill(name)
     page.wait_for_function(
-        f"[...document.querySelectorAll('.at-card')].map((card) => card.dataset.file).join() === '{name}'"
+        "[...document.querySelectorAll('.at-card')]"
+        f".map((card) => card.dataset.file).join() === '{name}'"
     )
     page.locator(".at-open").click()
     page.wait_for_selector(".at-editor img")
@@ -185,10 +188,13 @@ def move_a_crop(page, folder: Path) -> None:
     page.mouse.up()
     page.wait_for_function("/Moved the crop/.test(document.querySelector('.at-undo').innerText)")
     shown = frame.evaluate(
-        "(node) => ['left', 'top', 'width', 'height'].map((side) => parseFloat(node.style[side]) / 100)"
+        "(node) => ['left', 'top', 'width', 'height']"
+        ".map((side) => parseFloat(node.style[side]) / 100)"
     )
     item = next(
-        item for item in scan_dataset(folder, config.Dataset(resolution=64, bucket_step=8))[0] if item.path.name == "wide.png"
+        item
+        for item in scan_dataset(folder, config.Dataset(resolution=64, bucket_step=8))[0]
+        if item.path.name == "wide.png"
     )
     settings = config.Dataset(
         resolution=64, bucket_step=8
@@ -214,7 +220,8 @@ def move_a_crop(page, folder: Path) -> None:
         - 1
     )
     assert (
-        np.abs(to_pixels(item.path, ImageView(crop))[0].permute(1, 2, 0).numpy() - seen).max() < 0.05
+        np.abs(to_pixels(item.path, ImageView(crop))[0].permute(1, 2, 0).numpy() - seen).max()
+        < 0.05
     ), "the overlay is the tensor"
     page.locator(".at-editor").get_by_role("button", name="Close", exact=True).click()
 
@@ -293,7 +300,10 @@ def nothing_is_lost_by_a_reload(page, folder: Path) -> None:
         "p003.png" not in [file for file, _ in shown]
         and "Undo" in page.locator(".at-undo").inner_text()
     )
-    items = {item.path.name: item for item in scan_dataset(folder, config.Dataset(resolution=64, bucket_step=8))[0]}
+    items = {
+        item.path.name: item
+        for item in scan_dataset(folder, config.Dataset(resolution=64, bucket_step=8))[0]
+    }
     assert (
         items["wide.png"].crop_centre is not None
         and items["p010.png"].mask == folder / "p010.mask.png"
@@ -353,7 +363,8 @@ def test_what_is_being_typed_outlives_a_drawing_of_the_tab(
     page.wait_for_function("!document.querySelector('.at-search').isTheFirst")
     page.keyboard.type(".png")
     page.wait_for_function(
-        "[...document.querySelectorAll('.at-card')].map((card) => card.dataset.file).join() === 'p07.png'"
+        "[...document.querySelectorAll('.at-card')]"
+        ".map((card) => card.dataset.file).join() === 'p07.png'"
     )
     assert search.input_value() == "p07.png" and search.evaluate(
         "(box) => box === document.activeElement && !box.isTheFirst"
@@ -382,5 +393,7 @@ def test_a_folder_arrives_whole_in_two_windows_at_once(open_page, server, tmp_pa
     for name in pages:
         assert [
             item.caption
-            for item in scan_dataset(server.outputs / "datasets" / name, config.Dataset(resolution=64, bucket_step=8))[0]
+            for item in scan_dataset(
+                server.outputs / "datasets" / name, config.Dataset(resolution=64, bucket_step=8)
+            )[0]
         ] == ["a photo"] * 2

@@ -1,4 +1,4 @@
-"""The Train tab: what is said before the start, what is seen while it runs, and how it ends. Nothing is trained here."""
+"""The Train tab before, during and after a run. Nothing is trained here."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,10 @@ from trainer import config
 from trainer.runs import run_requests
 from trainer.runs.events import StepDone
 
-KOHYA = '{"network_dim": 24, "network_alpha": 12, "learning_rate": 0.0001, "unet_lr": 0.0002, "color_aug": true}'
+KOHYA = (
+    '{"network_dim": 24, "network_alpha": 12, "learning_rate": 0.0001, '
+    '"unet_lr": 0.0002, "color_aug": true}'
+)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The whole job through the real page, the real trainer and the base that ships: pictures in, adapter out."""
+"""The whole job with the real page, trainer and embedded base: images in, adapter out."""
 
 import io
 import logging
@@ -15,7 +15,8 @@ from trainer.models.model_files import EMBEDDED_FOLDER
 from trainer.runs import run_folder
 
 EXAMPLE = datasets.EXAMPLES / "subject"
-PROMPT = "a zorbit on a blue background"  # no other test has it: by this the page shows that it has taken over this run
+# No other test uses this prompt, so it shows that the page has selected this run.
+PROMPT = "a zorbit on a blue background"
 
 pytestmark = [
     pytest.mark.skipif(
@@ -74,7 +75,8 @@ def start_training(page) -> None:
     page.get_by_role("button", name="Go to training").first.click()
     page.wait_for_selector("#start-training", state="visible")
     page.wait_for_function(
-        "document.querySelector('#field-dataset-trigger textarea, #field-dataset-trigger input').value === 'zorbit'"
+        "document.querySelector('#field-dataset-trigger textarea, #field-dataset-trigger input')"
+        ".value === 'zorbit'"
     )
     choose_recipe(page)
     page.locator("#field-sampling-prompts textarea").fill(PROMPT)
@@ -88,7 +90,7 @@ def start_training(page) -> None:
 
 
 def choose_recipe(page) -> None:
-    """That of another kind and then the right one: when the estimate follows, the fields are filled."""
+    """Selects another purpose and then this one: when the estimate follows, the form is filled."""
     line = "document.querySelector('#estimate').innerText"
     page.wait_for_function(f"{line}.includes(' steps in ')")
     own = page.evaluate(line)
@@ -99,13 +101,14 @@ def choose_recipe(page) -> None:
 
 
 def set_number(page, section: str, name: str, value: int) -> None:
-    """Once the field is there with its number: Gradio draws the fields of a fold when it opens, and fills them after that."""
+    """Waits for the field and its number: Gradio draws a section when it opens, then fills it."""
     page.locator(f"#section-{section} > button").click()
     field = f"#field-{section}-{name} input"
     page.wait_for_function(f"document.querySelector('{field}')?.value")
     page.locator(field).first.fill(str(value))
     page.wait_for_function(
-        f"[...document.querySelectorAll('.at-changed button')].some(chip => / {value} ↺$/.test(chip.innerText))"
+        "[...document.querySelectorAll('.at-changed button')]"
+        f".some(chip => / {value} ↺$/.test(chip.innerText))"
     )
 
 
@@ -152,7 +155,8 @@ def compare_at_strength(page, server) -> Image.Image:
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
     page.wait_for_function("""() => { const view = document.querySelector('#preview-view');
-        return view.innerText.includes('strength 1.1') && view.querySelectorAll('img').length === 2 && !view.querySelector('.at-busy') }""")
+        return view.innerText.includes('strength 1.1')
+            && view.querySelectorAll('img').length === 2 && !view.querySelector('.at-busy') }""")
     sources = page.locator("#preview-view img").evaluate_all(
         "images => images.map(image => image.getAttribute('src'))"
     )
@@ -177,7 +181,7 @@ def download(page, tmp_path: Path) -> Path:
 
 
 def assert_loads_and_draws(file: Path, preview: Image.Image) -> None:
-    """The plain diffusers way: every key of the file is used, none is missing, and the picture is the previewed one."""
+    """Loads with plain diffusers: every key is used, none is missing, the image is the same."""
     import torch
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
