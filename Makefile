@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 # Tests without a browser, a training or a large model. `make test` runs all of them.
 FAST_TESTS := tests/project/test_architecture.py tests/config tests/runs
 
-.PHONY: app demo test check format clean
+.PHONY: app demo test check scripts format clean
 
 app: $(VENV)/ready
 	$(RUN) -m app --port $(PORT)
@@ -19,7 +19,7 @@ app: $(VENV)/ready
 demo: $(VENV)/ready
 	$(RUN) -m trainer demo
 
-test: $(VENV)/ready-to-test
+test: $(VENV)/ready-to-test scripts
 	sh tests/browser/install_chromium.sh
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
@@ -31,6 +31,11 @@ check: $(VENV)/ready-to-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(RUN) -m pytest $(FAST_TESTS)
+
+# The tools that check app/static. Without npm the tests of the scripts are skipped.
+scripts:
+	@command -v npm > /dev/null || echo "npm is not installed: the page's scripts are not checked."
+	@command -v npm > /dev/null && npm install --silent --no-package-lock --no-audit --no-fund || true
 
 format: $(VENV)/ready-to-test
 	$(VENV)/bin/ruff format .
