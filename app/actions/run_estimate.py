@@ -41,7 +41,7 @@ def _passes(run: RunConfig) -> str:
 
 
 def _batches(run: RunConfig) -> str:
-    batch = run.training.batch_size * run.training.gradient_accumulation_steps
+    batch = run.training.images_per_step
     return f" in batches of {batch}" if batch > 1 else ""
 
 

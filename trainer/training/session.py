@@ -343,6 +343,6 @@ def started_event(session: Session, step: int) -> Started:
         attention=model.attention,
         family=model.base.family.name,
         saves=run.saving.saves,
-        images_per_step=run.training.batch_size * run.training.gradient_accumulation_steps,
+        images_per_step=run.training.images_per_step,
         threads=session.threads.count if session.threads and session.device.type == "cpu" else 0,
     )

@@ -25,7 +25,7 @@ def fit(run: RunConfig, device: str, available: float) -> dict[str, object]:
         changes["base.precision"] = "auto"
     if not fits() and not run.training.gradient_checkpointing:
         changes["training.gradient_checkpointing"] = True
-    effective = run.training.batch_size * run.training.gradient_accumulation_steps
+    effective = run.training.images_per_step
     batch = run.training.batch_size
     while not fits() and batch > 1:
         batch = max(smaller for smaller in range(1, batch) if effective % smaller == 0)

@@ -15,7 +15,7 @@ def total_steps(run: RunConfig, views: int) -> int:
     training = run.training
     if training.steps:
         return training.steps
-    images_per_step = training.batch_size * training.gradient_accumulation_steps
+    images_per_step = training.images_per_step
     return max(1, math.ceil(views * training.views_per_picture / images_per_step))
 
 
