@@ -46,7 +46,7 @@ def test_three_clicks_from_pictures_to_training(open_page, server) -> None:
         assert len(clicks) == 3 and config.load(folder / "run.toml").dataset.folder.endswith(
             "example-style"
         )
-        page.wait_for_selector("#estimate :text('waits in the queue')")
+        page.wait_for_selector("#estimate :text('is queued until')")
         run_requests.withdraw(folder, "queued")
 
 
