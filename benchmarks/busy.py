@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.startup import processor_seconds
-from trainer.cli.demo import EXAMPLE, PRESET
+from trainer.cli.demo_report import EXAMPLE, PRESET
 from trainer.models.cpu_threads import available_cores
 from trainer.runs import events, run_folder
 
