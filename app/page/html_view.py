@@ -6,19 +6,39 @@ JavaScript template literal, so a caption in it would run as code. The template 
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from app import gradio_compat
+from trainer.errors import TrainerError
 
 STATIC = Path(__file__).parents[1] / "static"
 
-Handler = Callable[[Any], Any]
-"""A server function: takes and returns JSON."""
+Answer = Mapping[str, object]
+"""The answer of a server function, as JSON. The key "error" contains a message."""
+Handler = Callable[[dict[str, Any]], Answer]
+"""A server function."""
+
+
+def with_messages(handle: Handler) -> Handler:
+    """Returns a server function that sends the messages of errors to the browser."""
+
+    @wraps(handle)
+    def answer(data: Any) -> Answer:
+        if not isinstance(data, dict):
+            return {"error": "The request could not be read. Reload the page."}
+        try:
+            return handle(data)
+        except TrainerError as error:
+            return {"error": str(error)}
+        except OSError as error:
+            return {"error": f"A file could not be written or read: {error.strerror}."}
+
+    return answer
 
 
 @cache
@@ -59,6 +79,7 @@ def html_view(
         events: Names of the events that the script triggers. Each becomes a method that connects a
             handler, such as `view.go_train(...)`.
         server_functions: Functions that the script calls by their names, as `server.name(data)`.
+            The messages of their errors reach the script as {"error"}.
         constant: JSON that never changes.
     """
     # Gradio offers an event only if its quoted name is part of this text.
@@ -74,5 +95,5 @@ def html_view(
         apply_default_css=False,
         elem_id=elem_id,
         js_on_load=js_on_load,
-        server_functions=list(server_functions) or None,
+        server_functions=[with_messages(handle) for handle in server_functions] or None,
     )

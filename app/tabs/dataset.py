@@ -1,9 +1,7 @@
 """Dataset tab: adding images, their issues, captions, crops and masks."""
 
 import os
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import gradio as gr
@@ -17,18 +15,13 @@ from app.actions import (
     datasets,
     uploads,
 )
-from app.page.html_view import html_view
+from app.page.html_view import Answer, Handler, html_view
 from app.page.live import KEEP_LATEST, PRIVATE, Page
 from app.tabs.train import TrainTab
 from app.tabs.train_form import OWN, Updates, choose_dataset
-from trainer.errors import TrainerError
 from trainer.runs import run_folder
 
 ID, TITLE = "dataset", "Dataset"
-
-Answer = Mapping[str, object]
-"""The answer of a server function, as JSON. The key "error" contains a message."""
-Handler = Callable[[dict[str, Any]], Answer]
 
 
 @dataclass(frozen=True)
@@ -78,7 +71,7 @@ def build(page: Page) -> DatasetTab:
         "dataset",
         elem_id="dataset-view",
         events=("change_dataset", "go_train"),
-        server_functions=[with_messages(handler) for handler in handlers],
+        server_functions=handlers,
     )
     return DatasetTab(chosen, grid)
 
@@ -149,23 +142,6 @@ def show(name: object, settings: dict[str, Any]) -> Updates:
         "stamp": os.urandom(4).hex(),
     }
     return [gr.Dropdown(choices if slug in choices else [slug, *choices], value=slug), view]
-
-
-def with_messages(handle: Handler) -> Handler:
-    """Returns a server function that sends the messages of errors to the browser."""
-
-    @wraps(handle)
-    def answer(data: Any) -> Answer:
-        if not isinstance(data, dict):
-            return {"error": "The request could not be read. Reload the page."}
-        try:
-            return handle(data)
-        except TrainerError as error:
-            return {"error": str(error)}
-        except OSError as error:
-            return {"error": f"A file could not be written or read: {error.strerror}."}
-
-    return answer
 
 
 def add_example(data: dict[str, Any]) -> Answer:

@@ -1,29 +1,22 @@
 """Library tab: every run as a card, to find, compare, download, preview, share or delete."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import gradio as gr
 
 from app.actions import adapter_tools, library, publishing
 from app.jobs import runs
-from app.page.html_view import html_view
+from app.page.html_view import Answer, Handler, html_view
 from app.page.live import PRIVATE, Page
 from app.tabs.preview import PreviewTab, choose_run
 from app.tabs.train import TrainTab
 from app.tabs.train_actions import act
 from app.tabs.train_form import Updates, show_settings
 from app.views import formatting, run_cards
-from trainer.errors import TrainerError
 from trainer.runs import cache_limits
 
 ID, TITLE = "library", "Library"
-
-Answer = Mapping[str, object]
-"""The answer of a server function, as JSON. The key "error" contains a message."""
-Handler = Callable[[dict[str, Any]], Answer]
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,7 @@ def build(page: Page) -> LibraryTab:
         "library",
         elem_id="library-view",
         events=("open_preview", "train_again", "go_train"),
-        server_functions=[act, clear_cache, *map(with_messages, handlers)],
+        server_functions=[act, clear_cache, *handlers],
     )
     page.follow(cards, run_cards.library_view)
     return LibraryTab(cards)
@@ -71,19 +64,6 @@ def connect(page: Page, tab: LibraryTab, preview: PreviewTab, train: TrainTab) -
         **train.line_update
     )
     tab.cards.go_train(lambda: gr.Tabs(selected="train"), None, page.tabs, **PRIVATE)
-
-
-def with_messages(handle: Handler) -> Handler:
-    """Returns a server function that sends the messages of errors to the browser."""
-
-    @wraps(handle)
-    def answer(data: Any) -> Answer:
-        try:
-            return handle(data if isinstance(data, dict) else {})
-        except TrainerError as error:
-            return {"error": str(error)}
-
-    return answer
 
 
 def describe(data: dict[str, Any]) -> Answer:

@@ -1,7 +1,6 @@
 """What the buttons of the Train tab do: check, start, save presets, import and export settings."""
 
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import gradio as gr
 from app.actions import adapter_tools, datasets, preflight
 from app.actions.records import Check, PreflightView
 from app.jobs import run_actions, runs
+from app.page.html_view import Answer
 from app.settings import form, own_presets
 from app.tabs.train_form import (
     BASIC,
@@ -29,9 +29,6 @@ from trainer import config
 from trainer.config import RunConfig, interop
 from trainer.errors import ConfigError, TrainerError
 from trainer.runs import run_folder
-
-Answer = Mapping[str, object]
-"""The answer of a server function, as JSON. The key "error" contains a message."""
 
 
 def summary(values: FormValues) -> PreflightView:
@@ -175,33 +172,22 @@ def start(values: FormValues) -> PreflightView:
     return view | {"started": "It is queued until the current run ends." if is_busy else ""}
 
 
-def _answer(action: Callable[[], Answer]) -> Answer:
-    try:
-        return action()
-    except TrainerError as error:
-        return {"error": str(error)}
-
-
 def act(data: dict[str, Any]) -> Answer:
     """Presses a button of the status card or of the queue."""
-
-    def action() -> Answer:
-        run_actions.act(data.get("run"), data.get("action"))
-        return {"ok": True}
-
-    return _answer(action)
+    run_actions.act(data.get("run"), data.get("action"))
+    return {"ok": True}
 
 
 def read_log(data: dict[str, Any]) -> Answer:
     """Returns the end of a run's log."""
-    return _answer(lambda: {"text": runs.read_log(runs.resolve(data.get("run")))})
+    return {"text": runs.read_log(runs.resolve(data.get("run")))}
 
 
 def shrink(data: dict[str, Any]) -> Answer:
     """Starts to make a file with a smaller rank."""
-    return _answer(lambda: {"job": adapter_tools.shrink(data.get("run"), data.get("rank"))})
+    return {"job": adapter_tools.shrink(data.get("run"), data.get("rank"))}
 
 
 def shrunk(data: dict[str, Any]) -> Answer:
     """Returns the progress of `shrink`."""
-    return _answer(lambda: adapter_tools.state(data.get("job")))
+    return adapter_tools.state(data.get("job"))

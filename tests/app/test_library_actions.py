@@ -7,6 +7,7 @@ from huggingface_hub.errors import HFValidationError
 
 from app.actions import library, publishing
 from app.jobs import runs
+from app.page.html_view import with_messages
 from app.tabs import library as library_tab
 from app.tabs import preview_plans
 from app.views import files, run_cards, run_notes
@@ -39,7 +40,7 @@ def test_a_deleted_run_is_restored_completely(finished) -> None:
     before = {path.name for path in finished.iterdir()}
     library.delete(finished.name)
     assert not finished.exists()
-    compare = library_tab.with_messages(library_tab.compare)
+    compare = with_messages(library_tab.compare)
     assert "error" in compare({"first": finished.name, "second": finished.name})
     library.restore(finished.name)
     assert {path.name for path in finished.iterdir()} == before

@@ -131,23 +131,26 @@ def test_the_page_shows_what_a_finished_run_learned(finished_run):
 
 
 def test_the_page_makes_a_finished_adapter_smaller(finished_run):
+    from app.page.html_view import with_messages
     from app.tabs import train_actions
     from app.views import charts
 
-    job = train_actions.shrink({"run": finished_run.name, "rank": 1})["job"]
+    shrink = with_messages(train_actions.shrink)
+    shrunk = with_messages(train_actions.shrunk)
+    job = shrink({"run": finished_run.name, "rank": 1})["job"]
     deadline = time.monotonic() + 200
-    answer = train_actions.shrunk({"job": job})
+    answer = shrunk({"job": job})
     while "progress" in answer:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-        answer = train_actions.shrunk({"job": job})
+        answer = shrunk({"job": job})
     smaller = read_adapter(finished_run / answer["file"]["name"])
     assert {module.rank for module in smaller.modules} == {1}
-    assert "whole number" in train_actions.shrink({"run": finished_run.name, "rank": 0.5})["error"]
+    assert "whole number" in shrink({"run": finished_run.name, "rank": 0.5})["error"]
 
     (finished_run / "learned.json").unlink()
     assert charts.learned_view() == {}
-    assert "Library" in train_actions.shrink({"run": finished_run.name, "rank": 1})["error"]
+    assert "Library" in shrink({"run": finished_run.name, "rank": 1})["error"]
 
 
 @pytest.mark.parametrize("kind", ["dora", "loha"])
