@@ -1,5 +1,6 @@
 """What the buttons of the Preview tab draw: a list of titles and requests for each."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,9 @@ def run_choices() -> list[tuple[str, str]]:
     """
     folders = [folder for folder in runs.all_runs() if runs.status_without_curves(folder).adapters]
     titles = [labels.title(folder) for folder in folders]
+    counts = Counter(titles)
     return [
-        (title if titles.count(title) == 1 else folder.name, folder.name)
+        (title if counts[title] == 1 else folder.name, folder.name)
         for title, folder in zip(titles, folders, strict=True)
     ]
 
