@@ -2,22 +2,10 @@
 
 import re
 
-RESNET_PARTS = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
-SINGLE_MODULES = {
-    "input_blocks.0.0": "conv_in",
-    "out.2": "conv_out",
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "label_emb.0.0": "add_embedding.linear_1",
-    "label_emb.0.2": "add_embedding.linear_2",
-}
+from trainer.models.single_file.tensor_names import OUTSIDE_BLOCKS, RESNET_PARTS, block_path
+
+# The file format names only layers that can have an adapter, so it leaves out the last norm.
+SINGLE_MODULES = {ldm: name for ldm, name in OUTSIDE_BLOCKS.items() if ldm != "out.0"}
 MIDDLE_PARTS = ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")
 LAYERS_PER_BLOCK = 2
 """In every UNet that Stability published."""
@@ -45,13 +33,7 @@ def from_ldm(path: str) -> str:
     # The input side counts its first convolution as block 0.
     block, layer = divmod(number - (side == "input"), LAYERS_PER_BLOCK + 1)
     name = "down_blocks" if side == "input" else "up_blocks"
-    if inside == "op":
-        return f"{name}.{block}.downsamplers.0.conv"
-    if inside == "conv":
-        return f"{name}.{block}.upsamplers.0.conv"
-    if part == "0":
-        return f"{name}.{block}.resnets.{layer}.{RESNET_PARTS.get(inside, inside)}"
-    return f"{name}.{block}.attentions.{layer}.{inside}"
+    return block_path(f"{name}.{block}", layer, part, inside)
 
 
 def to_ldm(module: str) -> str:

@@ -9,7 +9,7 @@ import re
 from trainer.models.safetensors_header import TensorInfo
 from trainer.models.single_file.kinds import Tensors
 
-RESNET = {
+RESNET_PARTS = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
@@ -65,26 +65,26 @@ def unet_name(name: str, layers: int) -> str:
         return f"{_middle_path(number, path.split('.', 2)[2])}.{kind}"
     if side == "input_blocks":
         block, layer = divmod(number - 1, layers + 1)
-        return f"{_block_path(f'down_blocks.{block}', layer, slot, inside)}.{kind}"
+        return f"{block_path(f'down_blocks.{block}', layer, slot, inside)}.{kind}"
     block, layer = divmod(number, layers + 1)
-    return f"{_block_path(f'up_blocks.{block}', layer, slot, inside)}.{kind}"
+    return f"{block_path(f'up_blocks.{block}', layer, slot, inside)}.{kind}"
 
 
 def _middle_path(number: int, inside: str) -> str:
     """Returns the path of a module in the middle block: a ResNet, an attention and a ResNet."""
     if number == 1:
         return f"mid_block.attentions.0.{inside}"
-    return f"mid_block.resnets.{number // 2}.{RESNET.get(inside, inside)}"
+    return f"mid_block.resnets.{number // 2}.{RESNET_PARTS.get(inside, inside)}"
 
 
-def _block_path(block: str, layer: int, slot: str, inside: str) -> str:
+def block_path(block: str, layer: int, slot: str, inside: str) -> str:
     """Returns the path of a module in a down or up block; slot "0" is the ResNet of a layer."""
     if inside == "op":
         return f"{block}.downsamplers.0.conv"
     if inside == "conv":
         return f"{block}.upsamplers.0.conv"
     if slot == "0":
-        return f"{block}.resnets.{layer}.{RESNET.get(inside, inside)}"
+        return f"{block}.resnets.{layer}.{RESNET_PARTS.get(inside, inside)}"
     return f"{block}.attentions.{layer}.{inside}"
 
 
