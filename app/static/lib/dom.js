@@ -164,3 +164,13 @@ export function saveText(name, text) {
  * @param {string} word
  */
 export const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
+
+/**
+ * Returns a drawing of a fixed size that scales with its place, with a description for screen readers.
+ * @param {number} width
+ * @param {number} height
+ * @param {string} label
+ * @param {...any} shapes
+ */
+export const plot = (width, height, label, ...shapes) =>
+  el("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label }, ...shapes);

@@ -1,6 +1,6 @@
 // The loss curve: raw and smoothed loss, validation loss, learning rate, and a mark at each save.
 
-import { el } from "../lib/dom.js";
+import { el, plot } from "../lib/dom.js";
 import { connect } from "../lib/view.js";
 
 export function mount(gradio) {
@@ -79,13 +79,10 @@ export function mount(gradio) {
       el(
         "figure",
         { class: "at-panel at-curve" },
-        el(
-          "svg",
-          {
-            viewBox: `0 0 ${width} ${height}`,
-            role: "img",
-            "aria-label": `Loss, ${now[1].toPrecision(3)} at step ${now[0]}`,
-          },
+        plot(
+          width,
+          height,
+          `Loss, ${now[1].toPrecision(3)} at step ${now[0]}`,
           ticks,
           saves,
           rate,

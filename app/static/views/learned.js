@@ -1,7 +1,7 @@
 // The finished adapter: how much it changes each block, how much of its rank it uses, and a button
 // that makes a smaller file.
 
-import { el, notice } from "../lib/dom.js";
+import { el, notice, plot } from "../lib/dom.js";
 import { connect } from "../lib/view.js";
 
 export function mount(gradio) {
@@ -50,13 +50,10 @@ export function mount(gradio) {
     return el(
       "figure",
       { class: "at-curve" },
-      el(
-        "svg",
-        {
-          viewBox: `0 0 ${width} ${height}`,
-          role: "img",
-          "aria-label": `Size of the change by block: ${blocks.map(([name, norm]) => `${name} ${norm.toPrecision(2)}`).join(", ")}`,
-        },
+      plot(
+        width,
+        height,
+        `Size of the change by block: ${blocks.map(([name, norm]) => `${name} ${norm.toPrecision(2)}`).join(", ")}`,
         el("line", { class: "at-rule", x1: 0, x2: width, y1: low, y2: low }),
         blocks.map(([name, norm], index) => {
           const x = inset + wide * (index + 0.5),
@@ -115,13 +112,10 @@ export function mount(gradio) {
     return el(
       "figure",
       { class: "at-curve" },
-      el(
-        "svg",
-        {
-          viewBox: `0 0 ${width} ${height}`,
-          role: "img",
-          "aria-label": `Rank ${view.enough["95"]} keeps 95 %, rank ${view.enough["99"]} keeps 99 % of the energy`,
-        },
+      plot(
+        width,
+        height,
+        `Rank ${view.enough["95"]} keeps 95 %, rank ${view.enough["99"]} keeps 99 % of the energy`,
         [0.5, 1].map((share) =>
           el(
             "g",

@@ -1,6 +1,6 @@
 // The comparison of two chosen runs: samples, loss curves and different settings.
 
-import { el, button, zoomable } from "../../lib/dom.js";
+import { el, button, zoomable, plot } from "../../lib/dom.js";
 
 export function createComparison(context) {
   const { memory, root, ask, redraw, showProblem } = context;
@@ -84,13 +84,10 @@ export function createComparison(context) {
     return el(
       "figure",
       { class: "at-curve" },
-      el(
-        "svg",
-        {
-          viewBox: `0 0 ${width} ${height}`,
-          role: "img",
-          "aria-label": `Loss of both runs over ${last} steps, from ${highest.toPrecision(2)} to ${lowest.toPrecision(2)}`,
-        },
+      plot(
+        width,
+        height,
+        `Loss of both runs over ${last} steps, from ${highest.toPrecision(2)} to ${lowest.toPrecision(2)}`,
         pair.map((run, index) =>
           el("polyline", {
             class: index ? "at-valid" : "at-smooth",

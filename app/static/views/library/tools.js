@@ -1,6 +1,6 @@
 // Tools for an adapter file: what it contains, and converting, resizing or merging it.
 
-import { el, notice } from "../../lib/dom.js";
+import { el, notice, plot } from "../../lib/dom.js";
 
 const POLL_INTERVAL = 700; // milliseconds
 
@@ -134,13 +134,10 @@ export function createTools(context) {
     return el(
       "figure",
       { class: "at-curve" },
-      el(
-        "svg",
-        {
-          viewBox: `0 0 ${width} ${height}`,
-          role: "img",
-          "aria-label": `Kept energy by rank: ${ranks.map(([rank, whole]) => `${Math.round(whole * 100)} % at ${rank}`).join(", ")}`,
-        },
+      plot(
+        width,
+        height,
+        `Kept energy by rank: ${ranks.map(([rank, whole]) => `${Math.round(whole * 100)} % at ${rank}`).join(", ")}`,
         el("polyline", { class: "at-smooth", points: line(1) }),
         el("polyline", { class: "at-valid", points: line(2) }),
         ranks.map(([rank], index) =>
